@@ -1,0 +1,51 @@
+# Thin names for the commands in the README. Everything runs from .venv, which `setup` builds from the locked versions.
+
+PY ?= python3
+VENV = .venv
+RUNS ?= runs/demo
+PYTHON = $(VENV)/bin/python
+INSTALLED = $(VENV)/.installed
+
+# What was compiled once is read back, so that a second start is quick.
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+.PHONY: setup demo test test-all bench lint clean
+
+setup: $(INSTALLED)
+
+# uv takes seconds where pip takes a minute; where uv cannot be had or cannot reach the packages, pip does the same.
+$(INSTALLED): requirements.lock setup.py
+	test -x $(PYTHON) || $(PY) -m venv $(VENV)
+	{ $(PYTHON) -m pip install --quiet uv \
+	  && export UV_PYTHON_DOWNLOADS=never VIRTUAL_ENV="$(CURDIR)/$(VENV)" \
+	  && $(VENV)/bin/uv pip install --compile-bytecode --require-hashes -r requirements.lock \
+	  && $(VENV)/bin/uv pip install --no-deps -e . ; } \
+	|| { $(PYTHON) -m pip install --require-hashes -r requirements.lock \
+	  && $(PYTHON) -m pip install --no-deps -e . ; }
+	touch $@
+
+# One command a line: an interrupt then ends make and not only the command. Each one goes on where it stopped.
+demo: setup
+	$(PYTHON) -m rq_jax.data.prepare twemoji
+	$(PYTHON) train_vae.py --config=configs/rqvae.py:demo --workdir=$(RUNS)/rqvae
+	$(PYTHON) train_transformer.py --config=configs/rqtransformer.py:demo --workdir=$(RUNS)/rqtransformer \
+	  --config.tokenizer=$(RUNS)/rqvae
+	$(PYTHON) sample.py --checkpoint=$(RUNS)/rqtransformer --out=$(RUNS)/samples \
+	  --num_images=54 --batch_size=54 --seed=0
+	@echo "Pictures: $(RUNS)/samples (samples), $(RUNS)/rqvae/pictures (reconstructions)"
+
+test: setup
+	$(PYTHON) -m pytest -n 2 -m "not slow and not gpu"
+
+test-all: setup
+	$(PYTHON) -m pytest -n 2 -m "not gpu"
+
+bench: setup
+	$(PYTHON) benchmark.py
+
+lint: setup
+	$(PYTHON) -m ruff check .
+
+clean:
+	rm -rf .cache .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Settings of every experiment, as data."""

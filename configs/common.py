@@ -1,0 +1,139 @@
+"""What the config files share: the common sections, the data sets, and how a preset becomes a config.
+
+A preset is a flat dictionary of dotted keys: the few in which it differs from the base() of its file.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+Overrides = Mapping[str, Any]
+
+TWEMOJI = {"data.name": "twemoji", "data.num_threads": 2}
+IMAGENET = {
+    "data.name": "imagenet2012",
+    "data.train_transform": "resize_random_crop",
+    "data.flip_probability": 0.5,
+}
+FFHQ = {"data.name": "folder", "data.train_transform": "random_resized_crop", "data.flip_probability": 0.5}
+# As kakaobrain/rq-vae-transformer: no augmentation, and validation on training images (here on some of them).
+LSUN = {"data.validation_split": "train[:10000]"}
+LSUN_CAT = {**LSUN, "data.name": "lsun/cat"}
+LSUN_BEDROOM = {**LSUN, "data.name": "lsun/bedroom"}
+LSUN_CHURCH = {**LSUN, "data.name": "lsun/church_outdoor"}
+CC3M = {"data.name": "cc3m", "data.train_transform": "jittered_crop", "data.eval_transform": "squash"}
+
+
+def base() -> ConfigDict:
+    """The sections that both stages have. Each is the keyword list of one constructor.
+
+    Returns:
+        An unlocked config. None means "not set"; a preset sets each duration in steps or in epochs.
+    """
+    return ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "name": "folder",
+                "data_dir": placeholder(str),
+                "train_split": "train",
+                "validation_split": "validation",
+                "batch_size": 128,  # images of one optimizer step, over all devices
+                "train_transform": "resize_center_crop",
+                "eval_transform": "resize_center_crop",
+                "flip_probability": 0.0,
+                "label_key": placeholder(str),
+                "text_key": placeholder(str),
+                "text_tokenizer": placeholder(str),
+                "text_length": placeholder(int),
+                "text_dropout": 0.0,
+                "num_threads": 16,
+                "num_workers": 0,
+            },
+            "optim": {
+                "name": "adam",
+                "learning_rate": 4e-5,
+                "b1": 0.5,
+                "b2": 0.9,
+                "weight_decay": 0.0,
+                "schedule": "constant",
+                "warmup_steps": placeholder(int),
+                "warmup_epochs": placeholder(float),
+                "final_learning_rate": 0.0,
+                "clip_norm": placeholder(float),
+                "accumulation_steps": 1,
+            },
+            "loop": {
+                "total_steps": placeholder(int),
+                "total_epochs": placeholder(float),
+                "log_every_steps": 100,
+                "evaluate_every_steps": 5000,
+                "checkpoint_every_steps": 5000,
+                "keep_checkpoints": 3,
+                "ema_decay": 0.0,
+            },
+            "mesh": {"data": -1},
+        }
+    )
+
+
+def build(
+    preset: str,
+    config: ConfigDict,
+    presets: Mapping[str, Overrides],
+    quicktest: Callable[[ConfigDict], Overrides],
+) -> ConfigDict:
+    """Turns the argument of a config file into a config.
+
+    Args:
+        preset: a name of `presets`, optionally followed by ",quicktest"; "quicktest" alone shrinks "demo".
+        config: the file's base; it is changed.
+        presets: name -> overrides.
+        quicktest: what shrinks a finished config to a run of seconds.
+
+    Returns:
+        The locked config.
+
+    Raises:
+        ValueError: no preset has that name.
+        KeyError: a preset names a key that the base does not have.
+    """
+    name, *variants = ("demo,quicktest" if preset == "quicktest" else preset).split(",")
+    if name not in presets or variants not in ([], ["quicktest"]):
+        names = ", ".join(presets)
+        raise ValueError(f'unknown preset "{preset}": use one of {names}; append ",quicktest" to shrink it')
+    config.lock()
+    config.update_from_flattened_dict(presets[name])
+    if variants:
+        config.update_from_flattened_dict(quicktest(config))
+    return config
+
+
+def quicktest(config: ConfigDict) -> dict[str, Any]:
+    """What shrinks the shared sections: the bundled pictures, small batches, four steps.
+
+    Args:
+        config: a finished config of either stage.
+
+    Returns:
+        Overrides that keep what the preset trains on: nothing but images, classes or text.
+    """
+    return {
+        **TWEMOJI,
+        "data.train_split": "train",
+        "data.validation_split": "validation",
+        "data.batch_size": 8,
+        "data.label_key": None if config.data.label_key is None else "category",
+        "data.text_key": None if config.data.text_key is None else "caption",
+        "data.text_length": None if config.data.text_length is None else 8,
+        "optim.accumulation_steps": min(config.optim.accumulation_steps, 2),
+        "optim.warmup_steps": 1,
+        "optim.warmup_epochs": None,
+        "loop.total_steps": 4,
+        "loop.total_epochs": None,
+        "loop.log_every_steps": 1,
+        "loop.evaluate_every_steps": 2,
+        "loop.checkpoint_every_steps": 2,
+    }

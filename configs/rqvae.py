@@ -1,0 +1,178 @@
+"""Stage 1, RQ-VAE tokenizers: --config=configs/rqvae.py:<preset>, or :<preset>,quicktest to shrink it."""
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+# All released tokenizers: Adam at 4e-5 after the warm-up, 32 images on each of 4 GPUs.
+IMAGENET = {**common.IMAGENET, "optim.warmup_epochs": 0.5, "loop.total_epochs": 10}
+FFHQ = {
+    **common.FFHQ,
+    "model.codebook_size": 2048,
+    "model.attention_resolutions": (16,),
+    "optim.warmup_epochs": 5,
+    "loop.total_epochs": 150,
+}
+# One epoch, meant to start from the weights of the ImageNet tokenizer.
+FINETUNE = {"optim.warmup_epochs": 0, "loop.total_epochs": 1}
+# The paper fine-tunes ten times slower than the released configs.
+PAPER_FINETUNE = {**FINETUNE, "optim.learning_rate": 4e-6}
+# Code grids of 16x16 and 32x32 for images of 256x256.
+F16 = {
+    "model.width_multipliers": (1, 1, 2, 2, 4),
+    "model.attention_resolutions": (16,),
+    "model.code_shape": (16, 16, 4),
+}
+F8 = {
+    "model.width_multipliers": (1, 2, 2, 4),
+    "model.attention_resolutions": (32,),
+    "model.code_shape": (32, 32, 4),
+}
+
+EMOJI = {
+    **common.TWEMOJI,
+    "optim.b1": 0.9,
+    "optim.b2": 0.99,
+    "optim.schedule": "cosine",
+    "loop.checkpoint_every_steps": 1000,
+    "loop.evaluate_every_steps": 1000,
+}
+
+PRESETS: dict[str, common.Overrides] = {
+    # The bundled pictures: one for a laptop, one for an accelerator.
+    "demo": {
+        **EMOJI,
+        "model.image_size": 32,
+        "model.width": 32,
+        "model.width_multipliers": (1, 2, 2),
+        "model.num_res_blocks": 1,
+        "model.attention_resolutions": (),
+        "model.z_channels": 32,
+        "model.code_dim": 32,
+        "model.codebook_size": 512,
+        "model.use_remat": False,
+        "data.batch_size": 32,
+        "optim.learning_rate": 1e-3,
+        "optim.warmup_steps": 100,
+        "loop.total_steps": 2000,
+    },
+    "emoji64": {
+        **EMOJI,
+        "model.image_size": 64,
+        "model.width": 64,
+        "model.width_multipliers": (1, 2, 2, 4),
+        "model.z_channels": 64,
+        "model.code_dim": 64,
+        "model.codebook_size": 2048,
+        "model.use_remat": False,
+        "data.batch_size": 64,
+        "optim.learning_rate": 4e-4,
+        "optim.warmup_steps": 500,
+        "loop.total_steps": 20_000,
+    },
+    # Released configs, and where the paper says otherwise.
+    "imagenet256": IMAGENET,
+    "imagenet256_50epochs": {**IMAGENET, "optim.warmup_epochs": 2.5, "loop.total_epochs": 50},  # again 5 %
+    "ffhq256": FFHQ,
+    "ffhq256_paper": {**FFHQ, "loop.total_epochs": 100},  # main text; appendix and release: 150
+    "lsun_cat256": {**common.LSUN_CAT, **FINETUNE},
+    "lsun_bedroom256": {**common.LSUN_BEDROOM, **FINETUNE},
+    "lsun_church256": {**common.LSUN_CHURCH, **FINETUNE},
+    "lsun_cat256_paper": {**common.LSUN_CAT, **PAPER_FINETUNE},
+    "lsun_bedroom256_paper": {**common.LSUN_BEDROOM, **PAPER_FINETUNE},
+    "lsun_church256_paper": {**common.LSUN_CHURCH, **PAPER_FINETUNE},
+    # The paper's ablation of code depth and of the codebook.
+    "imagenet256_8x8x1": {**IMAGENET, "model.code_shape": (8, 8, 1)},
+    "imagenet256_8x8x2": {**IMAGENET, "model.code_shape": (8, 8, 2)},
+    "imagenet256_8x8x8": {**IMAGENET, "model.code_shape": (8, 8, 8)},
+    "imagenet256_8x8x16": {**IMAGENET, "model.code_shape": (8, 8, 16)},
+    "imagenet256_k4096": {**IMAGENET, "model.codebook_size": 4096},
+    "imagenet256_4xk4096": {**IMAGENET, "model.codebook_size": 4096, "model.use_shared_codebook": False},
+    # Tokenizers of the speed comparison; with depth 1 they have VQGAN's shape.
+    "imagenet256_f16": {**IMAGENET, **F16},
+    "imagenet256_f8": {**IMAGENET, **F8},
+    "imagenet256_f16_vq1024": {
+        **IMAGENET,
+        **F16,
+        "model.code_shape": (16, 16, 1),
+        "model.codebook_size": 1024,
+    },
+    "imagenet256_f16_vq16384": {**IMAGENET, **F16, "model.code_shape": (16, 16, 1)},
+}
+
+
+def base() -> ConfigDict:
+    """The released ImageNet tokenizer without its data set and durations (paper, section 4).
+
+    Returns:
+        An unlocked config.
+    """
+    config = common.base()
+    config.model = {
+        "name": "rqvae",
+        "image_size": 256,
+        "in_channels": 3,
+        "width": 128,
+        "width_multipliers": (1, 1, 2, 2, 4, 4),
+        "num_res_blocks": 2,
+        "attention_resolutions": (8,),
+        "z_channels": 256,
+        "use_double_z": False,
+        "use_resample_conv": True,
+        "dropout": 0.0,
+        "code_dim": 256,
+        "code_shape": (8, 8, 4),
+        "codebook_size": 16384,
+        "use_shared_codebook": True,
+        "codebook_decay": 0.99,
+        "use_restart": True,
+        "codebook_update": "sequential",
+        "use_kmeans_init": False,
+        "use_remat": True,
+        "dtype": "float32",
+    }
+    config.loss = {"reconstruction": "mse", "commitment_weight": 0.25}
+    config.data.image_size = config.model.get_ref("image_size")  # one value: setting either sets both
+    return config
+
+
+def quicktest(config: ConfigDict) -> dict[str, Any]:
+    """What shrinks a tokenizer to 16x16 images, 8x8 codes; depth, attention and kind of codebook stay.
+
+    Args:
+        config: a finished config of this file.
+
+    Returns:
+        Overrides.
+    """
+    height, _, depth = config.model.code_shape
+    return {
+        **common.quicktest(config),
+        "model.image_size": 16,
+        "model.width": 32,
+        "model.width_multipliers": (1, 1),
+        "model.num_res_blocks": 1,
+        # Attention keeps its level, counted from the code grid.
+        "model.attention_resolutions": tuple(8 * r // height for r in config.model.attention_resolutions),
+        "model.z_channels": 16,
+        "model.code_dim": 16,
+        "model.code_shape": (8, 8, depth),
+        "model.codebook_size": 32,
+    }
+
+
+def get_config(preset: str = "demo") -> ConfigDict:
+    """The config of a stage-1 preset.
+
+    Args:
+        preset: a name of PRESETS, optionally followed by ",quicktest"; "quicktest" alone shrinks "demo".
+
+    Returns:
+        The locked config.
+
+    Raises:
+        ValueError: no preset has that name.
+    """
+    return common.build(preset, base(), PRESETS, quicktest)

@@ -1,0 +1,127 @@
+"""Features of a whole data set, computed once: a directory of .npy files and a data set that reads them."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from rq_jax.data.pipeline import Batch, Dataset
+
+_META = "meta.json"
+_FORMAT = 1
+
+
+def write_cache(
+    directory: str | os.PathLike,
+    batches: Iterable[Mapping[str, np.ndarray]],
+    meta: Mapping,
+    num_examples: int | None = None,
+) -> Path:
+    """Write batches to a cache directory, which appears when it is whole and replaces an older cache.
+
+    Args:
+      directory: where the cache is to be.
+      batches: dicts of arrays with a common leading axis, stored with the dtype they have. "latents" is (B,V,...), V
+        augmented views of each example; everything else is (B,...). Rows with a false "mask" (B,) are left out.
+      meta: what the cache was made from, JSON-able, with the entry "fingerprint"; may hold "class_names",
+        "vocab_size" and "text_length" for the data set.
+      num_examples: rows to expect, for the progress bar.
+
+    Returns:
+      The directory.
+
+    Raises:
+      FileExistsError: something that is not a cache is in the way.
+      ValueError: no batch, or batches that do not match.
+    """
+    from tqdm import tqdm
+
+    directory = Path(directory).expanduser()
+    if "fingerprint" not in meta:
+        raise ValueError(f"cache meta has no 'fingerprint': its entries are {', '.join(meta) or '(none)'}")
+    if directory.exists() and not (directory / _META).is_file():
+        raise FileExistsError(f"{str(directory)!r} exists and is not a cache: choose another place or remove it")
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    columns: dict[str, _Column] = {}
+    with tqdm(total=num_examples, desc="cache", unit="example") as progress:
+        for batch in batches:
+            arrays = {key: np.asarray(array) for key, array in batch.items() if key != "mask"}
+            if "mask" in batch:
+                arrays = {key: array[np.asarray(batch["mask"])] for key, array in arrays.items()}
+            if not columns:
+                columns = {key: _Column(partial / f"{key}.npy", array) for key, array in arrays.items()}
+            if arrays.keys() != columns.keys() or len({len(array) for array in arrays.values()}) != 1:
+                shapes = {key: array.shape for key, array in arrays.items()}
+                raise ValueError(f"cache batch {shapes}: expected rows of {', '.join(columns)}, equally many of each")
+            for key, array in arrays.items():
+                columns[key].append(array)
+            progress.update(len(next(iter(arrays.values()))))
+    if not columns:
+        raise ValueError(f"no batches for the cache {str(directory)!r}")
+    shapes = {key: column.close() for key, column in columns.items()}
+    (partial / _META).write_text(json.dumps({**meta, "format": _FORMAT, "shapes": shapes}, indent=1))
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(partial, directory)
+    return directory
+
+
+def read_meta(directory: str | os.PathLike) -> dict | None:
+    """What `write_cache` was given as meta, and the "shapes" of the arrays; None where there is no whole cache."""
+    path = Path(directory).expanduser() / _META
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+class CacheDataset(Dataset):
+    """The batches of a cache: endless and shuffled with one view drawn per example, or in order with view 0.
+
+    Batches hold the arrays of the cache, "latents" without its axis of views, and "index" where the cache has it.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        batch_size: int,
+        train: bool,
+        seed: int = 0,
+        shard_index: int = 0,
+        shard_count: int = 1,
+        num_threads: int = 2,
+    ):
+        """Open a cache.
+
+        Args:
+          directory: what `write_cache` wrote.
+          batch_size: of all shards together.
+          train: endless and shuffled, or once through.
+          seed: of order and views, in [0, 2**32).
+          shard_index: this process among `shard_count` that each read their part of every batch.
+          shard_count: how many processes read.
+          num_threads: reading threads.
+
+        Raises:
+          FileNotFoundError: no whole cache is there.
+          ValueError: a value out of range.
+        """
+        meta = read_meta(directory)
+        if meta is None:
+            raise FileNotFoundError(f"no cache in {str(directory)!r}: write one with write_cache")
+        super().__init__(
+            _CacheSource(Path(directory).expanduser(), tuple(meta["shapes"])),
+            train=train,
+            batch_size=batch_size,
+            train_transform=_choose_view,
+            eval_transform=_choose_view,
+            seed=seed,
+            shard_index=shard_index,
+            shard_count=shard_count,
+            num_threads=num_threads,
+            class_names=meta.get("class_names"),
+            vocab_size=meta.get("vocab_size"),
+            text_length=meta.get("text_length"),
+        )
+        self.meta = meta

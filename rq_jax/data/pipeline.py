@@ -1,0 +1,274 @@
+"""From a source of examples to batches of numpy arrays: shuffled and endless for training, in order for evaluation."""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from rq_jax.data.sources import ImageSource, open_records
+from rq_jax.data.text import Tokenizer, load_tokenizer
+from rq_jax.data.transforms import DETERMINISTIC, TRANSFORMS, ImageTransform
+
+Batch = dict[str, np.ndarray]
+
+
+class Source(Protocol):
+    """Random access to examples; each is a dict with at least "index", its own position."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict: ...
+
+
+class Dataset:
+    """Batches of one split.
+
+    Training: endless, reshuffled every epoch. The order and every random draw depend on the seed and the position in
+    the stream alone, never on threads, workers or shards: step k of a run sees the same examples on any number of
+    hosts. Evaluation: once through, in order; the last batch is padded, and "mask" marks what counts.
+
+    Attributes:
+      num_examples: examples in the split.
+      steps_per_epoch: batches in one pass: rounded down for training (at least 1), up for evaluation.
+      class_names: what the labels stand for; None without labels.
+      num_classes: how many there are; None without labels.
+      vocab_size: token ids of the captions; None without captions.
+      text_length: U, tokens of a caption; None without captions.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        train: bool,
+        batch_size: int,
+        train_transform: Callable[[dict, np.random.Generator], Batch],
+        eval_transform: Callable[[dict], Batch],
+        seed: int = 0,
+        shard_index: int = 0,
+        shard_count: int = 1,
+        num_threads: int = 2,
+        num_workers: int = 0,
+        class_names: Sequence[str] | None = None,
+        vocab_size: int | None = None,
+        text_length: int | None = None,
+    ):
+        """Args as `make_dataset`; the transforms make the arrays of one example, without the batch axis."""
+        if not 0 <= shard_index < shard_count:
+            raise ValueError(f"shard_index={shard_index}: must be in [0, {shard_count}), the number of shards")
+        if batch_size < 1 or batch_size % shard_count:
+            raise ValueError(f"batch_size={batch_size}: must be a positive multiple of the {shard_count} shards")
+        if num_threads < 1 or num_workers < 0:
+            raise ValueError(f"num_threads={num_threads}, num_workers={num_workers}: at least 1 thread, 0 workers")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed={seed}: must be in [0, 2**32)")
+        self.source, self.train, self.batch_size = source, train, batch_size
+        self.num_examples = len(source)
+        self.class_names = tuple(class_names) if class_names is not None else None
+        self.num_classes = len(self.class_names) if class_names is not None else None
+        self.vocab_size, self.text_length = vocab_size, text_length
+        self._train_transform, self._eval_transform = train_transform, eval_transform
+        self._seed, self._shard_index, self._shard_count = seed, shard_index, shard_count
+        self._num_threads, self._num_workers = num_threads, num_workers
+
+    @property
+    def steps_per_epoch(self) -> int:
+        if self.train:
+            return max(1, self.num_examples // self.batch_size)
+        return -(-self.num_examples // self.batch_size)
+
+    def iterator(self) -> "BatchIterator":
+        """A new iterator from the start; every array leads with batch_size // shard_count."""
+        return BatchIterator(self._training_batches() if self.train else self._evaluation_batches(), self._prefetched)
+
+    def examples(self, indices: Sequence[int]) -> Batch:
+        """The examples at these positions of the source as one batch, through the evaluation transform."""
+        return _stack([self._eval_transform(self.source[index]) for index in indices])
+
+    def _training_batches(self):
+        import grain
+
+        stream = grain.MapDataset.source(self.source).shuffle(seed=self._seed).repeat()
+        stream = stream.random_map(self._train_transform, seed=self._seed)
+        stream = stream[self._shard_index :: self._shard_count]  # last, so that the draws know nothing of shards
+        return stream.batch(self.batch_size // self._shard_count, batch_fn=_stack)
+
+    def _evaluation_batches(self):
+        import grain
+
+        return grain.MapDataset.range(self.steps_per_epoch).map(self._evaluation_batch)
+
+    def _evaluation_batch(self, step: int) -> Batch:
+        """This shard's part of global batch `step`: the parts of all shards, in order, are the batch."""
+        size = self.batch_size // self._shard_count
+        positions = step * self.batch_size + self._shard_index * size + np.arange(size)
+        batch = self.examples(np.minimum(positions, self.num_examples - 1))
+        # A damaged picture was replaced by one with another index, which has its own turn.
+        return {**batch, "mask": batch["index"] == positions}
+
+    def _prefetched(self, batches) -> Iterator[Batch]:
+        import grain
+
+        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=2 * self._num_threads)
+        stream = batches.to_iter_dataset(options)
+        if self.train and self._num_workers:
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
+        return iter(stream)
+
+
+class BatchIterator:
+    """Batches with a position that can be saved: `set_state(get_state())` in a new process goes on bit for bit."""
+
+    def __init__(self, batches, prefetched: Callable[..., Iterator[Batch]]):
+        self._batches, self._prefetched = batches, prefetched
+        self._position = 0
+        self._stream: Iterator[Batch] | None = None  # threads start with the first batch
+
+    def __iter__(self) -> "BatchIterator":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            self._stream = self._prefetched(self._batches[self._position :])
+        batch = next(self._stream)
+        self._position += 1
+        return batch
+
+    def get_state(self) -> dict[str, int]:
+        """The position, as something that JSON can hold."""
+        return {"next_batch": self._position}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Go on from a position that `get_state` gave, under any number of threads, workers or shards."""
+        if not isinstance(state.get("next_batch"), int):
+            raise ValueError(f"data state {state!r}: expected {{'next_batch': <int>}}")
+        self.close()
+        self._position = state["next_batch"]
+
+    def close(self) -> None:
+        """Stop the threads and worker processes; the next batch would start them again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleTransform:
+    """A decoded example to the arrays of a batch; without a random generator the evaluation form."""
+
+    image: ImageTransform
+    tokenizer: Tokenizer | None = None
+
+    def __call__(self, example: dict, rng: np.random.Generator | None = None) -> Batch:
+        """uint8 "image" (H,W,C) to float32 in [-1, 1]; "text" to int32 (U,); "label" and "index" to int32 ()."""
+        arrays = {"image": self.image(example["image"], rng), "index": np.int32(example["index"])}
+        if example["label"] is not None:
+            arrays["label"] = np.int32(example["label"])
+        if self.tokenizer is not None:
+            arrays["text"] = self.tokenizer([example["text"]], rng)[0]
+        return arrays
+
+
+def make_dataset(
+    *,
+    split: str,
+    train: bool,
+    name: str,
+    batch_size: int,
+    image_size: int | tuple[int, int],
+    data_dir: str | os.PathLike | None = None,
+    train_split: str = "train",
+    validation_split: str = "validation",
+    train_transform: str = "resize_random_crop",
+    eval_transform: str = "resize_center_crop",
+    flip_probability: float = 0.5,
+    label_key: str | None = None,
+    text_key: str | None = None,
+    text_tokenizer: str | os.PathLike | None = None,
+    text_length: int | None = None,
+    text_dropout: float = 0.0,
+    channels: int = 3,
+    max_damaged: int = 100,
+    num_threads: int = 2,
+    num_workers: int = 0,
+    seed: int = 0,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> Dataset:
+    """Open a split of a data set of pictures.
+
+    Args:
+      split: "train" or "validation", which stand for `train_split` and `validation_split`; or a split by its own name.
+      train: endless and randomly transformed, or once through as it is.
+      name: "twemoji" or "twemoji/256" (bundled, made on first use), "folder", or a prepared TFDS data set.
+      batch_size: of all shards together.
+      image_size: side in pixels, or (height, width).
+      data_dir: the folder of pictures, or the directory of TFDS data sets; None is the default place of each.
+      train_split: what the data set calls its training split.
+      validation_split: what it calls its validation split.
+      train_transform: a name in `transforms.TRANSFORMS`.
+      eval_transform: a name in `transforms.DETERMINISTIC`.
+      flip_probability: how often a training picture is mirrored, in [0, 1].
+      label_key: the ClassLabel feature to read, "folder" for class folders; None for no labels.
+      text_key: the Text feature to read, "txt" for a file beside the picture; None for no captions.
+      text_tokenizer: tokenizer file of the captions, see `text.load_tokenizer`.
+      text_length: U, tokens of a caption.
+      text_dropout: BPE-dropout of training captions, in [0, 1).
+      channels: 3 (RGB) or 1 (grey).
+      max_damaged: damaged pictures to skip before the run stops.
+      num_threads: reading threads of this process, or of each worker.
+      num_workers: worker processes for training; 0 reads in this process.
+      seed: of order and transforms, in [0, 2**32).
+      shard_index: this process among `shard_count` that each read their part of every batch.
+      shard_count: how many processes read.
+
+    Returns:
+      The data set: batches of "image" float32 (B,H,W,C) in [-1, 1] and "index" int32 (B,), its position in the split;
+      with keys given "label" int32 (B,) and "text" int32 (B,U); in evaluation "mask" bool (B,).
+
+    Raises:
+      FileNotFoundError: no such folder, data set or tokenizer, or nothing in it.
+      ValueError: an unknown name or a value out of range.
+    """
+    size = _check_size(image_size)
+    if train_transform not in TRANSFORMS:
+        raise ValueError(f"unknown train_transform={train_transform!r}: choose one of {', '.join(TRANSFORMS)}")
+    if eval_transform not in DETERMINISTIC:
+        raise ValueError(f"unknown eval_transform={eval_transform!r}: choose one of {', '.join(DETERMINISTIC)}")
+    if not 0.0 <= flip_probability <= 1.0:
+        raise ValueError(f"flip_probability={flip_probability}: must be in [0, 1]")
+    tokenizer = None
+    if text_key is not None:
+        if text_tokenizer is None:
+            raise ValueError(f"text_tokenizer is missing: text_key={text_key!r} needs a tokenizer file")
+        tokenizer = load_tokenizer(text_tokenizer, text_length, text_dropout)
+    split = {"train": train_split, "validation": validation_split}.get(split, split)
+    records = open_records(name, split, data_dir, label_key, text_key)
+    return Dataset(
+        ImageSource(records, channels, max_damaged),
+        train=train,
+        batch_size=batch_size,
+        train_transform=ExampleTransform(ImageTransform(train_transform, size, flip_probability), tokenizer),
+        eval_transform=ExampleTransform(ImageTransform(eval_transform, size), tokenizer),
+        seed=seed,
+        shard_index=shard_index,
+        shard_count=shard_count,
+        num_threads=num_threads,
+        num_workers=num_workers,
+        class_names=records.class_names,
+        vocab_size=tokenizer.vocab_size if tokenizer else None,
+        text_length=tokenizer.length if tokenizer else None,
+    )
+
+
+def _check_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"image_size={image_size}: must be a positive side in pixels or (height, width)")
+    return size
+
+
+def _stack(examples: Sequence[Batch]) -> Batch:
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}

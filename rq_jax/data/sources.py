@@ -1,0 +1,280 @@
+"""Where pictures come from: prepared TFDS data sets and folders, by index, without TensorFlow."""
+
+import hashlib
+import io
+import logging
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from rq_jax.data.prepare import prepare
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_SPLITS = ("train", "validation")
+_CACHE_BYTES = 2**29
+
+
+class Records(Protocol):
+    """Random access to encoded pictures."""
+
+    class_names: tuple[str, ...] | None
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> tuple[bytes, int | None, str | None]:
+        """The encoded picture, its label and its caption; None where the set was opened without them."""
+
+    def locate(self, index: int) -> str:
+        """What to call this record in a message."""
+
+
+class TfdsRecords:
+    """One split of a prepared TFDS data set in the ArrayRecord format."""
+
+    def __init__(self, builder, split: str, label_key: str | None, text_key: str | None):
+        import tensorflow_datasets as tfds
+
+        self.name, self.split = builder.info.full_name, split
+        features = builder.info.features
+        images = [key for key in features if isinstance(features[key], tfds.features.Image)]
+        labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
+        texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
+        if not images:
+            raise ValueError(f"data set {self.name} has no Image feature: its features are {', '.join(features)}")
+        self.image_key = "image" if "image" in images else images[0]
+        self.label_key = _check_key("label_key", label_key, labels, self.name)
+        self.text_key = _check_key("text_key", text_key, texts, self.name)
+        self.class_names = tuple(features[label_key].names) if label_key else None
+        try:
+            builder.info.splits[split]
+        except (KeyError, ValueError) as error:
+            splits = ", ".join(builder.info.splits)
+            raise ValueError(f"unknown split {split!r} of data set {self.name}: choose one of {splits}") from error
+        try:
+            decoders = {self.image_key: tfds.decode.SkipDecoding()}  # decoded here, where damage can be handled
+            self._data = builder.as_data_source(split, decoders=decoders)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"data set {self.name} is not stored as array_record, so it has no random access: "
+                "prepare it with download_and_prepare(file_format='array_record')"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def read(self, index: int) -> tuple[bytes, int | None, str | None]:
+        record = self._data[index]
+        label = int(record[self.label_key]) if self.label_key else None
+        return record[self.image_key], label, record[self.text_key].decode() if self.text_key else None
+
+    def locate(self, index: int) -> str:
+        return f"example {index} of {self.name}, split {self.split}"
+
+
+class FolderRecords:
+    """Every picture below a directory, in sorted order.
+
+    Splits are the subfolders `train` and `validation` where there is one of them; otherwise a tenth of the files,
+    chosen by a hash of their relative path, is `validation`. The split `all` is every picture. A label is the first
+    folder below the split (label_key="folder"); a caption is the `.txt` beside the picture (text_key="txt").
+    """
+
+    def __init__(self, data_dir: str | os.PathLike | None, split: str, label_key: str | None, text_key: str | None):
+        if data_dir is None:
+            raise ValueError("data_dir is missing: name='folder' needs the directory of the pictures")
+        self.root = Path(data_dir).expanduser()
+        if not self.root.is_dir():
+            raise FileNotFoundError(f"no folder of pictures at data_dir={str(self.root)!r}")
+        self.label_key = _check_key("label_key", label_key, ["folder"], "folder")
+        self.text_key = _check_key("text_key", text_key, ["txt"], "folder")
+        if split not in (*_SPLITS, "all"):
+            raise ValueError(f"unknown split {split!r} of a folder: choose one of {', '.join(_SPLITS)}, all")
+        paths = _list_pictures(self.root)
+        if not paths:
+            raise FileNotFoundError(f"no pictures below {str(self.root)!r}: looked for {' '.join(_SUFFIXES)}")
+        has_folders = any((self.root / name).is_dir() for name in _SPLITS)
+        self._paths = [path for path in paths if split in ("all", _folder_split(path, has_folders))]
+        if not self._paths:
+            raise FileNotFoundError(f"split {split!r} of {str(self.root)!r} is empty: {len(paths)} pictures in all")
+        self.class_names = None
+        if label_key:
+            self._classes = {path: self._class_of(path, has_folders) for path in paths}
+            self.class_names = tuple(sorted(set(self._classes.values())))
+            self._labels = {name: label for label, name in enumerate(self.class_names)}
+        if text_key:
+            for path in self._paths:
+                if not (self.root / path).with_suffix(".txt").is_file():
+                    raise FileNotFoundError(f"no caption beside {str(self.root / path)!r}: text_key='txt' needs one")
+
+    def _class_of(self, path: Path, has_folders: bool) -> str:
+        folders = path.parts[1:-1] if has_folders and path.parts[0] in _SPLITS else path.parts[:-1]
+        if not folders:
+            raise ValueError(f"{str(self.root / path)!r} is in no class folder: label_key='folder' needs one")
+        return folders[0]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, index: int) -> tuple[bytes, int | None, str | None]:
+        path = self._paths[index]
+        file = self.root / path
+        label = self._labels[self._classes[path]] if self.label_key else None
+        text = file.with_suffix(".txt").read_text(encoding="utf-8").strip() if self.text_key else None
+        return file.read_bytes(), label, text
+
+    def locate(self, index: int) -> str:
+        return str(self.root / self._paths[index])
+
+
+class ImageSource:
+    """Decoded examples of `records`, with a memory copy of small sets and a stand-in for damaged pictures.
+
+    A damaged picture is replaced by the next whole one, whose index the example then carries, and counted; more than
+    `max_damaged` different ones are an error. Each worker process counts its own.
+    """
+
+    def __init__(self, records: Records, channels: int = 3, max_damaged: int = 100):
+        if channels not in (1, 3):
+            raise ValueError(f"channels={channels}: pictures are read with 1 (grey) or 3 (RGB)")
+        if len(records) == 0:
+            raise ValueError("the data set is empty")
+        self.records, self.channels, self.max_damaged = records, channels, max_damaged
+        self.damaged: set[int] = set()
+        self._cache: dict[int, dict] = {}
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cache": {}}  # a worker process fills its own
+
+    def __getitem__(self, index: int) -> dict:
+        """{"image": uint8 (H,W,C), "index": int, "label": int or None, "text": str or None}."""
+        index = int(index) % len(self)  # grain counts on through the epochs
+        for candidate in range(index, index + len(self)):
+            candidate %= len(self)
+            if candidate in self._cache:
+                return self._cache[candidate]
+            if candidate in self.damaged:
+                continue
+            try:
+                return self._load(candidate)
+            except (OSError, ValueError) as error:
+                self._count_damage(candidate, error)
+        raise ValueError(f"all {len(self)} pictures are damaged")
+
+    def _load(self, index: int) -> dict:
+        encoded, label, text = self.records.read(index)
+        example = {"image": decode_image(encoded, self.channels), "index": index, "label": label, "text": text}
+        if example["image"].nbytes * len(self) <= _CACHE_BYTES:
+            self._cache[index] = example
+        return example
+
+    def _count_damage(self, index: int, error: Exception) -> None:
+        self.damaged.add(index)
+        message = f"damaged picture {self.records.locate(index)}: {error}"
+        if len(self.damaged) > self.max_damaged:
+            raise RuntimeError(f"more than max_damaged={self.max_damaged} damaged pictures; the last: {message}")
+        logging.getLogger(__name__).warning("%s", message)
+
+
+def open_records(
+    name: str,
+    split: str,
+    data_dir: str | os.PathLike | None = None,
+    label_key: str | None = None,
+    text_key: str | None = None,
+) -> Records:
+    """Open one split of a data set.
+
+    Args:
+      name: "twemoji" or "twemoji/256" (made on first use), "folder", or the name of a prepared TFDS data set.
+      split: a split of it; TFDS slices such as "train[:50%]" too.
+      data_dir: the folder of pictures, or the directory of TFDS data sets; None is the default place of each.
+      label_key: a ClassLabel feature, or "folder"; None for no labels.
+      text_key: a Text feature, or "txt"; None for no captions.
+
+    Returns:
+      The records.
+
+    Raises:
+      FileNotFoundError: no such folder or prepared data set, or nothing in it.
+      ValueError: an unknown split or key.
+    """
+    if name == "folder":
+        return FolderRecords(data_dir, split, label_key, text_key)
+    if name.partition("/")[0] == "twemoji":
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(prepare(data_dir, name))
+    else:
+        builder = _tfds_builder(name, data_dir)
+    return TfdsRecords(builder, split, label_key, text_key)
+
+
+def decode_image(encoded: bytes, channels: int) -> np.ndarray:
+    """Decode a picture; transparent parts become white.
+
+    Args:
+      encoded: a file of any format that Pillow reads.
+      channels: 1 for grey, 3 for RGB.
+
+    Returns:
+      uint8 (H,W,channels).
+
+    Raises:
+      ValueError: the bytes are not a whole picture.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
+    except Exception as error:  # noqa: BLE001 - decoders raise nearly anything for bytes that they cannot read
+        raise ValueError(f"cannot decode: {error}") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _tfds_builder(name: str, data_dir: str | os.PathLike | None):
+    import tensorflow_datasets as tfds
+
+    where = "the default TFDS directory" if data_dir is None else f"data_dir={str(data_dir)!r}"
+    try:
+        builder = tfds.builder(name, data_dir=None if data_dir is None else os.fspath(data_dir))
+    except tfds.core.DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"unknown data set {name!r}: it is not prepared in {where}, and neither 'twemoji' nor 'folder'"
+        ) from error
+    if not builder.is_prepared():
+        raise FileNotFoundError(
+            f"data set {name!r} is not prepared in {where}: call its builder's "
+            "download_and_prepare(file_format='array_record') first"
+        )
+    return builder
+
+
+def _check_key(what: str, key: str | None, allowed: list[str], name: str) -> str | None:
+    if key is not None and key not in allowed:
+        raise ValueError(f"unknown {what}={key!r} of data set {name!r}: choose one of {', '.join(allowed) or '(none)'}")
+    return key
+
+
+def _list_pictures(root: Path) -> list[Path]:
+    """Relative paths of all pictures below `root`, sorted; links to folders are followed."""
+    found = []
+    for folder, _, files in os.walk(root, followlinks=True):
+        base = Path(folder).relative_to(root)
+        found.extend(base / file for file in files if file.lower().endswith(_SUFFIXES))
+    return sorted(found)
+
+
+def _folder_split(path: Path, has_folders: bool) -> str:
+    if has_folders:
+        return path.parts[0]
+    digest = hashlib.sha256(path.as_posix().encode()).digest()
+    return "validation" if digest[0] % 10 == 0 else "train"

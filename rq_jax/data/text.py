@@ -1,0 +1,186 @@
+"""Captions to token ids: byte-pair encoding over lower-cased words, as the text-to-image models use.
+
+Train one on the captions of a data set:
+`python -m rq_jax.data.text --name=twemoji --text_key=caption --vocab_size=1024 --out=tokenizer.json`.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+PAD, UNKNOWN = "[PAD]", "[UNK]"
+_WORD_END = "</w>"
+
+
+class Tokenizer:
+    """Lower-cased text to a fixed number of token ids: cut on the right, padded on the right with 0; no start or end.
+
+    Attributes:
+      length: U, the number of ids of every text.
+      dropout: the probability with which a merge is left out, used only where a random generator is given.
+      vocab_size: the number of ids.
+    """
+
+    def __init__(self, bpe, length: int, dropout: float = 0.0):
+        self._bpe = bpe
+        self.length, self.dropout = length, dropout
+        self.vocab_size = bpe.get_vocab_size()
+        model = json.loads(bpe.to_str())["model"]
+        self._ids: dict[str, int] = model["vocab"]
+        # Older files hold a merge as one string, newer ones as a pair.
+        merges = (tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
+        self._ranks = {merge: rank for rank, merge in enumerate(merges)}
+
+    def __call__(self, texts: Sequence[str], rng: np.random.Generator | None = None) -> np.ndarray:
+        """Encode texts.
+
+        Args:
+          texts: n of them.
+          rng: draws the dropped merges; None keeps every merge.
+
+        Returns:
+          int32 (n, U), 0 where there is no text.
+        """
+        tokens = np.zeros((len(texts), self.length), np.int32)
+        for row, text in zip(tokens, texts, strict=True):
+            if rng is None or self.dropout == 0.0:
+                ids = self._bpe.encode(text).ids
+            else:
+                ids = self._encode_with_dropout(text, rng)
+            ids = ids[: self.length]
+            row[: len(ids)] = ids
+        return tokens
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The (lower-cased) text of one row of ids, without padding."""
+        words = "".join(self._bpe.id_to_token(int(token)) or "" for token in tokens if token != self._ids[PAD])
+        return words.replace(_WORD_END, " ").strip()
+
+    def _encode_with_dropout(self, text: str, rng: np.random.Generator) -> list[int]:
+        # The library has dropout too, but draws it from a generator that cannot be seeded: resume would not be exact.
+        words = self._bpe.pre_tokenizer.pre_tokenize_str(self._bpe.normalizer.normalize_str(text))
+        symbols = [symbol for word, _ in words for symbol in self._merge(word, rng)]
+        return [self._ids.get(symbol, self._ids[UNKNOWN]) for symbol in symbols]
+
+    def _merge(self, word: str, rng: np.random.Generator) -> list[str]:
+        """BPE-dropout (Provilkov et al. 2020, algorithm 1): at every step each possible merge may be left out."""
+        symbols = [*word[:-1], word[-1] + _WORD_END]
+        while True:
+            ranked = ((self._ranks.get(pair), i) for i, pair in enumerate(zip(symbols, symbols[1:], strict=False)))
+            possible = [(rank, i) for rank, i in ranked if rank is not None and rng.random() >= self.dropout]
+            if not possible:
+                return symbols
+            _, i = min(possible)
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+
+
+def load_tokenizer(path: str | os.PathLike, length: int, dropout: float = 0.0) -> Tokenizer:
+    """Load a byte-pair tokenizer.
+
+    Args:
+      path: a `tokenizer.json` that `train_tokenizer` made, or the `*-vocab.json` of a pair with `*-merges.txt` beside.
+      length: U, the number of ids of every text; at least 1.
+      dropout: the probability with which a merge is left out in training, in [0, 1).
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      FileNotFoundError: a file is not there.
+      ValueError: not such a file, or an argument out of range.
+    """
+    from tokenizers import Tokenizer as Bpe
+    from tokenizers import models
+
+    if length is None or length < 1:
+        raise ValueError(f"text_length={length}: a text needs at least 1 token")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"text_dropout={dropout}: must be in [0, 1)")
+    path = Path(path).expanduser()
+    is_pair = path.name.endswith("vocab.json")
+    files = [path, path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")] if is_pair else [path]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"no tokenizer file {str(file)!r}: train one with python -m rq_jax.data.text")
+    try:
+        if is_pair:
+            vocab, merges = models.BPE.read_file(*map(str, files))
+            bpe = _untrained(vocab=vocab, merges=merges)
+        else:
+            bpe = Bpe.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+        raise ValueError(f"{str(path)!r} is not a tokenizer file: {error}") from error
+    if not isinstance(bpe.model, models.BPE) or (bpe.token_to_id(PAD), bpe.token_to_id(UNKNOWN)) != (0, 1):
+        raise ValueError(f"{str(path)!r} is not a byte-pair tokenizer with {PAD} as id 0 and {UNKNOWN} as id 1")
+    return Tokenizer(bpe, length, dropout)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | os.PathLike) -> int:
+    """Train a byte-pair tokenizer and write it.
+
+    Args:
+      texts: the captions.
+      vocab_size: the most ids it may have, the two special ones included; small texts give fewer.
+      out: the `tokenizer.json` to write.
+
+    Returns:
+      The number of ids.
+
+    Raises:
+      ValueError: a vocabulary that cannot even hold the letters.
+    """
+    from tokenizers import trainers
+
+    bpe = _untrained()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[PAD, UNKNOWN], end_of_word_suffix=_WORD_END, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    if bpe.get_vocab_size() > vocab_size:
+        raise ValueError(f"vocab_size={vocab_size}: the letters alone need {bpe.get_vocab_size()}")
+    out = Path(out).expanduser()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    bpe.save(str(out))
+    return bpe.get_vocab_size()
+
+
+def _untrained(**vocabulary):
+    """The text pipeline of the published models around a byte-pair model."""
+    from tokenizers import Tokenizer as Bpe
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    bpe = Bpe(models.BPE(**vocabulary, unk_token=UNKNOWN, end_of_word_suffix=_WORD_END))
+    clean = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
+    bpe.normalizer = normalizers.Sequence([clean, normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return bpe
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    from tqdm import tqdm
+
+    from rq_jax.data.sources import open_records
+
+    parser = argparse.ArgumentParser(prog="python -m rq_jax.data.text", description="Train a byte-pair tokenizer.")
+    parser.add_argument("--name", required=True, help="twemoji, folder, or a prepared TFDS data set")
+    parser.add_argument("--data_dir", help="as in config.data")
+    parser.add_argument("--split", default="train", help="the split to read (default: train)")
+    parser.add_argument("--text_key", required=True, help="the feature that holds the captions")
+    parser.add_argument("--vocab_size", type=int, required=True, help="the most ids, the two special ones included")
+    parser.add_argument("--out", required=True, help="the tokenizer.json to write")
+    options = parser.parse_args(arguments)
+    try:
+        records = open_records(options.name, options.split, options.data_dir, text_key=options.text_key)
+        texts = (records.read(index)[2] for index in tqdm(range(len(records)), desc="captions"))
+        print(f"{train_tokenizer(texts, options.vocab_size, options.out)} ids in {options.out}")
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""From decoded pictures to training pictures: resize, crop, flip, scale to [-1, 1].
+
+Pillow's antialiased bilinear filter, and the same rounding of sizes and offsets as the torchvision transforms that
+the published models were trained with.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Size = tuple[int, int]  # height, width
+
+
+def _resize(image: "Image.Image", size: Size) -> "Image.Image":
+    from PIL import Image
+
+    height, width = size
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _crop(image: "Image.Image", top: int, left: int, size: Size) -> "Image.Image":
+    height, width = size
+    return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
+
+
+def _random_crop(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
+    top = rng.integers(image.height - size[0] + 1)
+    left = rng.integers(image.width - size[1] + 1)
+    return _crop(image, int(top), int(left), size)
+
+
+def _center_crop(image: "Image.Image", size: Size) -> "Image.Image":
+    return _crop(image, round((image.height - size[0]) / 2), round((image.width - size[1]) / 2), size)
+
+
+def _resize_to_cover(image: "Image.Image", size: Size) -> "Image.Image":
+    """The smallest picture of the same aspect that covers `size`; for a square size, its short side is that size."""
+    height, width = size
+    if image.width * height <= image.height * width:
+        return _resize(image, (width * image.height // image.width, width))
+    return _resize(image, (height, height * image.width // image.height))
+
+
+def resize_random_crop(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
+    """ImageNet training: resize to cover `size`, then a random crop."""
+    return _random_crop(_resize_to_cover(image, size), size, rng)
+
+
+def resize_center_crop(image: "Image.Image", size: Size, rng: np.random.Generator | None = None) -> "Image.Image":
+    """Evaluation, and LSUN training: resize to cover `size`, then the middle."""
+    del rng
+    return _center_crop(_resize_to_cover(image, size), size)
+
+
+def random_resized_crop(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
+    """FFHQ training: a crop of the final aspect with 75 to 100 % of the area, resized; the middle if none fits."""
+    aspect = size[1] / size[0]
+    for _ in range(10):
+        area = image.height * image.width * rng.uniform(0.75, 1.0)
+        crop = round((area / aspect) ** 0.5), round((area * aspect) ** 0.5)
+        if crop[0] <= image.height and crop[1] <= image.width:
+            return _resize(_random_crop(image, crop, rng), size)
+    return _resize(_center_crop(image, _largest_crop(image, size)), size)
+
+
+def jittered_crop(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
+    """Text-to-image training: the largest crop near the middle, resized to up to 9/8 of `size`, then a random crop.
+
+    The offset of the first crop lies in [3/8, 5/8) of the slack; a picture is not enlarged beyond `size`.
+    """
+    height, width = _largest_crop(image, size)
+    slack = image.height - height, image.width - width
+    top, left = (int(rng.integers(3 * s // 8, max(3 * s // 8 + 1, 5 * s // 8))) for s in slack)
+    image = _crop(image, top, left, (height, width))
+    tall = int(rng.integers(size[0], max(size[0], min(height, size[0] * 9 // 8)) + 1))
+    return _random_crop(_resize(image, (tall, round(tall * size[1] / size[0]))), size, rng)
+
+
+def squash(image: "Image.Image", size: Size, rng: np.random.Generator | None = None) -> "Image.Image":
+    """Text-to-image evaluation: resize to `size`, whatever the aspect."""
+    del rng
+    return _resize(image, size)
+
+
+def _largest_crop(image: "Image.Image", size: Size) -> Size:
+    """The largest (height, width) within the picture that has the aspect of `size`."""
+    height, width = size
+    if image.width * height <= image.height * width:
+        return max(1, round(image.width * height / width)), image.width
+    return image.height, max(1, round(image.height * width / height))
+
+
+TRANSFORMS: dict[str, Callable] = {
+    f.__name__: f for f in (resize_random_crop, resize_center_crop, random_resized_crop, jittered_crop, squash)
+}
+DETERMINISTIC = ("resize_center_crop", "squash")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTransform:
+    """A named transform, a flip, and the scaling to [-1, 1].
+
+    Attributes:
+      name: a key of `TRANSFORMS`; without a random generator one of `DETERMINISTIC`.
+      size: (height, width) of the result.
+      flip_probability: how often the result is mirrored left to right, in [0, 1]; 0 without a generator.
+    """
+
+    name: str
+    size: Size
+    flip_probability: float = 0.0
+
+    def __call__(self, pixels_HWC: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
+        """uint8 (H,W,C) with C 1 or 3 -> float32 (*size,C) in [-1, 1]."""
+        from PIL import Image
+
+        image = Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
+        result = np.asarray(TRANSFORMS[self.name](image, self.size, rng), np.float32)
+        if rng is not None and rng.random() < self.flip_probability:
+            result = result[:, ::-1]
+        return (result / 127.5 - 1.0).reshape(*self.size, pixels_HWC.shape[-1])

@@ -1,0 +1,94 @@
+"""Losses: arrays in, scalars out. All are float32 whatever the dtype of the networks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+
+def reconstruction_loss(images: jax.Array, reconstruction: jax.Array, kind: str = "mse") -> jax.Array:
+    """Mean over all elements of the squared ("mse") or absolute ("l1") difference.
+
+    Raises:
+      ValueError: another kind.
+    """
+    difference = images.astype(jnp.float32) - reconstruction.astype(jnp.float32)
+    if kind == "mse":
+        return jnp.mean(difference**2)
+    if kind == "l1":
+        return jnp.mean(jnp.abs(difference))
+    raise ValueError(f"loss.reconstruction: '{kind}' is unknown; allowed are 'mse' and 'l1'")
+
+
+def commitment_loss(latents: jax.Array, partial_sums: jax.Array) -> jax.Array:
+    """Mean over depths of the mean squared distance of the latents to each partial sum (paper, equation 7).
+
+    As kakaobrain/rq-vae-transformer:RQBottleneck.compute_commitment_loss the mean runs over channels and depths, where
+    the paper writes sums.
+
+    Args:
+      latents: (B, H, W, C) on the latent grid.
+      partial_sums: (B, h, w, D, E) on the code grid; no gradient passes to them.
+    """
+    h, w = partial_sums.shape[1:3]
+    vectors = rearrange(latents.astype(jnp.float32), "b (h r) (w s) c -> b h w 1 (r s c)", h=h, w=w)
+    return jnp.mean((vectors - jax.lax.stop_gradient(partial_sums)) ** 2)
+
+
+def cross_entropy(logits: jax.Array, codes: jax.Array) -> jax.Array:
+    """Cross-entropy (...) in nats of codes (...) under logits (..., K)."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def soft_cross_entropy(logits: jax.Array, soft_codes: jax.Array) -> jax.Array:
+    """Cross-entropy (...) in nats of soft codes (..., K) under logits (..., K) (paper, section 3.3).
+
+    As kakaobrain/rq-vae-transformer:soft_target_cross_entropy, 1e-7 is added inside the logarithm. Codes beyond a
+    depth's codebook have logit -inf and soft code 0, and count nothing.
+    """
+    logits = logits.astype(jnp.float32)
+    shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+    log_normaliser = jnp.log(jnp.exp(shifted).sum(-1, keepdims=True) + 1e-7)
+    inside = shifted > -jnp.inf
+    log_probabilities = jnp.where(inside, jnp.where(inside, shifted, 0.0) - log_normaliser, 0.0)
+    return -jnp.sum(soft_codes * log_probabilities, axis=-1)
+
+
+def sum_over_chunks(function: Callable[..., Any], arrays: Any, num_chunks: int) -> Any:
+    """Sum of `function` over slices of axis 1, recomputing each slice in the backward pass.
+
+    A loss whose intermediate arrays are much larger than its inputs (logits over K codes) so never holds more than one
+    slice of them. Axis 1 (positions) is sliced and not axis 0 (the batch), which may be sharded over devices.
+
+    Args:
+      function: maps a pytree of slices (B, T / num_chunks, ...) to a pytree of sums.
+      arrays: a pytree of arrays (B, T, ...).
+      num_chunks: a divisor of T.
+    """
+    if num_chunks == 1:
+        return function(arrays)
+
+    def split(array: jax.Array) -> jax.Array:
+        B, T = array.shape[:2]
+        return array.reshape(B, num_chunks, T // num_chunks, *array.shape[2:]).swapaxes(0, 1)
+
+    def step(total: Any, chunk: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.checkpoint(function)(chunk)), None
+
+    chunks = jax.tree.map(split, arrays)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], chunks))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return jax.lax.scan(step, zeros, chunks)[0]
+
+
+def num_loss_chunks(batch: int, positions: int, depth: int, codes: int, limit: int = 2**26) -> int:
+    """Fewest equal slices of `positions` whose (batch, slice, depth, codes) array has at most `limit` elements.
+
+    The default is 256 MB of float32 over the global batch; one position is the smallest slice.
+    """
+    fitting = [n for n in range(1, positions + 1) if positions % n == 0 and batch * (positions // n) * depth * codes <= limit]
+    return min(fitting, default=positions)

@@ -1,0 +1,56 @@
+"""The networks, built by name: `create("rqvae" | "rqtransformer", **settings)`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from rq_jax.models.rqtransformer import RQTransformer
+from rq_jax.models.rqvae import RQVAE
+
+MODELS = {"rqvae": RQVAE, "rqtransformer": RQTransformer}
+
+
+def create(name: str, **settings: Any) -> nn.Module:
+    """Build a model from its settings; they are checked here, before anything compiles.
+
+    Args:
+      name: a key of `MODELS`.
+      **settings: attributes of that model's class; lists become tuples, so that a model is hashable.
+
+    Returns:
+      A linen module. Its variables are plain nested dicts: {"params": ..., "codebook": ...}.
+
+    Raises:
+      ValueError: an unknown name or setting, a missing setting, or settings that do not fit together.
+    """
+    if name not in MODELS:
+        raise ValueError(f"model name: '{name}' is unknown; allowed are {', '.join(sorted(MODELS))}")
+    fields = {f.name: f for f in dataclasses.fields(MODELS[name]) if f.name not in ("parent", "name")}
+    unknown = sorted(set(settings) - set(fields))
+    if unknown:
+        raise ValueError(f"model.{unknown[0]}: unknown setting of '{name}'; allowed are {', '.join(sorted(fields))}")
+    missing = [k for k, f in fields.items() if f.default is dataclasses.MISSING and settings.get(k) is None]
+    if missing:
+        raise ValueError(f"model.{missing[0]}: '{name}' needs it and it is not set")
+    model = MODELS[name](**{key: _hashable(value) for key, value in settings.items()})
+    model.check()
+    return model
+
+
+def abstract_variables(model: nn.Module) -> dict[str, Any]:
+    """Shapes and dtypes of the model's variables, without computing them."""
+    return jax.eval_shape(lambda rng: init_variables(model, rng), jax.random.key(0))
+
+
+def init_variables(model: nn.Module, rng: jax.Array) -> dict[str, Any]:
+    """Fresh variables of the model, drawn from one key."""
+    return model.init(rng, *model.example_inputs())
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        raise ValueError(f"model settings are flat, but one is a mapping: {dict(value)}")
+    return tuple(_hashable(item) for item in value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,268 @@
+"""RQ-VAE: a convolutional autoencoder around a residual quantiser (Lee et al., CVPR 2022, section 3.1)."""
+
+import math
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rq_jax import quantize
+from rq_jax.nn.conv import AttentionBlock, Conv, Downsample, Norm, ResBlock, Upsample
+
+
+class RQVAEOutput(NamedTuple):
+    """Reconstruction (B, H, W, C), codes (B, h, w, D), latents on the latent grid, partial sums (B, h, w, D, E)."""
+
+    reconstruction: jax.Array
+    codes: jax.Array
+    latents: jax.Array
+    partial_sums: jax.Array
+
+
+class _Coder(nn.Module):
+    """What the encoder and the decoder share: their settings, their blocks, the middle of the network."""
+
+    width: int
+    width_multipliers: tuple[int, ...]
+    num_res_blocks: int
+    attention_levels: tuple[int, ...]
+    out_channels: int
+    use_resample_conv: bool = True
+    dropout: float = 0.0
+    use_remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def _res_block(self, features: int, train: bool, name: str) -> nn.Module:
+        block = nn.remat(ResBlock, prevent_cse=False) if self.use_remat and train else ResBlock
+        return block(features, self.dropout, train, self.dtype, name=name)
+
+    def _level(self, x, level: int, num_blocks: int, train: bool):
+        features = self.width * self.width_multipliers[level]
+        for i in range(num_blocks):
+            x = self._res_block(features, train, f"level{level}_block{i}")(x)
+            if level in self.attention_levels:
+                x = AttentionBlock(self.dtype, name=f"level{level}_attention{i}")(x)
+        return x
+
+    def _middle(self, x, train: bool):
+        x = self._res_block(x.shape[-1], train, "middle_block1")(x)
+        x = AttentionBlock(self.dtype, name="middle_attention")(x)
+        return self._res_block(x.shape[-1], train, "middle_block2")(x)
+
+    def _out(self, x):
+        x = nn.silu(Norm(self.dtype, name="norm_out")(x))
+        return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(x)
+
+
+class Encoder(_Coder):
+    """Pictures (B, H, W, C) to features (B, H/f, W/f, out_channels), f = 2^(levels - 1)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        x = Conv(self.width, dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
+        for level in range(len(self.width_multipliers)):
+            x = self._level(x, level, self.num_res_blocks, train)
+            if level + 1 < len(self.width_multipliers):
+                x = Downsample(self.use_resample_conv, self.dtype, name=f"level{level}_down")(x)
+        return self._out(self._middle(x, train))
+
+
+class Decoder(_Coder):
+    """Features to pictures; one more block a level than the encoder, from the coarsest level to the finest."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        features = self.width * self.width_multipliers[-1]
+        x = Conv(features, dtype=self.dtype, name="conv_in")(x.astype(self.dtype))
+        x = self._middle(x, train)
+        for level in reversed(range(len(self.width_multipliers))):
+            x = self._level(x, level, self.num_res_blocks + 1, train)
+            if level > 0:
+                x = Upsample(self.use_resample_conv, self.dtype, name=f"level{level}_up")(x)
+        return self._out(x)
+
+
+class RQVAE(nn.Module):
+    """Residual-quantised autoencoder. Images are NHWC in [-1, 1]; codes are (B, h, w, D) int32.
+
+    Attributes:
+      image_size: side of the pictures, or (H, W).
+      code_shape: (h, w, D). The latent grid is image_size / 2^(levels - 1); where it is finer than (h, w), patches of
+        latents are folded into the channels of one code vector.
+      code_dim: E, length of a code vector.
+      codebook_size: K, or one K_d per depth (separate codebooks).
+      in_channels: C.
+      width, width_multipliers, num_res_blocks: channels at the finest level, their factor per level, blocks per level.
+      attention_resolutions: heights of the feature maps that get attention, beside the middle of the network.
+      z_channels: channels between the coder and its 1x1 convolution; use_double_z doubles the encoder's.
+      use_resample_conv: convolutions in down- and upsampling.
+      use_shared_codebook, codebook_decay, use_restart, codebook_update, use_kmeans_init: see `ResidualQuantizer`.
+      use_remat: recompute the residual blocks in the backward pass.
+      dtype: of the networks, "float32" or "bfloat16"; the quantiser is float32 always.
+    """
+
+    image_size: int | tuple[int, int]
+    code_shape: tuple[int, int, int]
+    code_dim: int
+    codebook_size: int | tuple[int, ...]
+    in_channels: int = 3
+    width: int = 128
+    width_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (8,)
+    z_channels: int = 256
+    use_double_z: bool = False
+    use_resample_conv: bool = True
+    dropout: float = 0.0
+    use_shared_codebook: bool = True
+    codebook_decay: float | tuple[float, ...] = 0.99
+    use_restart: bool = True
+    codebook_update: str = "sequential"
+    use_kmeans_init: bool = False
+    use_remat: bool = False
+    dtype: str = "float32"
+
+    def setup(self):
+        self.check()
+        (H, W), factor = self.image_shape, self._downsampling
+        levels = range(len(self.width_multipliers))
+        common = dict(
+            width=self.width,
+            width_multipliers=self.width_multipliers,
+            num_res_blocks=self.num_res_blocks,
+            attention_levels=tuple(level for level in levels if H // 2**level in self.attention_resolutions),
+            use_resample_conv=self.use_resample_conv,
+            dropout=self.dropout,
+            use_remat=self.use_remat,
+            dtype=jnp.dtype(self.dtype),
+        )
+        h, w, depth = self.code_shape
+        latent_dim = self.code_dim // ((H // factor // h) * (W // factor // w))
+        self.encoder = Encoder(out_channels=self.z_channels * (2 if self.use_double_z else 1), **common)
+        self.decoder = Decoder(out_channels=self.in_channels, **common)
+        self.quant_conv = Conv(latent_dim, 1, dtype=jnp.dtype(self.dtype))
+        self.post_quant_conv = Conv(self.z_channels, 1, dtype=jnp.dtype(self.dtype))
+        self.quantizer = quantize.ResidualQuantizer(
+            codebook_size=self.codebook_size,
+            code_dim=self.code_dim,
+            depth=depth,
+            use_shared_codebook=self.use_shared_codebook,
+            decay=self.codebook_decay,
+            use_restart=self.use_restart,
+            codebook_update=self.codebook_update,
+            use_kmeans_init=self.use_kmeans_init,
+        )
+        nn.share_scope(self, self.quantizer)  # its variables stand directly in the collection "codebook"
+
+    def __call__(self, images: jax.Array, train: bool = False) -> RQVAEOutput:
+        """Encode, quantise, decode.
+
+        Args:
+          images: (B, H, W, C) in [-1, 1].
+          train: update the codebook (`mutable=["codebook"]`, rng stream "restart") and drop out (stream "dropout").
+
+        Returns:
+          `RQVAEOutput`; the reconstruction is linear, unclipped, with the straight-through gradient.
+        """
+        latents = self.encode(images, train)
+        vectors = quantize.fold_patches(latents, self.code_shape[:2])
+        result = self.quantizer(vectors, train)
+        quantized = quantize.unfold_patches(result.quantized, self.latent_grid)
+        return RQVAEOutput(self.decode(quantized, train), result.codes, latents, result.partial_sums)
+
+    def encode(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Latents on the latent grid, float32, after the 1x1 convolution and before quantisation."""
+        if images.shape[1:] != (*self.image_shape, self.in_channels):
+            expected = (*self.image_shape, self.in_channels)
+            raise ValueError(f"images: shape {images.shape} does not fit this model; it takes (B, {str(expected)[1:]}")
+        return self.quant_conv(self.encoder(images, train)).astype(jnp.float32)
+
+    def encode_to_codes(self, images: jax.Array) -> jax.Array:
+        """Codes (B, h, w, D) of images (B, H, W, C)."""
+        return self._quantize(self.encode(images)).codes
+
+    def decode(self, latents: jax.Array, train: bool = False) -> jax.Array:
+        """Images, float32, from latents on the latent grid (before the decoder's 1x1 convolution)."""
+        return self.decoder(self.post_quant_conv(latents), train).astype(jnp.float32)
+
+    def decode_codes(self, codes: jax.Array, depth: int | None = None) -> jax.Array:
+        """Images from codes (B, h, w, D), or from the first `depth` codes of every position.
+
+        Raises:
+          ValueError: codes of another shape, outside the codebook, or a depth outside 1..D.
+        """
+        expected = tuple(self.code_shape)
+        if codes.shape[1:] != expected:
+            raise ValueError(f"codes: shape {codes.shape} does not fit this model; it takes (B, {str(expected)[1:]}")
+        depth = expected[-1] if depth is None else depth
+        if not 1 <= depth <= expected[-1]:
+            raise ValueError(f"depth: {depth} is outside 1..{expected[-1]}, the code depth of this model")
+        vectors = quantize.lookup(codes[..., :depth], self.quantizer.codebook).sum(-2)
+        return self.decode(quantize.unfold_patches(vectors, self.latent_grid))
+
+    def soft_codes(
+        self, images: jax.Array, temperature: float, rng: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Soft codes (B, h, w, D, K) and codes (B, h, w, D) of images, see `quantize.soft_codes`."""
+        vectors = quantize.fold_patches(self.encode(images), self.code_shape[:2])
+        return quantize.soft_codes(vectors, self.quantizer.codebook, self.code_shape[-1], temperature, rng)
+
+    def reconstruct_by_depth(self, images: jax.Array) -> jax.Array:
+        """Reconstructions (D, B, H, W, C) from the first 1, 2, ..., D codes of every position (paper, figure 3)."""
+        sums = self._quantize(self.encode(images)).partial_sums
+        return jnp.stack(
+            [self.decode(quantize.unfold_patches(sums[..., d, :], self.latent_grid)) for d in range(sums.shape[-2])]
+        )
+
+    def _quantize(self, latents: jax.Array) -> quantize.ResidualCodes:
+        vectors = quantize.fold_patches(latents, self.code_shape[:2])
+        return quantize.residual_quantize(vectors, self.quantizer.codebook, self.code_shape[-1])
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(H, W)."""
+        return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+
+    @property
+    def latent_grid(self) -> tuple[int, int]:
+        """Height and width of the latents."""
+        H, W = self.image_shape
+        return H // self._downsampling, W // self._downsampling
+
+    @property
+    def _downsampling(self) -> int:
+        return 2 ** (len(self.width_multipliers) - 1)
+
+    def example_inputs(self, batch: int = 1) -> tuple[jax.Array, ...]:
+        """Arguments of `init`: zeros of the right shape."""
+        return (jnp.zeros((batch, *self.image_shape, self.in_channels)),)
+
+    def check(self) -> None:
+        """Refuse settings that do not fit together, each with one line."""
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"model.dtype: '{self.dtype}' is unknown; allowed are 'float32' and 'bfloat16'")
+        if len(self.code_shape) != 3 or min(self.code_shape) < 1:
+            raise ValueError(f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)")
+        for axis, size in zip("HW", self.image_shape, strict=True):
+            if size < 1 or size % self._downsampling:
+                raise ValueError(
+                    f"model.image_size: {axis} = {size} must be a positive multiple of {self._downsampling}, "
+                    f"the downsampling of {len(self.width_multipliers)} levels"
+                )
+        (h, w, depth), grid = self.code_shape, self.latent_grid
+        if grid[0] % h or grid[1] % w:
+            raise ValueError(f"model.code_shape: grid {(h, w)} does not divide the latent grid {grid}; choose divisors of it")
+        patch = grid[0] // h * (grid[1] // w)
+        if self.code_dim < 1 or self.code_dim % patch:
+            raise ValueError(
+                f"model.code_dim: {self.code_dim} must be a positive multiple of {patch}, the latents folded into one code vector"
+            )
+        quantize.check_settings(
+            quantize.ResidualQuantizer(
+                self.codebook_size, self.code_dim, depth, self.use_shared_codebook, self.codebook_decay,
+                codebook_update=self.codebook_update, parent=None,
+            )
+        )  # fmt: skip
+        if not 0 <= self.dropout < 1 or math.isnan(self.dropout):
+            raise ValueError(f"model.dropout: {self.dropout} is outside [0, 1)")

@@ -1,0 +1,1 @@
+"""Building blocks of the networks: convolutional blocks and the causal transformer stack."""

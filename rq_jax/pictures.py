@@ -1,0 +1,308 @@
+"""Pictures for a person to look at: grids, labels, captions, curves, and files written whole or not at all.
+
+Pictures are uint8 HWC arrays with one (grey) or three channels. PIL and matplotlib load when they are used.
+"""
+
+import io
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+WHITE = 255
+CAPTION_LINES = 3
+
+
+def to_uint8(images: Any) -> np.ndarray:
+    """Turns model images into bytes.
+
+    Args:
+      images: floats in [-1, 1], any shape, clipped where outside, NaN as black; uint8 stays as it is.
+
+    Returns:
+      uint8 in [0, 255], same shape.
+
+    Raises:
+      ValueError: other integers, of which nobody knows the range.
+    """
+    images = np.asarray(images)
+    if images.dtype == np.uint8:
+        return images
+    if images.dtype.kind in "iub":
+        raise ValueError(f"images have dtype {images.dtype}: give floats in [-1, 1] or uint8")
+    unit = np.clip(0.5 * images.astype(np.float32) + 0.5, 0.0, 1.0)
+    return np.rint(np.nan_to_num(255.0 * unit)).astype(np.uint8)
+
+
+def grid(images: Any, columns: int, padding: int = 2, scale: int = 1) -> np.ndarray:
+    """Lays images out in rows, on white.
+
+    Args:
+      images: (B, H, W, C), uint8 or floats in [-1, 1]; C is 1 or 3.
+      columns: images in a row; a last row that is not full ends in white.
+      padding: white pixels between the images and around them.
+      scale: whole factor by which each image is enlarged, nearest neighbour.
+
+    Returns:
+      uint8 HWC with the images' number of channels.
+
+    Raises:
+      ValueError: no image, a shape other than (B, H, W, 1 or 3), columns or scale below 1.
+    """
+    cells = _cells(images, "images", scale)
+    if columns < 1:
+        raise ValueError(f"columns={columns}: give 1 or more")
+    B, H, W, C = cells.shape
+    rows, columns = -(-B // columns), min(columns, B)
+    sheet = np.full((padding + rows * (H + padding), padding + columns * (W + padding), C), WHITE, np.uint8)
+    for index, cell in enumerate(cells):
+        top, left = padding + (index // columns) * (H + padding), padding + (index % columns) * (W + padding)
+        sheet[top : top + H, left : left + W] = cell
+    return sheet
+
+
+def labelled_grid(rows: Mapping[str, Any], scale: int = 1, padding: int = 2) -> np.ndarray:
+    """Lays out one row of images per label, the label at the left: a reconstruction by code depth, for one.
+
+    Args:
+      rows: label -> images (B, H, W, C), uint8 or floats in [-1, 1]; only B may differ from row to row.
+      scale: whole factor by which each image is enlarged, nearest neighbour.
+      padding: white pixels between the images and around them.
+
+    Returns:
+      uint8 HWC, three channels.
+
+    Raises:
+      ValueError: no rows, images of two sizes, or images that `grid` refuses.
+    """
+    from PIL import Image, ImageDraw
+
+    if not rows:
+        raise ValueError("rows is empty: give at least one label with its images")
+    cells = {label: _cells(images, f"row {label!r}", scale) for label, images in rows.items()}
+    sizes = {label: images.shape[1:3] for label, images in cells.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"rows hold images of several sizes {sizes}: give one height and width")
+    strips = {label: _rgb(grid(images, len(images), padding)) for label, images in cells.items()}
+
+    H = next(iter(sizes.values()))[0]
+    font = _font(H)
+    boxes = {label: _text_size(label, font) for label in rows}
+    label_width = max(width for width, _ in boxes.values()) + 2 * padding
+    heights = [max(strips[label].shape[0], boxes[label][1] + padding) for label in rows]
+    width = label_width + max(strip.shape[1] for strip in strips.values())
+    sheet = Image.new("RGB", (width, sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for label, height, top in zip(rows, heights, itertools.accumulate(heights, initial=0), strict=False):
+        strip = Image.fromarray(strips[label])
+        draw.text((padding, top + height // 2), label, "black", font, anchor="lm")
+        sheet.paste(strip, (label_width, top + (height - strip.height) // 2))
+    return np.asarray(sheet)
+
+
+def captioned_grid(
+    images: Any, captions: Sequence[str], columns: int, scale: int = 1, padding: int = 4
+) -> np.ndarray:
+    """Lays images out in rows, each with its caption below, wrapped to the image's width.
+
+    Args:
+      images: (B, H, W, C), uint8 or floats in [-1, 1]; C is 1 or 3.
+      captions: one per image; what does not fit into three lines ends in "...".
+      columns: images in a row.
+      scale: whole factor by which each image is enlarged, nearest neighbour.
+      padding: white pixels between the images and around them.
+
+    Returns:
+      uint8 HWC, three channels.
+
+    Raises:
+      ValueError: not one caption per image, or images that `grid` refuses.
+    """
+    from PIL import Image, ImageDraw
+
+    cells = _rgb(_cells(images, "images", scale))
+    B, H, W, _ = cells.shape
+    if len(captions) != B:
+        raise ValueError(f"{len(captions)} captions for {B} images: give one per image")
+    font = _font(H)
+    texts = [_wrap(caption, font, W) for caption in captions]
+    text_height = max(_text_size(text, font)[1] for text in texts) + padding
+    captioned = np.full((B, H + text_height, W, 3), WHITE, np.uint8)
+    for index, (cell, text) in enumerate(zip(cells, texts, strict=True)):
+        canvas = Image.fromarray(captioned[index])
+        canvas.paste(Image.fromarray(cell), (0, 0))
+        middle = (W // 2, H + padding // 2)
+        ImageDraw.Draw(canvas).text(middle, text, "black", font, anchor="ma", align="center")
+        captioned[index] = np.asarray(canvas)
+    return grid(captioned, columns, padding)
+
+
+def curves(metrics_jsonl_path: str | os.PathLike, names: Sequence[str], out_path: str | os.PathLike) -> None:
+    """Draws metrics against the step, a panel for each, as PNG.
+
+    Args:
+      metrics_jsonl_path: the log that `progress.MetricWriter` wrote.
+      names: metrics to draw; non-finite values leave a gap.
+      out_path: PNG file to write.
+
+    Raises:
+      FileNotFoundError: no such log.
+      ValueError: no names, or a name that the log does not hold.
+    """
+    from matplotlib.figure import Figure
+
+    if not names:
+        raise ValueError("names is empty: give at least one metric to draw")
+    logged = read_metrics(metrics_jsonl_path)
+    unknown = [name for name in names if name not in logged]
+    if unknown:
+        raise ValueError(f"{metrics_jsonl_path} holds no {unknown}: choose from {sorted(logged)}")
+    columns = min(3, len(names))
+    rows = -(-len(names) // columns)
+    # A Figure of its own, not pyplot: no global state and no window.
+    figure = Figure(figsize=(4.5 * columns, 3.0 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, name in zip(panels, names, strict=False):
+        steps, values = logged[name]
+        panel.plot(steps, values, marker="." if len(steps) == 1 else None)
+        panel.set(title=name, xlabel="step")
+        panel.grid(alpha=0.3)
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    write_atomic(out_path, buffer.getvalue())
+
+
+def read_metrics(metrics_jsonl_path: str | os.PathLike) -> dict[str, tuple[list[int], list[float]]]:
+    """Reads the log of a run.
+
+    Args:
+      metrics_jsonl_path: the log that `progress.MetricWriter` wrote; a last line without an end is left out.
+
+    Returns:
+      Metric name -> (steps, values), in the order of the log.
+
+    Raises:
+      FileNotFoundError: no such log.
+    """
+    logged: dict[str, tuple[list[int], list[float]]] = {}
+    for line in Path(metrics_jsonl_path).read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            break
+        record = json.loads(line)
+        step = record.pop("step")
+        for name, value in record.items():
+            steps, values = logged.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(float(value))
+    return logged
+
+
+def encode_png(array: Any) -> bytes:
+    """Encodes one picture.
+
+    Args:
+      array: uint8 (H, W, C) with C 1 or 3.
+
+    Returns:
+      The bytes of a PNG file.
+
+    Raises:
+      ValueError: another dtype or shape.
+    """
+    from PIL import Image
+
+    array = np.asarray(array)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3):
+        raise ValueError(f"picture is {array.dtype} {array.shape}: give uint8 (H, W, 1 or 3)")
+    buffer = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def save_png(path: str | os.PathLike, array: Any) -> None:
+    """Writes one picture as PNG, whole or not at all, making the directory where it is missing.
+
+    Args:
+      path: file to write; an older one is replaced.
+      array: uint8 (H, W, C) with C 1 or 3.
+
+    Raises:
+      ValueError: another dtype or shape.
+    """
+    write_atomic(path, encode_png(array))
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a file whole or not at all, making its directory where it is missing.
+
+    Args:
+      path: file to write; an older one stays until the new one is complete.
+      data: what the file shall hold.
+
+    Raises:
+      OSError: the disk is full or may not be written; nothing half written is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _cells(images: Any, what: str, scale: int) -> np.ndarray:
+    """Checked and enlarged uint8 images (B, H, W, C)."""
+    images = to_uint8(images)
+    if images.ndim != 4 or 0 in images.shape or images.shape[-1] not in (1, 3):
+        raise ValueError(f"{what} have shape {images.shape}: give (B, H, W, 1 or 3), none of them 0")
+    if scale < 1:
+        raise ValueError(f"scale={scale}: give a whole number, 1 or more")
+    return images.repeat(scale, axis=1).repeat(scale, axis=2)
+
+
+def _rgb(images: np.ndarray) -> np.ndarray:
+    return np.broadcast_to(images, (*images.shape[:-1], 3))
+
+
+def _font(cell_height: int) -> Any:
+    """A font that suits cells of this height: small enough to fit, large enough to be read."""
+    from PIL import ImageFont
+
+    return ImageFont.load_default(min(max(cell_height // 6, 10), 20))
+
+
+def _text_size(text: str, font: Any) -> tuple[int, int]:
+    from PIL import Image, ImageDraw
+
+    _, _, right, bottom = ImageDraw.Draw(Image.new("L", (1, 1))).multiline_textbbox((0, 0), text, font)
+    return int(np.ceil(right)), int(np.ceil(bottom))
+
+
+def _wrap(text: str, font: Any, width: int) -> str:
+    """Breaks a text at spaces, and inside a word only where the word alone is too wide."""
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) > CAPTION_LINES:
+        lines = lines[:CAPTION_LINES]
+        while lines[-1] and font.getlength(lines[-1] + "...") > width:
+            lines[-1] = lines[-1][:-1]
+        lines[-1] += "..."
+    return "\n".join(lines)

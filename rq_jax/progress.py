@@ -1,0 +1,347 @@
+"""What a run tells while it goes on: a progress bar, rates, and metrics on disk. It knows no model."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from rq_jax.pictures import encode_png, write_atomic
+
+METRICS_FILE = "metrics.jsonl"
+LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """A bar over training steps, encoded or sampled images: count, rate, time left and a few scalars.
+
+    On a terminal it is tqdm's bar; elsewhere (a log file, a batch queue) a plain line every `line_seconds`.
+
+    Args:
+      total: count at which the work is done.
+      start: count that an earlier run has done already; the rate leaves it out.
+      unit: what is counted, for instance "step" or "image".
+      title: words in front of the bar.
+      enabled: False shows nothing; of several hosts only the first shows a bar.
+      line_seconds: seconds between two lines where there is no terminal.
+      stream: where to show it; None is stderr.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        unit: str = "step",
+        title: str = "",
+        enabled: bool = True,
+        line_seconds: float = 30.0,
+        stream: TextIO | None = None,
+    ):
+        from tqdm import tqdm
+
+        stream = sys.stderr if stream is None else stream
+        common = {"total": total, "initial": start, "unit": f" {unit}", "desc": title, "file": stream}
+        if not enabled:
+            self._bar = None
+        elif stream.isatty():
+            self._bar = tqdm(mininterval=0.5, dynamic_ncols=True, **common)
+        else:
+            self._bar = _Lines(tqdm.format_meter, line_seconds, **common)
+
+    def update(self, count: int = 1, **scalars: float) -> None:
+        """Counts work that is done.
+
+        Args:
+          count: how much more is done.
+          **scalars: shown beside the bar from now on. A device array is waited for: give numbers of the host.
+        """
+        if self._bar is None:
+            return
+        if scalars:
+            self._bar.set_postfix({name: float(value) for name, value in scalars.items()}, refresh=False)
+        self._bar.update(count)
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bar, which stays whole."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._bar.fp)
+
+    def close(self) -> None:
+        """Shows the last count and ends the line; a second call does nothing."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Lines:
+    """As much of tqdm's interface as `Progress` needs, for a stream that is no terminal."""
+
+    def __init__(self, format_meter: Callable, seconds: float, initial: int, desc: str, file: TextIO, **meter):
+        self.fp = file
+        self._format = partial(format_meter, bar_format=LINE_FORMAT, initial=initial, prefix=desc, **meter)
+        self._seconds = seconds
+        self._count, self._postfix = initial, ""
+        self._start = self._shown_at = time.monotonic()
+        self._shown_count = initial
+
+    def set_postfix(self, scalars: Mapping[str, float], refresh: bool) -> None:
+        self._postfix = ", ".join(f"{name}={value:.4g}" for name, value in scalars.items())
+
+    def update(self, count: int) -> None:
+        self._count += count
+        if time.monotonic() - self._shown_at >= self._seconds:
+            self._show()
+
+    def write(self, text: str, file: TextIO) -> None:
+        file.write(f"{text}\n")
+        file.flush()
+
+    def close(self) -> None:
+        self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        # The rate since the last line, so that compilation does not spoil the time left for ever.
+        rate = (self._count - self._shown_count) / max(now - self._shown_at, 1e-9)
+        elapsed = now - self._start
+        line = self._format(n=self._count, elapsed=elapsed, rate=rate or None, postfix=self._postfix)
+        self.write(line, self.fp)
+        self._shown_at, self._shown_count = now, self._count
+
+
+class Rate:
+    """Steps and images per second between two log points.
+
+    Args:
+      images_per_step: images that one step of the whole run works on (the global batch).
+      step: steps done when measuring starts.
+      clock: seconds that never run backwards.
+    """
+
+    def __init__(self, images_per_step: int, step: int = 0, clock: Callable[[], float] = time.monotonic):
+        self._images_per_step = images_per_step
+        self._clock = clock
+        self.restart(step)
+
+    def restart(self, step: int) -> None:
+        """Starts anew at `step`: call it after an evaluation or a checkpoint, whose time is not training."""
+        self._step, self._time = step, self._clock()
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Gives the rates since the last log point, and starts anew.
+
+        Args:
+          step: steps done so far; the device must have finished them, or the figures are too high.
+
+        Returns:
+          {"steps_per_second", "images_per_second"}; empty where no step was made in between.
+        """
+        steps, seconds = step - self._step, self._clock() - self._time
+        self.restart(step)
+        if steps <= 0 or seconds <= 0:
+            return {}
+        rate = steps / seconds
+        return {"steps_per_second": rate, "images_per_second": rate * self._images_per_step}
+
+
+class MetricWriter:
+    """Scalars, pictures and hyperparameters of a run on disk, with the interface of clu's metric writers.
+
+    Writes `metrics.jsonl` (a line per call), `pictures/<name>_<step>.png`, `hparams.json`, and event
+    files for TensorBoard where tensorboardX is installed. A disk that is full or read-only costs metrics, never the run: one
+    warning is logged, and each later call tries again.
+
+    Args:
+      directory: the run's directory.
+      enabled: False writes nothing; of several hosts only the first writes.
+    """
+
+    def __init__(self, directory: str | os.PathLike, enabled: bool = True):
+        self._directory = Path(directory)
+        self._enabled = enabled
+        self._summary = _tensorboard_summary() if enabled else None
+        self._events = None
+        self._first_step = None
+        self._warned = False
+
+    def truncate_after(self, step: int) -> None:
+        """Drops what was logged after `step`; a run that resumes there calls it before it writes.
+
+        Args:
+          step: last step whose lines stay. TensorBoard hides the events of later steps.
+        """
+        if not self._enabled:
+            return
+        self.close()
+        self._first_step = step + 1
+        path = self._directory / METRICS_FILE
+        with self._tolerate_full_disk():
+            if path.exists():
+                lines = path.read_bytes().splitlines(keepends=True)
+                write_atomic(path, b"".join(line for line in lines if _step_of(line) <= step))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Logs scalars.
+
+        Args:
+          step: the step they belong to.
+          scalars: name -> number or array of one number; not finite becomes "nan", "inf" or "-inf".
+
+        Raises:
+          ValueError: a value that is not one number, or the name "step".
+        """
+        if not self._enabled:
+            return
+        values = {name: _number(name, value) for name, value in scalars.items()}
+        record = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        with self._tolerate_full_disk():
+            _append_line(self._directory / METRICS_FILE, json.dumps({"step": int(step), **record}))
+        self._add_events("scalar", step, values)
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Writes a PNG file per picture.
+
+        Args:
+          step: the step they belong to.
+          images: name -> uint8 (H, W, C) with C 1 or 3; a file's name has "_" for "/" and the like.
+
+        Raises:
+          ValueError: another dtype or shape.
+        """
+        if not self._enabled:
+            return
+        for name, image in images.items():
+            png = encode_png(image)
+            file_name = f"{re.sub(r'[^A-Za-z0-9.-]', '_', name)}_{int(step):08d}.png"
+            with self._tolerate_full_disk():
+                write_atomic(self._directory / "pictures" / file_name, png)
+        self._add_events("image", step, images, dataformats="HWC")
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Writes the run's hyperparameters.
+
+        Args:
+          hparams: name -> whatever JSON holds; other values are written as their text.
+        """
+        if not self._enabled:
+            return
+        text = json.dumps(hparams, indent=2, default=str)
+        with self._tolerate_full_disk():
+            write_atomic(self._directory / "hparams.json", f"{text}\n".encode())
+        self._add_events("text", 0, {"hparams": f"```\n{text}\n```"})
+
+    def flush(self) -> None:
+        """Puts buffered TensorBoard events on disk; everything else is there as soon as it is written."""
+        with self._tolerate_full_disk():
+            if self._events is not None:
+                self._events.flush()
+
+    def close(self) -> None:
+        """Flushes and closes the event file; a later write opens a new one."""
+        events, self._events = self._events, None
+        with self._tolerate_full_disk():
+            if events is not None:
+                events.close()
+
+    def _add_events(self, kind: str, step: int, values: Mapping[str, Any], **options: str) -> None:
+        if self._summary is None:
+            return
+        summaries = [getattr(self._summary, kind)(name, value, **options) for name, value in values.items()]
+        # Taken out until the write succeeds: an event file with a torn record is never written to again.
+        events, self._events = self._events, None
+        with self._tolerate_full_disk():
+            events = events or _EventFile(self._directory, self._first_step)
+            for summary in summaries:
+                events.add(step, summary=summary)
+            self._events, self._first_step = events, None
+
+    @contextlib.contextmanager
+    def _tolerate_full_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._warned:
+                logger.warning("Cannot write metrics to %s: %s. The run goes on.", self._directory, error)
+            self._warned = True
+
+
+class _EventFile:
+    """TensorBoard events, written in the calling thread.
+
+    tensorboardX's SummaryWriter gives them to a thread of its own, which dies on a full disk: its queue fills
+    and the run waits for ever.
+    """
+
+    def __init__(self, directory: Path, first_step: int | None):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._event_type = Event
+        # The library's file names count whole seconds: a file made in the same second would replace this one.
+        self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{time.time_ns()}")
+        if first_step is not None:
+            self.add(first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, **content: Any) -> None:
+        self._writer.write_event(self._event_type(wall_time=time.time(), step=int(step), **content))
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _tensorboard_summary() -> Any:
+    """tensorboardX's maker of summaries, or None where the package is not installed."""
+    try:
+        from tensorboardX import summary
+    except ImportError:
+        return None
+    return summary
+
+
+def _append_line(path: Path, line: str) -> None:
+    """Appends a line, first cutting off one that a killed run or a full disk left half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.truncate(path.read_bytes().rfind(b"\n") + 1)
+        file.write(f"{line}\n".encode())
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line of the log; infinite for a line that nobody can read."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _number(name: str, value: Any) -> float:
+    if name == "step":
+        raise ValueError('metric named "step": that name holds the step of the line, choose another')
+    try:
+        return float(np.asarray(value).reshape(()))
+    except (TypeError, ValueError):
+        raise ValueError(f"metric {name}={value!r} is not one number: give a scalar") from None

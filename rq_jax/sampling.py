@@ -1,0 +1,242 @@
+"""Sampling from an RQ-Transformer: the filter, one compiled program for a batch of code grids, and re-ranking.
+
+The model enters as an argument: it is only asked for its methods `init_cache`, `spatial`, `depth` and `classify`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def filter_logits(
+    logits: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    top_k: int | jax.Array | None = None,
+    top_p: float | jax.Array | None = None,
+) -> jax.Array:
+    """Probabilities to draw from: temperature, then top-k, softmax, top-p, renormalised (paper, appendix B).
+
+    The order is that of kakaobrain/rq-vae-transformer:sample_from_logits. All values are traced: changing them never
+    recompiles a program.
+
+    Args:
+      logits: (..., K); computed in float32, NaN counts as -inf.
+      temperature: at least 0; 0 is the argmax (its first index).
+      top_k: keep logits at or above the k-th largest, ties included; None or more than K keeps all.
+      top_p: keep the most probable items until their sum reaches p, the one that reaches it included; None keeps all.
+        Of equal items the first index counts as the more probable.
+
+    Returns:
+      Probabilities (..., K), float32.
+
+    Raises:
+      ValueError: a concrete value out of range.
+    """
+    check_filter(temperature, top_k, top_p)
+    K = logits.shape[-1]
+    logits = logits.astype(jnp.float32)
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    best = jax.nn.one_hot(jnp.argmax(logits, -1), K)
+    greedy = jnp.asarray(temperature) == 0
+    logits = logits / jnp.where(greedy, 1.0, temperature)
+    top_k = jnp.minimum(K if top_k is None else top_k, K)
+    top_p = jnp.asarray(1.0 if top_p is None else top_p, jnp.float32)
+    filters = jnp.any(top_k < K) | jnp.any(top_p < 1)
+    probabilities = jax.lax.cond(filters, _cut, lambda x, k, p: jax.nn.softmax(x, -1), logits, top_k, top_p)
+    return jnp.where(greedy, best, probabilities)
+
+
+def _cut(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Top-k, softmax, top-p on sorted values. In its own branch: without a filter nothing is sorted."""
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    sorted_logits = jnp.take_along_axis(logits, order, -1)
+    kth = jnp.take_along_axis(sorted_logits, jnp.broadcast_to(top_k - 1, (*logits.shape[:-1], 1)), -1)
+    sorted_probabilities = jax.nn.softmax(jnp.where(sorted_logits >= kth, sorted_logits, -jnp.inf), -1)
+    sums = jnp.cumsum(sorted_probabilities, -1)
+    reached = (sums >= top_p) & (top_p < 1)  # at 1 nothing is cut: rounding of the sum must not cut the tail
+    keep = jnp.concatenate([jnp.ones_like(reached[..., :1]), ~reached[..., :-1]], -1)
+    kept = jnp.where(keep, sorted_probabilities, 0.0)
+    ranks = jnp.argsort(order, axis=-1)
+    return jnp.take_along_axis(kept / kept.sum(-1, keepdims=True), ranks, -1)
+
+
+def check_filter(temperature: Any, top_k: Any, top_p: Any) -> None:
+    """Refuse concrete filter values out of range, with one line each; traced ones pass."""
+    _check("temperature", temperature, lambda v: v >= 0, "must be at least 0 (0 takes the most probable code)")
+    _check("top_k", top_k, lambda v: v >= 1, "must be at least 1; leave it out to keep all codes")
+    _check("top_p", top_p, lambda v: (v >= 0) & (v <= 1), "is outside [0, 1]; leave it out to keep all codes")
+
+
+def _check(name, value, allowed, message):
+    if value is None or isinstance(value, jax.core.Tracer):
+        return
+    values = np.asarray(value, np.float64)
+    if not np.all(allowed(values)):  # also refuses NaN
+        raise ValueError(f"{name}: {value} {message}")
+
+
+def generate(
+    model: Any,
+    variables: Any,
+    rng: jax.Array,
+    num_images: int,
+    cond: jax.Array | None = None,
+    *,
+    image_ids: jax.Array | None = None,
+    temperature: Any = 1.0,
+    top_k: Any = None,
+    top_p: Any = None,
+    guidance: float | None = None,
+    prefix: jax.Array | None = None,
+) -> jax.Array:
+    """Draw code grids, as one compiled program a (model, batch shape, prefix length).
+
+    Every draw depends on (rng, image id) alone: in float32 the codes of an image are the same at any batch size,
+    order and device count; in bfloat16 at equal batch shape.
+
+    Args:
+      model: an `RQTransformer`.
+      variables: its variables, with the tokenizer's codebook.
+      rng: key.
+      num_images: n.
+      cond: int (n, U), or (n, 1) / (n,) for classes; None when unconditional.
+      image_ids: int (n,), default arange(n).
+      temperature, top_k, top_p: one value, or one per depth; see `filter_logits`.
+      guidance: scale g of classifier-free guidance: the logits are u + g (c - u), with u those of the null condition;
+        for models with `use_null_cond`. None: off.
+      prefix: codes (n, T0, D) of the first T0 positions in raster order, which are kept.
+
+    Returns:
+      Codes (n, h, w, D), int32.
+
+    Raises:
+      ValueError: a value out of range or of the wrong shape, before anything compiles.
+    """
+    D = model.code_shape[-1]
+    check_filter(temperature, top_k, top_p)
+    image_ids = np.arange(num_images) if image_ids is None else image_ids
+    if np.shape(image_ids) != (num_images,):
+        raise ValueError(f"image_ids: shape {np.shape(image_ids)} does not fit num_images {num_images}; give one id an image")
+    cond = _check_cond(model, cond, num_images)
+    prefix = _check_prefix(model, prefix, num_images)
+    if guidance is not None and not model.use_null_cond:
+        raise ValueError(f"guidance: {guidance} needs a model trained with use_null_cond; leave it out for this one")
+    K = max(model.codebook_sizes)
+    settings = (
+        _per_depth("temperature", temperature, D, jnp.float32),
+        _per_depth("top_k", K if top_k is None else np.minimum(top_k, K), D, jnp.int32),
+        _per_depth("top_p", 1.0 if top_p is None else top_p, D, jnp.float32),
+    )
+    guidance = None if guidance is None else jnp.float32(guidance)
+    return _generate(model, variables, rng, jnp.asarray(image_ids), cond, settings, guidance, prefix)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _generate(model, variables, rng, image_ids_B, cond_BU, settings, guidance, prefix_BPD):
+    (h, w, D), B = model.code_shape, image_ids_B.shape[0]
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, image_ids_B)
+    if guidance is not None:  # both halves in one batch
+        cond_BU = jnp.concatenate([cond_BU, jnp.full_like(cond_BU, model.cond_vocab_size)])
+        prefix_BPD = jnp.concatenate([prefix_BPD, prefix_BPD])
+
+    def apply(method, *args):
+        return model.apply(variables, *args, method=method)
+
+    def draw_position(context, cache, position):
+        """Codes (B, D) of one position: the depth stack, one code after the other."""
+        codes_Bd = jnp.zeros((B, 0), jnp.int32)
+        for d in range(D):
+            known = codes_Bd if guidance is None else jnp.concatenate([codes_Bd, codes_Bd])
+            hidden, cache = apply("depth", context, known, cache)
+            logits = apply("classify", hidden, d)
+            if guidance is not None:
+                with_cond, without = jnp.split(logits, 2)
+                logits = without + guidance * (with_cond - without)
+            draws_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, position * D + d)
+            code_B = _draw(draws_B, filter_logits(logits, *(values_D[d] for values_D in settings)))
+            codes_Bd = jnp.concatenate([codes_Bd, code_B[:, None]], axis=1)
+        return codes_Bd, cache
+
+    def step(carry, position):
+        codes_BD, cache = carry
+        tokens = codes_BD if guidance is None else jnp.concatenate([codes_BD, codes_BD])
+        context, _, cache = apply("spatial", tokens[:, None], None, cache)
+        codes_BD, cache = draw_position(context[:, 0], cache, position)
+        return (codes_BD, cache), codes_BD
+
+    P = prefix_BPD.shape[1]
+    cache = apply("init_cache", cond_BU.shape[0])
+    # The last prefix position is the first step's input only if there is a step left to make.
+    context, _, cache = apply("spatial", prefix_BPD[:, : h * w - 1], cond_BU, cache)
+    prefix_BPD = prefix_BPD[:B]
+    if P == h * w:
+        return prefix_BPD.reshape(B, h, w, D)
+    first_BD, cache = draw_position(context[:, -1], cache, P)
+    _, rest_TBD = jax.lax.scan(step, (first_BD, cache), jnp.arange(P + 1, h * w))
+    codes = jnp.concatenate([prefix_BPD, first_BD[:, None], rest_TBD.swapaxes(0, 1)], axis=1)
+    return codes.reshape(B, h, w, D)
+
+
+def _draw(keys_B: jax.Array, probabilities_BK: jax.Array) -> jax.Array:
+    """One code an image by the Gumbel trick; codes of probability 0 are never drawn."""
+    noise_BK = jax.vmap(lambda key: jax.random.gumbel(key, probabilities_BK.shape[-1:]))(keys_B)
+    return jnp.argmax(jnp.log(probabilities_BK) + noise_BK, axis=-1).astype(jnp.int32)
+
+
+def _per_depth(name: str, value: Any, depth: int, dtype: Any) -> jax.Array:
+    value = np.asarray(value)
+    if value.shape not in ((), (1,), (depth,)):
+        raise ValueError(f"{name}: {value.tolist()} has shape {value.shape}; give one value, or {depth}, one per depth")
+    return jnp.broadcast_to(jnp.asarray(value, dtype), (depth,))
+
+
+def _check_cond(model: Any, cond: Any, num_images: int) -> jax.Array:
+    if cond is None:
+        if model.is_conditional:
+            raise ValueError(f"cond: this model needs a condition of shape ({num_images}, {model.cond_length}), none was given")
+        return jnp.zeros((num_images, 1), jnp.int32)
+    if not model.is_conditional:
+        raise ValueError("cond: this model is unconditional; leave the condition out")
+    cond = np.asarray(cond)
+    cond = cond[:, None] if cond.ndim == 1 else cond
+    if cond.shape != (num_images, model.cond_length):
+        raise ValueError(f"cond: shape {cond.shape} does not fit; allowed is {(num_images, model.cond_length)}")
+    bad = cond[(cond < 0) | (cond >= model.cond_vocab_size)]
+    if bad.size:
+        what = "class" if model.cond_length == 1 else "condition token"
+        raise ValueError(f"cond: {what} {bad[0]} is outside [0, {model.cond_vocab_size})")
+    return jnp.asarray(cond, jnp.int32)
+
+
+def _check_prefix(model: Any, prefix: Any, num_images: int) -> jax.Array:
+    h, w, D = model.code_shape
+    if prefix is None:
+        return jnp.zeros((num_images, 0, D), jnp.int32)
+    prefix = np.asarray(prefix)
+    if prefix.ndim != 3 or prefix.shape[0] != num_images or prefix.shape[2] != D or prefix.shape[1] > h * w:
+        raise ValueError(f"prefix: shape {prefix.shape} does not fit; allowed is ({num_images}, 0..{h * w}, {D})")
+    bad = (prefix < 0) | (prefix >= np.asarray(model.codebook_sizes))
+    if bad.any():
+        d = int(np.argwhere(bad)[0][-1])
+        raise ValueError(f"prefix: code {prefix[bad][0]} is outside [0, {model.codebook_sizes[d]}), the codebook of depth {d}")
+    return jnp.asarray(prefix, jnp.int32)
+
+
+def keep_best(items: Any, scores: jax.Array, keep: int) -> tuple[Any, jax.Array]:
+    """Rejection sampling: the `keep` items of highest score, best first (paper, section 4.1).
+
+    Args:
+      items: a pytree of arrays (n, ...), such as codes and images.
+      scores: (n,), such as a classifier's probability of the wanted class.
+      keep: 1..n.
+
+    Returns:
+      The kept items (keep, ...) and their indices (keep,).
+    """
+    if not 1 <= keep <= scores.shape[0]:
+        raise ValueError(f"keep: {keep} is outside 1..{scores.shape[0]}, the number of scores")
+    indices = jnp.argsort(-jnp.asarray(scores), stable=True)[:keep]
+    return jax.tree.map(lambda array: array[indices], items), indices

