@@ -17,9 +17,9 @@ setup: $(INSTALLED)
 $(INSTALLED): requirements.lock setup.py
 	test -x $(PYTHON) || $(PY) -m venv $(VENV)
 	{ $(PYTHON) -m pip install --quiet uv \
-	  && export UV_PYTHON_DOWNLOADS=never VIRTUAL_ENV="$(CURDIR)/$(VENV)" \
-	  && $(VENV)/bin/uv pip install --compile-bytecode --require-hashes -r requirements.lock \
-	  && $(VENV)/bin/uv pip install --no-deps -e . ; } \
+	  && export UV_PYTHON_DOWNLOADS=never \
+	  && $(VENV)/bin/uv pip install --python $(PYTHON) --compile-bytecode --require-hashes -r requirements.lock \
+	  && $(VENV)/bin/uv pip install --python $(PYTHON) --no-deps -e . ; } \
 	|| { $(PYTHON) -m pip install --require-hashes -r requirements.lock \
 	  && $(PYTHON) -m pip install --no-deps -e . ; }
 	touch $@

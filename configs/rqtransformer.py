@@ -66,6 +66,8 @@ IMAGENET = {
     "data.label_key": "label",
     "tokenizer_preset": "imagenet256",
 }
+# The speed comparison draws from the whole distribution.
+THROUGHPUT = {**IMAGENET, "sample.top_k": None, "sample.top_p": None}
 IMAGENET_1400M = {**IMAGENET, **LARGE_BATCH_BIG_MODEL, **_size(1536, 24, 42, 6)}
 IMAGENET_3800M = {
     **IMAGENET,
@@ -165,17 +167,17 @@ PRESETS: dict[str, common.Overrides] = {
         "data.name": "cc3m_cc12m_yfcc",
     },
     # Models of the speed comparison.
-    "throughput_huge": IMAGENET_1400M,
-    "throughput_large": {**IMAGENET, **_size(1536, 24, 24, 4)},
-    "throughput_medium": {**IMAGENET, **_size(1024, 16, 24, 4)},
-    "throughput_small": {**IMAGENET, **_size(512, 8, 24, 4)},
+    "throughput_huge": {**THROUGHPUT, **_size(1536, 24, 42, 6)},
+    "throughput_large": {**THROUGHPUT, **_size(1536, 24, 24, 4)},
+    "throughput_medium": {**THROUGHPUT, **_size(1024, 16, 24, 4)},
+    "throughput_small": {**THROUGHPUT, **_size(512, 8, 24, 4)},
     "throughput_vqgan_large": {
-        **IMAGENET,
+        **THROUGHPUT,
         **_size(1664, 16, 24, 0),
         "tokenizer_preset": "imagenet256_f16_vq1024",
     },
     "throughput_vqgan_huge": {
-        **IMAGENET,
+        **THROUGHPUT,
         **_size(1536, 24, 48, 0),
         "tokenizer_preset": "imagenet256_f16_vq16384",
     },
@@ -231,6 +233,7 @@ def base() -> ConfigDict:
         "temperature": 0.5,
         "image_weight": 1.0,
         "text_weight": 0.0,
+        "cond_dropout": 0.0,
     }
     config.loop.early_stopping_evaluations = 0
     config.loop.use_latent_cache = False

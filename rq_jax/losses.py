@@ -53,7 +53,7 @@ def soft_cross_entropy(logits: jax.Array, soft_codes: jax.Array) -> jax.Array:
     logits = logits.astype(jnp.float32)
     shifted = logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))
     log_normaliser = jnp.log(jnp.exp(shifted).sum(-1, keepdims=True) + 1e-7)
-    inside = shifted > -jnp.inf
+    inside = shifted != -jnp.inf  # NaN is inside: it must reach the loss
     log_probabilities = jnp.where(inside, jnp.where(inside, shifted, 0.0) - log_normaliser, 0.0)
     return -jnp.sum(soft_codes * log_probabilities, axis=-1)
 
@@ -68,7 +68,13 @@ def sum_over_chunks(function: Callable[..., Any], arrays: Any, num_chunks: int) 
       function: maps a pytree of slices (B, T / num_chunks, ...) to a pytree of sums.
       arrays: a pytree of arrays (B, T, ...).
       num_chunks: a divisor of T.
+
+    Raises:
+      ValueError: num_chunks does not divide T.
     """
+    positions = jax.tree.leaves(arrays)[0].shape[1]
+    if num_chunks < 1 or positions % num_chunks:
+        raise ValueError(f"num_chunks: {num_chunks} does not divide the {positions} positions; choose a divisor of them")
     if num_chunks == 1:
         return function(arrays)
 

@@ -83,7 +83,7 @@ def labelled_grid(rows: Mapping[str, Any], scale: int = 1, padding: int = 2) -> 
 
     if not rows:
         raise ValueError("rows is empty: give at least one label with its images")
-    cells = {label: _cells(images, f"row {label!r}", scale) for label, images in rows.items()}
+    cells = {label: _cells(images, f"images of row {label!r}", scale) for label, images in rows.items()}
     sizes = {label: images.shape[1:3] for label, images in cells.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"rows hold images of several sizes {sizes}: give one height and width")
@@ -130,7 +130,8 @@ def captioned_grid(
         raise ValueError(f"{len(captions)} captions for {B} images: give one per image")
     font = _font(H)
     texts = [_wrap(caption, font, W) for caption in captions]
-    text_height = max(_text_size(text, font)[1] for text in texts) + padding
+    lines = 1 + max(text.count("\n") for text in texts)
+    text_height = _text_size("\n".join(["Ag"] * lines), font)[1] + padding  # whatever the letters in it
     captioned = np.full((B, H + text_height, W, 3), WHITE, np.uint8)
     for index, (cell, text) in enumerate(zip(cells, texts, strict=True)):
         canvas = Image.fromarray(captioned[index])

@@ -1,6 +1,7 @@
 """What a run tells while it goes on: a progress bar, rates, and metrics on disk. It knows no model."""
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -54,7 +55,7 @@ class Progress:
         common = {"total": total, "initial": start, "unit": f" {unit}", "desc": title, "file": stream}
         if not enabled:
             self._bar = None
-        elif stream.isatty():
+        elif _has_width(stream):
             self._bar = tqdm(mininterval=0.5, dynamic_ncols=True, **common)
         else:
             self._bar = _Lines(tqdm.format_meter, line_seconds, **common)
@@ -93,7 +94,15 @@ class Progress:
 class _Lines:
     """As much of tqdm's interface as `Progress` needs, for a stream that is no terminal."""
 
-    def __init__(self, format_meter: Callable, seconds: float, initial: int, desc: str, file: TextIO, **meter):
+    def __init__(
+        self,
+        format_meter: Callable[..., str],
+        seconds: float,
+        initial: int,
+        desc: str,
+        file: TextIO,
+        **meter: Any,
+    ):
         self.fp = file
         self._format = partial(format_meter, bar_format=LINE_FORMAT, initial=initial, prefix=desc, **meter)
         self._seconds = seconds
@@ -164,9 +173,9 @@ class Rate:
 class MetricWriter:
     """Scalars, pictures and hyperparameters of a run on disk, with the interface of clu's metric writers.
 
-    Writes `metrics.jsonl` (a line per call), `pictures/<name>_<step>.png`, `hparams.json`, and event
-    files for TensorBoard where tensorboardX is installed. A disk that is full or read-only costs metrics, never the run: one
-    warning is logged, and each later call tries again.
+    Writes `metrics.jsonl` (a line per call), `pictures/<name>_<step>.png`, `hparams.json`, and event files
+    for TensorBoard where tensorboardX is installed. A disk that is full or read-only costs metrics but never
+    the run: one warning is logged, and each later call tries again.
 
     Args:
       directory: the run's directory.
@@ -176,7 +185,7 @@ class MetricWriter:
     def __init__(self, directory: str | os.PathLike, enabled: bool = True):
         self._directory = Path(directory)
         self._enabled = enabled
-        self._summary = _tensorboard_summary() if enabled else None
+        self._use_events = enabled and importlib.util.find_spec("tensorboardX") is not None
         self._events = None
         self._first_step = None
         self._warned = False
@@ -213,7 +222,7 @@ class MetricWriter:
         record = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
         with self._tolerate_full_disk():
             _append_line(self._directory / METRICS_FILE, json.dumps({"step": int(step), **record}))
-        self._add_events("scalar", step, values)
+        self._add_events(step, [{"tag": name, "simple_value": value} for name, value in values.items()])
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Writes a PNG file per picture.
@@ -232,7 +241,8 @@ class MetricWriter:
             file_name = f"{re.sub(r'[^A-Za-z0-9.-]', '_', name)}_{int(step):08d}.png"
             with self._tolerate_full_disk():
                 write_atomic(self._directory / "pictures" / file_name, png)
-        self._add_events("image", step, images, dataformats="HWC")
+            size = dict(zip(("height", "width", "colorspace"), np.shape(image), strict=True))
+            self._add_events(step, [{"tag": name, "image": {**size, "encoded_image_string": png}}])
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Writes the run's hyperparameters.
@@ -245,7 +255,9 @@ class MetricWriter:
         text = json.dumps(hparams, indent=2, default=str)
         with self._tolerate_full_disk():
             write_atomic(self._directory / "hparams.json", f"{text}\n".encode())
-        self._add_events("text", 0, {"hparams": f"```\n{text}\n```"})
+        tensor = {"dtype": "DT_STRING", "string_val": [f"```\n{text}\n```".encode()]}
+        is_text = {"plugin_data": {"plugin_name": "text"}}
+        self._add_events(0, [{"tag": "hparams", "tensor": tensor, "metadata": is_text}])
 
     def flush(self) -> None:
         """Puts buffered TensorBoard events on disk; everything else is there as soon as it is written."""
@@ -260,16 +272,14 @@ class MetricWriter:
             if events is not None:
                 events.close()
 
-    def _add_events(self, kind: str, step: int, values: Mapping[str, Any], **options: str) -> None:
-        if self._summary is None:
+    def _add_events(self, step: int, values: list[dict[str, Any]]) -> None:
+        if not self._use_events:
             return
-        summaries = [getattr(self._summary, kind)(name, value, **options) for name, value in values.items()]
         # Taken out until the write succeeds: an event file with a torn record is never written to again.
         events, self._events = self._events, None
         with self._tolerate_full_disk():
             events = events or _EventFile(self._directory, self._first_step)
-            for summary in summaries:
-                events.add(step, summary=summary)
+            events.add(step, summary={"value": values})
             self._events, self._first_step = events, None
 
     @contextlib.contextmanager
@@ -291,14 +301,14 @@ class _EventFile:
 
     def __init__(self, directory: Path, first_step: int | None):
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.event_pb2 import Event
 
         directory.mkdir(parents=True, exist_ok=True)
         self._event_type = Event
         # The library's file names count whole seconds: a file made in the same second would replace this one.
         self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{time.time_ns()}")
         if first_step is not None:
-            self.add(first_step, session_log=SessionLog(status=SessionLog.START))
+            self.add(first_step, session_log={"status": "START"})
 
     def add(self, step: int, **content: Any) -> None:
         self._writer.write_event(self._event_type(wall_time=time.time(), step=int(step), **content))
@@ -310,13 +320,9 @@ class _EventFile:
         self._writer.close()
 
 
-def _tensorboard_summary() -> Any:
-    """tensorboardX's maker of summaries, or None where the package is not installed."""
-    try:
-        from tensorboardX import summary
-    except ImportError:
-        return None
-    return summary
+def _has_width(stream: TextIO) -> bool:
+    """Whether a bar can be drawn: files and pipes are no terminals, and a container's may have no columns."""
+    return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
 
 
 def _append_line(path: Path, line: str) -> None:

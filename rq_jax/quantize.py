@@ -172,7 +172,12 @@ def draw_codes(
     Returns:
       Codes (..., D), int32, and the residuals (..., D, E) that each depth saw, from which `soft_labels` rebuilds the
       soft codes, chunk by chunk if need be.
+
+    Raises:
+      ValueError: as `residual_quantize`, or a concrete temperature that is not positive.
     """
+    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+        raise ValueError(f"temperature: {temperature} must be above 0; for the nearest codes use residual_quantize")
     residual = x.astype(jnp.float32)
     codes, residuals = [], []
     for d, table_KE in enumerate(_tables(codebook, depth, x)):
@@ -489,7 +494,7 @@ def _quantize_once(
 
 
 def _take(codebook_KE: jax.Array, codes: jax.Array) -> jax.Array:
-    return jnp.take(codebook_KE, codes, axis=0, mode="fill", fill_value=jnp.nan)
+    return jnp.asarray(codebook_KE).at[codes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _scores(x: jax.Array, codebook_KE: jax.Array) -> jax.Array:

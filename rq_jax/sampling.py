@@ -116,6 +116,9 @@ def generate(
       ValueError: a value out of range or of the wrong shape, before anything compiles.
     """
     D = model.code_shape[-1]
+    if num_images < 1:
+        raise ValueError(f"num_images: {num_images} must be at least 1")
+    _check_codebook(variables)
     check_filter(temperature, top_k, top_p)
     image_ids = np.arange(num_images) if image_ids is None else image_ids
     if np.shape(image_ids) != (num_images,):
@@ -191,6 +194,13 @@ def _per_depth(name: str, value: Any, depth: int, dtype: Any) -> jax.Array:
     if value.shape not in ((), (1,), (depth,)):
         raise ValueError(f"{name}: {value.tolist()} has shape {value.shape}; give one value, or {depth}, one per depth")
     return jnp.broadcast_to(jnp.asarray(value, dtype), (depth,))
+
+
+def _check_codebook(variables: Any) -> None:
+    """A fresh model's codebook is NaN; NaN logits count as -inf, so that it would draw code 0 everywhere."""
+    tables = [table for table in jax.tree.leaves(variables.get("codebook", {})) if not isinstance(table, jax.core.Tracer)]
+    if any(jnp.isnan(table).any() for table in tables):
+        raise ValueError("variables: the codebook holds NaN; put the tokenizer's codebook into variables['codebook']")
 
 
 def _check_cond(model: Any, cond: Any, num_images: int) -> jax.Array:

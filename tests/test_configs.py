@@ -80,8 +80,8 @@ for _file, _preset, _count in RELEASED.values():
     COUNTS[_file][_preset] = _count
 
 SHARED_KEYS = {
-    "data": "name data_dir train_split validation_split batch_size train_transform eval_transform flip_probability"
-    " label_key text_key text_tokenizer text_length text_dropout num_threads num_workers",
+    "data": "name data_dir train_split validation_split batch_size train_transform eval_transform"
+    " flip_probability label_key text_key text_tokenizer text_length text_dropout num_threads num_workers",
     "optim": "name learning_rate b1 b2 weight_decay clip_norm accumulation_steps"
     " schedule warmup_steps warmup_epochs final_learning_rate",
     "loop": "total_steps total_epochs log_every_steps evaluate_every_steps checkpoint_every_steps"
@@ -93,8 +93,8 @@ KEYS = {
         **SHARED_KEYS,
         "data": SHARED_KEYS["data"] + " image_size",
         "model": "name image_size in_channels width width_multipliers num_res_blocks attention_resolutions"
-        " z_channels use_double_z use_resample_conv dropout code_dim code_shape codebook_size use_shared_codebook"
-        " codebook_decay use_restart codebook_update use_kmeans_init use_remat dtype",
+        " z_channels use_double_z use_resample_conv dropout code_dim code_shape codebook_size"
+        " use_shared_codebook codebook_decay use_restart codebook_update use_kmeans_init use_remat dtype",
         "loss": "reconstruction commitment_weight",
     },
     "rqtransformer": {

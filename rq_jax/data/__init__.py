@@ -1,6 +1,20 @@
-"""Data: TFDS builders and sources, image transforms, captions, grain pipelines, and a cache of computed features."""
+"""Data: TFDS builders and sources, transforms, captions, grain pipelines, a cache of computed features."""
 
-from rq_jax.data.cache import CacheDataset, read_meta, write_cache
-from rq_jax.data.pipeline import Dataset, make_dataset
+import importlib
 
-__all__ = ["CacheDataset", "Dataset", "make_dataset", "read_meta", "write_cache"]
+_HOMES = {
+    "CacheDataset": "cache",
+    "Dataset": "pipeline",
+    "load_tokenizer": "text",
+    "make_dataset": "pipeline",
+    "read_meta": "cache",
+    "write_cache": "cache",
+}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    """Import a public name on first use, so that `python -m rq_jax.data.text` imports that module alone."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -24,8 +24,9 @@ def write_cache(
 
     Args:
       directory: where the cache is to be.
-      batches: dicts of arrays with a common leading axis, stored with the dtype they have. "latents" is (B,V,...), V
-        augmented views of each example; everything else is (B,...). Rows with a false "mask" (B,) are left out.
+      batches: dicts of arrays with a common leading axis, stored with the dtype they have. "latents" is
+        (B,V,...), V augmented views of each example; everything else is (B,...). Rows with a false "mask"
+        (B,) are left out.
       meta: what the cache was made from, JSON-able, with the entry "fingerprint"; may hold "class_names",
         "vocab_size" and "text_length" for the data set.
       num_examples: rows to expect, for the progress bar.
@@ -43,7 +44,9 @@ def write_cache(
     if "fingerprint" not in meta:
         raise ValueError(f"cache meta has no 'fingerprint': its entries are {', '.join(meta) or '(none)'}")
     if directory.exists() and not (directory / _META).is_file():
-        raise FileExistsError(f"{str(directory)!r} exists and is not a cache: choose another place or remove it")
+        raise FileExistsError(
+            f"{str(directory)!r} exists and is not a cache: choose another place or remove it"
+        )
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -57,7 +60,9 @@ def write_cache(
                 columns = {key: _Column(partial / f"{key}.npy", array) for key, array in arrays.items()}
             if arrays.keys() != columns.keys() or len({len(array) for array in arrays.values()}) != 1:
                 shapes = {key: array.shape for key, array in arrays.items()}
-                raise ValueError(f"cache batch {shapes}: expected rows of {', '.join(columns)}, equally many of each")
+                raise ValueError(
+                    f"cache batch {shapes}: expected rows of {', '.join(columns)}, equally many of each"
+                )
             for key, array in arrays.items():
                 columns[key].append(array)
             progress.update(len(next(iter(arrays.values()))))
@@ -71,7 +76,7 @@ def write_cache(
 
 
 def read_meta(directory: str | os.PathLike) -> dict | None:
-    """What `write_cache` was given as meta, and the "shapes" of the arrays; None where there is no whole cache."""
+    """What `write_cache` was given as meta, and the "shapes" of the arrays; None without a whole cache."""
     path = Path(directory).expanduser() / _META
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -79,7 +84,7 @@ def read_meta(directory: str | os.PathLike) -> dict | None:
 class CacheDataset(Dataset):
     """The batches of a cache: endless and shuffled with one view drawn per example, or in order with view 0.
 
-    Batches hold the arrays of the cache, "latents" without its axis of views, and "index" where the cache has it.
+    Batches hold the arrays of the cache, "latents" without its axis of views.
     """
 
     def __init__(
@@ -125,3 +130,54 @@ class CacheDataset(Dataset):
             text_length=meta.get("text_length"),
         )
         self.meta = meta
+
+
+class _CacheSource:
+    """The rows of a cache, read from disk as they are asked for."""
+
+    damaged: frozenset[int] = frozenset()
+
+    def __init__(self, directory: Path, names: tuple[str, ...]):
+        self._arrays = {name: np.load(directory / f"{name}.npy", mmap_mode="r") for name in names}
+
+    def __len__(self) -> int:
+        return len(next(iter(self._arrays.values())))
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: array[int(index) % len(self)] for name, array in self._arrays.items()}
+
+
+def _choose_view(example: Batch, rng: np.random.Generator | None = None) -> Batch:
+    if "latents" not in example:
+        return example
+    views = example["latents"]
+    return {**example, "latents": views[0 if rng is None else rng.integers(len(views))]}
+
+
+class _Column:
+    """A .npy file that grows by rows; its header leaves room for the final count, which `close` fills in."""
+
+    def __init__(self, path: Path, first: np.ndarray):
+        self._dtype, self._row_shape, self._rows = first.dtype, first.shape[1:], 0
+        self._file = path.open("w+b")
+        self._write_header()
+        self._data_start = self._file.tell()
+
+    def append(self, array: np.ndarray) -> None:
+        if (array.dtype, array.shape[1:]) != (self._dtype, self._row_shape):
+            raise ValueError(
+                f"cache rows changed from {self._dtype} {self._row_shape} to {array.dtype} {array.shape[1:]}"
+            )
+        self._file.write(np.ascontiguousarray(array).tobytes())
+        self._rows += len(array)
+
+    def close(self) -> list[int]:
+        self._file.seek(0)
+        self._write_header()
+        assert self._file.tell() == self._data_start, "the .npy header grew into the data"
+        self._file.close()
+        return [self._rows, *self._row_shape]
+
+    def _write_header(self) -> None:
+        header = np.lib.format.header_data_from_array_1_0(np.empty((0, *self._row_shape), self._dtype))
+        np.lib.format.write_array_header_1_0(self._file, {**header, "shape": (self._rows, *self._row_shape)})

@@ -1,8 +1,8 @@
-"""From a source of examples to batches of numpy arrays: shuffled and endless for training, in order for evaluation."""
+"""From a source of examples to batches of numpy arrays: endless and shuffled, or once through in order."""
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +15,9 @@ Batch = dict[str, np.ndarray]
 
 
 class Source(Protocol):
-    """Random access to examples; each is a dict with at least "index", its own position."""
+    """Random access to examples; `damaged` holds the positions found unreadable, where others stand in."""
+
+    damaged: Set[int]
 
     def __len__(self) -> int: ...
 
@@ -25,9 +27,10 @@ class Source(Protocol):
 class Dataset:
     """Batches of one split.
 
-    Training: endless, reshuffled every epoch. The order and every random draw depend on the seed and the position in
-    the stream alone, never on threads, workers or shards: step k of a run sees the same examples on any number of
-    hosts. Evaluation: once through, in order; the last batch is padded, and "mask" marks what counts.
+    Training: endless, reshuffled every epoch. The order and every random draw depend on the seed and the
+    position in the stream alone, never on threads, workers or shards: step k of a run sees the same examples
+    on any number of hosts. Evaluation: once through, in order; the last batch is padded, and "mask" marks
+    what counts.
 
     Attributes:
       num_examples: examples in the split.
@@ -57,11 +60,17 @@ class Dataset:
     ):
         """Args as `make_dataset`; the transforms make the arrays of one example, without the batch axis."""
         if not 0 <= shard_index < shard_count:
-            raise ValueError(f"shard_index={shard_index}: must be in [0, {shard_count}), the number of shards")
+            raise ValueError(
+                f"shard_index={shard_index}: must be in [0, {shard_count}), the number of shards"
+            )
         if batch_size < 1 or batch_size % shard_count:
-            raise ValueError(f"batch_size={batch_size}: must be a positive multiple of the {shard_count} shards")
+            raise ValueError(
+                f"batch_size={batch_size}: must be a positive multiple of the {shard_count} shards"
+            )
         if num_threads < 1 or num_workers < 0:
-            raise ValueError(f"num_threads={num_threads}, num_workers={num_workers}: at least 1 thread, 0 workers")
+            raise ValueError(
+                f"num_threads={num_threads}, num_workers={num_workers}: at least 1 thread, 0 workers"
+            )
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed}: must be in [0, 2**32)")
         self.source, self.train, self.batch_size = source, train, batch_size
@@ -81,7 +90,9 @@ class Dataset:
 
     def iterator(self) -> "BatchIterator":
         """A new iterator from the start; every array leads with batch_size // shard_count."""
-        return BatchIterator(self._training_batches() if self.train else self._evaluation_batches(), self._prefetched)
+        return BatchIterator(
+            self._training_batches() if self.train else self._evaluation_batches(), self._prefetched
+        )
 
     def examples(self, indices: Sequence[int]) -> Batch:
         """The examples at these positions of the source as one batch, through the evaluation transform."""
@@ -92,8 +103,10 @@ class Dataset:
 
         stream = grain.MapDataset.source(self.source).shuffle(seed=self._seed).repeat()
         stream = stream.random_map(self._train_transform, seed=self._seed)
-        stream = stream[self._shard_index :: self._shard_count]  # last, so that the draws know nothing of shards
-        return stream.batch(self.batch_size // self._shard_count, batch_fn=_stack)
+        # Sharded last, so that the draws know nothing of shards.
+        stream = stream[self._shard_index :: self._shard_count]
+        # An endless stream drops nothing; but its length would be rounded up beyond what len() can say.
+        return stream.batch(self.batch_size // self._shard_count, drop_remainder=True, batch_fn=_stack)
 
     def _evaluation_batches(self):
         import grain
@@ -105,21 +118,27 @@ class Dataset:
         size = self.batch_size // self._shard_count
         positions = step * self.batch_size + self._shard_index * size + np.arange(size)
         batch = self.examples(np.minimum(positions, self.num_examples - 1))
-        # A damaged picture was replaced by one with another index, which has its own turn.
-        return {**batch, "mask": batch["index"] == positions}
+        # What stands in for a damaged picture has its own turn.
+        damaged = np.isin(positions, list(self.source.damaged))
+        return {**batch, "mask": (positions < self.num_examples) & ~damaged}
 
     def _prefetched(self, batches) -> Iterator[Batch]:
         import grain
 
-        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=2 * self._num_threads)
+        # A thread makes a whole batch, so these bound the memory: a batch per thread and one to hand out.
+        options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=self._num_threads + 1)
         stream = batches.to_iter_dataset(options)
         if self.train and self._num_workers:
+            from absl import flags
+
+            if not flags.FLAGS.is_parsed():  # outside an absl app; grain's workers read flags
+                flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
         return iter(stream)
 
 
 class BatchIterator:
-    """Batches with a position that can be saved: `set_state(get_state())` in a new process goes on bit for bit."""
+    """Batches, and a position that can be saved: from there a new process goes on bit for bit."""
 
     def __init__(self, batches, prefetched: Callable[..., Iterator[Batch]]):
         self._batches, self._prefetched = batches, prefetched
@@ -162,7 +181,7 @@ class ExampleTransform:
     tokenizer: Tokenizer | None = None
 
     def __call__(self, example: dict, rng: np.random.Generator | None = None) -> Batch:
-        """uint8 "image" (H,W,C) to float32 in [-1, 1]; "text" to int32 (U,); "label" and "index" to int32 ()."""
+        """uint8 "image" (H,W,C) to float32 in [-1, 1]; "text" to int32 (U,); "label", "index" to int32 ()."""
         arrays = {"image": self.image(example["image"], rng), "index": np.int32(example["index"])}
         if example["label"] is not None:
             arrays["label"] = np.int32(example["label"])
@@ -200,7 +219,8 @@ def make_dataset(
     """Open a split of a data set of pictures.
 
     Args:
-      split: "train" or "validation", which stand for `train_split` and `validation_split`; or a split by its own name.
+      split: "train" or "validation", which stand for `train_split` and `validation_split`; or a split's own
+        name.
       train: endless and randomly transformed, or once through as it is.
       name: "twemoji" or "twemoji/256" (bundled, made on first use), "folder", or a prepared TFDS data set.
       batch_size: of all shards together.
@@ -218,15 +238,15 @@ def make_dataset(
       text_dropout: BPE-dropout of training captions, in [0, 1).
       channels: 3 (RGB) or 1 (grey).
       max_damaged: damaged pictures to skip before the run stops.
-      num_threads: reading threads of this process, or of each worker.
+      num_threads: reading threads of this process, or of each worker; each makes whole batches.
       num_workers: worker processes for training; 0 reads in this process.
       seed: of order and transforms, in [0, 2**32).
       shard_index: this process among `shard_count` that each read their part of every batch.
       shard_count: how many processes read.
 
     Returns:
-      The data set: batches of "image" float32 (B,H,W,C) in [-1, 1] and "index" int32 (B,), its position in the split;
-      with keys given "label" int32 (B,) and "text" int32 (B,U); in evaluation "mask" bool (B,).
+      The data set. Its batches hold "image" float32 (B,H,W,C) in [-1, 1] and "index" int32 (B,), the position
+      in the split; with keys given "label" int32 (B,) and "text" int32 (B,U); in evaluation "mask" bool (B,).
 
     Raises:
       FileNotFoundError: no such folder, data set or tokenizer, or nothing in it.
@@ -234,9 +254,13 @@ def make_dataset(
     """
     size = _check_size(image_size)
     if train_transform not in TRANSFORMS:
-        raise ValueError(f"unknown train_transform={train_transform!r}: choose one of {', '.join(TRANSFORMS)}")
+        raise ValueError(
+            f"unknown train_transform={train_transform!r}: choose one of {', '.join(TRANSFORMS)}"
+        )
     if eval_transform not in DETERMINISTIC:
-        raise ValueError(f"unknown eval_transform={eval_transform!r}: choose one of {', '.join(DETERMINISTIC)}")
+        raise ValueError(
+            f"unknown eval_transform={eval_transform!r}: choose one of {', '.join(DETERMINISTIC)}"
+        )
     if not 0.0 <= flip_probability <= 1.0:
         raise ValueError(f"flip_probability={flip_probability}: must be in [0, 1]")
     tokenizer = None

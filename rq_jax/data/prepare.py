@@ -1,7 +1,9 @@
 """Prepare the bundled data set: `python -m rq_jax.data.prepare twemoji`."""
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import os
 import tempfile
 from pathlib import Path
@@ -19,7 +21,7 @@ def default_data_dir() -> Path:
 def prepare(data_dir: str | os.PathLike | None = None, name: str = "twemoji") -> Path:
     """Make the bundled data set if it is not there yet, and say where it is.
 
-    The set is built beside its place and moved in when whole, so that an interrupted or a concurrent call harms nothing.
+    It is built beside its place and moved in when whole: an interrupted or a concurrent call harms nothing.
 
     Args:
       data_dir: directory of TFDS data sets; None is `default_data_dir()`.
@@ -43,14 +45,19 @@ def prepare(data_dir: str | os.PathLike | None = None, name: str = "twemoji") ->
         return target
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise ModuleNotFoundError(f"twemoji needs {', '.join(missing)}: install the extras rq_jax[train,demo]")
+        raise ModuleNotFoundError(
+            f"twemoji needs {', '.join(missing)}: install the extras rq_jax[train,demo]"
+        )
 
     from rq_jax.data.twemoji import twemoji_dataset_builder
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=data_dir) as scratch:
         builder = twemoji_dataset_builder.Builder(data_dir=scratch, config=config)
-        builder.download_and_prepare(file_format="array_record")
+        with contextlib.redirect_stdout(
+            io.StringIO()
+        ):  # it would announce the scratch directory; the bars remain
+            builder.download_and_prepare(file_format="array_record")
         try:
             os.rename(builder.data_dir, target)
         except OSError:

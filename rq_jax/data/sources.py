@@ -42,7 +42,9 @@ class TfdsRecords:
         labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
         texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
         if not images:
-            raise ValueError(f"data set {self.name} has no Image feature: its features are {', '.join(features)}")
+            raise ValueError(
+                f"data set {self.name} has no Image feature: its features are {', '.join(features)}"
+            )
         self.image_key = "image" if "image" in images else images[0]
         self.label_key = _check_key("label_key", label_key, labels, self.name)
         self.text_key = _check_key("text_key", text_key, texts, self.name)
@@ -51,9 +53,13 @@ class TfdsRecords:
             builder.info.splits[split]
         except (KeyError, ValueError) as error:
             splits = ", ".join(builder.info.splits)
-            raise ValueError(f"unknown split {split!r} of data set {self.name}: choose one of {splits}") from error
+            raise ValueError(
+                f"unknown split {split!r} of data set {self.name}: choose one of {splits}"
+            ) from error
         try:
-            decoders = {self.image_key: tfds.decode.SkipDecoding()}  # decoded here, where damage can be handled
+            decoders = {
+                self.image_key: tfds.decode.SkipDecoding()
+            }  # decoded here, where damage can be handled
             self._data = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError as error:
             raise ValueError(
@@ -76,12 +82,15 @@ class TfdsRecords:
 class FolderRecords:
     """Every picture below a directory, in sorted order.
 
-    Splits are the subfolders `train` and `validation` where there is one of them; otherwise a tenth of the files,
-    chosen by a hash of their relative path, is `validation`. The split `all` is every picture. A label is the first
-    folder below the split (label_key="folder"); a caption is the `.txt` beside the picture (text_key="txt").
+    Splits are the subfolders `train` and `validation` where there is one of them; otherwise a tenth of the
+    files, chosen by a hash of their relative path, is `validation`. The split `all` is every picture. A label
+    is the first folder below the split (label_key="folder"), a caption the `.txt` beside the picture
+    (text_key="txt").
     """
 
-    def __init__(self, data_dir: str | os.PathLike | None, split: str, label_key: str | None, text_key: str | None):
+    def __init__(
+        self, data_dir: str | os.PathLike | None, split: str, label_key: str | None, text_key: str | None
+    ):
         if data_dir is None:
             raise ValueError("data_dir is missing: name='folder' needs the directory of the pictures")
         self.root = Path(data_dir).expanduser()
@@ -97,7 +106,9 @@ class FolderRecords:
         has_folders = any((self.root / name).is_dir() for name in _SPLITS)
         self._paths = [path for path in paths if split in ("all", _folder_split(path, has_folders))]
         if not self._paths:
-            raise FileNotFoundError(f"split {split!r} of {str(self.root)!r} is empty: {len(paths)} pictures in all")
+            raise FileNotFoundError(
+                f"split {split!r} of {str(self.root)!r} is empty: {len(paths)} pictures in all"
+            )
         self.class_names = None
         if label_key:
             self._classes = {path: self._class_of(path, has_folders) for path in paths}
@@ -106,7 +117,9 @@ class FolderRecords:
         if text_key:
             for path in self._paths:
                 if not (self.root / path).with_suffix(".txt").is_file():
-                    raise FileNotFoundError(f"no caption beside {str(self.root / path)!r}: text_key='txt' needs one")
+                    raise FileNotFoundError(
+                        f"no caption beside {str(self.root / path)!r}: text_key='txt' needs one"
+                    )
 
     def _class_of(self, path: Path, has_folders: bool) -> str:
         folders = path.parts[1:-1] if has_folders and path.parts[0] in _SPLITS else path.parts[:-1]
@@ -131,8 +144,8 @@ class FolderRecords:
 class ImageSource:
     """Decoded examples of `records`, with a memory copy of small sets and a stand-in for damaged pictures.
 
-    A damaged picture is replaced by the next whole one, whose index the example then carries, and counted; more than
-    `max_damaged` different ones are an error. Each worker process counts its own.
+    A damaged picture is replaced by the next whole one, whose index the example then carries, and counted;
+    more than `max_damaged` different ones are an error. Each worker process counts its own.
     """
 
     def __init__(self, records: Records, channels: int = 3, max_damaged: int = 100):
@@ -142,6 +155,7 @@ class ImageSource:
             raise ValueError("the data set is empty")
         self.records, self.channels, self.max_damaged = records, channels, max_damaged
         self.damaged: set[int] = set()
+        self._last_damage = ""
         self._cache: dict[int, dict] = {}
 
     def __len__(self) -> int:
@@ -157,27 +171,29 @@ class ImageSource:
             candidate %= len(self)
             if candidate in self._cache:
                 return self._cache[candidate]
-            if candidate in self.damaged:
-                continue
-            try:
-                return self._load(candidate)
-            except (OSError, ValueError) as error:
-                self._count_damage(candidate, error)
+            if candidate not in self.damaged:
+                try:
+                    return self._load(candidate)
+                except (OSError, ValueError) as error:
+                    self.damaged.add(candidate)
+                    self._last_damage = f"{self.records.locate(candidate)}: {error}"
+                    logging.getLogger(__name__).warning("damaged picture %s", self._last_damage)
+            if len(self.damaged) > self.max_damaged:
+                limit = f"max_damaged={self.max_damaged}"
+                raise RuntimeError(f"more than {limit} damaged pictures; the last is {self._last_damage}")
         raise ValueError(f"all {len(self)} pictures are damaged")
 
     def _load(self, index: int) -> dict:
         encoded, label, text = self.records.read(index)
-        example = {"image": decode_image(encoded, self.channels), "index": index, "label": label, "text": text}
+        example = {
+            "image": decode_image(encoded, self.channels),
+            "index": index,
+            "label": label,
+            "text": text,
+        }
         if example["image"].nbytes * len(self) <= _CACHE_BYTES:
             self._cache[index] = example
         return example
-
-    def _count_damage(self, index: int, error: Exception) -> None:
-        self.damaged.add(index)
-        message = f"damaged picture {self.records.locate(index)}: {error}"
-        if len(self.damaged) > self.max_damaged:
-            raise RuntimeError(f"more than max_damaged={self.max_damaged} damaged pictures; the last: {message}")
-        logging.getLogger(__name__).warning("%s", message)
 
 
 def open_records(
@@ -235,7 +251,7 @@ def decode_image(encoded: bytes, channels: int) -> np.ndarray:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    except Exception as error:  # noqa: BLE001 - decoders raise nearly anything for bytes that they cannot read
+    except Exception as error:  # decoders raise nearly anything for bytes that they cannot read
         raise ValueError(f"cannot decode: {error}") from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
@@ -245,8 +261,12 @@ def _tfds_builder(name: str, data_dir: str | os.PathLike | None):
 
     where = "the default TFDS directory" if data_dir is None else f"data_dir={str(data_dir)!r}"
     try:
-        builder = tfds.builder(name, data_dir=None if data_dir is None else os.fspath(data_dir))
-    except tfds.core.DatasetNotFoundError as error:
+        builder = tfds.builder(name, data_dir=None if data_dir is None else Path(data_dir).expanduser())
+    except (
+        tfds.core.DatasetNotFoundError,
+        ValueError,
+        AssertionError,
+    ) as error:  # no such name, config or version
         raise FileNotFoundError(
             f"unknown data set {name!r}: it is not prepared in {where}, and neither 'twemoji' nor 'folder'"
         ) from error
@@ -260,7 +280,9 @@ def _tfds_builder(name: str, data_dir: str | os.PathLike | None):
 
 def _check_key(what: str, key: str | None, allowed: list[str], name: str) -> str | None:
     if key is not None and key not in allowed:
-        raise ValueError(f"unknown {what}={key!r} of data set {name!r}: choose one of {', '.join(allowed) or '(none)'}")
+        raise ValueError(
+            f"unknown {what}={key!r} of data set {name!r}: choose one of {', '.join(allowed) or '(none)'}"
+        )
     return key
 
 

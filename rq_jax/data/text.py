@@ -17,7 +17,7 @@ _WORD_END = "</w>"
 
 
 class Tokenizer:
-    """Lower-cased text to a fixed number of token ids: cut on the right, padded on the right with 0; no start or end.
+    """Lower-cased text to a fixed number of ids: cut or padded with 0 on the right; no start or end.
 
     Attributes:
       length: U, the number of ids of every text.
@@ -29,10 +29,7 @@ class Tokenizer:
         self._bpe = bpe
         self.length, self.dropout = length, dropout
         self.vocab_size = bpe.get_vocab_size()
-        model = json.loads(bpe.to_str())["model"]
-        self._ids: dict[str, int] = model["vocab"]
-        # Older files hold a merge as one string, newer ones as a pair.
-        merges = (tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"])
+        self._ids, merges = _vocabulary(bpe)
         self._ranks = {merge: rank for rank, merge in enumerate(merges)}
 
     def __call__(self, texts: Sequence[str], rng: np.random.Generator | None = None) -> np.ndarray:
@@ -57,20 +54,27 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The (lower-cased) text of one row of ids, without padding."""
-        words = "".join(self._bpe.id_to_token(int(token)) or "" for token in tokens if token != self._ids[PAD])
+        words = "".join(
+            self._bpe.id_to_token(int(token)) or "" for token in tokens if token != self._ids[PAD]
+        )
         return words.replace(_WORD_END, " ").strip()
 
+    def save(self, path: str | os.PathLike) -> None:
+        """Write it as a `tokenizer.json` that `load_tokenizer` reads, whatever files it came from."""
+        self._bpe.save(str(path))
+
     def _encode_with_dropout(self, text: str, rng: np.random.Generator) -> list[int]:
-        # The library has dropout too, but draws it from a generator that cannot be seeded: resume would not be exact.
-        words = self._bpe.pre_tokenizer.pre_tokenize_str(self._bpe.normalizer.normalize_str(text))
-        symbols = [symbol for word, _ in words for symbol in self._merge(word, rng)]
+        # The library draws its own dropout from a generator that cannot be seeded: resume would not be exact.
+        symbols = [symbol for word in _words(self._bpe, text) for symbol in self._merge(word, rng)]
         return [self._ids.get(symbol, self._ids[UNKNOWN]) for symbol in symbols]
 
     def _merge(self, word: str, rng: np.random.Generator) -> list[str]:
-        """BPE-dropout (Provilkov et al. 2020, algorithm 1): at every step each possible merge may be left out."""
+        """BPE-dropout (Provilkov et al. 2020, algorithm 1): every step may leave out each possible merge."""
         symbols = [*word[:-1], word[-1] + _WORD_END]
         while True:
-            ranked = ((self._ranks.get(pair), i) for i, pair in enumerate(zip(symbols, symbols[1:], strict=False)))
+            ranked = (
+                (self._ranks.get(pair), i) for i, pair in enumerate(zip(symbols, symbols[1:], strict=False))
+            )
             possible = [(rank, i) for rank, i in ranked if rank is not None and rng.random() >= self.dropout]
             if not possible:
                 return symbols
@@ -82,7 +86,7 @@ def load_tokenizer(path: str | os.PathLike, length: int, dropout: float = 0.0) -
     """Load a byte-pair tokenizer.
 
     Args:
-      path: a `tokenizer.json` that `train_tokenizer` made, or the `*-vocab.json` of a pair with `*-merges.txt` beside.
+      path: a `tokenizer.json` that `train_tokenizer` made, or a `*-vocab.json` with `*-merges.txt` beside it.
       length: U, the number of ids of every text; at least 1.
       dropout: the probability with which a merge is left out in training, in [0, 1).
 
@@ -105,17 +109,21 @@ def load_tokenizer(path: str | os.PathLike, length: int, dropout: float = 0.0) -
     files = [path, path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")] if is_pair else [path]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"no tokenizer file {str(file)!r}: train one with python -m rq_jax.data.text")
+            raise FileNotFoundError(
+                f"no tokenizer file {str(file)!r}: train one with python -m rq_jax.data.text"
+            )
     try:
         if is_pair:
             vocab, merges = models.BPE.read_file(*map(str, files))
             bpe = _untrained(vocab=vocab, merges=merges)
         else:
             bpe = Bpe.from_file(str(path))
-    except Exception as error:  # noqa: BLE001 - the library raises bare Exception
+    except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{str(path)!r} is not a tokenizer file: {error}") from error
     if not isinstance(bpe.model, models.BPE) or (bpe.token_to_id(PAD), bpe.token_to_id(UNKNOWN)) != (0, 1):
-        raise ValueError(f"{str(path)!r} is not a byte-pair tokenizer with {PAD} as id 0 and {UNKNOWN} as id 1")
+        raise ValueError(
+            f"{str(path)!r} is not a byte-pair tokenizer with {PAD} as id 0 and {UNKNOWN} as id 1"
+        )
     return Tokenizer(bpe, length, dropout)
 
 
@@ -136,16 +144,37 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | os.PathLik
     from tokenizers import trainers
 
     bpe = _untrained()
+    texts = list(texts)
+    words = {word for text in texts for word in _words(bpe, text)}
+    letters = sorted(
+        {letter for word in words for letter in word[:-1]} | {word[-1] + _WORD_END for word in words}
+    )
+    if len(letters) + 2 > vocab_size:
+        raise ValueError(f"vocab_size={vocab_size}: the letters alone need {len(letters) + 2}")
+    # The trainer numbers letters in no fixed order unless they are special, which they must not stay.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[PAD, UNKNOWN], end_of_word_suffix=_WORD_END, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[PAD, UNKNOWN, *letters],
+        end_of_word_suffix=_WORD_END,
+        show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    if bpe.get_vocab_size() > vocab_size:
-        raise ValueError(f"vocab_size={vocab_size}: the letters alone need {bpe.get_vocab_size()}")
+    vocab, merges = _vocabulary(bpe)
+    bpe = _untrained(vocab=vocab, merges=merges)
     out = Path(out).expanduser()
     out.parent.mkdir(parents=True, exist_ok=True)
     bpe.save(str(out))
     return bpe.get_vocab_size()
+
+
+def _words(bpe, text: str) -> list[str]:
+    return [word for word, _ in bpe.pre_tokenizer.pre_tokenize_str(bpe.normalizer.normalize_str(text))]
+
+
+def _vocabulary(bpe) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Token -> id, and the merges by rank."""
+    model = json.loads(bpe.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
 def _untrained(**vocabulary):
@@ -166,12 +195,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     from rq_jax.data.sources import open_records
 
-    parser = argparse.ArgumentParser(prog="python -m rq_jax.data.text", description="Train a byte-pair tokenizer.")
+    parser = argparse.ArgumentParser(
+        prog="python -m rq_jax.data.text", description="Train a byte-pair tokenizer."
+    )
     parser.add_argument("--name", required=True, help="twemoji, folder, or a prepared TFDS data set")
     parser.add_argument("--data_dir", help="as in config.data")
     parser.add_argument("--split", default="train", help="the split to read (default: train)")
     parser.add_argument("--text_key", required=True, help="the feature that holds the captions")
-    parser.add_argument("--vocab_size", type=int, required=True, help="the most ids, the two special ones included")
+    parser.add_argument(
+        "--vocab_size", type=int, required=True, help="the most ids, the two special ones included"
+    )
     parser.add_argument("--out", required=True, help="the tokenizer.json to write")
     options = parser.parse_args(arguments)
     try:

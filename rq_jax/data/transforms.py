@@ -1,7 +1,7 @@
 """From decoded pictures to training pictures: resize, crop, flip, scale to [-1, 1].
 
-Pillow's antialiased bilinear filter, and the same rounding of sizes and offsets as the torchvision transforms that
-the published models were trained with.
+Pillow's antialiased bilinear filter, and the same rounding of sizes and offsets as the torchvision transforms
+that the published models were trained with.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ def _resize(image: "Image.Image", size: Size) -> "Image.Image":
     from PIL import Image
 
     height, width = size
-    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+    return (
+        image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
+    )
 
 
 def _crop(image: "Image.Image", top: int, left: int, size: Size) -> "Image.Image":
@@ -39,7 +41,7 @@ def _center_crop(image: "Image.Image", size: Size) -> "Image.Image":
 
 
 def _resize_to_cover(image: "Image.Image", size: Size) -> "Image.Image":
-    """The smallest picture of the same aspect that covers `size`; for a square size, its short side is that size."""
+    """The smallest picture of the same aspect that covers `size`: the short side is that of a square size."""
     height, width = size
     if image.width * height <= image.height * width:
         return _resize(image, (width * image.height // image.width, width))
@@ -51,14 +53,16 @@ def resize_random_crop(image: "Image.Image", size: Size, rng: np.random.Generato
     return _random_crop(_resize_to_cover(image, size), size, rng)
 
 
-def resize_center_crop(image: "Image.Image", size: Size, rng: np.random.Generator | None = None) -> "Image.Image":
+def resize_center_crop(
+    image: "Image.Image", size: Size, rng: np.random.Generator | None = None
+) -> "Image.Image":
     """Evaluation, and LSUN training: resize to cover `size`, then the middle."""
     del rng
     return _center_crop(_resize_to_cover(image, size), size)
 
 
 def random_resized_crop(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
-    """FFHQ training: a crop of the final aspect with 75 to 100 % of the area, resized; the middle if none fits."""
+    """FFHQ training: a crop with 75 to 100 % of the area, resized; the middle if none of that aspect fits."""
     aspect = size[1] / size[0]
     for _ in range(10):
         area = image.height * image.width * rng.uniform(0.75, 1.0)
@@ -69,7 +73,7 @@ def random_resized_crop(image: "Image.Image", size: Size, rng: np.random.Generat
 
 
 def jittered_crop(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
-    """Text-to-image training: the largest crop near the middle, resized to up to 9/8 of `size`, then a random crop.
+    """Text-to-image training: the largest crop near the middle, resized to at most 9/8, then a random crop.
 
     The offset of the first crop lies in [3/8, 5/8) of the slack; a picture is not enlarged beyond `size`.
     """
@@ -96,7 +100,8 @@ def _largest_crop(image: "Image.Image", size: Size) -> Size:
 
 
 TRANSFORMS: dict[str, Callable] = {
-    f.__name__: f for f in (resize_random_crop, resize_center_crop, random_resized_crop, jittered_crop, squash)
+    f.__name__: f
+    for f in (resize_random_crop, resize_center_crop, random_resized_crop, jittered_crop, squash)
 }
 DETERMINISTIC = ("resize_center_crop", "squash")
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rq_jax import quantize
 from rq_jax.nn.attention import KVCache, LayerNorm, Stack, empty_cache, init_weight
@@ -190,8 +191,10 @@ class RQTransformer(nn.Module):
           Without a cache the hidden states (..., D, M); with one the single (..., M) that predicts code d. The cache.
         """
         if cache is None:
-            slots = self._embed_depths(codes[..., :-1])
-            slots = jnp.concatenate([context[..., None, :], slots], axis=-2) + self._cast(self.depth_position_DM)
+            slots = context[..., None, :]
+            if codes.shape[-1] > 1:  # at D = 1 no code is fed back
+                slots = jnp.concatenate([slots, self._embed_depths(codes[..., :-1])], axis=-2)
+            slots = slots + self._cast(self.depth_position_DM)
         else:
             d = codes.shape[-1]
             slots = context[..., None, :] if d == 0 else self._embed_depths(codes)[..., -1:, :]
@@ -259,8 +262,9 @@ class RQTransformer(nn.Module):
 
     def _embed_tokens(self, codes: jax.Array) -> jax.Array:
         """Embeddings (..., d, M) learned here; separate tables stand below one another."""
+        sizes = self.codebook_sizes[: codes.shape[-1]]
+        quantize.check_codes(codes, sizes)
         if not self.use_shared_token_embedding:
-            sizes = self.codebook_sizes[: codes.shape[-1]]
             codes = codes + jnp.array([sum(sizes[:d]) for d in range(len(sizes))], codes.dtype)
         return self._cast(self.token_embedding_KM)[codes]
 
@@ -274,6 +278,11 @@ class RQTransformer(nn.Module):
         cond = cond[:, None] if cond.ndim == 1 else cond
         if cond.shape != (batch, self.cond_length):
             raise ValueError(f"cond: shape {cond.shape} does not fit; this batch and model take {(batch, self.cond_length)}")
+        tokens = self.cond_vocab_size + self.use_null_cond
+        if not isinstance(cond, jax.core.Tracer):
+            values = np.asarray(cond)  # jnp would trace the comparison where a concrete cond meets a compiled program
+            if ((values < 0) | (values >= tokens)).any():
+                raise ValueError(f"cond: tokens {values.min()}..{values.max()} do not all lie in [0, {tokens})")
         return cond
 
     # --- inner pieces --------------------------------------------------------------------------------------------------
@@ -326,9 +335,15 @@ class RQTransformer(nn.Module):
 
     def check(self) -> None:
         """Refuse settings that do not fit together, each with one line."""
-        D = self.code_shape[-1]
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
             raise ValueError(f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)")
+        D = self.code_shape[-1]
+        for name, value in (("code_dim", self.code_dim), ("model_dim", self.model_dim), ("codebook_size", min(self.codebook_sizes))):
+            if value < 1:
+                raise ValueError(f"model.{name}: {value} must be at least 1")
+        for name in ("spatial_layers", "depth_layers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name}: {getattr(self, name)} must be at least 0")
         for name, heads in (("num_heads", self.num_heads), ("depth_num_heads", self.depth_num_heads or self.num_heads)):
             if heads < 1 or self.model_dim % heads:
                 raise ValueError(f"model.{name}: {heads} does not divide model_dim {self.model_dim}; choose a divisor of it")

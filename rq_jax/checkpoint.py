@@ -1,0 +1,251 @@
+"""Checkpoints of a run (Orbax, asynchronous, atomic) and the way back from a directory to a model.
+
+A run directory is self-contained:
+
+    config.json          the resolved config
+    checkpoints/<step>/  params, ema_params, model_state, training (optimizer, step, key), host (data position ...)
+    best/<step>/         weights of the best evaluation, where early stopping is on
+    tokenizer/           stage 2 only: the tokenizer as a model directory
+
+A model directory holds `config.json` and `model.safetensors`: weights alone, for shipping and for the tokenizer.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from rq_jax import models
+
+_CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+_CHECKPOINTS, _BEST = "checkpoints", "best"
+
+
+class LoadedModel(NamedTuple):
+    """A model with its variables and resolved config, and the tokenizer of a stage-2 model (else None)."""
+
+    model: nn.Module
+    variables: dict[str, Any]
+    config: dict[str, Any]
+    tokenizer: "LoadedModel | None"
+
+
+class Checkpointer:
+    """Saves and restores the states of one run directory; used as a context manager, it waits for pending saves."""
+
+    def __init__(self, directory: str | os.PathLike, keep: int = 1):
+        """Keep the newest `keep` checkpoints of `directory`/checkpoints and the one best of `directory`/best."""
+        self._root = Path(directory).absolute()
+        self._manager = _manager(self._root / _CHECKPOINTS, keep)
+        self._best = None
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: Any, host: dict[str, Any]) -> None:
+        """Start to save a `TrainState` under its step, with what the host knows (JSON). No-op if it is there."""
+        step = int(state.step)
+        if step == self.latest_step:
+            return
+        import orbax.checkpoint as ocp
+
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
+        self._manager.save(step, args=ocp.args.Composite(**items, host=ocp.args.JsonSave(host)))
+
+    def save_best(self, state: Any) -> None:
+        """Save the weights alone as the best so far."""
+        import orbax.checkpoint as ocp
+
+        if self._best is None:
+            self._best = _manager(self._root / _BEST, 1)
+        items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items() if name != "training"}
+        self._best.save(int(state.step), args=ocp.args.Composite(**items))
+
+    def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
+        """The newest checkpoint in the structure and shardings of `state`, and what the host knew."""
+        import orbax.checkpoint as ocp
+
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in _split(state).items()}
+        restored = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items, host=ocp.args.JsonRestore()))
+        trees = {name: restored[name] for name in items}
+        training = trees.pop("training")
+        return state.replace(**training, **trees), restored["host"]
+
+    def wait(self) -> None:
+        """Until everything is on disk; raises what went wrong in the background."""
+        self._manager.wait_until_finished()
+        if self._best is not None:
+            self._best.wait_until_finished()
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._manager.close()
+        if self._best is not None:
+            self._best.close()
+
+
+def write_config(directory: str | os.PathLike, config: dict[str, Any]) -> None:
+    """Write the resolved config beside the checkpoints, atomically."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{_CONFIG}.partial"
+    partial.write_text(json.dumps(config, indent=1) + "\n")
+    os.replace(partial, directory / _CONFIG)
+
+
+def read_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """The resolved config of a run or model directory.
+
+    Raises:
+      FileNotFoundError: the directory is no run and no model directory.
+    """
+    path = Path(directory) / _CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"'{directory}' is no run directory: it has no {_CONFIG}; give the --workdir of a training run")
+    return json.loads(path.read_text())
+
+
+def save_model(directory: str | os.PathLike, config: dict[str, Any], variables: dict[str, Any]) -> None:
+    """Write a model directory: the config, then the weights as safetensors with "/" in their names."""
+    from safetensors.numpy import save_file
+
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{_WEIGHTS}.partial"
+    save_file({name: np.ascontiguousarray(leaf) for name, leaf in _named_leaves(variables)}, partial)
+    os.replace(partial, directory / _WEIGHTS)
+    write_config(directory, config)
+
+
+def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
+    """Load a model for evaluation, sampling or stage 2.
+
+    Args:
+      directory: of a training run or a model directory.
+      step: of a checkpoint; None: the best where early stopping kept one, else the newest.
+      ema: the averaged weights, where the run keeps an average.
+
+    Returns:
+      `LoadedModel`, its arrays on the host in float32 as saved.
+
+    Raises:
+      FileNotFoundError: no such directory, or no checkpoint (of that step) in it.
+    """
+    directory = Path(directory).absolute()
+    config = read_config(directory)
+    model = models.create(**config["model"])
+    template = models.abstract_variables(model)
+    if (directory / _WEIGHTS).is_file():
+        variables = _read_weights(directory / _WEIGHTS, template)
+    else:
+        variables = _read_checkpoint(directory, step, ema, template)
+    tokenizer = load_model(directory / _TOKENIZER) if (directory / _TOKENIZER).is_dir() else None
+    return LoadedModel(model, variables, config, tokenizer)
+
+
+def load_tokenizer(directory: str | os.PathLike) -> LoadedModel:
+    """Load the tokenizer that stage 2 is to build on.
+
+    Raises:
+      FileNotFoundError: no run directory.
+      ValueError: a run of another kind of model.
+    """
+    name = read_config(directory)["model"]["name"]
+    if name != "rqvae":
+        raise ValueError(f"tokenizer: '{directory}' holds a '{name}', not a stage-1 run ('rqvae'); give the stage-1 --workdir")
+    return load_model(directory)
+
+
+def fingerprint(variables: dict[str, Any]) -> str:
+    """16 hexadecimal digits that depend on every name, shape and value of the variables."""
+    digest = hashlib.sha256()
+    for name, leaf in sorted(_named_leaves(variables)):
+        digest.update(f"{name}{leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def bind_tokenizer(workdir: str | os.PathLike, tokenizer: LoadedModel) -> str:
+    """Put a copy of the tokenizer into a stage-2 run directory, or check that it is the one already there.
+
+    Returns:
+      Its fingerprint.
+
+    Raises:
+      ValueError: the run was started with another tokenizer.
+    """
+    directory, new = Path(workdir) / _TOKENIZER, fingerprint(tokenizer.variables)
+    if not (directory / _CONFIG).is_file():
+        save_model(directory, tokenizer.config, tokenizer.variables)
+        return new
+    old = fingerprint(load_model(directory).variables)
+    if old != new:
+        raise ValueError(
+            f"tokenizer: fingerprint {new} differs from {old}, with which the run in '{workdir}' was started; "
+            "give that tokenizer or a new --workdir"
+        )
+    return new
+
+
+def _manager(directory: Path, keep: int):
+    import orbax.checkpoint as ocp
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(directory, options=options)
+
+
+def _split(state: Any) -> dict[str, Any]:
+    """The items of a checkpoint; what is empty is no item."""
+    fields = {"params": state.params, "ema_params": state.ema_params, "model_state": state.model_state}
+    training = {name: getattr(state, name) for name in ("step", "opt_state", "rng", "skipped_steps")}
+    return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)} | {"training": training}
+
+
+def _read_checkpoint(directory: Path, step: int | None, ema: bool, template: dict[str, Any]) -> dict[str, Any]:
+    import orbax.checkpoint as ocp
+
+    root = directory / (_BEST if step is None and any(directory.glob(f"{_BEST}/[0-9]*")) else _CHECKPOINTS)
+    steps = sorted(int(path.name) for path in root.glob("*") if path.name.isdigit())
+    if not steps or (step is not None and step not in steps):
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise FileNotFoundError(f"'{directory}' holds no {wanted}; there are steps {steps or '(none)'}")
+    path = root / str(steps[-1] if step is None else step)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), template)
+    params = "ema_params" if ema and (path / "ema_params").is_dir() else "params"
+    items = {params: template["params"]}
+    model_state = {name: tree for name, tree in template.items() if name != "params"}
+    if model_state:
+        items["model_state"] = model_state
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = {name: checkpointer.restore(path / name, tree) for name, tree in items.items()}
+    return jax.tree.map(np.asarray, {"params": restored[params], **restored.get("model_state", {})})
+
+
+def _read_weights(path: Path, template: dict[str, Any]) -> dict[str, Any]:
+    from safetensors.numpy import load_file
+
+    arrays = load_file(path)
+    expected = {name: leaf.shape for name, leaf in _named_leaves(template)}
+    found = {name: array.shape for name, array in arrays.items()}
+    if expected != found:
+        name = min(name for name in expected | found if expected.get(name) != found.get(name))
+        raise ValueError(f"'{path}': '{name}' has shape {found.get(name)}, the config needs {expected.get(name)}")
+    return jax.tree_util.tree_map_with_path(lambda keys, _: arrays[_name(keys)].astype(np.float32), template)
+
+
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _name(path: Any) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)

@@ -1,0 +1,89 @@
+"""Devices: the only file that knows a mesh.
+
+The logical axes of a parameter are the letters at the end of its name ("up_MF" has M and F); a leading axis beyond them
+is the layer axis of a scan. `RULES` maps letters to mesh axes; what no rule names is replicated.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+# Logical axis -> mesh axis: widths are split by fsdp; heads, MLP width and vocabulary by tensor.
+RULES = {"M": "fsdp", "N": "tensor", "F": "tensor", "K": "tensor", "V": "tensor", "I": "fsdp", "O": "tensor"}
+_SUFFIX = re.compile(r"_([A-Z0-9]+)$")
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """Mesh over all devices with axes "data", "fsdp", "tensor"; one size may be -1: what the others leave.
+
+    Raises:
+      ValueError: sizes that do not multiply to the number of devices.
+    """
+    sizes, count = {"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count()
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or known < 1 or count % known or (not free and known != count):
+        raise ValueError(f"mesh: {sizes} does not fit {count} devices; sizes must multiply to it, one may be -1")
+    for name in free:
+        sizes[name] = count // known
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def logical_axes(path: Any, ndim: int) -> str:
+    """Letters of a leaf's axes, "-" for those without a name."""
+    name = str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1]))) if path else ""
+    match = _SUFFIX.search(name)
+    letters = match.group(1) if match else ("IO" if name == "kernel" else "")
+    return letters[-ndim:].rjust(ndim, "-") if ndim else ""
+
+
+def state_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A sharding for every leaf of a tree of arrays or shapes, by `RULES`; codebooks are replicated."""
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        names = {str(getattr(key, "key", getattr(key, "name", key))) for key in path}
+        used: set[str] = set()
+        spec = []
+        for letter, size in zip(logical_axes(path, leaf.ndim), leaf.shape, strict=True):
+            axis = None if "codebook" in names else RULES.get(letter)
+            fits = axis is not None and axis not in used and size % mesh.shape[axis] == 0 and mesh.shape[axis] > 1
+            spec.append(axis if fits else None)
+            used.update([axis] if fits else [])
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over the data and fsdp devices."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def check_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> None:
+    """Refuse a global batch that the mesh or the accumulation cannot split evenly.
+
+    Raises:
+      ValueError: naming batch size, devices and accumulation.
+    """
+    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES])) * accumulation_steps
+    if batch_size % parts:
+        raise ValueError(
+            f"data.batch_size: {batch_size} is not a multiple of {parts} "
+            f"(devices along data and fsdp times optim.accumulation_steps {accumulation_steps})"
+        )
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """Place a host's part of a batch: the global arrays are the parts of all hosts in order."""
+    sharding = batch_sharding(mesh)
+    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, np.asarray(array)), batch)

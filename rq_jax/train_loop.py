@@ -1,0 +1,277 @@
+"""The one training loop: resume, step, log, evaluate, save, stop. It knows no model.
+
+A script hands it a state, a jitted step, an evaluation and the data.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from rq_jax import pictures, sharding
+from rq_jax.checkpoint import Checkpointer
+from rq_jax.progress import METRICS_FILE, MetricWriter, Progress, Rate
+
+logger = logging.getLogger(__name__)
+
+Evaluation = tuple[dict[str, float], dict[str, np.ndarray]]  # scalars, pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """The config section `loop`, its durations resolved to steps.
+
+    Attributes:
+      total_steps: updates of the whole run.
+      log_every_steps, evaluate_every_steps, checkpoint_every_steps: intervals; the last step has all three.
+      keep_checkpoints: how many of the newest checkpoints stay.
+      ema_decay: of the weight average, 0 for none.
+      early_stopping_evaluations: evaluations without a better "validation_loss" after which the run stops; the best
+        weights are kept. 0: off.
+      use_latent_cache: stage 2 reads latents computed once, from disk.
+    """
+
+    total_steps: int
+    log_every_steps: int = 100
+    evaluate_every_steps: int = 1000
+    checkpoint_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    ema_decay: float = 0.0
+    early_stopping_evaluations: int = 0
+    use_latent_cache: bool = False
+
+    def __post_init__(self):
+        for name in ("total_steps", "log_every_steps", "evaluate_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least 1")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"loop.ema_decay: {self.ema_decay} is outside [0, 1); 0 keeps no average")
+        if self.early_stopping_evaluations < 0:
+            raise ValueError(f"loop.early_stopping_evaluations: {self.early_stopping_evaluations} must be at least 0")
+
+
+def resolve_durations(section: Mapping[str, Any], prefix: str, names: tuple[str, ...], steps_per_epoch: int) -> dict[str, Any]:
+    """Replace `<name>_epochs` by `<name>_steps` in a config section; a number of steps, where set, has precedence.
+
+    Raises:
+      ValueError: neither of the two is set.
+    """
+    settings = dict(section)
+    for name in names:
+        steps, epochs = settings.get(f"{name}_steps"), settings.pop(f"{name}_epochs", None)
+        if steps is None and epochs is None:
+            raise ValueError(f"{prefix}.{name}_steps and {prefix}.{name}_epochs are both unset; set one of them")
+        settings[f"{name}_steps"] = round(epochs * steps_per_epoch) if steps is None else steps
+    return settings
+
+
+def check_sections(config: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
+    """Refuse a config with sections that nothing reads, or without one that is needed.
+
+    Raises:
+      ValueError: naming the section.
+    """
+    for name in config:
+        if name not in allowed:
+            raise ValueError(f"config.{name}: unknown; allowed are {', '.join(allowed)}")
+    for name in allowed:
+        if name not in config:
+            raise ValueError(f"config.{name}: missing; the config needs {', '.join(allowed)}")
+
+
+def call(function: Callable[..., Any], section: str, settings: Mapping[str, Any], **others: Any) -> Any:
+    """Call a constructor with its config section; a key that it does not take is a one-line error."""
+    allowed = set(inspect.signature(function).parameters) - set(others)
+    unknown = sorted(set(settings) - allowed)
+    if unknown:
+        raise ValueError(f"config.{section}.{unknown[0]}: unknown; allowed are {', '.join(sorted(allowed))}")
+    return function(**settings, **others)
+
+
+class Stop:
+    """Notes SIGINT and SIGTERM, so that the loop can save before it ends; a second SIGINT ends at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Stop":
+        self._old = {}
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._note)
+        except ValueError:  # not in the main thread: somebody else handles signals
+            self._old = {}
+        return self
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def run(
+    *,
+    workdir: str,
+    title: str,
+    state: Any,
+    train_step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
+    dataset: Any,
+    mesh: jax.sharding.Mesh,
+    settings: LoopSettings,
+    summarize: Callable[[dict[str, np.ndarray]], dict[str, float]],
+    evaluate: Callable[[Any], Evaluation],
+) -> Any:
+    """Train until `settings.total_steps`, going on from the newest checkpoint of `workdir`.
+
+    Args:
+      workdir: run directory.
+      title: shown in front of the progress bar.
+      state: a `TrainState` at step 0, placed on the mesh; its buffers are donated.
+      train_step: (state, batch) -> (state, metrics), jitted with the state donated.
+      dataset: has `iterator()`, whose batches are placed on the mesh, and `batch_size`.
+      mesh: the devices.
+      settings: intervals and durations.
+      summarize: means of the metrics since the last log point -> named scalars.
+      evaluate: state -> scalars and pictures; "validation_loss" decides early stopping.
+
+    Returns:
+      The last state.
+
+    Raises:
+      SystemExit: with 128 + signal number after SIGINT (130) or SIGTERM (143); the current step is saved.
+    """
+    is_first = jax.process_index() == 0
+    writer, iterator = MetricWriter(workdir, enabled=is_first), dataset.iterator()
+    with Checkpointer(workdir, settings.keep_checkpoints) as checkpointer, Stop() as stop:
+        host = {"best_loss": math.inf, "bad_evaluations": 0, "stopped": False}
+        if checkpointer.latest_step is not None:
+            state, host = checkpointer.restore(state)
+            iterator.set_state(host["data"])
+            logger.info("%s: resumed from step %d in %s", title, int(state.step), workdir)
+        step = int(state.step)
+        writer.truncate_after(step)
+        rate, metrics_sum, num_summed = Rate(dataset.batch_size, step), None, 0
+        progress = Progress(settings.total_steps, step, "step", title, enabled=is_first)
+        with progress:
+            while step < settings.total_steps and not host["stopped"]:
+                previous = metrics_sum
+                state, metrics = train_step(state, sharding.put_batch(mesh, next(iterator)))
+                metrics_sum = metrics if metrics_sum is None else _add(metrics_sum, metrics)
+                step, num_summed, shown = step + 1, num_summed + 1, {}
+                # Waiting for the step before this one keeps the device busy and the queue short.
+                jax.block_until_ready(previous)
+                last = step == settings.total_steps
+                if step % settings.log_every_steps == 0 or last:
+                    means = jax.tree.map(lambda x, n=num_summed: np.asarray(x) / n, metrics_sum)
+                    shown = {**summarize(means), **rate.measure(step)}
+                    writer.write_scalars(step, shown)
+                    metrics_sum, num_summed = None, 0
+                progress.update(1, **{name: shown[name] for name in ("loss", "images_per_second") if name in shown})
+                if step % settings.evaluate_every_steps == 0 or last:
+                    _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host)
+                    rate.restart(step)
+                if step % settings.checkpoint_every_steps == 0 or last or stop.signal or host["stopped"]:
+                    checkpointer.save(state, {**host, "data": iterator.get_state()})
+                    rate.restart(step)
+                if stop.signal:
+                    break
+        checkpointer.wait()
+        writer.close()
+        iterator.close()
+        if stop.signal and step < settings.total_steps:
+            logger.warning("%s: stopped by signal %d at step %d; run the same command to go on", title, stop.signal, step)
+            raise SystemExit(128 + stop.signal)
+    return state
+
+
+@jax.jit
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: x + y, a, b)
+
+
+def _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host) -> None:
+    """Evaluate, write, and with early stopping keep the best weights and count evaluations without a better one."""
+    scalars, pictures = evaluate(state)
+    writer.write_scalars(step, scalars)
+    writer.write_images(step, pictures)
+    writer.flush()
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+    progress.message(f"step {step}: {shown}")
+    if not settings.early_stopping_evaluations:
+        return
+    if scalars["validation_loss"] < host["best_loss"]:
+        host.update(best_loss=float(scalars["validation_loss"]), bad_evaluations=0)
+        checkpointer.save_best(state)
+    else:
+        host["bad_evaluations"] += 1
+        if host["bad_evaluations"] >= settings.early_stopping_evaluations:
+            host["stopped"] = True
+            progress.message(f"step {step}: no better validation loss for {host['bad_evaluations']} evaluations, stopping")
+
+
+def finish(workdir: str, curves: list[str]) -> None:
+    """Draw the curves of a run and say where its pictures are; on the first host."""
+    if jax.process_index() != 0:
+        return
+    directory = Path(workdir)
+    pictures.curves(directory / METRICS_FILE, curves, directory / "pictures" / "curves.png")
+    print(f"pictures: {directory / 'pictures'}")
+
+
+def main(train_and_evaluate: Callable[[Any, str], Any]) -> None:
+    """Command line of a training script: --config=<file>:<preset> --workdir=<dir> [--config.x.y=...].
+
+    What the user got wrong ends with one line and exit code 2.
+    """
+    from absl import app, flags
+    from absl import logging as absl_logging
+    from ml_collections import config_flags
+
+    config = config_flags.DEFINE_config_file("config", None, "configs/<file>.py:<preset>", lock_config=True)
+    workdir = flags.DEFINE_string("workdir", None, "Directory of the run.")
+    flags.mark_flags_as_required(["config", "workdir"])
+
+    def parse(argv: list[str]) -> list[str]:
+        # A config override that does not exist or has the wrong type is found here.
+        with one_line_errors(TypeError, flags.Error):
+            try:
+                return flags.FLAGS(argv)
+            except (KeyError, AttributeError) as error:
+                name = error.args[0].split("'")[1] if "'" in str(error.args[0]) else error.args[0]
+                given = next((arg for arg in argv if arg.startswith("--config.") and name in arg), name)
+                raise ValueError(f"{given}: the config has no key '{name}'; see the config file for its keys") from None
+
+    def run(argv: list[str]) -> None:
+        del argv
+        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file that it writes
+        logger.setLevel(logging.INFO)
+        with one_line_errors():
+            train_and_evaluate(config.value, workdir.value)
+
+    app.run(run, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def one_line_errors(*more: type[Exception]):
+    """End the process with one line and exit code 2 for what the user can mend; RQ_JAX_TRACEBACK=1 shows where."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, NotADirectoryError, *more) as error:
+        if os.environ.get("RQ_JAX_TRACEBACK"):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,205 @@
+"""What a training run carries from step to step: state, optimizer with its schedule, moving average of weights."""
+
+import re
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+# Weight decay is for matrices and convolution kernels alone. Which parameters the unreleased stage-2 trainer spared is
+# unknown; sparing biases, norms, embeddings and positions is the custom of minGPT, on which the original is built.
+_NO_DECAY = re.compile(r"(bias|scale|embedding|position)")
+
+
+class Optimizer(NamedTuple):
+    """Gradient transformation, learning rate by step, and micro-batches to average before one update."""
+
+    transform: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    accumulation_steps: int
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step reads and writes; `rng` is folded with `step`, so that it never needs to be split."""
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: Any
+    ema_params: Any
+    rng: jax.Array
+    skipped_steps: jax.Array
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's variables as trained."""
+        return {"params": self.params, **self.model_state}
+
+    @property
+    def ema_variables(self) -> dict[str, Any]:
+        """The model's variables with averaged weights, where an average is kept."""
+        return {"params": self.params if self.ema_params is None else self.ema_params, **self.model_state}
+
+    def rng_of_step(self, *uses: str) -> dict[str, jax.Array]:
+        """Keys of this step by use, {"dropout": key, ...}; a use's key does not depend on which others are asked for."""
+        rng = jax.random.fold_in(self.rng, self.step)
+        return {use: jax.random.fold_in(rng, sum(ord(c) * 31**i for i, c in enumerate(use)) % 2**31) for use in uses}
+
+
+def create_state(variables: dict[str, Any], optimizer: Optimizer, rng: jax.Array, use_ema: bool) -> TrainState:
+    """The state before the first step."""
+    variables = dict(variables)
+    params = variables.pop("params")
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        model_state=variables,
+        opt_state=optimizer.transform.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if use_ema else None,
+        rng=rng,
+        skipped_steps=jnp.int32(0),
+    )
+
+
+def apply_gradients(
+    state: TrainState, optimizer: Optimizer, grads: Any, loss: jax.Array, model_state: Any, ema_decay: float
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of parameters, optimizer, weight average and model state.
+
+    A step whose loss or gradient is not finite changes nothing but the counters `step` and `skipped_steps`.
+
+    Returns:
+      The new state and {"gradient_norm", "learning_rate", "skipped_steps"}.
+    """
+    norm = optax.global_norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema_params = state.ema_params
+    if ema_params is not None:
+        ema_params = average_weights(ema_params, params, ema_decay, state.step)
+    new = (params, model_state, opt_state, ema_params)
+    old = (state.params, state.model_state, state.opt_state, state.ema_params)
+    params, model_state, opt_state, ema_params = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    skipped = state.skipped_steps + jnp.where(finite, 0, 1)
+    state = state.replace(
+        step=state.step + 1,
+        params=params,
+        model_state=model_state,
+        opt_state=opt_state,
+        ema_params=ema_params,
+        skipped_steps=skipped,
+    )
+    return state, {
+        "gradient_norm": norm,
+        "learning_rate": optimizer.learning_rate(state.step - 1),
+        "skipped_steps": skipped,
+    }
+
+
+def average_weights(average: Any, params: Any, decay: float, step: jax.Array | int | None = None) -> Any:
+    """Exponential moving average of weights with decay min(decay, (1 + step) / (10 + step)), or `decay` without a step.
+
+    As kakaobrain/rq-vae-transformer:ExponentialMovingAverage, whose trainer never calls it.
+    """
+    if step is not None:
+        decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, p: a * decay + (1 - decay) * p, average, params)
+
+
+def make_optimizer(
+    *,
+    name: str = "adam",
+    learning_rate: float,
+    total_steps: int,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    schedule: str = "cosine",
+    warmup_steps: int = 0,
+    final_learning_rate: float = 0.0,
+    clip_norm: float | None = None,
+    accumulation_steps: int = 1,
+) -> Optimizer:
+    """Optimizer of one training stage.
+
+    Args:
+      name: "adam", "adamw" (decoupled decay of matrices and kernels only) or "sgd".
+      learning_rate: the highest rate, reached after the warm-up.
+      total_steps: length of the run, in updates.
+      b1, b2: of Adam; momentum: of SGD.
+      weight_decay: of AdamW.
+      schedule: after the warm-up "cosine" down to `final_learning_rate` at `total_steps`, or "constant".
+      warmup_steps: linear from 0; the first update then has rate 0, as in the original.
+      clip_norm: largest global gradient norm; None: no clipping.
+      accumulation_steps: micro-batches averaged before an update.
+
+    Raises:
+      ValueError: a name or value that is not allowed.
+    """
+    _check_optimizer(name, schedule, learning_rate, total_steps, warmup_steps, weight_decay, clip_norm, accumulation_steps)
+    peak, decay_steps = float(learning_rate), max(total_steps - warmup_steps, 1)
+    if schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, decay_steps, final_learning_rate / peak)
+    else:
+        main = optax.constant_schedule(peak)
+    warmup = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
+    rate = optax.join_schedules([warmup, main], [warmup_steps]) if warmup_steps else main
+    if name == "adam":
+        base = optax.adam(rate, b1, b2)
+    elif name == "adamw":
+        base = optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=decay_mask)
+    else:
+        base = optax.sgd(rate, momentum or None)
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm is not None else []
+    return Optimizer(optax.chain(*clip, base), rate, accumulation_steps)
+
+
+def _check_optimizer(name, schedule, learning_rate, total_steps, warmup_steps, weight_decay, clip_norm, accumulation_steps):
+    if name not in ("adam", "adamw", "sgd"):
+        raise ValueError(f"optim.name: '{name}' is unknown; allowed are 'adam', 'adamw' and 'sgd'")
+    if schedule not in ("cosine", "constant"):
+        raise ValueError(f"optim.schedule: '{schedule}' is unknown; allowed are 'cosine' and 'constant'")
+    if weight_decay and name != "adamw":
+        raise ValueError(f"optim.weight_decay: {weight_decay} is read by 'adamw' only, not by '{name}'; set it to 0")
+    if not learning_rate > 0:
+        raise ValueError(f"optim.learning_rate: {learning_rate} must be above 0")
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(f"optim.warmup_steps: {warmup_steps} is outside 0..{total_steps}, the steps of the run")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"optim.clip_norm: {clip_norm} must be above 0, or None for no clipping")
+    if accumulation_steps < 1:
+        raise ValueError(f"optim.accumulation_steps: {accumulation_steps} must be at least 1")
+
+
+def decay_mask(params: Any) -> Any:
+    """True for matrices and convolution kernels; False for biases, norms, embeddings and positions."""
+
+    def decays(path: Any, _: Any) -> bool:
+        return not _NO_DECAY.search(str(path[-1].key))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def accumulate_gradients(loss_and_grads: Any, params: Any, batch: Any, num_steps: int, rngs: Any) -> Any:
+    """Mean over `num_steps` micro-batches of what `loss_and_grads(params, micro_batch, rngs)` returns.
+
+    Micro-batch i holds every num_steps-th row from row i on: each device then slices its own rows of a sharded batch.
+    """
+    if num_steps == 1:
+        return loss_and_grads(params, batch, rngs)
+    micro = jax.tree.map(lambda x: x.reshape(-1, num_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def step(total: Any, inputs: Any) -> tuple[Any, None]:
+        index, rows = inputs
+        keys = jax.tree.map(lambda key: jax.random.fold_in(key, index), rngs)
+        return jax.tree.map(jnp.add, total, loss_and_grads(params, rows, keys)), None
+
+    first = jax.eval_shape(loss_and_grads, params, jax.tree.map(lambda x: x[0], micro), rngs)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
+    total, _ = jax.lax.scan(step, zeros, (jnp.arange(num_steps), micro))
+    return jax.tree.map(lambda x: x / num_steps, total)

@@ -1,0 +1,149 @@
+"""The cache of computed features: written whole or not at all, read back as batches."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("grain")
+
+from rq_jax.data import CacheDataset, read_meta, write_cache  # noqa: E402
+
+COUNT, VIEWS = 11, 3
+META = {"fingerprint": "abc", "class_names": ["a", "b"], "text_length": 5, "vocab_size": 40}
+
+
+def rows(dtype=np.float16):
+    """Latents that say which row and view they are."""
+    row, view = np.mgrid[:COUNT, :VIEWS]
+    latents = np.stack([row, view], axis=-1)[:, :, None, None].repeat(2, axis=2).astype(dtype)
+    return {
+        "latents": latents,
+        "label": (np.arange(COUNT) % 2).astype(np.int32),
+        "text": np.arange(COUNT * 5, dtype=np.int32).reshape(COUNT, 5),
+        "index": np.arange(COUNT, dtype=np.int32)[::-1].copy(),
+    }
+
+
+def batches(dtype=np.float16, size=4):
+    """As an evaluation gives them: the last one padded."""
+    arrays = rows(dtype)
+    for start in range(0, COUNT, size):
+        positions = np.arange(start, start + size)
+        batch = {key: array[np.minimum(positions, COUNT - 1)] for key, array in arrays.items()}
+        yield {**batch, "mask": positions < COUNT}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return write_cache(tmp_path_factory.mktemp("cache") / "latents", batches(), META, COUNT)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_what_is_written_is_what_was_given(tmp_path, dtype):
+    directory = write_cache(tmp_path / "new" / "cache", batches(dtype), META)
+    for key, array in rows(dtype).items():
+        stored = np.load(directory / f"{key}.npy")
+        np.testing.assert_array_equal(stored, array)
+        assert stored.dtype == array.dtype
+    meta = read_meta(directory)
+    assert meta["fingerprint"] == "abc" and meta["shapes"]["latents"] == [COUNT, VIEWS, 2, 1, 2]
+    assert [entry.name for entry in directory.parent.iterdir()] == ["cache"]
+
+
+def test_training_batches_draw_one_view(cache):
+    dataset = CacheDataset(cache, batch_size=4, train=True, seed=1)
+    assert (dataset.num_examples, dataset.steps_per_epoch, dataset.num_classes) == (COUNT, 2, 2)
+    assert (dataset.class_names, dataset.vocab_size, dataset.text_length) == (("a", "b"), 40, 5)
+    iterator = dataset.iterator()
+    seen, views = [], set()
+    for _ in range(COUNT):
+        batch = next(iterator)
+        assert {key: array.shape[1:] for key, array in batch.items()} == {
+            "latents": (2, 1, 2),
+            "label": (),
+            "text": (5,),
+            "index": (),
+        }
+        row, view = batch["latents"][:, 0, 0].astype(int).T
+        np.testing.assert_array_equal(batch["label"], row % 2)
+        np.testing.assert_array_equal(batch["text"][:, 0], row * 5)
+        np.testing.assert_array_equal(batch["index"], COUNT - 1 - row)
+        seen.extend(row)
+        views.update(view)
+    assert sorted(seen) == sorted([*range(COUNT)] * 4) and views == {0, 1, 2}
+
+
+def test_interrupted_equals_uninterrupted(cache):
+    whole = CacheDataset(cache, batch_size=4, train=True).iterator()
+    expected = [next(whole) for _ in range(7)]
+    first = CacheDataset(cache, batch_size=4, train=True).iterator()
+    for _ in range(3):
+        next(first)
+    resumed = CacheDataset(cache, batch_size=4, train=True).iterator()
+    resumed.set_state(json.loads(json.dumps(first.get_state())))
+    for batch in expected[3:]:
+        found = next(resumed)
+        for key in batch:
+            np.testing.assert_array_equal(found[key], batch[key])
+
+
+def test_shards_together_are_the_whole_batch(cache):
+    whole = next(CacheDataset(cache, batch_size=4, train=True).iterator())
+    for i in range(2):
+        part = next(CacheDataset(cache, batch_size=4, train=True, shard_index=i, shard_count=2).iterator())
+        np.testing.assert_array_equal(part["latents"], whole["latents"][i::2])
+
+
+def test_evaluation_is_in_order_with_the_first_view(cache):
+    found = list(CacheDataset(cache, batch_size=4, train=False).iterator())
+    latents = np.concatenate([batch["latents"] for batch in found])
+    mask = np.concatenate([batch["mask"] for batch in found])
+    np.testing.assert_array_equal(mask, np.arange(12) < COUNT)
+    np.testing.assert_array_equal(latents[mask], rows()["latents"][:, 0])
+
+
+def test_a_cache_without_latents(tmp_path):
+    codes = np.arange(6 * 4, dtype=np.int32).reshape(6, 2, 2)
+    directory = write_cache(tmp_path / "codes", [{"codes": codes}], {"fingerprint": "x"})
+    batch = next(CacheDataset(directory, batch_size=6, train=False).iterator())
+    np.testing.assert_array_equal(batch["codes"], codes)
+
+
+def test_interrupted_writing_leaves_the_old_cache(tmp_path):
+    directory = write_cache(tmp_path / "cache", batches(), META)
+
+    def broken():
+        yield next(iter(batches()))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(directory, broken(), {"fingerprint": "new"})
+    assert read_meta(directory)["fingerprint"] == "abc"
+    with pytest.raises(KeyboardInterrupt):
+        write_cache(tmp_path / "other", broken(), META)
+    assert read_meta(tmp_path / "other") is None
+    write_cache(directory, batches(np.float32), {"fingerprint": "new"})
+    assert read_meta(directory)["fingerprint"] == "new"
+    assert CacheDataset(directory, 4, True).num_classes is None
+
+
+def test_errors(tmp_path):
+    one = {"latents": np.zeros((2, 1, 3), np.float32), "label": np.zeros(2, np.int32)}
+    with pytest.raises(ValueError, match="cache meta has no 'fingerprint': its entries are name"):
+        write_cache(tmp_path / "cache", [one], {"name": "x"})
+    with pytest.raises(ValueError, match="no batches for the cache"):
+        write_cache(tmp_path / "cache", [], META)
+    with pytest.raises(ValueError, match=r"cache batch .*: expected rows of latents, label, equally many"):
+        write_cache(tmp_path / "cache", [one, {"latents": one["latents"]}], META)
+    with pytest.raises(ValueError, match=r"cache batch .*: expected rows of latents, label, equally many"):
+        write_cache(tmp_path / "cache", [{**one, "label": np.zeros(3, np.int32)}], META)
+    with pytest.raises(ValueError, match=r"cache rows changed from float32 \(1, 3\) to float32 \(1, 4\)"):
+        write_cache(tmp_path / "cache", [one, {**one, "latents": np.zeros((2, 1, 4), np.float32)}], META)
+    with pytest.raises(FileNotFoundError, match="no cache in '.*cache': write one with write_cache"):
+        CacheDataset(tmp_path / "cache", 4, True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError, match="mine' exists and is not a cache: choose another place"):
+        write_cache(tmp_path / "mine", [one], META)
+    assert (tmp_path / "mine" / "thesis.tex").exists()

@@ -1,0 +1,293 @@
+"""Sources: TFDS sets that this project did not write, folders, damaged pictures, and one-line errors."""
+
+import io
+import logging
+import pickle
+import sys
+
+import numpy as np
+import pytest
+
+tfds = pytest.importorskip("tensorflow_datasets")
+from PIL import Image  # noqa: E402
+
+from rq_jax.data import make_dataset  # noqa: E402
+from rq_jax.data import sources as sources_module  # noqa: E402
+from rq_jax.data.sources import ImageSource, decode_image, open_records  # noqa: E402
+
+
+def encode(pixels, kind="png"):
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, kind)
+    return out.getvalue()
+
+
+def grey_pictures(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 9, 7), dtype=np.uint8)
+
+
+def write_tfds(name, features, splits, data_dir):
+    """Prepare a data set that exists as files only, as if somebody else had made it."""
+
+    class ForeignSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.2.3")
+
+        def _info(self):
+            features_dict = tfds.features.FeaturesDict(features)
+            return tfds.core.DatasetInfo(builder=self, features=features_dict, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(rows) for split, rows in splits.items()}
+
+        def _generate_examples(self, rows):
+            return enumerate(rows)
+
+    ForeignSet.name = name
+    ForeignSet(data_dir=data_dir).download_and_prepare(file_format="array_record")
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory):
+    """`greys`: other feature names, grey, labelled, captioned; `bare`: nothing but pictures, some damaged."""
+    directory = tmp_path_factory.mktemp("tfds")
+    pictures = [encode(pixels) for pixels in grey_pictures(12)]
+    features = {
+        "picture": tfds.features.Image(shape=(None, None, 1)),
+        "kind": tfds.features.ClassLabel(names=["a", "b", "c"]),
+        "said": tfds.features.Text(),
+    }
+    rows = [{"picture": picture, "kind": i % 3, "said": f"row {i}"} for i, picture in enumerate(pictures)]
+    write_tfds("greys", features, {"train": rows[:9], "test": rows[9:]}, directory)
+    damaged = [{"image": picture[:40] if i in (2, 3) else picture} for i, picture in enumerate(pictures[:7])]
+    write_tfds("bare", {"image": tfds.features.Image(shape=(None, None, 1))}, {"train": damaged}, directory)
+    write_tfds("words", {"said": tfds.features.Text()}, {"train": [{"said": "no picture"}]}, directory)
+    return directory
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve grey pictures in classes `cats` and `dogs`, each with a caption."""
+    for i, pixels in enumerate(grey_pictures(12)):
+        file = tmp_path / ("cats", "dogs")[i % 2] / "deeper" / f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(pixels))
+        file.with_suffix(".txt").write_text(f"picture {i}\n")
+    return tmp_path
+
+
+def test_foreign_tfds_set(tfds_dir):
+    records = open_records("greys", "train", tfds_dir, label_key="kind", text_key="said")
+    assert len(records) == 9 and records.class_names == ("a", "b", "c")
+    source = ImageSource(records, channels=1)
+    for i in (0, 4, 8):
+        example = source[i]
+        np.testing.assert_array_equal(example["image"][..., 0], grey_pictures(12)[i])
+        assert (example["label"], example["text"], example["index"]) == (i % 3, f"row {i}", i)
+
+
+def test_grey_becomes_rgb_unless_one_channel_is_asked_for(tfds_dir):
+    records = open_records("greys", "test", tfds_dir)
+    grey, rgb = ImageSource(records, channels=1)[1], ImageSource(records, channels=3)[1]
+    assert grey["image"].shape == (9, 7, 1)
+    np.testing.assert_array_equal(rgb["image"], np.repeat(grey["image"], 3, axis=-1))
+    assert grey["label"] is None and grey["text"] is None
+
+
+@pytest.mark.parametrize("split, count", [("train[:4]", 4), ("train+test", 12), ("test", 3)])
+def test_tfds_split_syntax(tfds_dir, split, count):
+    assert len(open_records("greys", split, tfds_dir)) == count
+
+
+def test_tfds_set_without_labels_makes_batches(tfds_dir):
+    dataset = make_dataset(
+        split="train", train=True, name="bare", data_dir=tfds_dir, batch_size=3, image_size=5, channels=1
+    )
+    batch = next(dataset.iterator())
+    assert {key: array.shape for key, array in batch.items()} == {"image": (3, 5, 5, 1), "index": (3,)}
+    assert dataset.num_classes is None and dataset.vocab_size is None
+
+
+def test_tensorflow_is_never_imported(tfds_dir):
+    open_records("greys", "train", tfds_dir)
+    assert not {"tensorflow", "torch"} & set(sys.modules)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("nope", "train"), "unknown data set 'nope': it is not prepared in data_dir="),
+        (("not a name", "train"), "unknown data set 'not a name'"),
+        (("greys:9.9.9", "train"), "unknown data set 'greys:9.9.9'"),
+        (("mnist", "train"), "data set 'mnist' is not prepared in data_dir="),
+        (("greys", "val"), "unknown split 'val' of data set greys/1.2.3: choose one of train, test"),
+        (("words", "train"), "data set words/1.2.3 has no Image feature: its features are said"),
+    ],
+)
+def test_tfds_errors(tfds_dir, arguments, message):
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as caught:
+        open_records(*arguments, tfds_dir)
+    assert "\n" not in str(caught.value)
+
+
+def test_tfds_unknown_keys(tfds_dir):
+    with pytest.raises(
+        ValueError, match="unknown label_key='said' of data set 'greys/1.2.3': choose one of kind"
+    ):
+        open_records("greys", "train", tfds_dir, label_key="said")
+    with pytest.raises(
+        ValueError, match=r"unknown text_key='said' of data set 'bare/1.2.3': choose one of \(none\)"
+    ):
+        open_records("bare", "train", tfds_dir, text_key="said")
+
+
+def test_tfds_set_in_another_format(tfds_dir, monkeypatch):
+    def refuse(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "as_data_source", refuse)
+    with pytest.raises(
+        ValueError, match="greys/1.2.3 is not stored as array_record, so it has no random access"
+    ):
+        open_records("greys", "train", tfds_dir)
+
+
+def test_folder_with_labels_and_captions(folder):
+    records = open_records("folder", "all", folder, label_key="folder", text_key="txt")
+    assert len(records) == 12 and records.class_names == ("cats", "dogs")
+    source = ImageSource(records, channels=1)
+    numbers = [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]  # sorted paths: cats first
+    for index, number in enumerate(numbers):
+        example = source[index]
+        np.testing.assert_array_equal(example["image"][..., 0], grey_pictures(12)[number])
+        assert (example["label"], example["text"]) == (number % 2, f"picture {number}")
+
+
+def test_folder_is_split_by_a_hash_of_the_path(tmp_path):
+    for i in range(150):
+        (tmp_path / f"{i}.png").write_bytes(encode(grey_pictures(1)[0]))
+    train, validation = (open_records("folder", split, tmp_path) for split in ("train", "validation"))
+    located = [{records.locate(i) for i in range(len(records))} for records in (train, validation)]
+    assert not located[0] & located[1] and len(located[0] | located[1]) == 150
+    assert 5 <= len(validation) <= 28
+    (tmp_path / "new.png").write_bytes(encode(grey_pictures(1)[0]))
+    again = open_records("folder", "validation", tmp_path)
+    new = {again.locate(i) for i in range(len(again))} - {str(tmp_path / "new.png")}
+    assert new == located[1]  # a new picture moves no other
+
+
+def test_folder_with_split_subfolders_shares_class_numbers(tmp_path):
+    for path in ("train/b/0.png", "train/c/1.png", "validation/a/2.png", "validation/c/3.png"):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(grey_pictures(1)[0]))
+    train, validation = (
+        open_records("folder", split, tmp_path, label_key="folder") for split in ("train", "validation")
+    )
+    assert train.class_names == validation.class_names == ("a", "b", "c")
+    assert [train.read(i)[1] for i in range(2)] == [1, 2]
+    assert [validation.read(i)[1] for i in range(2)] == [0, 2]
+
+
+def test_folder_errors(tmp_path, folder):
+    with pytest.raises(ValueError, match="data_dir is missing: name='folder' needs"):
+        open_records("folder", "train")
+    with pytest.raises(FileNotFoundError, match="no folder of pictures at data_dir='.*nowhere'"):
+        open_records("folder", "train", tmp_path / "nowhere")
+    with pytest.raises(
+        ValueError, match="unknown split 'test' of a folder: choose one of train, validation, all"
+    ):
+        open_records("folder", "test", folder)
+    with pytest.raises(
+        ValueError, match="unknown label_key='breed' of data set 'folder': choose one of folder"
+    ):
+        open_records("folder", "all", folder, label_key="breed")
+    with pytest.raises(
+        ValueError, match="unknown text_key='caption' of data set 'folder': choose one of txt"
+    ):
+        open_records("folder", "all", folder, text_key="caption")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no pictures below '.*empty': looked for .png"):
+        open_records("folder", "train", tmp_path / "empty")
+    (folder / "loose.png").write_bytes(encode(grey_pictures(1)[0]))
+    with pytest.raises(ValueError, match="loose.png' is in no class folder: label_key='folder' needs one"):
+        open_records("folder", "all", folder, label_key="folder")
+    with pytest.raises(FileNotFoundError, match="no caption beside '.*loose.png': text_key='txt' needs one"):
+        open_records("folder", "all", folder, text_key="txt")
+    (folder / "train").mkdir()
+    with pytest.raises(FileNotFoundError, match="split 'train' of .* is empty: 13 pictures in all"):
+        open_records("folder", "train", folder)
+
+
+def test_damaged_pictures_are_replaced_counted_and_named(tfds_dir, caplog):
+    source = ImageSource(open_records("bare", "train", tfds_dir), channels=1)
+    with caplog.at_level(logging.WARNING):
+        indices = [source[i]["index"] for i in range(7)] + [source[i]["index"] for i in range(7)]
+    assert indices == [0, 1, 4, 4, 4, 5, 6] * 2
+    assert source.damaged == {2, 3}
+    assert len(caplog.records) == 2 and "damaged picture example 2 of bare/1.2.3, split train" in caplog.text
+
+
+def test_too_many_damaged_pictures_stop_the_run(tfds_dir):
+    source = ImageSource(open_records("bare", "train", tfds_dir), max_damaged=1)
+    with pytest.raises(
+        RuntimeError, match="more than max_damaged=1 damaged pictures; the last is example 3 of bare"
+    ):
+        [source[i] for i in range(7)]
+
+
+def test_damage_stops_the_pipeline_too(tfds_dir):
+    dataset = make_dataset(
+        split="train", train=True, name="bare", data_dir=tfds_dir, batch_size=7, image_size=4, max_damaged=0
+    )
+    with pytest.raises(RuntimeError, match="max_damaged=0"):
+        next(dataset.iterator())
+
+
+def test_unreadable_files_and_wholly_damaged_folders(folder):
+    (folder / "cats" / "deeper" / "00.png").write_bytes(b"")
+    records = open_records("folder", "all", folder)
+    (folder / "cats" / "deeper" / "02.png").unlink()  # after listing
+    source = ImageSource(records)
+    assert source[0]["index"] == 2 and source.damaged == {0, 1}
+    for file in folder.rglob("*.png"):
+        file.write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="all 11 pictures are damaged"):
+        ImageSource(open_records("folder", "all", folder))[0]
+
+
+def test_small_sets_are_decoded_once(folder, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(
+        sources_module,
+        "decode_image",
+        lambda encoded, channels: decoded.append(1) or decode_image(encoded, channels),
+    )
+    source = ImageSource(open_records("folder", "all", folder))
+    first, second = source[3], source[3 + len(source)]
+    np.testing.assert_array_equal(first["image"], second["image"])
+    assert len(decoded) == 1
+    assert not pickle.loads(pickle.dumps(source))._cache  # worker processes start empty
+    monkeypatch.setattr(sources_module, "_CACHE_BYTES", 12 * 9 * 7 * 3 - 1)
+    large = ImageSource(open_records("folder", "all", folder))
+    large[3], large[3]
+    assert len(decoded) == 3
+
+
+def test_image_source_arguments(folder):
+    records = open_records("folder", "all", folder)
+    with pytest.raises(ValueError, match=r"channels=4: pictures are read with 1 \(grey\) or 3 \(RGB\)"):
+        ImageSource(records, channels=4)
+
+    class Nothing:
+        def __len__(self):
+            return 0
+
+    with pytest.raises(ValueError, match="the data set is empty"):
+        ImageSource(Nothing())
+
+
+def test_transparency_becomes_white():
+    pixels = np.zeros((2, 2, 4), np.uint8)
+    pixels[0, 0] = (10, 20, 30, 255)
+    decoded = decode_image(encode(pixels), 3)
+    assert decoded[0, 0].tolist() == [10, 20, 30] and (decoded[1] == 255).all()

@@ -1,0 +1,146 @@
+"""The tokenizer: fixed length, the published text pipeline, dropout that follows a generator, errors."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tokenizers")
+
+from rq_jax.data.text import PAD, UNKNOWN, load_tokenizer, main, train_tokenizer  # noqa: E402
+
+CAPTIONS = [
+    "woman astronaut, medium skin tone",
+    "man astronaut, light skin tone",
+    "person climbing, dark skin tone",
+    "grinning cat face with smiling eyes",
+    "flag: åland islands",
+    "clock face two-thirty",
+] * 5
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "new" / "tokenizer.json"
+    assert train_tokenizer(CAPTIONS, 90, path) == 90
+    return path
+
+
+def test_length_padding_and_dtype(path):
+    tokens = load_tokenizer(path, 9)(CAPTIONS[:6])
+    assert tokens.shape == (6, 9) and tokens.dtype == np.int32
+    assert tokens.min() >= 0 and tokens.max() < 90
+    short = load_tokenizer(path, 30)(["cat"])[0]
+    used = np.count_nonzero(short)
+    assert 0 < used < 30 and (short[used:] == 0).all()
+
+
+def test_cut_on_the_right(path):
+    text = CAPTIONS[:1]
+    np.testing.assert_array_equal(load_tokenizer(path, 4)(text), load_tokenizer(path, 40)(text)[:, :4])
+
+
+def test_case_is_folded_accents_are_kept_and_punctuation_is_split(path):
+    tokenizer = load_tokenizer(path, 12)
+    same = tokenizer(
+        ["Flag: ÅLAND islands", "flag: åland  islands", "flag : åland islands", "flag: aland islands"]
+    )
+    np.testing.assert_array_equal(same[0], same[1])
+    np.testing.assert_array_equal(same[0], same[2])
+    assert (same[0] != same[3]).any()
+
+
+def test_round_trip_and_unknown_letters(path):
+    tokenizer = load_tokenizer(path, 40)
+    assert tokenizer.decode(tokenizer(["Grinning CAT face"])[0]) == "grinning cat face"
+    assert tokenizer(["漢"])[0, 0] == 1  # [UNK]
+    assert not tokenizer([""]).any()
+
+
+def test_merging_without_dropout_is_what_the_library_does(path):
+    tokenizer = load_tokenizer(path, 60)
+    always = np.random.default_rng(0)
+    for text in [*CAPTIONS[:6], "ästronaut 漢字 womanly, eyes!", "x", ""]:
+        ids = tokenizer._encode_with_dropout(text, always)  # dropout is 0 here: every merge is kept
+        np.testing.assert_array_equal(tokenizer([text])[0], ids + [0] * (60 - len(ids)))
+
+
+def test_dropout_follows_its_generator_and_keeps_the_text(path):
+    tokenizer = load_tokenizer(path, 60, dropout=0.5)
+    plain = tokenizer(CAPTIONS[:6])
+    first = [tokenizer(CAPTIONS[:6], np.random.default_rng(seed)) for seed in (1, 2)]
+    again = [tokenizer(CAPTIONS[:6], np.random.default_rng(seed)) for seed in (1, 2)]
+    np.testing.assert_array_equal(first, again)
+    assert (first[0] != first[1]).any() and np.count_nonzero(first[0]) > np.count_nonzero(plain)
+    for dropped, kept in zip(first[0], plain, strict=True):
+        assert tokenizer.decode(dropped) == tokenizer.decode(kept)
+    np.testing.assert_array_equal(tokenizer(CAPTIONS[:6]), plain)  # no generator, no dropout
+
+
+def test_a_pair_of_vocabulary_and_merges_is_the_same_tokenizer(path, tmp_path):
+    model = json.loads(path.read_text())["model"]
+    (tmp_path / "bpe-vocab.json").write_text(json.dumps(model["vocab"]))
+    merges = "\n".join(" ".join(merge) for merge in model["merges"])
+    (tmp_path / "bpe-merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+    one, pair = load_tokenizer(path, 20, 0.3), load_tokenizer(tmp_path / "bpe-vocab.json", 20, 0.3)
+    assert pair.vocab_size == one.vocab_size == 90
+    np.testing.assert_array_equal(one(CAPTIONS), pair(CAPTIONS))
+    np.testing.assert_array_equal(
+        one(CAPTIONS, np.random.default_rng(3)), pair(CAPTIONS, np.random.default_rng(3))
+    )
+
+
+def test_worker_processes_can_have_it(path):
+    tokenizer = load_tokenizer(path, 20)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer))(CAPTIONS), tokenizer(CAPTIONS))
+
+
+def test_training_is_deterministic(path, tmp_path):
+    train_tokenizer(CAPTIONS, 90, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == path.read_text()
+
+
+def test_load_errors(path, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no tokenizer file .*none.json.*: train one"):
+        load_tokenizer(tmp_path / "none.json", 8)
+    (tmp_path / "lone-vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="no tokenizer file .*lone-merges.txt"):
+        load_tokenizer(tmp_path / "lone-vocab.json", 8)
+    (tmp_path / "bad.json").write_text("[]")
+    with pytest.raises(ValueError, match="bad.json' is not a tokenizer file"):
+        load_tokenizer(tmp_path / "bad.json", 8)
+    swapped = json.loads(path.read_text())
+    vocab = swapped["model"]["vocab"]
+    vocab[PAD], vocab[UNKNOWN] = vocab[UNKNOWN], vocab[PAD]
+    for token in swapped["added_tokens"]:
+        token["id"] = 1 - token["id"]
+    (tmp_path / "swapped.json").write_text(json.dumps(swapped))
+    with pytest.raises(ValueError, match=r"swapped.json' is not a byte-pair tokenizer with \[PAD\] as id 0"):
+        load_tokenizer(tmp_path / "swapped.json", 8)
+    with pytest.raises(ValueError, match="text_length=0: a text needs at least 1 token"):
+        load_tokenizer(path, 0)
+    with pytest.raises(ValueError, match=r"text_dropout=1.0: must be in \[0, 1\)"):
+        load_tokenizer(path, 8, dropout=1.0)
+
+
+def test_vocabulary_too_small_for_the_letters(tmp_path):
+    with pytest.raises(ValueError, match="vocab_size=5: the letters alone need"):
+        train_tokenizer(CAPTIONS, 5, tmp_path / "tokenizer.json")
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_command_line(tmp_path, capsys):
+    from PIL import Image
+
+    for i, caption in enumerate(CAPTIONS[:20]):
+        Image.new("L", (3, 3)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(caption)
+    out = tmp_path / "tokenizer.json"
+    command = ["--name=folder", f"--data_dir={tmp_path}", "--split=all", "--vocab_size=80", f"--out={out}"]
+    main([*command, "--text_key=txt"])
+    assert "80 ids" in capsys.readouterr().out
+    assert load_tokenizer(out, 8).vocab_size == 80
+    with pytest.raises(SystemExit):
+        main([*command, "--text_key=title"])
+    assert "unknown text_key='title'" in capsys.readouterr().err

@@ -1,0 +1,225 @@
+"""Imports run one way: mathematics, networks, machinery, scripts. The walk reads source and runs none."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+MATHEMATICS = {"nn", "quantize", "grains", "losses", "metrics", "sampling"}
+NETWORKS = {"models": {"nn", "quantize", "grains", "sampling"}, "pretrained": {"nn"}}
+MACHINERY = {
+    "checkpoint",
+    "data",
+    "pictures",
+    "progress",
+    "sharding",
+    "torch_import",
+    "train_loop",
+    "train_state",
+}
+# The rooms that each room may import. Machinery may import machinery as long as nothing goes in a circle.
+MAY_IMPORT = (
+    {"__init__": set()}
+    | {room: set() for room in MATHEMATICS}
+    | NETWORKS
+    | {room: MATHEMATICS | MACHINERY for room in MACHINERY}
+    | {"checkpoint": MATHEMATICS | MACHINERY | {"models"}}  # load_model builds through models.create
+)
+CORE = {"jax", "flax", "optax", "einops", "numpy"}
+FOREIGN_FRAMEWORKS = {"tensorflow", "torch", "torchvision"}
+# These load TensorFlow themselves.
+LOADS_TENSORFLOW = (
+    "clu.checkpoint",
+    "clu.deterministic_data",
+    "clu.metric_writers",
+    "clu.periodic_actions",
+    "clu.preprocess_spec",
+    "flax.metrics.tensorboard",
+    "jax.experimental.jax2tf",
+)
+
+
+class Import(NamedTuple):
+    line: int
+    name: str  # dotted; "from a import b" is a.b, a relative import starts with a dot
+    at_load: bool  # runs when the module loads, not first inside a function
+
+
+def imports_of(path: Path) -> Iterator[Import]:
+    def walk(node: ast.AST, at_load: bool) -> Iterator[Import]:
+        match node:
+            case ast.Import():
+                yield from (Import(node.lineno, alias.name, at_load) for alias in node.names)
+            case ast.ImportFrom():
+                module = "." * node.level + (node.module or "")
+                yield from (Import(node.lineno, f"{module}.{alias.name}", at_load) for alias in node.names)
+            case ast.Call(
+                func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield Import(node.lineno, name, at_load)
+        deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        type_checking = isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, at_load and not deferred and not type_checking)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def sources(root: Path, *folders: str) -> Iterator[Path]:
+    for folder in folders:
+        yield from sorted((root / folder).rglob("*.py"))
+
+
+def scripts(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("*.py") if path.name != "setup.py")
+
+
+def room_of(name: str) -> str | None:
+    """The room that a name leads into; "__init__" for the package itself, None for what is not ours."""
+    package, *rest = name.split(".")
+    if package != "rq_jax":
+        return None
+    return rest[0] if rest and rest[0] in MAY_IMPORT else "__init__"
+
+
+def layering_errors(root: Path) -> list[str]:
+    """Every import in a checkout that breaks the order of the house, as "file:line: what is wrong"."""
+    script_names = {path.stem for path in scripts(root)}
+    errors, machinery = [], {room: set() for room in MACHINERY}
+
+    def check(path: Path, line: int, allowed: bool, what: str) -> None:
+        if not allowed:
+            errors.append(f"{path.relative_to(root)}:{line}: {what}")
+
+    for path in sources(root, "rq_jax"):
+        room = path.relative_to(root / "rq_jax").parts[0].removesuffix(".py")
+        check(path, 1, room in MAY_IMPORT, f"no floor knows the room {room!r}")
+        for line, name, at_load in imports_of(path):
+            top, target = name.split(".")[0], room_of(name)
+            check(path, line, not name.startswith("."), "relative import")
+            check(path, line, top not in script_names | {"configs", "tests"}, f"rq_jax imports {name}")
+            if target not in (None, "__init__", room):
+                check(path, line, target in MAY_IMPORT.get(room, ()), f"{room} imports {target}")
+                machinery.get(room, set()).add(target)
+            third_party = target is None and top and top not in CORE | sys.stdlib_module_names
+            if room in MATHEMATICS | {"models", "__init__"}:
+                check(path, line, not third_party, f"{room} imports {top}")
+            elif not path.name.endswith("_dataset_builder.py"):  # loaded by tensorflow-datasets alone
+                check(path, line, not (third_party and at_load), f"{top} is imported before it is used")
+    try:
+        graph = {room: targets & MACHINERY for room, targets in machinery.items()}
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        errors.append(f"rq_jax: machinery imports in a circle: {' -> '.join(error.args[1])}")
+
+    for path in sources(root, "configs"):
+        for line, name, _ in imports_of(path):
+            allowed = name.split(".")[0] in {"ml_collections", *sys.stdlib_module_names}
+            allowed |= (name + ".").startswith("configs.common.")
+            check(path, line, allowed, f"configs imports {name}")
+    for path in scripts(root):
+        for line, name, _ in imports_of(path):
+            check(path, line, name.split(".")[0] not in script_names | {"tests"}, f"script imports {name}")
+    for path in [*sources(root, "rq_jax", "configs"), *scripts(root)]:
+        for line, name, _ in imports_of(path):
+            loads_foreign = name.split(".")[0] in FOREIGN_FRAMEWORKS or name.startswith(LOADS_TENSORFLOW)
+            check(path, line, not loads_foreign, f"imports {name}")
+    return errors
+
+
+def test_the_house_is_in_order():
+    assert len(list(sources(REPOSITORY, "rq_jax"))) > 1, "nothing was read"
+    assert layering_errors(REPOSITORY) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "error"),
+    [
+        ("rq_jax/quantize.py", "from rq_jax import nn", "quantize imports nn"),
+        ("rq_jax/nn/conv.py", "import rq_jax.losses", "nn imports losses"),
+        ("rq_jax/losses.py", "def f():\n  from rq_jax.models.rqvae import RQVAE", "losses imports models"),
+        ("rq_jax/metrics.py", "import scipy.linalg", "metrics imports scipy"),
+        ("rq_jax/models/rqvae.py", "from rq_jax import losses", "models imports losses"),
+        ("rq_jax/models/rqvae.py", "from rq_jax.sharding import RULES", "models imports sharding"),
+        ("rq_jax/models/rqvae.py", "def f():\n  import orbax.checkpoint", "models imports orbax"),
+        ("rq_jax/pretrained/clip.py", "from rq_jax.quantize import lookup", "pretrained imports quantize"),
+        ("rq_jax/train_loop.py", "from rq_jax.models import create", "train_loop imports models"),
+        ("rq_jax/data/text.py", "from rq_jax import pretrained", "data imports pretrained"),
+        ("rq_jax/data/text.py", "import tokenizers", "tokenizers is imported before it is used"),
+        ("rq_jax/data/text.py", "class A:\n  import PIL.Image", "PIL is imported before it is used"),
+        ("rq_jax/models/rqvae.py", "from .discriminator import D", "relative import"),
+        ("rq_jax/models/rqvae.py", "from . import discriminator", "relative import"),
+        ("rq_jax/__init__.py", "from rq_jax.models import create", "__init__ imports models"),
+        ("rq_jax/utils.py", "", "no floor knows the room 'utils'"),
+        ("rq_jax/train_loop.py", "import train_vae", "rq_jax imports train_vae"),
+        ("rq_jax/train_loop.py", "from configs import rqvae", "rq_jax imports configs.rqvae"),
+        ("rq_jax/checkpoint.py", "import_module('torch')", "imports torch"),
+        ("configs/rqvae.py", "import jax", "configs imports jax"),
+        ("configs/rqvae.py", "from configs import rqtransformer", "configs imports configs.rqtransformer"),
+        ("configs/rqvae.py", "from rq_jax import models", "configs imports rq_jax.models"),
+        ("sample.py", "from train_vae import main", "script imports train_vae.main"),
+        ("sample.py", "import torch.nn", "imports torch.nn"),
+        ("sample.py", "def f():\n  from tensorflow import io", "imports tensorflow.io"),
+        ("rq_jax/progress.py", "def f():\n  from clu import metric_writers", "imports clu.metric_writers"),
+    ],
+)
+def test_a_wrong_import_is_found(tmp_path, path, source, error):
+    for name in ("train_vae.py", path):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / path).write_text(source)
+    line = source.count("\n") + 1
+    assert f"{path}:{line}: {error}" in layering_errors(tmp_path)
+
+
+def test_a_circle_is_found(tmp_path):
+    (tmp_path / "rq_jax").mkdir()
+    (tmp_path / "rq_jax" / "pictures.py").write_text("from rq_jax import progress")
+    (tmp_path / "rq_jax" / "progress.py").write_text("from rq_jax import checkpoint")
+    (tmp_path / "rq_jax" / "checkpoint.py").write_text("def f():\n  from rq_jax.pictures import grid")
+    (error,) = layering_errors(tmp_path)
+    assert error.startswith("rq_jax: machinery imports in a circle: ")
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("rq_jax/models/rqvae.py", "import math\nimport jax.numpy as jnp\nfrom rq_jax import quantize"),
+        ("rq_jax/models/rqvae.py", "from rq_jax.models.gan import D\nfrom rq_jax import __version__"),
+        ("rq_jax/checkpoint.py", "from rq_jax import models\ndef f():\n  import orbax.checkpoint"),
+        ("rq_jax/data/text.py", "import typing\nif typing.TYPE_CHECKING:\n  import PIL"),
+        ("rq_jax/data/own/own_dataset_builder.py", "import tensorflow_datasets as tfds"),
+        ("configs/rqvae.py", "import ml_collections\nfrom configs import common\nimport configs.common"),
+        ("sample.py", "import absl.app\nfrom clu import metrics\nfrom rq_jax import models, pictures"),
+        ("tests/test_oracle.py", "import torch"),
+    ],
+)
+def test_a_right_import_passes(tmp_path, path, source):
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(source)
+    assert layering_errors(tmp_path) == []
+
+
+def loaded_by(modules: list[str]) -> set[str]:
+    """Top-level names in sys.modules once a bare Python has imported these."""
+    code = f"import sys, {', '.join(modules)}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_the_core_loads_nothing_that_only_some_users_need():
+    heavy = {"clu", "grain", "matplotlib", "ml_collections", "PIL", "tensorboardX", "tensorflow"}
+    heavy |= {"tensorflow_datasets", "tokenizers", "torch"}
+    rooms = ("models", "quantize", "losses", "sampling", "metrics")
+    ours = loaded_by([f"rq_jax.{room}" for room in rooms])
+    assert "rq_jax" in ours
+    assert ours & heavy <= loaded_by(["jax", "flax.linen", "optax", "einops", "numpy"])

@@ -1,0 +1,234 @@
+"""Pictures: bytes, layouts, text that is really drawn, curves, files that are whole or absent."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from rq_jax import pictures
+
+WHITE = 255
+
+
+def random_pictures(*shape):
+    return np.random.default_rng(0).integers(0, 255, shape, np.uint8)  # 255 is kept for the paper
+
+
+# to_uint8
+
+
+def test_to_uint8_maps_the_range_rounds_and_clips():
+    inside = np.array([-1.0, -1 + 2 / 255, -1 + 2.9 / 255, -1 + 3.1 / 255, 0.999, 1.0])
+    np.testing.assert_array_equal(pictures.to_uint8(inside), [0, 1, 1, 2, 255, 255])
+    np.testing.assert_array_equal(pictures.to_uint8(np.array([-2.0, 7.0, -np.inf, np.inf])), [0, 255, 0, 255])
+
+
+def test_to_uint8_returns_every_byte_unchanged():
+    every = np.arange(256, dtype=np.uint8)
+    np.testing.assert_array_equal(pictures.to_uint8(every / 127.5 - 1), every)
+    np.testing.assert_array_equal(pictures.to_uint8(every), every)
+
+
+def test_to_uint8_takes_device_arrays_of_half_precision_and_nan_is_black():
+    assert pictures.to_uint8(jnp.array([jnp.nan, 1.0, -1.0], jnp.bfloat16)).tolist() == [0, 255, 0]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int8, bool])
+def test_to_uint8_refuses_integers_of_unknown_range(dtype):
+    message = f"images have dtype {np.dtype(dtype)}: give floats in [-1, 1] or uint8"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pictures.to_uint8(np.zeros((2, 3), dtype))
+
+
+# grid
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("scale", [1, 2])
+def test_grid_places_every_image_and_leaves_the_rest_white(channels, scale):
+    images = random_pictures(5, 2, 3, channels)
+    sheet = pictures.grid(images, columns=3, padding=4, scale=scale)
+    H, W = 2 * scale, 3 * scale
+    assert sheet.shape == (2 * (H + 4) + 4, 3 * (W + 4) + 4, channels) and sheet.dtype == np.uint8
+    rest = sheet.copy()
+    for index, image in enumerate(images):
+        top, left = 4 + index // 3 * (H + 4), 4 + index % 3 * (W + 4)
+        for y in range(H):
+            for x in range(W):
+                np.testing.assert_array_equal(sheet[top + y, left + x], image[y // scale, x // scale])
+        rest[top : top + H, left : left + W] = WHITE
+    assert (rest == WHITE).all()
+
+
+def test_grid_is_no_wider_than_its_images():
+    assert pictures.grid(random_pictures(2, 4, 5, 3), columns=9, padding=1).shape == (6, 13, 3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((2, 3, 5), {}, "images have shape (2, 3, 5): give (B, H, W, 1 or 3), none of them 0"),
+        ((0, 3, 5, 3), {}, "images have shape (0, 3, 5, 3): give (B, H, W, 1 or 3), none of them 0"),
+        ((2, 3, 5, 4), {}, "images have shape (2, 3, 5, 4): give (B, H, W, 1 or 3), none of them 0"),
+        ((2, 3, 5, 3), {"columns": 0}, "columns=0: give 1 or more"),
+        ((2, 3, 5, 3), {"scale": 0}, "scale=0: give a whole number, 1 or more"),
+    ],
+)
+def test_grid_refuses(shape, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pictures.grid(np.zeros(shape, np.uint8), **{"columns": 2, **options})
+
+
+# labelled_grid
+
+
+def test_labelled_grid_has_text_at_the_left_and_images_at_the_right():
+    rows = {"original": random_pictures(3, 20, 24, 3), "depth 1: 21.3 dB": random_pictures(2, 20, 24, 3)}
+    sheet = pictures.labelled_grid(rows, padding=2)
+    assert sheet.shape[0] == 2 * (20 + 4) and sheet.shape[2] == 3
+    label_width = sheet.shape[1] - (3 * 26 + 2)
+    for top, images in zip((0, 24), rows.values(), strict=True):
+        strip = pictures.grid(images, columns=3, padding=2)
+        shown = sheet[top : top + 24, label_width : label_width + strip.shape[1]]
+        np.testing.assert_array_equal(shown, strip)
+        label = sheet[top : top + 24, :label_width]
+        assert (label < 128).any(), "no text is drawn"
+        assert (label[:, -1] == WHITE).all(), "the text runs into the pictures"
+
+
+def test_labelled_grid_draws_different_labels_differently():
+    images = random_pictures(1, 20, 24, 1)
+    one, other = (pictures.labelled_grid({label: images}) for label in ("depth 1", "depth 8"))
+    assert one.shape == other.shape and (one != other).any()
+
+
+def test_labelled_grid_makes_room_for_text_beside_tiny_images():
+    sheet = pictures.labelled_grid({"a": random_pictures(2, 3, 3, 1), "b": random_pictures(2, 3, 3, 1)})
+    dark = (sheet[:, :8] < 128).any(axis=(1, 2))
+    starts = np.flatnonzero(np.diff(dark.astype(int)) == 1)
+    assert len(starts) == 2, "the two labels are drawn over each other"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({}, "rows is empty: give at least one label with its images"),
+        (
+            {"a": np.zeros((1, 2, 3, 3), np.uint8), "b": np.zeros((1, 4, 3, 3), np.uint8)},
+            "rows hold images of several sizes {'a': (2, 3), 'b': (4, 3)}: give one height and width",
+        ),
+        (
+            {"a": np.zeros((2, 3, 3), np.uint8)},
+            "images of row 'a' have shape (2, 3, 3): give (B, H, W, 1 or 3), none of them 0",
+        ),
+    ],
+)
+def test_labelled_grid_refuses(rows, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pictures.labelled_grid(rows)
+
+
+# captioned_grid
+
+
+def test_captioned_grid_has_each_caption_below_its_image():
+    images = random_pictures(3, 20, 40, 3)
+    sheet = pictures.captioned_grid(images, ["cat", "", "dog"], columns=3, padding=4)
+    captions = []
+    for index, image in enumerate(images):
+        left = 4 + index * 44
+        np.testing.assert_array_equal(sheet[4:24, left : left + 40], image)
+        captions.append(sheet[24:, left : left + 40])
+    assert (captions[0] < 128).any() and (captions[1] == WHITE).all() and (captions[2] < 128).any()
+    assert (captions[0] != captions[2]).any()
+
+
+def test_captions_wrap_to_the_image_and_stop_after_three_lines():
+    image = random_pictures(1, 20, 64, 1)
+    heights = [
+        pictures.captioned_grid(image, [caption], columns=1).shape[0]
+        for caption in ("woman", "woman bowing", "woman bowing deeply", "woman bowing " * 30, "W" * 200)
+    ]
+    assert heights[0] < heights[1] < heights[2] == heights[3] == heights[4]
+    sheet = pictures.captioned_grid(image, ["W" * 200], columns=1, padding=4)
+    assert (sheet[:, :4] == WHITE).all() and (sheet[:, -4:] == WHITE).all(), "text leaves its column"
+
+
+def test_captioned_grid_wants_one_caption_per_image():
+    with pytest.raises(ValueError, match="2 captions for 3 images: give one per image"):
+        pictures.captioned_grid(random_pictures(3, 4, 5, 3), ["a", "b"], columns=2)
+
+
+# curves
+
+
+@pytest.fixture
+def log(tmp_path):
+    steps = (1, 2, 3, 5)
+    records = [{"step": s, "loss": 1 / s, "eval/psnr": 20.0 + s, "odd": "nan"} for s in steps]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 6, "lo')
+    return path
+
+
+def test_read_metrics_leaves_out_a_line_without_an_end(log):
+    metrics = pictures.read_metrics(log)
+    assert metrics["loss"] == ([1, 2, 3, 5], [1.0, 1 / 2, 1 / 3, 1 / 5])
+    assert list(metrics) == ["loss", "eval/psnr", "odd"] and np.isnan(metrics["odd"][1]).all()
+
+
+def test_curves_draw_a_panel_for_each_metric(log, tmp_path):
+    sizes = {}
+    for names in (["loss"], ["loss", "eval/psnr"], ["loss", "odd", "eval/psnr", "loss"]):
+        pictures.curves(log, names, tmp_path / "new" / "curves.png")
+        picture = np.asarray(Image.open(tmp_path / "new" / "curves.png").convert("RGB")).astype(int)
+        sizes[len(names)] = picture.shape[:2]
+        blue = (picture[..., 2] > picture[..., 0] + 60) & (picture[..., 2] > 120)
+        assert blue.any(), "no line is drawn"
+    assert sizes[2] == (sizes[1][0], 2 * sizes[1][1]) and sizes[4] == (2 * sizes[1][0], 3 * sizes[1][1])
+
+
+def test_curves_refuse_what_the_log_does_not_hold(log, tmp_path):
+    message = f"{log} holds no ['psnr']: choose from ['eval/psnr', 'loss', 'odd']"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        pictures.curves(log, ["loss", "psnr"], tmp_path / "curves.png")
+    with pytest.raises(ValueError, match="names is empty: give at least one metric to draw"):
+        pictures.curves(log, [], tmp_path / "curves.png")
+    with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
+        pictures.curves(tmp_path / "absent.jsonl", ["loss"], tmp_path / "curves.png")
+    assert not (tmp_path / "curves.png").exists()
+
+
+# files
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_save_png_round_trips_and_replaces(tmp_path, channels):
+    path = tmp_path / "new" / "picture.png"
+    pictures.save_png(path, np.zeros((4, 6, channels), np.uint8))
+    picture = random_pictures(5, 7, channels)
+    pictures.save_png(path, picture)
+    np.testing.assert_array_equal(np.asarray(Image.open(path)).reshape(picture.shape), picture)
+    assert [entry.name for entry in path.parent.iterdir()] == ["picture.png"]
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 2), (1, 4, 6, 3)])
+def test_save_png_refuses_other_shapes(tmp_path, shape):
+    with pytest.raises(ValueError, match=re.escape(f"picture is uint8 {shape}: give uint8 (H, W, 1 or 3)")):
+        pictures.save_png(tmp_path / "picture.png", np.zeros(shape, np.uint8))
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    pictures.write_atomic(path, b"old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pictures.os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        pictures.write_atomic(path, b"new")
+    assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
