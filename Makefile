@@ -9,7 +9,7 @@ INSTALLED = $(VENV)/.installed
 # What was compiled once is read back, so that a second start is quick.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: setup demo test test-all bench lint clean
+.PHONY: setup demo test test-all lint clean
 
 setup: $(INSTALLED)
 
@@ -39,9 +39,6 @@ test: setup
 
 test-all: setup
 	$(PYTHON) -m pytest -n 2 -m "not gpu"
-
-bench: setup
-	$(PYTHON) benchmark.py
 
 lint: setup
 	$(PYTHON) -m ruff check .

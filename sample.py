@@ -24,23 +24,49 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", default=str(SHIPPED), help="run or model directory of stage 2 (default: the pair that ships)")
+    add(
+        "--checkpoint",
+        default=str(SHIPPED),
+        help="run or model directory of stage 2 (default: the pair that ships)",
+    )
     add("--out", required=True, help="directory of the results")
     add("--step", type=int, help="checkpoint to load (default: the best where one was kept, else the newest)")
     add("--no_ema", action="store_true", help="weights as trained, not their average")
     add("--num_images", type=int, default=36)
     add("--batch_size", type=int, default=36, help="images of one compiled program")
-    add("--first_index", type=int, default=0, help="id of the first image; several hosts take slices of one run")
+    add(
+        "--first_index",
+        type=int,
+        default=0,
+        help="id of the first image; several hosts take slices of one run",
+    )
     add("--seed", type=int, default=0, help="an image depends on the seed and its id alone")
-    add("--classes", help="numbers or names, separated by commas; image i takes the i-th in turn (default: all)")
+    add(
+        "--classes",
+        help="numbers or names, separated by commas; image i takes the i-th in turn (default: all)",
+    )
     add("--prompt", action="append", help="a text, given once or more; image i takes the i-th in turn")
     add("--prefix", help="codes.npz of an earlier run whose first positions are kept, image by image")
-    add("--prefix_positions", type=int, default=0, help="how many positions of --prefix are kept, in raster order")
-    add("--temperature", type=_numbers(float), help="one value, or one per depth separated by commas; 0 is greedy")
+    add(
+        "--prefix_positions",
+        type=int,
+        default=0,
+        help="how many positions of --prefix are kept, in raster order",
+    )
+    add(
+        "--temperature",
+        type=_numbers(float),
+        help="one value, or one per depth separated by commas; 0 is greedy",
+    )
     add("--top_k", type=_numbers(int), help="as --temperature; default of all three: the checkpoint's config")
     add("--top_p", type=_numbers(float), help="as --temperature")
     add("--guidance", type=float, help="scale of classifier-free guidance, for models trained with it")
-    add("--neighbours", type=int, default=0, help="also show this many nearest training pictures beside 12 samples")
+    add(
+        "--neighbours",
+        type=int,
+        default=0,
+        help="also show this many nearest training pictures beside 12 samples",
+    )
     return parser.parse_args(argv)
 
 
@@ -52,7 +78,9 @@ def _numbers(kind: type):
     return parse
 
 
-def conditions(loaded: checkpoint.LoadedModel, args: argparse.Namespace) -> tuple[np.ndarray | None, list[str]]:
+def conditions(
+    loaded: checkpoint.LoadedModel, args: argparse.Namespace
+) -> tuple[np.ndarray | None, list[str]]:
     """The conditions (n, U) that the images take in turn, and what they are called.
 
     Raises:
@@ -62,7 +90,9 @@ def conditions(loaded: checkpoint.LoadedModel, args: argparse.Namespace) -> tupl
     kind = "unconditional" if not model.is_conditional else "class" if model.cond_length == 1 else "text"
     for flag, value, wanted in (("--classes", args.classes, "class"), ("--prompt", args.prompt, "text")):
         if value and kind != wanted:
-            raise ValueError(f"{flag}: {value} is for a {wanted}-conditional model, this one is {kind}; leave it out")
+            raise ValueError(
+                f"{flag}: {value} is for a {wanted}-conditional model, this one is {kind}; leave it out"
+            )
     if kind == "unconditional":
         return None, [""]
     if kind == "text":
@@ -74,7 +104,9 @@ def conditions(loaded: checkpoint.LoadedModel, args: argparse.Namespace) -> tupl
         return tokenizer(args.prompt), args.prompt
     V = model.cond_vocab_size
     names = names or [str(i) for i in range(V)]
-    chosen = [_class_number(text.strip(), names) for text in args.classes.split(",")] if args.classes else range(V)
+    chosen = (
+        [_class_number(text.strip(), names) for text in args.classes.split(",")] if args.classes else range(V)
+    )
     return np.array(chosen)[:, None], [names[i] for i in chosen]
 
 
@@ -82,7 +114,9 @@ def _class_number(text: str, names: list[str]) -> int:
     lower = [name.lower() for name in names]
     number = lower.index(text.lower()) if text.lower() in lower else int(text) if text.isdigit() else -1
     if not 0 <= number < len(names):
-        raise ValueError(f"--classes: '{text}' is no class; allowed are 0..{len(names) - 1} and {', '.join(names)}")
+        raise ValueError(
+            f"--classes: '{text}' is no class; allowed are 0..{len(names) - 1} and {', '.join(names)}"
+        )
     return number
 
 
@@ -95,7 +129,9 @@ def check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 0:
             raise ValueError(f"--{name}: {getattr(args, name)} must be at least 0")
     if bool(args.prefix) != bool(args.prefix_positions):
-        raise ValueError(f"--prefix: {args.prefix} and --prefix_positions: {args.prefix_positions} belong together")
+        raise ValueError(
+            f"--prefix: {args.prefix} and --prefix_positions: {args.prefix_positions} belong together"
+        )
 
 
 def read_prefix(args: argparse.Namespace) -> np.ndarray | None:
@@ -104,25 +140,34 @@ def read_prefix(args: argparse.Namespace) -> np.ndarray | None:
         return None
     with np.load(args.prefix, allow_pickle=False) as file:
         if "codes" not in file:
-            raise ValueError(f"--prefix: '{args.prefix}' has no array 'codes'; give the codes .npz of an earlier run")
+            raise ValueError(
+                f"--prefix: '{args.prefix}' has no array 'codes'; give the codes .npz of an earlier run"
+            )
         codes = file["codes"]
     if codes.ndim != 4:
         raise ValueError(f"--prefix: codes of shape {codes.shape} are not (n, h, w, D)")
     positions = codes.shape[1] * codes.shape[2]
     if args.prefix_positions > positions:
-        raise ValueError(f"--prefix_positions: {args.prefix_positions} is more than the {positions} positions of the codes")
+        raise ValueError(
+            f"--prefix_positions: {args.prefix_positions} is more than the {positions} positions of the codes"
+        )
     return codes.reshape(len(codes), positions, -1)[:, : args.prefix_positions]
 
 
 def at_rest(model: Any, variables: Any) -> Any:
-    """Parameters as sampling keeps them: in bfloat16 where the model computes in it and the device is an accelerator."""
+    """Parameters as sampling keeps them: bfloat16 where the model computes in it on an accelerator."""
     if model.dtype != "bfloat16" or jax.default_backend() == "cpu":
         return jax.device_put(variables)
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
     return jax.device_put({**variables, "params": params})
 
 
-def draw(loaded: checkpoint.LoadedModel, args: argparse.Namespace, settings: dict[str, Any], conds: np.ndarray | None) -> Iterator:
+def draw(
+    loaded: checkpoint.LoadedModel,
+    args: argparse.Namespace,
+    settings: dict[str, Any],
+    conds: np.ndarray | None,
+) -> Iterator:
     """Yields (image ids, codes, uint8 images) batch by batch; while one is fetched the next is already drawn."""
     tokenizer = loaded.tokenizer
     variables, decoder = at_rest(loaded.model, loaded.variables), jax.device_put(tokenizer.variables)
@@ -160,7 +205,9 @@ def neighbour_sheet(loaded: checkpoint.LoadedModel, images: np.ndarray, num_neig
     allowed = ("name", "data_dir", "train_split", "eval_transform", "image_size", "channels")
     data = {name: value for name, value in loaded.config["data"].items() if name in allowed}
     dataset = make_dataset(**data, split="train", train=False, batch_size=256)
-    training = np.concatenate([pictures.to_uint8(batch["image"][batch["mask"]]) for batch in dataset.iterator()])
+    training = np.concatenate(
+        [pictures.to_uint8(batch["image"][batch["mask"]]) for batch in dataset.iterator()]
+    )
     columns = []
     for image in images:
         distances = np.mean((training.astype(np.float32) - image.astype(np.float32)) ** 2, axis=(1, 2, 3))
@@ -183,7 +230,9 @@ def run(args: argparse.Namespace) -> Path:
     check(args)
     loaded = checkpoint.load_model(args.checkpoint, step=args.step, ema=not args.no_ema)
     if loaded.tokenizer is None:
-        raise ValueError(f"--checkpoint: '{args.checkpoint}' carries no tokenizer; give the directory of a stage-2 run")
+        raise ValueError(
+            f"--checkpoint: '{args.checkpoint}' carries no tokenizer; give the directory of a stage-2 run"
+        )
     conds, names = conditions(loaded, args)
     settings = dict(loaded.config.get("sample", {}))
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance")}

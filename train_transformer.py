@@ -28,7 +28,18 @@ from rq_jax import (
 )
 from rq_jax.data import CacheDataset, load_tokenizer, make_dataset, read_meta, write_cache
 
-SECTIONS = ("seed", "model", "data", "optim", "loss", "loop", "mesh", "sample", "tokenizer", "tokenizer_preset")
+SECTIONS = (
+    "seed",
+    "model",
+    "data",
+    "optim",
+    "loss",
+    "loop",
+    "mesh",
+    "sample",
+    "tokenizer",
+    "tokenizer_preset",
+)
 # Training pictures behind the unigram mark and the code usage, where they are not all in the latent cache.
 NUM_COUNTED = 20_000
 NUM_SHOWN = 36
@@ -68,7 +79,9 @@ class Losses:
     def check(self, model: Any) -> None:
         """Refuse weights that the model cannot use."""
         if self.text_weight and model.cond_length == 1:
-            raise ValueError(f"loss.text_weight: {self.text_weight} needs a text-conditional model; set it to 0")
+            raise ValueError(
+                f"loss.text_weight: {self.text_weight} needs a text-conditional model; set it to 0"
+            )
         if (self.cond_dropout > 0) != model.use_null_cond:
             raise ValueError(
                 f"loss.cond_dropout: {self.cond_dropout} and model.use_null_cond: {model.use_null_cond} belong "
@@ -110,7 +123,9 @@ def make_train_step(model, tokenizer, optimizer: train_state.Optimizer, loss: Lo
 
     def loss_and_grads(params, batch, rngs, model_state, tokenizer_variables):
         codebook = _codebook(tokenizer_variables)
-        latents = batch["latents"] if "latents" in batch else encode(tokenizer, tokenizer_variables, batch["image"])
+        latents = (
+            batch["latents"] if "latents" in batch else encode(tokenizer, tokenizer_variables, batch["image"])
+        )
         codes, residuals = jax.lax.stop_gradient(loss.draw(latents, model, codebook, rngs["codes"]))
         cond = batch.get("cond")
         if loss.cond_dropout:
@@ -199,7 +214,9 @@ def make_evaluation(run: dict[str, Any], tokenizer_variables: Any, unigram_D: np
     return evaluate
 
 
-def with_cond(batch: dict[str, np.ndarray], config: ConfigDict, keep: tuple[str, ...]) -> dict[str, np.ndarray]:
+def with_cond(
+    batch: dict[str, np.ndarray], config: ConfigDict, keep: tuple[str, ...]
+) -> dict[str, np.ndarray]:
     """The arrays of a batch that a step reads, with its labels or captions under "cond"."""
     kept = {name: batch[name] for name in keep if name in batch}
     if config.data.text_key:
@@ -290,7 +307,9 @@ def check_condition(model: Any, dataset: Any, config: ConfigDict) -> None:
     """
     data, V, U = config.data, model.cond_vocab_size, model.cond_length
     if data.label_key and data.text_key:
-        raise ValueError(f"data.label_key '{data.label_key}' and data.text_key '{data.text_key}': set one of them")
+        raise ValueError(
+            f"data.label_key '{data.label_key}' and data.text_key '{data.text_key}': set one of them"
+        )
     if not model.is_conditional:
         if data.label_key or data.text_key:
             raise ValueError(
@@ -304,7 +323,9 @@ def check_condition(model: Any, dataset: Any, config: ConfigDict) -> None:
                 f"out of {dataset.vocab_size}; set them to these"
             )
     elif not data.label_key:
-        raise ValueError(f"data.label_key: unset, but the model takes one of {V} conditions; set it or data.text_key")
+        raise ValueError(
+            f"data.label_key: unset, but the model takes one of {V} conditions; set it or data.text_key"
+        )
     elif dataset.num_classes != V or U != 1:
         raise ValueError(
             f"model.cond_vocab_size {V} and cond_length {U} do not fit the {dataset.num_classes} classes of "
@@ -325,8 +346,8 @@ def check_cache(config: ConfigDict, settings: train_loop.LoopSettings) -> None:
         )
     if settings.use_latent_cache and (data.train_transform != data.eval_transform or data.text_dropout):
         raise ValueError(
-            f"loop.use_latent_cache: holds pictures as '{data.eval_transform}' makes them and whole captions, but training "
-            f"wants '{data.train_transform}' and text_dropout {data.text_dropout}; set them equal and 0, or the cache off"
+            f"loop.use_latent_cache: it would hold pictures as '{data.eval_transform}' makes them, whole captions, but "
+            f"training wants '{data.train_transform}' and text_dropout {data.text_dropout}; set them equal and 0"
         )
 
 
@@ -339,12 +360,27 @@ def shown_cond(model: Any, dataset: Any, config: ConfigDict) -> np.ndarray | Non
     return None
 
 
-def cached_latents(run: dict[str, Any], tokenizer_variables: Any, config: ConfigDict, workdir: str) -> CacheDataset:
+def cached_latents(
+    run: dict[str, Any], tokenizer_variables: Any, config: ConfigDict, workdir: str
+) -> CacheDataset:
     """The latents of the training set, computed once: of every picture and, where flips are on, of its mirror image."""
     directory = Path(workdir) / "latents"
     data, flips = config.data, config.data.flip_probability > 0
-    made_from = [checkpoint.fingerprint(run["tokenizer"].variables), data.name, str(data.data_dir), str(flips)]
-    names = ("train_split", "image_size", "eval_transform", "label_key", "text_key", "text_tokenizer", "text_length")
+    made_from = [
+        checkpoint.fingerprint(run["tokenizer"].variables),
+        data.name,
+        str(data.data_dir),
+        str(flips),
+    ]
+    names = (
+        "train_split",
+        "image_size",
+        "eval_transform",
+        "label_key",
+        "text_key",
+        "text_tokenizer",
+        "text_length",
+    )
     made_from += [str(data[name]) for name in names]
     fingerprint = "|".join(made_from)
     encode_batch = jax.jit(functools.partial(encode, run["tokenizer"].model))
@@ -457,7 +493,9 @@ def write_run_files(run: dict[str, Any], config: ConfigDict, workdir: str) -> No
     names = run["dataset"].class_names
     checkpoint.write_config(workdir, {**config.to_dict(), "class_names": names and list(names)})
     if config.data.text_key:
-        load_tokenizer(config.data.text_tokenizer, config.data.text_length).save(Path(workdir) / TEXT_TOKENIZER)
+        load_tokenizer(config.data.text_tokenizer, config.data.text_length).save(
+            Path(workdir) / TEXT_TOKENIZER
+        )
 
 
 def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...]) -> None:
@@ -465,7 +503,9 @@ def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...]) -> None:
     inside_DK = np.arange(counts_DK.shape[1]) < np.asarray(sizes)[:, None]
     by_depth = ", ".join(f"{100 * np.mean(row[:K] > 0):.1f}" for row, K in zip(counts_DK, sizes, strict=True))
     used, available = (counts_DK.sum(0) > 0).sum(), inside_DK.any(0).sum()
-    print(f"tokenizer: {100 * used / available:.1f} % of its codes used on training pictures; by depth {by_depth} %")
+    print(
+        f"tokenizer: {100 * used / available:.1f} % of its codes used on training pictures; by depth {by_depth} %"
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ class Losses:
 
     def __init__(self, reconstruction: str = "mse", commitment_weight: float = 0.25):
         if reconstruction not in ("mse", "l1"):
-            raise ValueError(f"loss.reconstruction: '{reconstruction}' is unknown; allowed are 'mse' and 'l1'")
+            raise ValueError(
+                f"loss.reconstruction: '{reconstruction}' is unknown; allowed are 'mse' and 'l1'"
+            )
         self.reconstruction, self.commitment_weight = reconstruction, commitment_weight
 
     def __call__(self, images: jax.Array, output: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -47,7 +49,9 @@ def make_train_step(model, optimizer: train_state.Optimizer, loss: Losses, ema_d
 
         def loss_fn(params):
             variables = {"params": params, **state.model_state}
-            output, model_state = model.apply(variables, batch["image"], train=True, mutable=["codebook"], rngs=rngs)
+            output, model_state = model.apply(
+                variables, batch["image"], train=True, mutable=["codebook"], rngs=rngs
+            )
             total, parts = loss(batch["image"], output)
             return total, (parts, output.codes, model_state)
 
@@ -131,7 +135,9 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
     sharding.check_batch_size(mesh, config.data.batch_size)
     data = dict(config.data, channels=config.model.in_channels)
     if tuple(np.broadcast_to(data["image_size"], 2)) != model.image_shape:
-        raise ValueError(f"data.image_size: {data['image_size']} differs from model.image_size {model.image_size}; set them equal")
+        raise ValueError(
+            f"data.image_size: {data['image_size']} differs from model.image_size {model.image_size}; set them equal"
+        )
     shard = dict(shard_index=jax.process_index(), shard_count=jax.process_count(), seed=config.seed)
     dataset = train_loop.call(make_dataset, "data", data, split="train", train=True, **shard)
     validation = train_loop.call(make_dataset, "data", data, split="validation", train=False, **shard)
@@ -145,7 +151,13 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
             "needs the whole batch, set it to 1"
         )
     return dict(
-        mesh=mesh, model=model, loss=loss, dataset=dataset, validation=validation, settings=settings, optimizer=optimizer
+        mesh=mesh,
+        model=model,
+        loss=loss,
+        dataset=dataset,
+        validation=validation,
+        settings=settings,
+        optimizer=optimizer,
     )
 
 

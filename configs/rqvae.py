@@ -122,6 +122,7 @@ def base() -> ConfigDict:
         "use_double_z": False,
         "use_resample_conv": True,
         "dropout": 0.0,
+        "norm_groups": 32,
         "code_dim": 256,
         "code_shape": (8, 8, 4),
         "codebook_size": 16384,

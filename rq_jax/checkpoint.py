@@ -65,15 +65,32 @@ class Checkpointer:
 
         if self._best is None:
             self._best = _manager(self._root / _BEST, 1)
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items() if name != "training"}
-        self._best.save(int(state.step), args=ocp.args.Composite(**items))
+        step = int(state.step)
+        # Orbax skips a step that is not above the newest: one that a killed run left behind would stay the best.
+        for later in [old for old in self._best.all_steps() if old >= step]:
+            self._best.delete(later)
+        items = {
+            name: ocp.args.StandardSave(tree) for name, tree in _split(state).items() if name != "training"
+        }
+        self._best.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest checkpoint in the structure and shardings of `state`, and what the host knew."""
+        """The newest checkpoint in the structure and shardings of `state`, and what the host knew.
+
+        Raises:
+          ValueError: the checkpoint has other arrays than `state`.
+        """
         import orbax.checkpoint as ocp
 
         items = {name: ocp.args.StandardRestore(tree) for name, tree in _split(state).items()}
-        restored = self._manager.restore(self.latest_step, args=ocp.args.Composite(**items, host=ocp.args.JsonRestore()))
+        args = ocp.args.Composite(**items, host=ocp.args.JsonRestore())
+        try:
+            restored = self._manager.restore(self.latest_step, args=args)
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"'{self._root}': its checkpoint of step {self.latest_step} does not fit this config; go on with the "
+                f"config it was started with or give a new --workdir ({str(error).splitlines()[0]})"
+            ) from error
         trees = {name: restored[name] for name in items}
         training = trees.pop("training")
         return state.replace(**training, **trees), restored["host"]
@@ -94,7 +111,9 @@ class Checkpointer:
 
 
 def write_config(directory: str | os.PathLike, config: dict[str, Any]) -> None:
-    """Write the resolved config beside the checkpoints, atomically."""
+    """Write the resolved config beside the checkpoints, atomically; of several hosts the first writes."""
+    if jax.process_index() != 0:
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{_CONFIG}.partial"
@@ -110,14 +129,18 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(directory) / _CONFIG
     if not path.is_file():
-        raise FileNotFoundError(f"'{directory}' is no run directory: it has no {_CONFIG}; give the --workdir of a training run")
+        raise FileNotFoundError(
+            f"'{directory}' is no run directory: it has no {_CONFIG}; give the --workdir of a training run"
+        )
     return json.loads(path.read_text())
 
 
 def save_model(directory: str | os.PathLike, config: dict[str, Any], variables: dict[str, Any]) -> None:
-    """Write a model directory: the config, then the weights as safetensors with "/" in their names."""
+    """Write a model directory: the weights as safetensors, names joined by "/", then the config; first host only."""
     from safetensors.numpy import save_file
 
+    if jax.process_index() != 0:
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{_WEIGHTS}.partial"
@@ -145,6 +168,10 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
     model = models.create(**config["model"])
     template = models.abstract_variables(model)
     if (directory / _WEIGHTS).is_file():
+        if step is not None:
+            raise FileNotFoundError(
+                f"'{directory}' is a model directory without steps, but step is {step}; leave it out"
+            )
         variables = _read_weights(directory / _WEIGHTS, template)
     else:
         variables = _read_checkpoint(directory, step, ema, template)
@@ -161,7 +188,9 @@ def load_tokenizer(directory: str | os.PathLike) -> LoadedModel:
     """
     name = read_config(directory)["model"]["name"]
     if name != "rqvae":
-        raise ValueError(f"tokenizer: '{directory}' holds a '{name}', not a stage-1 run ('rqvae'); give the stage-1 --workdir")
+        raise ValueError(
+            f"tokenizer: '{directory}' holds a '{name}', not a stage-1 run ('rqvae'); give the stage-1 --workdir"
+        )
     return load_model(directory)
 
 
@@ -210,11 +239,20 @@ def _split(state: Any) -> dict[str, Any]:
     return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)} | {"training": training}
 
 
-def _read_checkpoint(directory: Path, step: int | None, ema: bool, template: dict[str, Any]) -> dict[str, Any]:
+def _steps(root: Path) -> list[int]:
+    """The whole checkpoints in a directory; one that was being written has a longer name."""
+    return sorted(int(path.name) for path in root.glob("*") if path.name.isdigit())
+
+
+def _read_checkpoint(
+    directory: Path, step: int | None, ema: bool, template: dict[str, Any]
+) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    root = directory / (_BEST if step is None and any(directory.glob(f"{_BEST}/[0-9]*")) else _CHECKPOINTS)
-    steps = sorted(int(path.name) for path in root.glob("*") if path.name.isdigit())
+    best, steps = _steps(directory / _BEST), _steps(directory / _CHECKPOINTS)
+    root = directory / _CHECKPOINTS
+    if step is None and best:
+        root, steps = directory / _BEST, best
     if not steps or (step is not None and step not in steps):
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise FileNotFoundError(f"'{directory}' holds no {wanted}; there are steps {steps or '(none)'}")
@@ -239,7 +277,9 @@ def _read_weights(path: Path, template: dict[str, Any]) -> dict[str, Any]:
     found = {name: array.shape for name, array in arrays.items()}
     if expected != found:
         name = min(name for name in expected | found if expected.get(name) != found.get(name))
-        raise ValueError(f"'{path}': '{name}' has shape {found.get(name)}, the config needs {expected.get(name)}")
+        raise ValueError(
+            f"'{path}': '{name}' has shape {found.get(name)}, the config needs {expected.get(name)}"
+        )
     return jax.tree_util.tree_map_with_path(lambda keys, _: arrays[_name(keys)].astype(np.float32), template)
 
 

@@ -74,7 +74,9 @@ def sum_over_chunks(function: Callable[..., Any], arrays: Any, num_chunks: int) 
     """
     positions = jax.tree.leaves(arrays)[0].shape[1]
     if num_chunks < 1 or positions % num_chunks:
-        raise ValueError(f"num_chunks: {num_chunks} does not divide the {positions} positions; choose a divisor of them")
+        raise ValueError(
+            f"num_chunks: {num_chunks} does not divide the {positions} positions; choose a divisor of them"
+        )
     if num_chunks == 1:
         return function(arrays)
 
@@ -96,5 +98,9 @@ def num_loss_chunks(batch: int, positions: int, depth: int, codes: int, limit: i
 
     The default is 256 MB of float32 over the global batch; one position is the smallest slice.
     """
-    fitting = [n for n in range(1, positions + 1) if positions % n == 0 and batch * (positions // n) * depth * codes <= limit]
+    fitting = [
+        n
+        for n in range(1, positions + 1)
+        if positions % n == 0 and batch * (positions // n) * depth * codes <= limit
+    ]
     return min(fitting, default=positions)

@@ -36,7 +36,7 @@ _TILE_NOISE = 0.01
 
 
 class ResidualCodes(NamedTuple):
-    """Codes (..., D) int32, partial sums (..., D, E) after each depth, and their last: the quantised vector (..., E)."""
+    """Codes (..., D) int32, partial sums (..., D, E) after each depth, and the last of them (..., E)."""
 
     codes: jax.Array
     partial_sums: jax.Array
@@ -51,7 +51,7 @@ class CodebookState(NamedTuple):
     sums_KE: jax.Array
 
 
-# --- search and lookup -------------------------------------------------------------------------------------------------
+# --- search and lookup ---
 
 
 def nearest_codes(x_NE: jax.Array, codebook_KE: jax.Array) -> jax.Array:
@@ -135,7 +135,9 @@ def check_codes(codes: Any, sizes: Sequence[int], what: str = "codes") -> None:
     if bad.any():
         where = tuple(np.argwhere(bad)[0])
         d = int(where[-1])
-        raise ValueError(f"{what}: {codes[where]} at depth {d} is outside [0, {sizes[d]}), the codebook of that depth")
+        raise ValueError(
+            f"{what}: {codes[where]} at depth {d} is outside [0, {sizes[d]}), the codebook of that depth"
+        )
 
 
 def codebook_sizes(codebook: Codebook, depth: int) -> tuple[int, ...]:
@@ -143,7 +145,7 @@ def codebook_sizes(codebook: Codebook, depth: int) -> tuple[int, ...]:
     return tuple(table_KE.shape[0] for table_KE in _tables(codebook, depth))
 
 
-# --- soft codes and stochastic draws -----------------------------------------------------------------------------------
+# --- soft codes and stochastic draws ---
 
 
 def soft_codes(
@@ -177,7 +179,9 @@ def draw_codes(
       ValueError: as `residual_quantize`, or a concrete temperature that is not positive.
     """
     if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
-        raise ValueError(f"temperature: {temperature} must be above 0; for the nearest codes use residual_quantize")
+        raise ValueError(
+            f"temperature: {temperature} must be above 0; for the nearest codes use residual_quantize"
+        )
     residual = x.astype(jnp.float32)
     codes, residuals = [], []
     for d, table_KE in enumerate(_tables(codebook, depth, x)):
@@ -201,7 +205,7 @@ def soft_labels(residuals: jax.Array, codebook: Codebook, temperature: float) ->
     return jnp.stack(soft, -2)
 
 
-# --- the codebook's moving average -------------------------------------------------------------------------------------
+# --- the codebook's moving average ---
 
 
 def ema_update(
@@ -263,7 +267,9 @@ def kmeans(rng: jax.Array, x_NE: jax.Array, K: int, num_iterations: int = 10) ->
         codes_N = nearest_codes(x_NE, state.codebook_KE)
         counts_K = jnp.zeros(K, jnp.float32).at[codes_N].add(1.0)
         sums_KE = jnp.zeros_like(state.sums_KE).at[codes_N].add(x_NE)
-        means_KE = jnp.where(counts_K[:, None] > 0, sums_KE / jnp.maximum(counts_K, 1.0)[:, None], state.codebook_KE)
+        means_KE = jnp.where(
+            counts_K[:, None] > 0, sums_KE / jnp.maximum(counts_K, 1.0)[:, None], state.codebook_KE
+        )
         return CodebookState(means_KE, counts_K, sums_KE)
 
     centres_KE = restart_candidates(rng, x_NE, K)
@@ -322,11 +328,11 @@ def quantize_and_update(
     return ResidualCodes(jnp.stack(codes, -1), jnp.stack(sums, -2), total), states
 
 
-# --- a code grid coarser than the latent grid --------------------------------------------------------------------------
+# --- a code grid coarser than the latent grid ---
 
 
 def fold_patches(latents: jax.Array, grid: tuple[int, int]) -> jax.Array:
-    """Fold (B, H, W, C) onto a coarser grid (h, w): (B, h, w, r*s*C), in the order row offset, column offset, channel."""
+    """Fold (B, H, W, C) onto a coarser grid: (B, h, w, r*s*C), in the order row offset, column offset, channel."""
     return rearrange(latents, "b (h r) (w s) c -> b h w (r s c)", h=grid[0], w=grid[1])
 
 
@@ -336,7 +342,7 @@ def unfold_patches(vectors: jax.Array, grid: tuple[int, int]) -> jax.Array:
     return rearrange(vectors, "b h w (r s c) -> b (h r) (w s) c", r=r, s=s)
 
 
-# --- the Flax module ---------------------------------------------------------------------------------------------------
+# --- the Flax module ---
 
 
 class ResidualQuantizer(nn.Module):
@@ -373,13 +379,17 @@ class ResidualQuantizer(nn.Module):
 
         def draw(rng: jax.Array) -> list[jax.Array]:
             keys = jax.random.split(rng, len(sizes))
-            return [init(key, (size, self.code_dim), jnp.float32) for key, size in zip(keys, sizes, strict=True)]
+            return [
+                init(key, (size, self.code_dim), jnp.float32) for key, size in zip(keys, sizes, strict=True)
+            ]
 
         def tables():
             return self._join(draw(self.make_rng("params")))
 
         self.codebook_KE = self.variable("codebook", "codebook_KE", tables)
-        self.counts_K = self.variable("codebook", "counts_K", lambda: self._join([jnp.zeros(K) for K in sizes]))
+        self.counts_K = self.variable(
+            "codebook", "counts_K", lambda: self._join([jnp.zeros(K) for K in sizes])
+        )
         self.sums_KE = self.variable("codebook", "sums_KE", lambda: self.codebook_KE.value)
 
     def __call__(self, x: jax.Array, train: bool = False) -> ResidualCodes:
@@ -401,7 +411,7 @@ class ResidualQuantizer(nn.Module):
     def codebook(self) -> Codebook:
         """The codebook as the pure functions take it."""
         value = self.codebook_KE.value
-        return value if isinstance(value, jax.Array) else tuple(value)
+        return tuple(value) if isinstance(value, (tuple, list)) else value
 
     @property
     def _variables(self):
@@ -414,7 +424,10 @@ class ResidualQuantizer(nn.Module):
         if self.has_rng("restart"):
             rng_restart, rng_kmeans = jax.random.split(self.make_rng("restart"))
             if self.use_restart:
-                candidates = lambda d, x_NE, K: restart_candidates(jax.random.fold_in(rng_restart, d), x_NE, K)  # noqa: E731
+
+                def candidates(d: int, x_NE: jax.Array, K: int) -> jax.Array:
+                    return restart_candidates(jax.random.fold_in(rng_restart, d), x_NE, K)
+
             if self.use_kmeans_init:
                 states = self._place_codes(rng_kmeans, x, states)
         return quantize_and_update(x, states, self.depth, self.decays, self.codebook_update, candidates)
@@ -445,11 +458,17 @@ def check_settings(q: Any) -> tuple[list[int], list[float]]:
         value = getattr(q, name)
         if isinstance(value, Sequence):
             if q.use_shared_codebook:
-                raise ValueError(f"{name}: {tuple(value)} has one entry per depth, but the codebook is shared; give one number")
+                raise ValueError(
+                    f"{name}: {tuple(value)} has one entry per depth, but the codebook is shared; give one number"
+                )
             if len(value) != q.depth:
-                raise ValueError(f"{name}: {tuple(value)} has {len(value)} entries for code depth {q.depth}; give one per depth")
+                raise ValueError(
+                    f"{name}: {tuple(value)} has {len(value)} entries for code depth {q.depth}; give one per depth"
+                )
     if q.codebook_update not in ("sequential", "pooled"):
-        raise ValueError(f"codebook_update: '{q.codebook_update}' is unknown; allowed are 'sequential' and 'pooled'")
+        raise ValueError(
+            f"codebook_update: '{q.codebook_update}' is unknown; allowed are 'sequential' and 'pooled'"
+        )
     num_tables = 1 if q.use_shared_codebook else q.depth
     sizes = list(q.codebook_size) if isinstance(q.codebook_size, Sequence) else [q.codebook_size] * num_tables
     decays = list(q.decay) if isinstance(q.decay, Sequence) else [q.decay] * num_tables
@@ -460,7 +479,7 @@ def check_settings(q: Any) -> tuple[list[int], list[float]]:
     return sizes, decays
 
 
-# --- inner pieces ------------------------------------------------------------------------------------------------------
+# --- inner pieces ---
 
 
 def _is_shared(codebook: Codebook) -> bool:
@@ -473,7 +492,9 @@ def _tables(codebook: Codebook, depth: int, x: jax.Array | None = None) -> list[
         raise ValueError(f"depth: {depth} must be at least 1")
     tables = [codebook] * depth if _is_shared(codebook) else list(codebook)
     if len(tables) != depth:
-        raise ValueError(f"depth: {depth} does not match the {len(tables)} codebooks given; they must be as many")
+        raise ValueError(
+            f"depth: {depth} does not match the {len(tables)} codebooks given; they must be as many"
+        )
     if x is not None:
         _check_vector_length(x, tables[0])
     return tables
@@ -481,7 +502,9 @@ def _tables(codebook: Codebook, depth: int, x: jax.Array | None = None) -> list[
 
 def _check_vector_length(x: jax.Array, codebook_KE: jax.Array) -> None:
     if x.shape[-1] != codebook_KE.shape[-1]:
-        raise ValueError(f"vectors of length {x.shape[-1]} do not fit a codebook of length {codebook_KE.shape[-1]}")
+        raise ValueError(
+            f"vectors of length {x.shape[-1]} do not fit a codebook of length {codebook_KE.shape[-1]}"
+        )
 
 
 def _quantize_once(
@@ -494,7 +517,9 @@ def _quantize_once(
 
 
 def _take(codebook_KE: jax.Array, codes: jax.Array) -> jax.Array:
-    return jnp.asarray(codebook_KE).at[codes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return (
+        jnp.asarray(codebook_KE).at[codes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    )
 
 
 def _scores(x: jax.Array, codebook_KE: jax.Array) -> jax.Array:

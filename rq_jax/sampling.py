@@ -65,7 +65,9 @@ def _cut(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
 
 def check_filter(temperature: Any, top_k: Any, top_p: Any) -> None:
     """Refuse concrete filter values out of range, with one line each; traced ones pass."""
-    _check("temperature", temperature, lambda v: v >= 0, "must be at least 0 (0 takes the most probable code)")
+    _check(
+        "temperature", temperature, lambda v: v >= 0, "must be at least 0 (0 takes the most probable code)"
+    )
     _check("top_k", top_k, lambda v: v >= 1, "must be at least 1; leave it out to keep all codes")
     _check("top_p", top_p, lambda v: (v >= 0) & (v <= 1), "is outside [0, 1]; leave it out to keep all codes")
 
@@ -122,11 +124,15 @@ def generate(
     check_filter(temperature, top_k, top_p)
     image_ids = np.arange(num_images) if image_ids is None else image_ids
     if np.shape(image_ids) != (num_images,):
-        raise ValueError(f"image_ids: shape {np.shape(image_ids)} does not fit num_images {num_images}; give one id an image")
+        raise ValueError(
+            f"image_ids: shape {np.shape(image_ids)} does not fit num_images {num_images}; give one id an image"
+        )
     cond = _check_cond(model, cond, num_images)
     prefix = _check_prefix(model, prefix, num_images)
     if guidance is not None and not model.use_null_cond:
-        raise ValueError(f"guidance: {guidance} needs a model trained with use_null_cond; leave it out for this one")
+        raise ValueError(
+            f"guidance: {guidance} needs a model trained with use_null_cond; leave it out for this one"
+        )
     K = max(model.codebook_sizes)
     settings = (
         _per_depth("temperature", temperature, D, jnp.float32),
@@ -192,28 +198,40 @@ def _draw(keys_B: jax.Array, probabilities_BK: jax.Array) -> jax.Array:
 def _per_depth(name: str, value: Any, depth: int, dtype: Any) -> jax.Array:
     value = np.asarray(value)
     if value.shape not in ((), (1,), (depth,)):
-        raise ValueError(f"{name}: {value.tolist()} has shape {value.shape}; give one value, or {depth}, one per depth")
+        raise ValueError(
+            f"{name}: {value.tolist()} has shape {value.shape}; give one value, or {depth}, one per depth"
+        )
     return jnp.broadcast_to(jnp.asarray(value, dtype), (depth,))
 
 
 def _check_codebook(variables: Any) -> None:
     """A fresh model's codebook is NaN; NaN logits count as -inf, so that it would draw code 0 everywhere."""
-    tables = [table for table in jax.tree.leaves(variables.get("codebook", {})) if not isinstance(table, jax.core.Tracer)]
+    tables = [
+        table
+        for table in jax.tree.leaves(variables.get("codebook", {}))
+        if not isinstance(table, jax.core.Tracer)
+    ]
     if any(jnp.isnan(table).any() for table in tables):
-        raise ValueError("variables: the codebook holds NaN; put the tokenizer's codebook into variables['codebook']")
+        raise ValueError(
+            "variables: the codebook holds NaN; put the tokenizer's codebook into variables['codebook']"
+        )
 
 
 def _check_cond(model: Any, cond: Any, num_images: int) -> jax.Array:
     if cond is None:
         if model.is_conditional:
-            raise ValueError(f"cond: this model needs a condition of shape ({num_images}, {model.cond_length}), none was given")
+            raise ValueError(
+                f"cond: this model needs a condition of shape ({num_images}, {model.cond_length}), none was given"
+            )
         return jnp.zeros((num_images, 1), jnp.int32)
     if not model.is_conditional:
         raise ValueError("cond: this model is unconditional; leave the condition out")
     cond = np.asarray(cond)
     cond = cond[:, None] if cond.ndim == 1 else cond
     if cond.shape != (num_images, model.cond_length):
-        raise ValueError(f"cond: shape {cond.shape} does not fit; allowed is {(num_images, model.cond_length)}")
+        raise ValueError(
+            f"cond: shape {cond.shape} does not fit; allowed is {(num_images, model.cond_length)}"
+        )
     bad = cond[(cond < 0) | (cond >= model.cond_vocab_size)]
     if bad.size:
         what = "class" if model.cond_length == 1 else "condition token"
@@ -227,11 +245,15 @@ def _check_prefix(model: Any, prefix: Any, num_images: int) -> jax.Array:
         return jnp.zeros((num_images, 0, D), jnp.int32)
     prefix = np.asarray(prefix)
     if prefix.ndim != 3 or prefix.shape[0] != num_images or prefix.shape[2] != D or prefix.shape[1] > h * w:
-        raise ValueError(f"prefix: shape {prefix.shape} does not fit; allowed is ({num_images}, 0..{h * w}, {D})")
+        raise ValueError(
+            f"prefix: shape {prefix.shape} does not fit; allowed is ({num_images}, 0..{h * w}, {D})"
+        )
     bad = (prefix < 0) | (prefix >= np.asarray(model.codebook_sizes))
     if bad.any():
         d = int(np.argwhere(bad)[0][-1])
-        raise ValueError(f"prefix: code {prefix[bad][0]} is outside [0, {model.codebook_sizes[d]}), the codebook of depth {d}")
+        raise ValueError(
+            f"prefix: code {prefix[bad][0]} is outside [0, {model.codebook_sizes[d]}), the codebook of depth {d}"
+        )
     return jnp.asarray(prefix, jnp.int32)
 
 

@@ -27,8 +27,11 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     sizes, count = {"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count()
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     free = [name for name, size in sizes.items() if size == -1]
-    if len(free) > 1 or known < 1 or count % known or (not free and known != count):
-        raise ValueError(f"mesh: {sizes} does not fit {count} devices; sizes must multiply to it, one may be -1")
+    allowed = all(size == -1 or size >= 1 for size in sizes.values()) and len(free) <= 1
+    if not allowed or count % known or (not free and known != count):
+        raise ValueError(
+            f"mesh: {sizes} does not fit {count} devices; sizes must multiply to it, one may be -1"
+        )
     for name in free:
         sizes[name] = count // known
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -51,7 +54,12 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
         spec = []
         for letter, size in zip(logical_axes(path, leaf.ndim), leaf.shape, strict=True):
             axis = None if "codebook" in names else RULES.get(letter)
-            fits = axis is not None and axis not in used and size % mesh.shape[axis] == 0 and mesh.shape[axis] > 1
+            fits = (
+                axis is not None
+                and axis not in used
+                and size % mesh.shape[axis] == 0
+                and mesh.shape[axis] > 1
+            )
             spec.append(axis if fits else None)
             used.update([axis] if fits else [])
         return NamedSharding(mesh, PartitionSpec(*spec))
@@ -86,4 +94,6 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Place a host's part of a batch: the global arrays are the parts of all hosts in order."""
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda array: jax.make_array_from_process_local_data(sharding, np.asarray(array)), batch)
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(sharding, np.asarray(array)), batch
+    )

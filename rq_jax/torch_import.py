@@ -65,7 +65,7 @@ _GELUS = {"v1": "exact", "v2": "sigmoid"}
 
 
 def rqvae_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `models.create("rqvae", ...)` from an official stage-1 config, or its `arch` section.
+    """Settings of `models.create("rqvae", ...)` from an official config or its `arch` section.
 
     Raises:
       ValueError: a config of another model, a missing key, or a structure that we do not have.
@@ -76,17 +76,21 @@ def rqvae_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if bottleneck != "rq":
         raise ValueError(f"arch.hparams.bottleneck_type: '{bottleneck}' is unknown; allowed is 'rq'")
     if out_channels != settings["in_channels"]:
-        raise ValueError(f"arch.ddconfig.out_ch: {out_channels} must be in_channels, {settings['in_channels']}")
+        raise ValueError(
+            f"arch.ddconfig.out_ch: {out_channels} must be in_channels, {settings['in_channels']}"
+        )
     side, latent_dim = _latent_side(settings), get("hparams.embed_dim", 64)
     latent_shape, expected = get("hparams.latent_shape"), (side, side, latent_dim)
     if latent_shape != expected:
-        raise ValueError(f"arch.hparams.latent_shape: {latent_shape} must be {expected}, as in the rest of the config")
+        raise ValueError(
+            f"arch.hparams.latent_shape: {latent_shape} must be {expected}, as in the rest of the config"
+        )
     h, w, _ = settings["code_shape"]
     return {**settings, "code_dim": (side // h) * (side // w) * latent_dim}
 
 
 def rqtransformer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `models.create("rqtransformer", ...)` from an official stage-2 config, or its `arch` section.
+    """Settings of `models.create("rqtransformer", ...)` from an official config or its `arch` section.
 
     Whether the tokenizer has one codebook or one per depth is not in that config: `use_shared_codebook` is in
     the result only where sizes that differ settle it, else it is for the caller to add.
@@ -98,7 +102,9 @@ def rqtransformer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {name: get(*official) for name, *official in _RQTRANSFORMER_SETTINGS}
     sizes = get("vocab_size", None) or _reader(config)("dataset.vocab_size", None)
     if sizes is None:
-        raise ValueError("arch.vocab_size: missing, like dataset.vocab_size; set it to the size of the codebook")
+        raise ValueError(
+            "arch.vocab_size: missing, like dataset.vocab_size; set it to the size of the codebook"
+        )
     if isinstance(sizes, tuple) and len(set(sizes)) == 1:
         sizes = sizes[0]
     settings["codebook_size"] = sizes
@@ -143,7 +149,7 @@ def _reader(section: Mapping[str, Any]) -> Callable[..., Any]:
     return get
 
 
-# --- state dicts ------------------------------------------------------------------------------------------
+# --- state dicts --------------------------------------------------------------------------------------------
 
 
 def rqvae_variables(state: Mapping[str, np.ndarray], settings: Settings) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def rqvae_variables(state: Mapping[str, np.ndarray], settings: Settings) -> dict
       settings: from `rqvae_settings`.
 
     Raises:
-      ValueError: naming all tensors that are missing, unexpected or misshapen, or else all copies that differ.
+      ValueError: naming all tensors that are missing, unexpected or misshapen, else all copies that differ.
     """
     variables = _import(state, rqvae_table(settings))
     codebook = variables["codebook"]
@@ -268,7 +274,7 @@ def _mismatches(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Shape])
     return problems + [f"{name} has shape {found[name]} instead of {expected[name]}" for name in misshapen]
 
 
-# --- the tables -------------------------------------------------------------------------------------------
+# --- the tables ---------------------------------------------------------------------------------------------
 
 # Names of the RQ-VAE's modules, official to ours, one line after the other.
 _RENAMES = (
@@ -407,7 +413,7 @@ _RQTRANSFORMER = (
     ("text", "cond_classifier_MV", "cond_classifier.linear.weight", "1 V M -> M V"),
     ("text", "cond_classifier_bias_V", "cond_classifier.linear.bias", "1 V -> V"),
 )
-# The same for all L blocks of a stack, with the official names of one block; Q is 3, for query, key and value.
+# The same for all L blocks of a stack, with the official names of one block. Q is 3: query, key and value.
 _QKV = ("attn.query", "attn.key", "attn.value")
 _BLOCKS = (
     ("all", "norm1/scale", ("ln1.weight",), "L M -> L M"),

@@ -9,6 +9,7 @@ import inspect
 import logging
 import math
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -51,16 +52,26 @@ class LoopSettings:
     use_latent_cache: bool = False
 
     def __post_init__(self):
-        for name in ("total_steps", "log_every_steps", "evaluate_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+        for name in (
+            "total_steps",
+            "log_every_steps",
+            "evaluate_every_steps",
+            "checkpoint_every_steps",
+            "keep_checkpoints",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least 1")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"loop.ema_decay: {self.ema_decay} is outside [0, 1); 0 keeps no average")
         if self.early_stopping_evaluations < 0:
-            raise ValueError(f"loop.early_stopping_evaluations: {self.early_stopping_evaluations} must be at least 0")
+            raise ValueError(
+                f"loop.early_stopping_evaluations: {self.early_stopping_evaluations} must be at least 0"
+            )
 
 
-def resolve_durations(section: Mapping[str, Any], prefix: str, names: tuple[str, ...], steps_per_epoch: int) -> dict[str, Any]:
+def resolve_durations(
+    section: Mapping[str, Any], prefix: str, names: tuple[str, ...], steps_per_epoch: int
+) -> dict[str, Any]:
     """Replace `<name>_epochs` by `<name>_steps` in a config section; a number of steps, where set, has precedence.
 
     Raises:
@@ -70,7 +81,9 @@ def resolve_durations(section: Mapping[str, Any], prefix: str, names: tuple[str,
     for name in names:
         steps, epochs = settings.get(f"{name}_steps"), settings.pop(f"{name}_epochs", None)
         if steps is None and epochs is None:
-            raise ValueError(f"{prefix}.{name}_steps and {prefix}.{name}_epochs are both unset; set one of them")
+            raise ValueError(
+                f"{prefix}.{name}_steps and {prefix}.{name}_epochs are both unset; set one of them"
+            )
         settings[f"{name}_steps"] = round(epochs * steps_per_epoch) if steps is None else steps
     return settings
 
@@ -90,11 +103,18 @@ def check_sections(config: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
 
 
 def call(function: Callable[..., Any], section: str, settings: Mapping[str, Any], **others: Any) -> Any:
-    """Call a constructor with its config section; a key that it does not take is a one-line error."""
-    allowed = set(inspect.signature(function).parameters) - set(others)
-    unknown = sorted(set(settings) - allowed)
+    """Call a constructor with its config section.
+
+    Raises:
+      ValueError: a key that it does not take, or one without a default that is unset.
+    """
+    allowed = {name: p for name, p in inspect.signature(function).parameters.items() if name not in others}
+    unknown = sorted(set(settings) - set(allowed))
     if unknown:
         raise ValueError(f"config.{section}.{unknown[0]}: unknown; allowed are {', '.join(sorted(allowed))}")
+    for name, parameter in allowed.items():
+        if parameter.default is parameter.empty and settings.get(name) is None:
+            raise ValueError(f"config.{section}.{name}: unset and without a default; set it")
     return function(**settings, **others)
 
 
@@ -156,7 +176,12 @@ def run(
     """
     is_first = jax.process_index() == 0
     writer, iterator = MetricWriter(workdir, enabled=is_first), dataset.iterator()
-    with Checkpointer(workdir, settings.keep_checkpoints) as checkpointer, Stop() as stop:
+    with (
+        contextlib.closing(writer),
+        contextlib.closing(iterator),
+        Checkpointer(workdir, settings.keep_checkpoints) as checkpointer,
+        Stop() as stop,
+    ):
         host = {"best_loss": math.inf, "bad_evaluations": 0, "stopped": False}
         if checkpointer.latest_step is not None:
             state, host = checkpointer.restore(state)
@@ -180,20 +205,23 @@ def run(
                     shown = {**summarize(means), **rate.measure(step)}
                     writer.write_scalars(step, shown)
                     metrics_sum, num_summed = None, 0
-                progress.update(1, **{name: shown[name] for name in ("loss", "images_per_second") if name in shown})
+                progress.update(
+                    1, **{name: shown[name] for name in ("loss", "images_per_second") if name in shown}
+                )
                 if step % settings.evaluate_every_steps == 0 or last:
                     _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host)
                     rate.restart(step)
-                if step % settings.checkpoint_every_steps == 0 or last or stop.signal or host["stopped"]:
+                stopping = stop.signal is not None  # read once: a signal from here on is for the next step
+                if step % settings.checkpoint_every_steps == 0 or last or stopping or host["stopped"]:
                     checkpointer.save(state, {**host, "data": iterator.get_state()})
                     rate.restart(step)
-                if stop.signal:
+                if stopping:
                     break
         checkpointer.wait()
-        writer.close()
-        iterator.close()
-        if stop.signal and step < settings.total_steps:
-            logger.warning("%s: stopped by signal %d at step %d; run the same command to go on", title, stop.signal, step)
+        if stop.signal and step < settings.total_steps and not host["stopped"]:
+            logger.warning(
+                "%s: stopped by signal %d at step %d; run the same command to go on", title, stop.signal, step
+            )
             raise SystemExit(128 + stop.signal)
     return state
 
@@ -220,7 +248,9 @@ def _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, h
         host["bad_evaluations"] += 1
         if host["bad_evaluations"] >= settings.early_stopping_evaluations:
             host["stopped"] = True
-            progress.message(f"step {step}: no better validation loss for {host['bad_evaluations']} evaluations, stopping")
+            progress.message(
+                f"step {step}: no better validation loss for {host['bad_evaluations']} evaluations, stopping"
+            )
 
 
 def finish(workdir: str, curves: list[str]) -> None:
@@ -251,9 +281,12 @@ def main(train_and_evaluate: Callable[[Any, str], Any]) -> None:
             try:
                 return flags.FLAGS(argv)
             except (KeyError, AttributeError) as error:
-                name = error.args[0].split("'")[1] if "'" in str(error.args[0]) else error.args[0]
+                quoted = re.findall(r"[\"']([^\"']+)[\"']", str(error))
+                name = quoted[0] if quoted else str(error)
                 given = next((arg for arg in argv if arg.startswith("--config.") and name in arg), name)
-                raise ValueError(f"{given}: the config has no key '{name}'; see the config file for its keys") from None
+                raise flags.Error(
+                    f"{given}: the config has no key '{name}'; its keys stand in the config file"
+                ) from None
 
     def run(argv: list[str]) -> None:
         del argv

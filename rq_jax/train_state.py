@@ -44,12 +44,17 @@ class TrainState:
         return {"params": self.params if self.ema_params is None else self.ema_params, **self.model_state}
 
     def rng_of_step(self, *uses: str) -> dict[str, jax.Array]:
-        """Keys of this step by use, {"dropout": key, ...}; a use's key does not depend on which others are asked for."""
+        """Keys of this step by use, {"dropout": key, ...}; a key does not depend on which others are asked for."""
         rng = jax.random.fold_in(self.rng, self.step)
-        return {use: jax.random.fold_in(rng, sum(ord(c) * 31**i for i, c in enumerate(use)) % 2**31) for use in uses}
+        return {
+            use: jax.random.fold_in(rng, sum(ord(c) * 31**i for i, c in enumerate(use)) % 2**31)
+            for use in uses
+        }
 
 
-def create_state(variables: dict[str, Any], optimizer: Optimizer, rng: jax.Array, use_ema: bool) -> TrainState:
+def create_state(
+    variables: dict[str, Any], optimizer: Optimizer, rng: jax.Array, use_ema: bool
+) -> TrainState:
     """The state before the first step."""
     variables = dict(variables)
     params = variables.pop("params")
@@ -74,7 +79,7 @@ def apply_gradients(
     Returns:
       The new state and {"gradient_norm", "learning_rate", "skipped_steps"}.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -84,6 +89,9 @@ def apply_gradients(
     new = (params, model_state, opt_state, ema_params)
     old = (state.params, state.model_state, state.opt_state, state.ema_params)
     params, model_state, opt_state, ema_params = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    learning_rate = optimizer.learning_rate(
+        state.step - state.skipped_steps
+    )  # the optimizer counts its own updates
     skipped = state.skipped_steps + jnp.where(finite, 0, 1)
     state = state.replace(
         step=state.step + 1,
@@ -93,11 +101,7 @@ def apply_gradients(
         ema_params=ema_params,
         skipped_steps=skipped,
     )
-    return state, {
-        "gradient_norm": norm,
-        "learning_rate": optimizer.learning_rate(state.step - 1),
-        "skipped_steps": skipped,
-    }
+    return state, {"gradient_norm": norm, "learning_rate": learning_rate, "skipped_steps": skipped}
 
 
 def average_weights(average: Any, params: Any, decay: float, step: jax.Array | int | None = None) -> Any:
@@ -141,7 +145,9 @@ def make_optimizer(
     Raises:
       ValueError: a name or value that is not allowed.
     """
-    _check_optimizer(name, schedule, learning_rate, total_steps, warmup_steps, weight_decay, clip_norm, accumulation_steps)
+    _check_optimizer(
+        name, schedule, learning_rate, total_steps, warmup_steps, weight_decay, clip_norm, accumulation_steps
+    )
     peak, decay_steps = float(learning_rate), max(total_steps - warmup_steps, 1)
     if schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, decay_steps, final_learning_rate / peak)
@@ -159,17 +165,23 @@ def make_optimizer(
     return Optimizer(optax.chain(*clip, base), rate, accumulation_steps)
 
 
-def _check_optimizer(name, schedule, learning_rate, total_steps, warmup_steps, weight_decay, clip_norm, accumulation_steps):
+def _check_optimizer(
+    name, schedule, learning_rate, total_steps, warmup_steps, weight_decay, clip_norm, accumulation_steps
+):
     if name not in ("adam", "adamw", "sgd"):
         raise ValueError(f"optim.name: '{name}' is unknown; allowed are 'adam', 'adamw' and 'sgd'")
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"optim.schedule: '{schedule}' is unknown; allowed are 'cosine' and 'constant'")
     if weight_decay and name != "adamw":
-        raise ValueError(f"optim.weight_decay: {weight_decay} is read by 'adamw' only, not by '{name}'; set it to 0")
+        raise ValueError(
+            f"optim.weight_decay: {weight_decay} is read by 'adamw' only, not by '{name}'; set it to 0"
+        )
     if not learning_rate > 0:
         raise ValueError(f"optim.learning_rate: {learning_rate} must be above 0")
     if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"optim.warmup_steps: {warmup_steps} is outside 0..{total_steps}, the steps of the run")
+        raise ValueError(
+            f"optim.warmup_steps: {warmup_steps} is outside 0..{total_steps}, the steps of the run"
+        )
     if clip_norm is not None and not clip_norm > 0:
         raise ValueError(f"optim.clip_norm: {clip_norm} must be above 0, or None for no clipping")
     if accumulation_steps < 1:

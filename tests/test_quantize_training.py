@@ -1,5 +1,7 @@
 """Moving average, restart, k-means and the Flax module of rq_jax.quantize."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,11 +177,14 @@ def build(**settings):
     return module, module.init(jax.random.key(0), X)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply_training(module, variables, x, rngs):
+    return module.apply(variables, x, True, rngs=rngs, mutable=["codebook"])
+
+
 def train(module, variables, x=X, seed=None):
     """One training call: the result and the variables after it."""
-    rngs = {} if seed is None else {"restart": jax.random.key(seed)}
-    call = jax.jit(lambda v, x, rngs: module.apply(v, x, True, rngs=rngs, mutable=["codebook"]))
-    return call(variables, x, rngs)
+    return apply_training(module, variables, x, {} if seed is None else {"restart": jax.random.key(seed)})
 
 
 KINDS = {

@@ -12,7 +12,7 @@ from rq_jax.nn.attention import KVCache, LayerNorm, Stack, empty_cache, init_wei
 
 
 class RQTransformerOutput(NamedTuple):
-    """Logits (B, h, w, D, K), condition logits (B, U-1, vocabulary) of text models else None, hidden (B, h, w, D, M)."""
+    """Logits (B, h, w, D, K), condition logits (B, U-1, V) of text models else None, hidden (B, h, w, D, M)."""
 
     logits: jax.Array
     cond_logits: jax.Array | None
@@ -77,7 +77,9 @@ class RQTransformer(nn.Module):
         self.check()
         (h, w, D), M, E, K = self.code_shape, self.model_dim, self.code_dim, max(self.codebook_sizes)
         zeros = nn.initializers.zeros
-        self.cond_embedding_VM = self.param("cond_embedding_VM", init_weight, (self.cond_vocab_size + self.use_null_cond, M))
+        self.cond_embedding_VM = self.param(
+            "cond_embedding_VM", init_weight, (self.cond_vocab_size + self.use_null_cond, M)
+        )
         self.cond_position_UM = self.param("cond_position_UM", init_weight, (self.cond_length, M))
         self.position_TM = self.param("position_TM", init_weight, (h * w, M))
         self.depth_position_DM = self.param("depth_position_DM", init_weight, (D, M))
@@ -114,9 +116,11 @@ class RQTransformer(nn.Module):
             self.cond_classifier_MV = self.param("cond_classifier_MV", init_weight, (M, self.cond_vocab_size))
             self.cond_classifier_bias_V = self.param("cond_classifier_bias_V", zeros, (self.cond_vocab_size,))
 
-    # --- the forward pass ----------------------------------------------------------------------------------------------
+    # --- the forward pass ---
 
-    def __call__(self, codes: jax.Array, cond: jax.Array | None = None, train: bool = False) -> RQTransformerOutput:
+    def __call__(
+        self, codes: jax.Array, cond: jax.Array | None = None, train: bool = False
+    ) -> RQTransformerOutput:
         """Logits of every code given those before it.
 
         Args:
@@ -171,11 +175,17 @@ class RQTransformer(nn.Module):
             outputs, cond_outputs = outputs[:, self.cond_length - 1 :], outputs[:, : self.cond_length - 1]
             if self.cond_length > 1:
                 cond_logits = self._project(
-                    self.cond_classifier_norm(cond_outputs), self.cond_classifier_MV, self.cond_classifier_bias_V
+                    self.cond_classifier_norm(cond_outputs),
+                    self.cond_classifier_MV,
+                    self.cond_classifier_bias_V,
                 )
         if cache is None:
             return outputs.reshape(*codes.shape[:-1], -1), cond_logits, None
-        return outputs, cond_logits, TransformerCache(spatial_cache, cache.depth._replace(length=jnp.int32(0)))
+        return (
+            outputs,
+            cond_logits,
+            TransformerCache(spatial_cache, cache.depth._replace(length=jnp.int32(0))),
+        )
 
     def depth(
         self, context: jax.Array, codes: jax.Array, cache: TransformerCache | None = None, train: bool = False
@@ -199,7 +209,9 @@ class RQTransformer(nn.Module):
             d = codes.shape[-1]
             slots = context[..., None, :] if d == 0 else self._embed_depths(codes)[..., -1:, :]
             slots = slots + self._cast(self.depth_position_DM[d])
-        hidden, depth_cache = self.depth_stack(slots.reshape(-1, *slots.shape[-2:]), cache and cache.depth, train)
+        hidden, depth_cache = self.depth_stack(
+            slots.reshape(-1, *slots.shape[-2:]), cache and cache.depth, train
+        )
         hidden = hidden.reshape(slots.shape)
         if cache is None:
             return hidden, None
@@ -215,7 +227,9 @@ class RQTransformer(nn.Module):
         if self.use_shared_classifier:
             logits = self._project(normed, weight, bias)
         elif depth is None:
-            product = jnp.einsum("...dm,dmk->...dk", normed, self._cast(weight), preferred_element_type=jnp.float32)
+            product = jnp.einsum(
+                "...dm,dmk->...dk", normed, self._cast(weight), preferred_element_type=jnp.float32
+            )
             logits = product + bias
         else:
             logits = self._project(normed, weight[depth], bias[depth])
@@ -232,11 +246,13 @@ class RQTransformer(nn.Module):
         # The last position is never read back, so that the spatial stack sees U + T - 1 tokens.
         rows = self.cond_length + h * w - 1
         return TransformerCache(
-            empty_cache(self.spatial_layers, batch, rows, self.num_heads, self.model_dim // self.num_heads, dtype),
+            empty_cache(
+                self.spatial_layers, batch, rows, self.num_heads, self.model_dim // self.num_heads, dtype
+            ),
             empty_cache(self.depth_layers, batch, D, depth_heads, self.model_dim // depth_heads, dtype),
         )
 
-    # --- embeddings ----------------------------------------------------------------------------------------------------
+    # --- embeddings ---
 
     def _embed_positions(self, codes_BTD: jax.Array, start: int | jax.Array = 0) -> jax.Array:
         """Spatial inputs (B, T, M) of positions from `start` on."""
@@ -272,20 +288,28 @@ class RQTransformer(nn.Module):
         """Condition tokens (B, U); the unconditional model's single start token is 0."""
         if cond is None:
             if self.is_conditional:
-                raise ValueError(f"cond: this model needs a condition of shape (B, {self.cond_length}), none was given")
+                raise ValueError(
+                    f"cond: this model needs a condition of shape (B, {self.cond_length}), none was given"
+                )
             return jnp.zeros((batch, 1), jnp.int32)
         cond = jnp.asarray(cond)
         cond = cond[:, None] if cond.ndim == 1 else cond
         if cond.shape != (batch, self.cond_length):
-            raise ValueError(f"cond: shape {cond.shape} does not fit; this batch and model take {(batch, self.cond_length)}")
+            raise ValueError(
+                f"cond: shape {cond.shape} does not fit; this batch and model take {(batch, self.cond_length)}"
+            )
         tokens = self.cond_vocab_size + self.use_null_cond
         if not isinstance(cond, jax.core.Tracer):
-            values = np.asarray(cond)  # jnp would trace the comparison where a concrete cond meets a compiled program
+            values = np.asarray(
+                cond
+            )  # jnp would trace the comparison where a concrete cond meets a compiled program
             if ((values < 0) | (values >= tokens)).any():
-                raise ValueError(f"cond: tokens {values.min()}..{values.max()} do not all lie in [0, {tokens})")
+                raise ValueError(
+                    f"cond: tokens {values.min()}..{values.max()} do not all lie in [0, {tokens})"
+                )
         return cond
 
-    # --- inner pieces --------------------------------------------------------------------------------------------------
+    # --- inner pieces ---
 
     @property
     def codebook(self) -> quantize.Codebook:
@@ -331,28 +355,43 @@ class RQTransformer(nn.Module):
 
     def example_inputs(self, batch: int = 1) -> tuple[jax.Array, ...]:
         """Arguments of `init`: zeros of the right shapes."""
-        return jnp.zeros((batch, *self.code_shape), jnp.int32), jnp.zeros((batch, self.cond_length), jnp.int32)
+        return jnp.zeros((batch, *self.code_shape), jnp.int32), jnp.zeros(
+            (batch, self.cond_length), jnp.int32
+        )
 
     def check(self) -> None:
         """Refuse settings that do not fit together, each with one line."""
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
-            raise ValueError(f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)")
+            raise ValueError(
+                f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)"
+            )
         D = self.code_shape[-1]
-        for name, value in (("code_dim", self.code_dim), ("model_dim", self.model_dim), ("codebook_size", min(self.codebook_sizes))):
+        for name, value in (
+            ("code_dim", self.code_dim),
+            ("model_dim", self.model_dim),
+            ("codebook_size", min(self.codebook_sizes)),
+        ):
             if value < 1:
                 raise ValueError(f"model.{name}: {value} must be at least 1")
         for name in ("spatial_layers", "depth_layers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name}: {getattr(self, name)} must be at least 0")
-        for name, heads in (("num_heads", self.num_heads), ("depth_num_heads", self.depth_num_heads or self.num_heads)):
+        for name, heads in (
+            ("num_heads", self.num_heads),
+            ("depth_num_heads", self.depth_num_heads or self.num_heads),
+        ):
             if heads < 1 or self.model_dim % heads:
-                raise ValueError(f"model.{name}: {heads} does not divide model_dim {self.model_dim}; choose a divisor of it")
+                raise ValueError(
+                    f"model.{name}: {heads} does not divide model_dim {self.model_dim}; choose a divisor of it"
+                )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype: '{self.dtype}' is unknown; allowed are 'float32' and 'bfloat16'")
         if self.gelu not in ("exact", "sigmoid"):
             raise ValueError(f"model.gelu: '{self.gelu}' is unknown; allowed are 'exact' and 'sigmoid'")
         if len(self.codebook_sizes) != D:
-            raise ValueError(f"model.codebook_size: {self.codebook_size} has no entry for each of the {D} depths")
+            raise ValueError(
+                f"model.codebook_size: {self.codebook_size} has no entry for each of the {D} depths"
+            )
         if len(set(self.codebook_sizes)) > 1:
             if self.use_shared_codebook or self.use_shared_token_embedding or self.use_shared_classifier:
                 raise ValueError(
@@ -360,11 +399,17 @@ class RQTransformer(nn.Module):
                     "use_shared_token_embedding and use_shared_classifier to False"
                 )
         if min(self.cond_vocab_size, self.cond_length) < 1:
-            raise ValueError(f"model.cond_vocab_size {self.cond_vocab_size} and cond_length {self.cond_length} must be at least 1")
+            raise ValueError(
+                f"model.cond_vocab_size {self.cond_vocab_size} and cond_length {self.cond_length} must be at least 1"
+            )
         if self.cond_length > 1 and self.cond_vocab_size == 1:
-            raise ValueError(f"model.cond_length: {self.cond_length} condition tokens need a cond_vocab_size above 1")
+            raise ValueError(
+                f"model.cond_length: {self.cond_length} condition tokens need a cond_vocab_size above 1"
+            )
         if self.use_null_cond and not self.is_conditional:
-            raise ValueError("model.use_null_cond: an unconditional model has no condition to leave out; set it to False")
+            raise ValueError(
+                "model.use_null_cond: an unconditional model has no condition to leave out; set it to False"
+            )
         for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name}: {getattr(self, name)} is outside [0, 1)")

@@ -30,28 +30,29 @@ class _Coder(nn.Module):
     out_channels: int
     use_resample_conv: bool = True
     dropout: float = 0.0
+    norm_groups: int = 32
     use_remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     def _res_block(self, features: int, train: bool, name: str) -> nn.Module:
         block = nn.remat(ResBlock, prevent_cse=False) if self.use_remat and train else ResBlock
-        return block(features, self.dropout, train, self.dtype, name=name)
+        return block(features, self.dropout, self.norm_groups, train, self.dtype, name=name)
 
     def _level(self, x, level: int, num_blocks: int, train: bool):
         features = self.width * self.width_multipliers[level]
         for i in range(num_blocks):
             x = self._res_block(features, train, f"level{level}_block{i}")(x)
             if level in self.attention_levels:
-                x = AttentionBlock(self.dtype, name=f"level{level}_attention{i}")(x)
+                x = AttentionBlock(self.norm_groups, self.dtype, name=f"level{level}_attention{i}")(x)
         return x
 
     def _middle(self, x, train: bool):
         x = self._res_block(x.shape[-1], train, "middle_block1")(x)
-        x = AttentionBlock(self.dtype, name="middle_attention")(x)
+        x = AttentionBlock(self.norm_groups, self.dtype, name="middle_attention")(x)
         return self._res_block(x.shape[-1], train, "middle_block2")(x)
 
     def _out(self, x):
-        x = nn.silu(Norm(self.dtype, name="norm_out")(x))
+        x = nn.silu(Norm(self.norm_groups, self.dtype, name="norm_out")(x))
         return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -97,6 +98,8 @@ class RQVAE(nn.Module):
       attention_resolutions: heights of the feature maps that get attention, beside the middle of the network.
       z_channels: channels between the coder and its 1x1 convolution; use_double_z doubles the encoder's.
       use_resample_conv: convolutions in down- and upsampling.
+      norm_groups: groups of channels that are normalised together; fewer suit narrow networks, where 32 groups would
+        normalise every channel by itself.
       use_shared_codebook, codebook_decay, use_restart, codebook_update, use_kmeans_init: see `ResidualQuantizer`.
       use_remat: recompute the residual blocks in the backward pass.
       dtype: of the networks, "float32" or "bfloat16"; the quantiser is float32 always.
@@ -115,6 +118,7 @@ class RQVAE(nn.Module):
     use_double_z: bool = False
     use_resample_conv: bool = True
     dropout: float = 0.0
+    norm_groups: int = 32
     use_shared_codebook: bool = True
     codebook_decay: float | tuple[float, ...] = 0.99
     use_restart: bool = True
@@ -134,6 +138,7 @@ class RQVAE(nn.Module):
             attention_levels=tuple(level for level in levels if H // 2**level in self.attention_resolutions),
             use_resample_conv=self.use_resample_conv,
             dropout=self.dropout,
+            norm_groups=self.norm_groups,
             use_remat=self.use_remat,
             dtype=jnp.dtype(self.dtype),
         )
@@ -175,7 +180,9 @@ class RQVAE(nn.Module):
         """Latents on the latent grid, float32, after the 1x1 convolution and before quantisation."""
         if images.shape[1:] != (*self.image_shape, self.in_channels):
             expected = (*self.image_shape, self.in_channels)
-            raise ValueError(f"images: shape {images.shape} does not fit this model; it takes (B, {str(expected)[1:]}")
+            raise ValueError(
+                f"images: shape {images.shape} does not fit this model; it takes (B, {str(expected)[1:]}"
+            )
         return self.quant_conv(self.encoder(images, train)).astype(jnp.float32)
 
     def encode_to_codes(self, images: jax.Array) -> jax.Array:
@@ -194,7 +201,9 @@ class RQVAE(nn.Module):
         """
         expected = tuple(self.code_shape)
         if codes.shape[1:] != expected:
-            raise ValueError(f"codes: shape {codes.shape} does not fit this model; it takes (B, {str(expected)[1:]}")
+            raise ValueError(
+                f"codes: shape {codes.shape} does not fit this model; it takes (B, {str(expected)[1:]}"
+            )
         depth = expected[-1] if depth is None else depth
         if not 1 <= depth <= expected[-1]:
             raise ValueError(f"depth: {depth} is outside 1..{expected[-1]}, the code depth of this model")
@@ -212,7 +221,10 @@ class RQVAE(nn.Module):
         """Reconstructions (D, B, H, W, C) from the first 1, 2, ..., D codes of every position (paper, figure 3)."""
         sums = self._quantize(self.encode(images)).partial_sums
         return jnp.stack(
-            [self.decode(quantize.unfold_patches(sums[..., d, :], self.latent_grid)) for d in range(sums.shape[-2])]
+            [
+                self.decode(quantize.unfold_patches(sums[..., d, :], self.latent_grid))
+                for d in range(sums.shape[-2])
+            ]
         )
 
     def _quantize(self, latents: jax.Array) -> quantize.ResidualCodes:
@@ -243,7 +255,9 @@ class RQVAE(nn.Module):
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype: '{self.dtype}' is unknown; allowed are 'float32' and 'bfloat16'")
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
-            raise ValueError(f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)")
+            raise ValueError(
+                f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)"
+            )
         for axis, size in zip("HW", self.image_shape, strict=True):
             if size < 1 or size % self._downsampling:
                 raise ValueError(
@@ -252,11 +266,14 @@ class RQVAE(nn.Module):
                 )
         (h, w, depth), grid = self.code_shape, self.latent_grid
         if grid[0] % h or grid[1] % w:
-            raise ValueError(f"model.code_shape: grid {(h, w)} does not divide the latent grid {grid}; choose divisors of it")
+            raise ValueError(
+                f"model.code_shape: grid {(h, w)} does not divide the latent grid {grid}; choose divisors of it"
+            )
         patch = grid[0] // h * (grid[1] // w)
         if self.code_dim < 1 or self.code_dim % patch:
             raise ValueError(
-                f"model.code_dim: {self.code_dim} must be a positive multiple of {patch}, the latents folded into one code vector"
+                f"model.code_dim: {self.code_dim} must be a positive multiple of {patch}, "
+                    "the latents folded into one code vector"
             )
         quantize.check_settings(
             quantize.ResidualQuantizer(
@@ -264,5 +281,7 @@ class RQVAE(nn.Module):
                 codebook_update=self.codebook_update, parent=None,
             )
         )  # fmt: skip
+        if self.norm_groups < 1:
+            raise ValueError(f"model.norm_groups: {self.norm_groups} must be at least 1")
         if not 0 <= self.dropout < 1 or math.isnan(self.dropout):
             raise ValueError(f"model.dropout: {self.dropout} is outside [0, 1)")

@@ -24,7 +24,9 @@ class KVCache(NamedTuple):
     length: jax.Array
 
 
-def empty_cache(num_layers: int, batch: int, size: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
+def empty_cache(
+    num_layers: int, batch: int, size: int, num_heads: int, head_dim: int, dtype: jnp.dtype
+) -> KVCache:
     """A cache of `size` rows, none of them filled."""
     rows = jnp.zeros((num_layers, batch, size, num_heads, head_dim), dtype)
     return KVCache(rows, rows, jnp.int32(0))
@@ -101,7 +103,11 @@ class Block(nn.Module):
         hidden = jnp.einsum("bsm,mf->bsf", x_BSM, self._weight("up_MF", (M, F)))
         if self.use_mlp_bias:
             hidden += self._bias("up_bias_F", (F,))
-        hidden = nn.gelu(hidden, approximate=False) if self.gelu == "exact" else hidden * nn.sigmoid(1.702 * hidden)
+        hidden = (
+            nn.gelu(hidden, approximate=False)
+            if self.gelu == "exact"
+            else hidden * nn.sigmoid(1.702 * hidden)
+        )
         out = jnp.einsum("bsf,fm->bsm", hidden, self._weight("down_FM", (F, M)))
         if self.use_mlp_bias:
             out += self._bias("down_bias_M", (M,))
@@ -167,7 +173,10 @@ class Stack(nn.Module):
 
 def _scores(query, key):
     scale = query.shape[-1] ** -0.5
-    return jnp.einsum("bsna,btna->bnst", query, key.astype(query.dtype), preferred_element_type=jnp.float32) * scale
+    return (
+        jnp.einsum("bsna,btna->bnst", query, key.astype(query.dtype), preferred_element_type=jnp.float32)
+        * scale
+    )
 
 
 def _write_rows(rows_LBSNA, new, start):

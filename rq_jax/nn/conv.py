@@ -29,7 +29,9 @@ class Conv(nn.Module):
             self.stride,
             padding,
             kernel_init=_kernel_init,
-            bias_init=lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound),
+            bias_init=lambda key, shape, dtype=jnp.float32: jax.random.uniform(
+                key, shape, dtype, -bound, bound
+            ),
             dtype=self.dtype,
         )
         nn.share_scope(self, conv)
@@ -37,13 +39,14 @@ class Conv(nn.Module):
 
 
 class Norm(nn.Module):
-    """GroupNorm of 32 groups and epsilon 1e-6; narrower or odd widths use the largest common divisor with 32."""
+    """GroupNorm with epsilon 1e-6; the number of groups is the largest common divisor of `groups` and the width."""
 
+    groups: int = 32
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        groups = math.gcd(32, x.shape[-1])
+        groups = math.gcd(self.groups, x.shape[-1])
         norm = nn.GroupNorm(groups, epsilon=1e-6, dtype=self.dtype, use_fast_variance=False)
         nn.share_scope(self, norm)
         return norm(x)
@@ -54,14 +57,15 @@ class ResBlock(nn.Module):
 
     features: int
     dropout: float = 0.0
+    norm_groups: int = 32
     train: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.silu(Norm(self.dtype, name="norm1")(x))
+        y = nn.silu(Norm(self.norm_groups, self.dtype, name="norm1")(x))
         y = Conv(self.features, dtype=self.dtype, name="conv1")(y)
-        y = nn.silu(Norm(self.dtype, name="norm2")(y))
+        y = nn.silu(Norm(self.norm_groups, self.dtype, name="norm2")(y))
         y = nn.Dropout(self.dropout, deterministic=not self.train)(y)
         y = Conv(self.features, dtype=self.dtype, name="conv2")(y)
         if x.shape[-1] != self.features:
@@ -72,14 +76,16 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over all positions of the grid, with a residual connection."""
 
+    norm_groups: int = 32
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         B, H, W, C = x.shape
-        normed = Norm(self.dtype, name="norm")(x)
+        normed = Norm(self.norm_groups, self.dtype, name="norm")(x)
         query, key, value = (
-            Conv(C, 1, dtype=self.dtype, name=name)(normed).reshape(B, H * W, C) for name in ("query", "key", "value")
+            Conv(C, 1, dtype=self.dtype, name=name)(normed).reshape(B, H * W, C)
+            for name in ("query", "key", "value")
         )
         scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=jnp.float32)
         weights = nn.softmax(scores * C**-0.5, axis=-1).astype(self.dtype)

@@ -1,0 +1,122 @@
+"""Small pictures, configs and runs that the tests of the scripts share."""
+
+import contextlib
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from PIL import Image
+
+from configs import rqtransformer, rqvae
+from rq_jax import checkpoint, models, sharding, train_state
+
+# Every number differs from every other, so that no two axes can be mixed up unseen.
+CODE_SHAPE, CODE_DIM, CODEBOOK_SIZE = (4, 2, 3), 24, 13
+CLASSES = ("ape", "bee", "cat", "dog", "elk")
+WORDS = ("red", "green", "round", "tall", "old")
+
+
+def write_pictures(directory: Path, num_train: int = 20, num_validation: int = 5, size: int = 16) -> Path:
+    """Random pictures by class under train/ and validation/, each with a caption beside it."""
+    rng = np.random.default_rng(3)
+    for split, count in (("train", num_train), ("validation", num_validation)):
+        for i in range(count):
+            folder = directory / split / CLASSES[i % len(CLASSES)]
+            folder.mkdir(parents=True, exist_ok=True)
+            coarse = rng.integers(0, 256, (4, 4, 3), np.uint8)
+            image = Image.fromarray(coarse).resize((size, size), Image.Resampling.BILINEAR)
+            image.save(folder / f"{i:03d}.png")
+            caption = f"a {WORDS[i % 3]} {WORDS[i % 5]} {CLASSES[i % 5]}"
+            (folder / f"{i:03d}.txt").write_text(caption)
+    return directory
+
+
+def override(config, **overrides):
+    """The config with dotted keys set; "__" stands for the dot."""
+    values = {key.replace("__", "."): value for key, value in overrides.items()}
+    config.update_from_flattened_dict(values)
+    return config
+
+
+def vae_config(pictures: Path, **overrides):
+    """A tokenizer of 16x16 pictures whose step compiles in a few seconds."""
+    settings = {
+        "model.code_shape": CODE_SHAPE,
+        "model.code_dim": CODE_DIM,
+        "model.codebook_size": CODEBOOK_SIZE,
+        "model.z_channels": 8,
+        "data.name": "folder",
+        "data.data_dir": str(pictures),
+        "optim.warmup_steps": 0,
+        "optim.schedule": "constant",
+    }
+    config = rqvae.get_config("quicktest")
+    config.update_from_flattened_dict(settings)
+    return override(config, **overrides)
+
+
+def transformer_config(pictures: Path, tokenizer: Path, kind: str = "unconditional", **overrides):
+    """A transformer over the codes of `tokenizer`; kind is "unconditional", "class" or "text"."""
+    settings = {
+        "model.model_dim": 28,
+        "model.num_heads": 2,
+        "model.spatial_layers": 2,
+        "model.depth_layers": 1,
+        "model.cond_vocab_size": {"unconditional": 1, "class": len(CLASSES)}.get(kind, 40),
+        "model.cond_length": 6 if kind == "text" else 1,
+        "data.name": "folder",
+        "data.data_dir": str(pictures),
+        "data.label_key": "folder" if kind == "class" else None,
+        "data.text_key": "txt" if kind == "text" else None,
+        "data.text_length": 6 if kind == "text" else None,
+        "loop.use_latent_cache": False,
+        "optim.warmup_steps": 0,
+        "optim.schedule": "constant",
+        "tokenizer": str(tokenizer),
+    }
+    config = rqtransformer.get_config("quicktest")
+    config.update_from_flattened_dict(settings)
+    return override(config, **overrides)
+
+
+def save_tokenizer(directory: Path, pictures: Path, seed: int = 0, **overrides) -> Path:
+    """A stage-1 model directory with weights as drawn: enough for stage 2 to build on."""
+    config = vae_config(pictures, **overrides)
+    model = models.create(**config.model)
+    variables = jax.jit(functools.partial(models.init_variables, model))(jax.random.key(seed))
+    checkpoint.save_model(directory, config.to_dict(), jax.tree.map(np.asarray, variables))
+    return directory
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
+    """A mesh over the first devices, as many as asked for."""
+    shape = (data, fsdp, tensor)
+    devices = jax.devices()[: int(np.prod(shape))]
+    return jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def assert_close(actual, expected, tolerance: float = 1e-5) -> None:
+    """All leaves agree within `tolerance` of the largest value of the expected leaf."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        scale = max(np.abs(b).max(initial=0.0), 1e-6)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
+
+
+def assert_equal(actual, expected) -> None:
+    """All leaves are the same, bit for bit."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+
+
+def differs(actual, expected) -> bool:
+    """Whether any leaf differs."""
+    pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
+    return any(not np.array_equal(a, b) for a, b in pairs)

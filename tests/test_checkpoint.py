@@ -1,0 +1,332 @@
+"""What comes back from a run directory: states bit for bit, models, tokenizers, and one line for what is wrong."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rq_jax import checkpoint, models, sharding, train_state
+from rq_jax.checkpoint import Checkpointer, load_model
+
+OPTIMIZER = train_state.make_optimizer(name="adamw", learning_rate=0.1, total_steps=9, weight_decay=0.1)
+RQVAE = dict(
+    name="rqvae", image_size=4, code_shape=(2, 1, 3), code_dim=4, codebook_size=(7, 5, 3), use_shared_codebook=False,
+    width=2, width_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(), z_channels=3,
+)  # fmt: skip
+RQTRANSFORMER = dict(
+    name="rqtransformer", code_shape=(2, 1, 3), code_dim=4, codebook_size=(7, 5, 3), use_shared_codebook=False,
+    use_shared_token_embedding=False, use_shared_classifier=False, model_dim=2, num_heads=1, spatial_layers=1,
+    depth_layers=1,
+)  # fmt: skip
+
+
+def numbers(shape, seed):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def fill(shapes, seed=0):
+    """Arrays with values of their own in the place of shapes."""
+    leaves, structure = jax.tree.flatten(shapes)
+    return structure.unflatten([jnp.asarray(numbers(s.shape, (seed, i))) for i, s in enumerate(leaves)])
+
+
+@functools.cache
+def shapes_of(name):
+    settings = {"rqvae": RQVAE, "rqtransformer": RQTRANSFORMER}[name]
+    return models.abstract_variables(models.create(**settings))
+
+
+def model_state_of(name, step, use_ema=True):
+    """A state of a real model after `step` steps, no two of its leaves equal."""
+    state = train_state.create_state(fill(shapes_of(name), seed=step), OPTIMIZER, jax.random.key(step), use_ema)
+    ema_params = fill(state.params, seed=100 + step) if use_ema else None
+    return state.replace(step=jnp.int32(step), ema_params=ema_params)
+
+
+def toy_state(step=0, codebook=None, use_ema=True, size=5):
+    variables = {"params": {"w_MF": jnp.asarray(numbers((size, 3), step)), "bias_F": jnp.asarray(numbers(3, step + 1))}}
+    if codebook is not None:
+        variables["codebook"] = {"codebook_KE": codebook}
+    state = train_state.create_state(variables, OPTIMIZER, jax.random.key(step), use_ema)
+    opt_state = jax.tree.map(lambda x: x + jnp.asarray(step + 0.25).astype(x.dtype), state.opt_state)
+    return state.replace(step=jnp.int32(step), opt_state=opt_state, skipped_steps=jnp.int32(step // 2))
+
+
+CODEBOOKS = {
+    "none": None,
+    "shared": numbers((7, 2), 1),
+    "unequal": (numbers((7, 2), 2), numbers((5, 2), 3), numbers((3, 2), 4)),
+}
+
+
+def assert_equal(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b)
+
+
+# --- states -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_a_state_comes_back_bit_for_bit(tmp_path, codebook, use_ema):
+    state = toy_state(4, CODEBOOKS[codebook], use_ema)
+    host = {"best_loss": math.inf, "bad_evaluations": 2, "stopped": False, "data": {"next_batch": 17}}
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.latest_step is None
+        checkpointer.save(state, host)
+        assert checkpointer.latest_step == 4
+    template = jax.tree.map(lambda x: x * 0 if x.dtype == jnp.float32 else x, toy_state(0, CODEBOOKS[codebook], use_ema))
+    with Checkpointer(tmp_path) as checkpointer:
+        restored, known = checkpointer.restore(template)
+    assert_equal(restored, state)
+    assert jax.random.uniform(restored.rng) == jax.random.uniform(state.rng)
+    assert known == host
+
+
+def test_a_state_comes_back_to_its_devices(tmp_path):
+    mesh = sharding.make_mesh(fsdp=2)
+    state = jax.device_put(toy_state(1, size=8), sharding.state_shardings(mesh, toy_state(1, size=8)))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state, {})
+        checkpointer.wait()
+        other = sharding.make_mesh(data=2, fsdp=-1)
+        template = jax.device_put(toy_state(0, size=8), sharding.state_shardings(other, toy_state(0, size=8)))
+        restored, _ = checkpointer.restore(template)
+    assert_equal(restored, state)
+    assert restored.params["w_MF"].sharding == template.params["w_MF"].sharding != state.params["w_MF"].sharding
+
+
+def test_the_newest_checkpoints_stay(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        for step in (2, 3, 5):
+            checkpointer.save(toy_state(step), {"note": step})
+        checkpointer.save(toy_state(5, size=6), {"note": "again"})  # is there already
+        checkpointer.wait()
+        assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "5"}
+        assert checkpointer.latest_step == 5
+        restored, host = checkpointer.restore(toy_state())
+    assert_equal(restored, toy_state(5))
+    assert host == {"note": 5}
+
+
+@pytest.mark.parametrize("saved, wanted", [(dict(size=6), {}), (dict(use_ema=False), {})], ids=["shape", "no average"])
+def test_a_checkpoint_of_another_config_is_refused(tmp_path, saved, wanted):
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(toy_state(3, **saved), {})
+        checkpointer.wait()
+        with pytest.raises(ValueError) as error:
+            checkpointer.restore(toy_state(**wanted))
+    message = str(error.value)
+    assert message.startswith(
+        f"'{tmp_path}': its checkpoint of step 3 does not fit this config; go on with the config it was started with "
+        "or give a new --workdir ("
+    )
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("size", [7, 200_000])
+def test_updates_in_place_do_not_reach_a_pending_save(tmp_path, size):
+    mesh = sharding.make_mesh()
+    template = toy_state(3, CODEBOOKS["unequal"], size=size)
+    state = jax.device_put(template, sharding.state_shardings(mesh, template))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(state):
+        grads = jax.tree.map(jnp.ones_like, state.params)
+        model_state = jax.tree.map(lambda x: x + 1, state.model_state)
+        return train_state.apply_gradients(state, OPTIMIZER, grads, jnp.float32(0), model_state, 0.5)[0]
+
+    state = step(state)  # compiled: the next ones follow the save at once
+    expected = jax.tree.map(jnp.copy, state)
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(state, {})
+        checkpointer.save_best(state)
+        saved_counter = state.step
+        for _ in range(5):
+            state = step(state)
+        jax.block_until_ready(state)
+        assert saved_counter.is_deleted() and int(state.step) == 9  # the buffers were handed over
+        checkpointer.wait()
+        restored, _ = checkpointer.restore(template)
+    assert_equal(restored, expected)
+
+
+# --- models from run directories ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A stage-1 run directory with checkpoints of steps 2 and 5."""
+    write_run(tmp_path, [2, 5])
+    return tmp_path
+
+
+def write_run(directory, steps, best=(), use_ema=True):
+    checkpoint.write_config(directory, {"model": RQVAE, "seed": 3})
+    with Checkpointer(directory, keep=9) as checkpointer:
+        for step in steps:
+            checkpointer.save(model_state_of("rqvae", step, use_ema), {})
+        for step in best:
+            checkpointer.save_best(model_state_of("rqvae", step, use_ema))
+
+
+def assert_loaded(loaded, state, ema=True):
+    assert_equal(loaded.variables, state.ema_variables if ema else state.variables)
+    assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(loaded.variables))
+    assert loaded.model == models.create(**RQVAE)
+    assert loaded.config == json.loads(json.dumps({"model": RQVAE, "seed": 3}))
+    assert loaded.tokenizer is None
+
+
+def test_load_model_takes_the_newest_and_the_average(run):
+    assert_loaded(load_model(run), model_state_of("rqvae", 5))
+    assert_loaded(load_model(str(run), ema=False), model_state_of("rqvae", 5), ema=False)
+    assert_loaded(load_model(run, step=2), model_state_of("rqvae", 2))
+
+
+def test_load_model_prefers_the_best(run):
+    write_run(run, [], best=[2, 4])
+    assert {path.name for path in (run / "best").iterdir()} == {"4"}
+    assert_loaded(load_model(run), model_state_of("rqvae", 4))
+    assert_loaded(load_model(run, ema=False), model_state_of("rqvae", 4), ema=False)
+    assert_loaded(load_model(run, step=5), model_state_of("rqvae", 5))
+
+
+@pytest.mark.parametrize("step", [4, 3])
+def test_a_new_best_replaces_one_that_a_killed_run_left_at_a_later_step(tmp_path, step):
+    write_run(tmp_path, [], best=[4])
+    state = model_state_of("rqvae", 9).replace(step=jnp.int32(step))
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save_best(state)
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {str(step)}
+    assert_loaded(load_model(tmp_path), state)
+
+
+def test_load_model_passes_over_a_best_that_was_being_written(run):
+    (run / "best" / "4.orbax-checkpoint-tmp").mkdir(parents=True)
+    (run / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
+    assert_loaded(load_model(run), model_state_of("rqvae", 5))
+
+
+def test_load_model_without_an_average_takes_the_weights(tmp_path):
+    write_run(tmp_path, [3], use_ema=False)
+    assert_loaded(load_model(tmp_path), model_state_of("rqvae", 3, use_ema=False), ema=False)
+
+
+def test_load_model_names_what_is_missing(run):
+    missing = run / "nowhere"
+    with pytest.raises(FileNotFoundError) as error:
+        load_model(missing)
+    expected = f"'{missing}' is no run directory: it has no config.json; give the --workdir of a training run"
+    assert str(error.value) == expected
+    with pytest.raises(FileNotFoundError) as error:
+        load_model(run, step=3)
+    assert str(error.value) == f"'{run}' holds no checkpoint of step 3; there are steps [2, 5]"
+    checkpoint.write_config(run / "fresh", {"model": RQVAE})
+    with pytest.raises(FileNotFoundError) as error:
+        load_model(run / "fresh")
+    assert str(error.value) == f"'{run / 'fresh'}' holds no checkpoint; there are steps (none)"
+
+
+# --- model directories --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_a_model_directory_comes_back_bit_for_bit(tmp_path, dtype):
+    state = model_state_of("rqvae", 3)
+    variables = jax.tree.map(lambda x: np.asarray(x, dtype), state.ema_variables)
+    checkpoint.save_model(tmp_path / "out", {"model": RQVAE, "seed": 3}, variables)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
+    assert_equal(load_model(tmp_path / "out").variables, expected)
+    if dtype == np.float32:
+        assert_loaded(load_model(tmp_path / "out"), state)
+
+
+def test_a_model_directory_has_no_steps(tmp_path):
+    checkpoint.save_model(tmp_path, {"model": RQVAE}, fill(shapes_of("rqvae")))
+    with pytest.raises(FileNotFoundError) as error:
+        load_model(tmp_path, step=4)
+    assert str(error.value) == f"'{tmp_path}' is a model directory without steps, but step is 4; leave it out"
+
+
+def test_weights_of_other_shapes_are_refused(tmp_path):
+    variables = fill(shapes_of("rqvae"))
+    checkpoint.save_model(tmp_path, {"model": {**RQVAE, "codebook_size": (7, 5, 4)}}, variables)
+    with pytest.raises(ValueError) as error:
+        load_model(tmp_path)
+    expected = "'codebook/codebook_KE/2' has shape (3, 4), the config needs (4, 4)"
+    assert str(error.value) == f"'{tmp_path / 'model.safetensors'}': {expected}"
+    del variables["params"]["quant_conv"]
+    checkpoint.save_model(tmp_path, {"model": RQVAE}, variables)
+    with pytest.raises(ValueError, match=r"'params/quant_conv/bias' has shape None, the config needs \(2,\)"):
+        load_model(tmp_path)
+
+
+def test_only_the_first_host_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    checkpoint.save_model(tmp_path, {"model": RQVAE}, {"w": jnp.ones(2)})
+    checkpoint.write_config(tmp_path, {"model": RQVAE})
+    assert not list(tmp_path.iterdir())
+
+
+# --- tokenizers ---------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_depends_on_every_value_name_and_shape():
+    variables = jax.tree.map(np.asarray, fill(shapes_of("rqvae")))
+    original = checkpoint.fingerprint(variables)
+    assert len(original) == 16 and int(original, 16) >= 0
+    assert checkpoint.fingerprint(jax.tree.map(jnp.asarray, variables)) == original
+    leaves, structure = jax.tree.flatten(variables)
+    seen = {original}
+    for i, leaf in enumerate(leaves):
+        changed = leaf.copy()
+        changed.flat[-1] = np.nextafter(changed.flat[-1], np.inf, dtype=np.float32)
+        seen.add(checkpoint.fingerprint(structure.unflatten([*leaves[:i], changed, *leaves[i + 1 :]])))
+    assert len(seen) == len(leaves) + 1
+    others = [{"a": np.ones((2, 3))}, {"b": np.ones((2, 3))}, {"a": np.ones((3, 2))}, {"a": {"b": np.ones((2, 3))}}]
+    assert len({checkpoint.fingerprint(other) for other in others}) == 4
+
+
+def test_a_run_is_bound_to_its_tokenizer(tmp_path):
+    write_run(tmp_path / "first", [1])
+    write_run(tmp_path / "second", [2])
+    first, second = (checkpoint.load_tokenizer(tmp_path / name) for name in ("first", "second"))
+    workdir = tmp_path / "stage2"
+    mark = checkpoint.bind_tokenizer(workdir, first)
+    assert mark == checkpoint.fingerprint(first.variables) == checkpoint.bind_tokenizer(workdir, first)
+    other = checkpoint.fingerprint(second.variables)
+    with pytest.raises(ValueError) as error:
+        checkpoint.bind_tokenizer(workdir, second)
+    assert str(error.value) == (
+        f"tokenizer: fingerprint {other} differs from {mark}, with which the run in '{workdir}' was started; "
+        "give that tokenizer or a new --workdir"
+    )
+    assert_loaded(load_model(workdir / "tokenizer"), model_state_of("rqvae", 1))  # as it was
+
+
+def test_a_stage_2_directory_carries_its_tokenizer_and_is_none(tmp_path):
+    write_run(tmp_path / "first", [1])
+    workdir = tmp_path / "stage2"
+    checkpoint.bind_tokenizer(workdir, checkpoint.load_tokenizer(tmp_path / "first"))
+    checkpoint.write_config(workdir, {"model": RQTRANSFORMER})
+    state = model_state_of("rqtransformer", 6)
+    with Checkpointer(workdir) as checkpointer:
+        checkpointer.save(state, {})
+    loaded = load_model(workdir)
+    assert_equal(loaded.variables, state.ema_variables)
+    assert_loaded(loaded.tokenizer, model_state_of("rqvae", 1))
+    with pytest.raises(ValueError) as error:
+        checkpoint.load_tokenizer(workdir)
+    expected = f"'{workdir}' holds a 'rqtransformer', not a stage-1 run ('rqvae'); give the stage-1 --workdir"
+    assert str(error.value) == f"tokenizer: {expected}"

@@ -1,0 +1,198 @@
+"""Losses against NumPy, their behaviour at padded and NaN logits, and what chunks save."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rq_jax import losses, quantize
+
+B, h, w, D, K, E = 2, 3, 5, 4, 7, 6
+T = h * w
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def softmax(x):
+    exps = np.exp(x - x.max(-1, keepdims=True))
+    return exps / exps.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("kind, power", [("mse", 2), ("l1", 1)])
+def test_reconstruction_loss(kind, power):
+    images, reconstruction = normal(B, 4, 6, 3), normal(B, 4, 6, 3, seed=1)
+    expected = np.mean(np.abs(images - reconstruction) ** power)
+    np.testing.assert_allclose(losses.reconstruction_loss(images, reconstruction, kind), expected, rtol=1e-5)
+
+
+def test_reconstruction_loss_is_float32_for_bfloat16_pictures():
+    images = jnp.full((1, 64, 64, 3), 1.0, jnp.bfloat16)
+    loss = losses.reconstruction_loss(images, images * 0.5)
+    assert loss.dtype == jnp.float32 and float(loss) == 0.25
+
+
+def test_unknown_reconstruction_loss():
+    with pytest.raises(
+        ValueError, match="^loss.reconstruction: 'l3' is unknown; allowed are 'mse' and 'l1'$"
+    ):
+        losses.reconstruction_loss(jnp.ones(2), jnp.ones(2), "l3")
+
+
+def test_commitment_loss_is_the_mean_over_depths_and_channels():
+    latents, sums = normal(B, h, w, E), normal(B, h, w, D, E, seed=1)
+    expected = np.mean([np.mean((latents - sums[..., d, :]) ** 2) for d in range(D)])
+    np.testing.assert_allclose(losses.commitment_loss(latents, sums), expected, rtol=1e-5)
+
+
+def test_commitment_loss_folds_latents_onto_the_code_grid():
+    latents = normal(B, 2 * h, 3 * w, 2)
+    folded = quantize.fold_patches(latents, (h, w))
+    assert float(losses.commitment_loss(latents, folded[..., None, :])) == 0.0
+    np.testing.assert_allclose(losses.commitment_loss(latents, folded[..., None, :] + 2.0), 4.0, rtol=1e-5)
+
+
+def test_commitment_loss_has_a_gradient_in_the_latents_only():
+    latents, sums = normal(B, h, w, E), normal(B, h, w, D, E, seed=1)
+    to_latents, to_sums = jax.grad(losses.commitment_loss, argnums=(0, 1))(latents, sums)
+    expected = 2 * (latents[..., None, :] - sums).sum(-2) / sums.size
+    np.testing.assert_allclose(to_latents, expected, rtol=1e-4, atol=1e-7)
+    assert not to_sums.any()
+
+
+def test_cross_entropy():
+    logits, codes = 3 * normal(B, T, D, K), np.random.default_rng(0).integers(0, K, (B, T, D))
+    expected = -np.log(np.take_along_axis(softmax(logits), codes[..., None], -1)[..., 0])
+    np.testing.assert_allclose(losses.cross_entropy(logits, codes), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_soft_cross_entropy_adds_its_constant_inside_the_logarithm():
+    logits, soft = 3 * normal(B, T, D, K), softmax(normal(B, T, D, K, seed=1))
+    shifted = logits - logits.max(-1, keepdims=True)
+    expected = -(soft * (shifted - np.log(np.exp(shifted).sum(-1, keepdims=True) + 1e-7))).sum(-1)
+    np.testing.assert_allclose(losses.soft_cross_entropy(logits, soft), expected, rtol=1e-5)
+    certain = losses.soft_cross_entropy(jnp.array([0.0, -1e4]), jnp.array([1.0, 0.0]))
+    np.testing.assert_allclose(certain, 1e-7, rtol=0.3)  # float32 rounds 1 + 1e-7 to 1 + 1.19e-7
+
+
+def test_soft_cross_entropy_of_one_hot_labels_is_cross_entropy():
+    logits, codes = normal(B, T, D, K), np.random.default_rng(0).integers(0, K, (B, T, D))
+    soft = losses.soft_cross_entropy(logits, jax.nn.one_hot(codes, K))
+    np.testing.assert_allclose(soft, losses.cross_entropy(logits, codes), atol=2e-6)
+
+
+def test_soft_cross_entropy_is_least_at_the_labels():
+    logits = normal(T, K)
+    at_labels = losses.soft_cross_entropy(logits, softmax(logits))
+    for seed in range(1, 4):
+        assert bool((losses.soft_cross_entropy(normal(T, K, seed=seed), softmax(logits)) > at_labels).all())
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_padded_logits_change_nothing_and_get_no_gradient(kind):
+    logits, codes = normal(T, 5), np.random.default_rng(0).integers(0, 5, T)
+    soft = softmax(normal(T, 5, seed=1))
+
+    def loss(x):
+        padded = jnp.concatenate([x, jnp.full((T, 2), -jnp.inf)], -1)
+        if kind == "hard":
+            return losses.cross_entropy(padded, codes).sum()
+        return losses.soft_cross_entropy(padded, jnp.pad(soft, ((0, 0), (0, 2)))).sum()
+
+    def plain(x):
+        value = losses.cross_entropy(x, codes) if kind == "hard" else losses.soft_cross_entropy(x, soft)
+        return value.sum()
+
+    for a, b in zip(jax.value_and_grad(loss)(logits), jax.value_and_grad(plain)(logits), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    padded = jnp.concatenate([logits, jnp.full((T, 2), -jnp.inf)], -1)  # also where the logits are the leaf
+    label = codes if kind == "hard" else jnp.pad(soft, ((0, 0), (0, 2)))
+    function = losses.cross_entropy if kind == "hard" else losses.soft_cross_entropy
+    gradient = jax.grad(lambda x: function(x, label).sum())(padded)
+    assert bool(jnp.isfinite(gradient).all()) and not gradient[:, 5:].any()
+
+
+def test_nan_logits_give_nan_losses():
+    logits = jnp.zeros((2, K)).at[1].set(jnp.nan)
+    for loss in (
+        losses.cross_entropy(logits, jnp.array([0, 0])),
+        losses.soft_cross_entropy(logits, jnp.full((2, K), 1 / K)),
+    ):
+        assert jnp.isnan(loss).tolist() == [False, True]
+
+
+def test_losses_are_float32_for_bfloat16_logits():
+    logits = jnp.asarray(normal(T, K), jnp.bfloat16)
+    for loss in (
+        losses.cross_entropy(logits, jnp.zeros(T, int)),
+        losses.soft_cross_entropy(logits, softmax(normal(T, K))),
+    ):
+        assert loss.dtype == jnp.float32
+
+
+# --- chunks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3, 5, 15])
+def test_sum_over_chunks_equals_the_whole_and_so_does_its_gradient(num_chunks):
+    hidden, codes = normal(B, T, D, E), np.random.default_rng(0).integers(0, K, (B, T, D))
+
+    def loss(weight, chunks):
+        def total(arrays):
+            x, y = arrays["hidden"], arrays["codes"]
+            entropy = losses.cross_entropy(x @ weight, y)
+            return {"sum": entropy.sum(), "per_depth": entropy.sum((0, 1))}
+
+        sums = losses.sum_over_chunks(total, {"hidden": hidden, "codes": codes}, chunks)
+        return sums["sum"], sums["per_depth"]
+
+    weight = normal(E, K)
+    (value, per_depth), gradient = jax.value_and_grad(loss, has_aux=True)(weight, num_chunks)
+    (whole, whole_per_depth), whole_gradient = jax.value_and_grad(loss, has_aux=True)(weight, 1)
+    np.testing.assert_allclose(value, whole, rtol=1e-5)
+    np.testing.assert_allclose(per_depth, whole_per_depth, rtol=1e-5)
+    np.testing.assert_allclose(gradient, whole_gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_chunks", [0, 2, 16])
+def test_chunks_must_divide_the_positions(num_chunks):
+    message = f"^num_chunks: {num_chunks} does not divide the 15 positions; choose a divisor of them$"
+    with pytest.raises(ValueError, match=message):
+        losses.sum_over_chunks(jnp.sum, jnp.ones((B, T)), num_chunks)
+
+
+def test_chunked_soft_loss_memory_at_paper_size():
+    batch, positions, depth, codes, model_dim, code_dim = 8, 64, 4, 16384, 32, 16
+
+    def loss(weight, hidden, residuals, codebook, chunks):
+        def total(arrays):
+            soft = quantize.soft_labels(arrays[1], codebook, 0.5)
+            return losses.soft_cross_entropy(arrays[0] @ weight, soft).sum()
+
+        return losses.sum_over_chunks(total, (hidden, residuals), chunks)
+
+    shapes = (
+        (model_dim, codes),
+        (batch, positions, depth, model_dim),
+        (batch, positions, depth, code_dim),
+        (codes, code_dim),
+    )
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    def temporary_bytes(chunks):
+        step = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=4)
+        return step.lower(*arguments, chunks).compile().memory_analysis().temp_size_in_bytes
+
+    one_array = 4 * batch * positions * depth * codes  # 134 MB
+    chunks = losses.num_loss_chunks(batch, positions, depth, codes, limit=2**22)
+    assert chunks == 8
+    assert temporary_bytes(chunks) < one_array < 2 * one_array < temporary_bytes(1)
+
+
+def test_num_loss_chunks_is_the_fewest_that_fit():
+    assert losses.num_loss_chunks(2, 15, 4, 7) == 1
+    assert losses.num_loss_chunks(2, 15, 4, 7, limit=2 * 5 * 4 * 7) == 3
+    assert losses.num_loss_chunks(2, 15, 4, 7, limit=2 * 5 * 4 * 7 - 1) == 5
+    assert losses.num_loss_chunks(2, 15, 4, 7, limit=1) == 15
+    assert losses.num_loss_chunks(32, 64, 4, 16384) == 2

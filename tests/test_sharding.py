@@ -1,0 +1,189 @@
+"""The mesh, and where parameters, optimizer moments, codebooks and batches lie on eight devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey
+
+from rq_jax import models, sharding, train_state
+
+pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight (fake) devices")
+
+
+# --- the mesh -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sizes, expected",
+    [
+        ({}, (8, 1, 1)),
+        ({"data": 2, "fsdp": -1}, (2, 4, 1)),
+        ({"data": -1, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+        ({"data": 1, "fsdp": 1, "tensor": 8}, (1, 1, 8)),
+        ({"data": 8, "tensor": -1}, (8, 1, 1)),
+    ],
+)
+def test_make_mesh(sizes, expected):
+    mesh = sharding.make_mesh(**sizes)
+    assert mesh.axis_names == ("data", "fsdp", "tensor") and mesh.devices.shape == expected
+    assert mesh.axis_types == (AxisType.Auto,) * 3
+    assert set(mesh.devices.flat) == set(jax.devices())
+
+
+@pytest.mark.parametrize("sizes", [(3, 1, 1), (4, 1, 1), (-1, -1, 1), (-1, 3, 1), (0, 1, 1), (-1, 0, 1), (-2, -4, 1)])
+def test_make_mesh_refuses(sizes):
+    sizes = dict(zip(sharding.AXES, sizes, strict=True))
+    with pytest.raises(ValueError) as error:
+        sharding.make_mesh(**sizes)
+    assert str(error.value) == f"mesh: {sizes} does not fit 8 devices; sizes must multiply to it, one may be -1"
+
+
+# --- names to axes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path, ndim, letters",
+    [
+        ([DictKey("params"), DictKey("up_MF")], 2, "MF"),
+        ([DictKey("up_MF")], 3, "-MF"),  # the layer axis of a scan
+        ([DictKey("qkv_M3NA")], 4, "M3NA"),
+        ([DictKey("classifier_bias_DK")], 2, "DK"),
+        ([DictKey("kernel")], 4, "--IO"),
+        ([DictKey("kernel")], 2, "IO"),
+        ([DictKey("scale")], 1, "-"),
+        ([DictKey("codebook_KE"), SequenceKey(1)], 2, "--"),  # one of several codebooks
+        ([GetAttrKey("mu"), DictKey("down_FM")], 2, "FM"),
+        ([GetAttrKey("counts_K")], 1, "K"),
+        ([GetAttrKey("step")], 0, ""),
+        ([], 2, "--"),
+    ],
+)
+def test_logical_axes_are_the_letters_of_the_name(path, ndim, letters):
+    assert sharding.logical_axes(path, ndim) == letters
+
+
+def spec_of(mesh, name, *shape):
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return sharding.state_shardings(mesh, {name: leaf})[name].spec
+
+
+@pytest.mark.parametrize(
+    "sizes, name, shape, expected",
+    [
+        ((8, 1, 1), "up_MF", (8, 16), (None, None)),
+        ((1, 8, 1), "up_MF", (8, 16), ("fsdp", None)),
+        ((1, 1, 8), "up_MF", (8, 16), (None, "tensor")),
+        ((2, 2, 2), "up_MF", (3, 8, 16), (None, "fsdp", "tensor")),
+        ((2, 2, 2), "qkv_M3NA", (8, 3, 4, 2), ("fsdp", None, "tensor", None)),
+        ((2, 2, 2), "kernel", (3, 3, 6, 10), (None, None, "fsdp", "tensor")),
+        ((2, 2, 2), "table_KV", (4, 6), ("tensor", None)),  # an axis is used once
+        ((2, 2, 2), "table_KV", (5, 6), (None, "tensor")),  # and stays free where it does not fit
+        ((2, 2, 2), "square_MM", (6, 6), ("fsdp", None)),
+        ((1, 4, 2), "up_MF", (6, 7), (None, None)),  # not divisible
+        ((1, 4, 2), "up_MF", (4, 7), ("fsdp", None)),
+        ((2, 2, 2), "position_TM", (15, 8), (None, "fsdp")),
+        ((2, 2, 2), "scale", (8,), (None,)),
+        ((2, 2, 2), "step", (), ()),
+    ],
+)
+def test_rules_give_each_axis_its_devices(sizes, name, shape, expected):
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    assert spec_of(mesh, name, *shape) == P(*expected)
+
+
+# --- whole states -------------------------------------------------------------------------------------------
+
+MODEL = models.create(
+    "rqtransformer", codebook_size=6, code_shape=(3, 5, 4), code_dim=10, model_dim=8, num_heads=2,
+    spatial_layers=2, depth_layers=1, cond_vocab_size=12, use_shared_classifier=False,
+)  # fmt: skip
+OPTIMIZER = train_state.make_optimizer(name="adamw", learning_rate=0.1, total_steps=9, weight_decay=0.1, clip_norm=1.0)
+
+
+def init(rng):
+    variables = models.init_variables(MODEL, rng)
+    variables["codebook"]["codebook_KE"] = jnp.ones((6, 10))
+    return train_state.create_state(variables, OPTIMIZER, rng, use_ema=True)
+
+
+SHAPES = jax.eval_shape(init, jax.random.key(0))
+MESHES = {"data": (8, 1, 1), "fsdp": (2, 4, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
+
+
+@pytest.fixture(params=MESHES)
+def mesh(request):
+    return sharding.make_mesh(**dict(zip(sharding.AXES, MESHES[request.param], strict=True)))
+
+
+def axes_used(shardings):
+    return {axis for sharding in jax.tree.leaves(shardings) for axis in sharding.spec if axis}
+
+
+def test_moments_and_average_lie_where_their_parameters_lie(mesh):
+    shardings = sharding.state_shardings(mesh, SHAPES)
+    (adam,) = [s for s in jax.tree.leaves(shardings.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
+    assert jax.tree.structure(adam.mu) == jax.tree.structure(SHAPES.params)
+    assert shardings.params == adam.mu == adam.nu == shardings.ema_params
+    expected = {name for name in ("fsdp", "tensor") if mesh.shape[name] > 1}
+    assert axes_used(shardings.params) == expected
+    for leaf, placed in zip(jax.tree.leaves(SHAPES), jax.tree.leaves(shardings), strict=True):
+        placed.shard_shape(leaf.shape)  # raises where an axis does not divide
+
+
+def test_counters_keys_and_codebook_are_replicated(mesh):
+    shardings = sharding.state_shardings(mesh, SHAPES)
+    separate = {"codebook": {"codebook_KE": (jnp.ones((8, 2)), jnp.ones((4, 2))), "counts_K": jnp.ones(8)}}
+    rest = (shardings.step, shardings.rng, shardings.skipped_steps, shardings.model_state)
+    assert axes_used((rest, sharding.state_shardings(mesh, separate))) == set()
+    assert sharding.replicated(mesh).is_fully_replicated
+
+
+def draw_and_update(rng):
+    """A small state, drawn and updated once."""
+    names = {"up_MF": (8, 6), "kernel": (3, 3, 4, 2), "scale": (5,)}
+    params = {name: jax.random.normal(jax.random.fold_in(rng, len(name)), shape) for name, shape in names.items()}
+    state = train_state.create_state({"params": params}, OPTIMIZER, rng, use_ema=True)
+    return train_state.apply_gradients(state, OPTIMIZER, params, jnp.float32(1.0), {}, 0.9)[0]
+
+
+def test_a_state_is_the_same_on_every_mesh(mesh):
+    rng = jax.random.key(0)
+    shardings = sharding.state_shardings(mesh, jax.eval_shape(draw_and_update, rng))
+    placed, alone = jax.jit(draw_and_update, out_shardings=shardings)(rng), jax.jit(draw_and_update)(rng)
+    assert placed.rng == alone.rng
+    for leaf, expected, where in zip(*map(jax.tree.leaves, (placed, alone, shardings)), strict=True):
+        assert leaf.sharding == where
+        if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6)
+
+
+# --- batches ------------------------------------------------------------------------------------------------
+
+
+def test_put_batch_splits_rows_over_data_and_fsdp():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    batch = {"image": np.arange(8.0 * 3).reshape(8, 3), "mask": np.arange(8) < 5}
+    placed = sharding.put_batch(mesh, batch)
+    for name, array in placed.items():
+        assert array.sharding == NamedSharding(mesh, P(("data", "fsdp")))
+        assert array.dtype == jax.dtypes.canonicalize_dtype(batch[name].dtype)
+        np.testing.assert_array_equal(array, batch[name])
+    rows = {(shard.index[0].start, shard.data.shape) for shard in placed["image"].addressable_shards}
+    assert rows == {(start, (2, 3)) for start in (0, 2, 4, 6)}
+    assert sharding.batch_sharding(mesh) == placed["mask"].sharding
+
+
+def test_check_batch_size():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    sharding.check_batch_size(mesh, 12)
+    sharding.check_batch_size(mesh, 12, 3)
+    with pytest.raises(ValueError) as error:
+        sharding.check_batch_size(mesh, 12, 2)
+    assert str(error.value) == (
+        "data.batch_size: 12 is not a multiple of 8 (devices along data and fsdp times optim.accumulation_steps 2)"
+    )
+    with pytest.raises(ValueError, match="data.batch_size: 6 is not a multiple of 4 "):
+        sharding.check_batch_size(mesh, 6)
