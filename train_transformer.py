@@ -43,6 +43,8 @@ SECTIONS = (
 # Training pictures behind the unigram mark and the code usage, where they are not all in the latent cache.
 NUM_COUNTED = 20_000
 NUM_SHOWN = 36
+NOISE_SPREAD = 0.2  # of the codebook, above which soft codes of depth 1 say little
+CHUNK_ELEMENTS = 2**24  # of logits at a time on each device: 64 MB, and twice that for soft labels and gradients
 TEXT_TOKENIZER = "text_tokenizer.json"  # in the run directory
 
 logger = logging.getLogger(__name__)
@@ -111,7 +113,8 @@ class Losses:
                 return losses.soft_cross_entropy(logits, labels).sum(1)
             return losses.cross_entropy(logits, chunk[1]).sum(1)
 
-        num_chunks = losses.num_loss_chunks(B, T, D, max(model.codebook_sizes))
+        limit = CHUNK_ELEMENTS * jax.device_count()  # the devices of the mesh share a chunk
+        num_chunks = losses.num_loss_chunks(B, T, D, max(model.codebook_sizes), limit)
         return losses.sum_over_chunks(chunk_sums, arrays, num_chunks) / T
 
 
@@ -286,6 +289,7 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
     open_split = functools.partial(train_loop.call, make_dataset, "data", dict(config.data), **shard)
     dataset = open_split(split="train", train=True)
     check_condition(model, dataset, config)
+    dataset.examples([0])  # raises where no picture can be read
     loop = train_loop.resolve_durations(config.loop, "loop", ("total",), dataset.steps_per_epoch)
     settings = train_loop.call(train_loop.LoopSettings, "loop", loop)
     optim = train_loop.resolve_durations(config.optim, "optim", ("warmup",), dataset.steps_per_epoch)
@@ -348,6 +352,11 @@ def check_cache(config: ConfigDict, settings: train_loop.LoopSettings) -> None:
         raise ValueError(
             f"loop.use_latent_cache: it would hold pictures as '{data.eval_transform}' makes them, whole captions, but "
             f"training wants '{data.train_transform}' and text_dropout {data.text_dropout}; set them equal and 0"
+        )
+    if settings.use_latent_cache and data.flip_probability not in (0, 0.5):
+        raise ValueError(
+            "loop.use_latent_cache: it would draw a picture or its mirror image with equal chances, but "
+            f"data.flip_probability is {data.flip_probability}; set it to 0 or 0.5"
         )
 
 
@@ -428,6 +437,29 @@ def unigram_mark(run: dict[str, Any], tokenizer_variables: Any, counts_DK: np.nd
     return np.asarray(total) / count
 
 
+def report_soft_codes(run: dict[str, Any], tokenizer_variables: Any) -> None:
+    """Print how many codes a soft code spreads over; warn where the temperature makes noise of them."""
+    model, loss = run["tokenizer"].model, run["loss"]
+
+    @jax.jit
+    def perplexity(variables, images):
+        soft, _ = model.apply(variables, images, loss.temperature, method="soft_codes")
+        entropy = -jnp.sum(soft * jnp.log(jnp.where(soft > 0, soft, 1.0)), axis=-1)
+        return jnp.exp(entropy.mean((0, 1, 2)))
+
+    batch = next(run["validation"].iterator())
+    spread_D = np.asarray(perplexity(tokenizer_variables, batch["image"][:NUM_SHOWN]))
+    by_depth = ", ".join(f"{spread:.1f}" for spread in spread_D)
+    print(f"soft codes at temperature {loss.temperature}: each spreads over {by_depth} codes by depth")
+    if spread_D[0] > NOISE_SPREAD * run["model"].codebook_sizes[0]:
+        logger.warning(
+            "SOFT CODES ARE NOISE: at loss.temperature %g those of depth 1 spread over %.0f codes; lower it until they "
+            "spread over a few (squared distances of this tokenizer set its scale)",
+            loss.temperature,
+            spread_D[0],
+        )
+
+
 def init_state(config: ConfigDict, run: dict[str, Any], tokenizer_variables: Any) -> train_state.TrainState:
     """The state at step 0, drawn on the devices where it will live, with the tokenizer's codebook in place."""
 
@@ -463,6 +495,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
     tokenizer_variables = jax.device_put(run["tokenizer"].variables, sharding.replicated(run["mesh"]))
     counts_DK = count_codes(run, tokenizer_variables)
     report_usage(counts_DK, run["model"].codebook_sizes)
+    if run["loss"].use_soft_labels or run["loss"].use_stochastic_codes:
+        report_soft_codes(run, tokenizer_variables)
     unigram_D = unigram_mark(run, tokenizer_variables, counts_DK)
     dataset = run["dataset"]
     if run["settings"].use_latent_cache:

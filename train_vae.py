@@ -141,6 +141,7 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
     shard = dict(shard_index=jax.process_index(), shard_count=jax.process_count(), seed=config.seed)
     dataset = train_loop.call(make_dataset, "data", data, split="train", train=True, **shard)
     validation = train_loop.call(make_dataset, "data", data, split="validation", train=False, **shard)
+    dataset.examples([0])  # raises where no picture can be read
     loop = train_loop.resolve_durations(config.loop, "loop", ("total",), dataset.steps_per_epoch)
     settings = train_loop.call(train_loop.LoopSettings, "loop", loop)
     optim = train_loop.resolve_durations(config.optim, "optim", ("warmup",), dataset.steps_per_epoch)

@@ -82,15 +82,10 @@ class Checkpointer:
         """
         import orbax.checkpoint as ocp
 
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in _split(state).items()}
-        args = ocp.args.Composite(**items, host=ocp.args.JsonRestore())
-        try:
-            restored = self._manager.restore(self.latest_step, args=args)
-        except (KeyError, ValueError) as error:
-            raise ValueError(
-                f"'{self._root}': its checkpoint of step {self.latest_step} does not fit this config; go on with the "
-                f"config it was started with or give a new --workdir ({str(error).splitlines()[0]})"
-            ) from error
+        items, step = _split(state), self.latest_step
+        _check_fits(self._manager.directory / str(step), items)
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+        restored = self._manager.restore(step, args=ocp.args.Composite(**args, host=ocp.args.JsonRestore()))
         trees = {name: restored[name] for name in items}
         training = trees.pop("training")
         return state.replace(**training, **trees), restored["host"]
@@ -239,6 +234,30 @@ def _split(state: Any) -> dict[str, Any]:
     return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)} | {"training": training}
 
 
+def _check_fits(path: Any, items: dict[str, Any]) -> None:
+    """Refuse a checkpoint with other arrays than the trees of `items`."""
+    import orbax.checkpoint as ocp
+
+    handler = ocp.StandardCheckpointHandler()
+    for item, tree in items.items():
+        expected = _shapes(tree)
+        found = _shapes(handler.metadata(path / item).tree) if (path / item).is_dir() else {}
+        if expected != found:
+            name = min(name for name in expected | found if expected.get(name) != found.get(name))
+            raise ValueError(
+                f"'{path}': '{item}/{name}' has shape {found.get(name)}, the config needs {expected.get(name)}; "
+                "go on with the config that the run was started with or give a new --workdir"
+            )
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    def shape(leaf: Any) -> tuple[int, ...]:
+        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # saved as its numbers
+        return jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
+
+    return {name: shape(leaf) for name, leaf in _named_leaves(tree)}
+
+
 def _steps(root: Path) -> list[int]:
     """The whole checkpoints in a directory; one that was being written has a longer name."""
     return sorted(int(path.name) for path in root.glob("*") if path.name.isdigit())
@@ -288,4 +307,4 @@ def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
 
 
 def _name(path: Any) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)

@@ -30,7 +30,7 @@ class Progress:
     On a terminal it is tqdm's bar; elsewhere (a log file, a batch queue) a plain line every `line_seconds`.
 
     Args:
-      total: count at which the work is done.
+      total: count at which the work is done; None where nobody knows.
       start: count that an earlier run has done already; the rate leaves it out.
       unit: what is counted, for instance "step" or "image".
       title: words in front of the bar.
@@ -41,7 +41,7 @@ class Progress:
 
     def __init__(
         self,
-        total: int,
+        total: int | None,
         start: int = 0,
         unit: str = "step",
         title: str = "",

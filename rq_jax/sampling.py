@@ -206,15 +206,12 @@ def _per_depth(name: str, value: Any, depth: int, dtype: Any) -> jax.Array:
 
 def _check_codebook(variables: Any) -> None:
     """A fresh model's codebook is NaN; NaN logits count as -inf, so that it would draw code 0 everywhere."""
-    tables = [
-        table
-        for table in jax.tree.leaves(variables.get("codebook", {}))
-        if not isinstance(table, jax.core.Tracer)
-    ]
-    if any(jnp.isnan(table).any() for table in tables):
-        raise ValueError(
-            "variables: the codebook holds NaN; put the tokenizer's codebook into variables['codebook']"
-        )
+    for table in jax.tree.leaves(variables.get("codebook", {})):
+        # On the host, where the array is read once: a computation would wait for the batch that is being drawn.
+        if not isinstance(table, jax.core.Tracer) and np.isnan(np.asarray(table)).all():
+            raise ValueError(
+                "variables: the codebook holds NaN; put the tokenizer's codebook into variables['codebook']"
+            )
 
 
 def _check_cond(model: Any, cond: Any, num_images: int) -> jax.Array:

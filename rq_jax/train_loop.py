@@ -281,9 +281,10 @@ def main(train_and_evaluate: Callable[[Any, str], Any]) -> None:
             try:
                 return flags.FLAGS(argv)
             except (KeyError, AttributeError) as error:
-                quoted = re.findall(r"[\"']([^\"']+)[\"']", str(error))
-                name = quoted[0] if quoted else str(error)
-                given = next((arg for arg in argv if arg.startswith("--config.") and name in arg), name)
+                while isinstance(error.args[0], Exception):  # ml_collections wraps one in the other
+                    error = error.args[0]
+                name = error.args[0].splitlines()[0].split("lookup: ")[-1].strip("'")
+                given = next((arg for arg in argv if re.match(rf"--config\.(.*\.)?{re.escape(name)}\b", arg)), name)
                 raise flags.Error(
                     f"{given}: the config has no key '{name}'; its keys stand in the config file"
                 ) from None

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -48,6 +49,7 @@ def vae_config(pictures: Path, **overrides):
         "model.code_dim": CODE_DIM,
         "model.codebook_size": CODEBOOK_SIZE,
         "model.z_channels": 8,
+        "model.width": 64,  # two channels in a group: with one, a norm would cancel every bias before it
         "data.name": "folder",
         "data.data_dir": str(pictures),
         "optim.warmup_steps": 0,
@@ -120,3 +122,65 @@ def differs(actual, expected) -> bool:
     """Whether any leaf differs."""
     pairs = zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)
     return any(not np.array_equal(a, b) for a, b in pairs)
+
+
+@contextlib.contextmanager
+def quick_compilation(cache: Path):
+    """Compile with few optimisations and keep what is compiled, so that a second run starts at once."""
+    settings = {  # name: (value here, default)
+        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": (str(cache), None),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
+        "jax_persistent_cache_min_entry_size_bytes": (-1, 0),
+    }
+    try:
+        for name, (value, _) in settings.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, (_, default) in settings.items():
+            jax.config.update(name, default)
+
+
+@contextlib.contextmanager
+def full_optimization():
+    """Within `quick_compilation`: compile as always."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
+def host(state) -> dict:
+    """What a state holds, as numpy arrays by field."""
+    fields = ("step", "params", "model_state", "opt_state", "ema_params", "skipped_steps")
+    arrays = jax.device_get({name: getattr(state, name) for name in fields})
+    return {**arrays, "rng": np.asarray(jax.random.key_data(state.rng))}
+
+
+def start_state(variables, config, optimizer) -> train_state.TrainState:
+    """The state before the first step, from variables drawn before."""
+    return train_state.create_state(variables, optimizer, jax.random.key(5), config.loop.ema_decay > 0)
+
+
+def place(state, mesh):
+    """The state on a mesh, and where each leaf of it lies."""
+    shardings = sharding.state_shardings(mesh, state)
+    return jax.device_put(state, shardings), shardings
+
+
+def select(tree, condition) -> dict:
+    """The leaves whose path, as text, meets the condition."""
+    leaves = ((jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
+    return {path: leaf for path, leaf in leaves if condition(path)}
+
+
+def read_metrics(workdir):
+    """Logged scalars by step, without those that depend on the clock."""
+    merged = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        step = record.pop("step")
+        merged.setdefault(step, {}).update({k: v for k, v in record.items() if not k.endswith("_per_second")})
+    return merged

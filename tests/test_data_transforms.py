@@ -100,6 +100,20 @@ def test_random_crop_reaches_every_offset_and_only_those():
     assert all((np.diff(crop[..., 1], axis=1) == 1).all() for crop in crops)
 
 
+def test_random_shift_moves_by_a_sixteenth_and_repeats_the_border():
+    transform = ImageTransform("random_shift", (32, 48))
+    rng = np.random.default_rng(4)
+    seen = set()
+    for _ in range(300):
+        levels = as_levels(transform(coordinates(32, 48), rng))
+        top, left = int(levels[16, 24, 0]) - 16, int(levels[16, 24, 1]) - 24
+        rows, columns = np.mgrid[:32, :48]
+        np.testing.assert_array_equal(levels[..., 0], np.clip(rows + top, 0, 31))
+        np.testing.assert_array_equal(levels[..., 1], np.clip(columns + left, 0, 47))
+        seen.add((top, left))
+    assert seen == {(top, left) for top in range(-2, 3) for left in range(-3, 4)}
+
+
 def test_random_resized_crop_covers_three_quarters_to_all_of_the_area():
     transform = ImageTransform("random_resized_crop", (200, 200))
     rng = np.random.default_rng(4)

@@ -34,9 +34,7 @@ def test_reconstruction_loss_is_float32_for_bfloat16_pictures():
 
 
 def test_unknown_reconstruction_loss():
-    with pytest.raises(
-        ValueError, match="^loss.reconstruction: 'l3' is unknown; allowed are 'mse' and 'l1'$"
-    ):
+    with pytest.raises(ValueError, match="^loss.reconstruction: 'l3' is unknown; allowed are 'mse' and 'l1'$"):
         losses.reconstruction_loss(jnp.ones(2), jnp.ones(2), "l3")
 
 

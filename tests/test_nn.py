@@ -125,9 +125,7 @@ def test_upsample_repeats_and_convolves():
         for j in range(10):
             repeated[i, j] = x[0, i // 2, j // 2]
     out = Upsample().apply(variables, x)
-    np.testing.assert_allclose(
-        out[0], conv_loop(repeated, **variables["params"]["conv"]), rtol=1e-4, atol=1e-5
-    )
+    np.testing.assert_allclose(out[0], conv_loop(repeated, **variables["params"]["conv"]), rtol=1e-4, atol=1e-5)
 
 
 def test_resampling_without_convolution_has_no_parameters():
@@ -275,9 +273,7 @@ def test_dropout_acts_in_training_only(rate):
     dropping, _ = stack(**{rate: 0.5})
     expected = run(module, variables, X)[0]
     np.testing.assert_array_equal(run(dropping, variables, X)[0], expected)
-    outputs = [
-        run(dropping, variables, X, train=True, rngs={"dropout": jax.random.key(i)})[0] for i in (0, 1)
-    ]
+    outputs = [run(dropping, variables, X, train=True, rngs={"dropout": jax.random.key(i)})[0] for i in (0, 1)]
     assert not np.allclose(outputs[0], outputs[1]) and not np.allclose(outputs[0], expected)
     np.testing.assert_array_equal(run(module, variables, X, train=True)[0], expected)
 
@@ -291,9 +287,7 @@ def test_remat_changes_no_output_and_no_gradient():
         return (run(module, variables, X, train=True)[0] ** 2).sum()
 
     assert "remat" in str(jax.make_jaxpr(lambda v: loss(v, remat))(variables))
-    for a, b in zip(
-        *(jax.tree.leaves(jax.value_and_grad(loss)(variables, m)) for m in (module, remat)), strict=True
-    ):
+    for a, b in zip(*(jax.tree.leaves(jax.value_and_grad(loss)(variables, m)) for m in (module, remat)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 

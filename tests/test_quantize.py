@@ -30,9 +30,7 @@ CODEBOOKS = {
 
 def tables_of(codebook):
     """One NumPy table per depth."""
-    return [
-        np.asarray(table) for table in ([codebook] * D if getattr(codebook, "ndim", 0) == 2 else codebook)
-    ]
+    return [np.asarray(table) for table in ([codebook] * D if getattr(codebook, "ndim", 0) == 2 else codebook)]
 
 
 @pytest.fixture(params=CODEBOOKS)
@@ -164,9 +162,7 @@ def test_lookup_of_fewer_codes_uses_the_first_tables(kind):
 @pytest.mark.parametrize("bad", [-1, 5, 100])
 def test_codes_outside_the_codebook_are_refused_or_nan(bad):
     codes = jnp.array([[1, 0, 1, 0], [6, bad, 2, 1]])
-    with pytest.raises(
-        ValueError, match=rf"^codes: {bad} at depth 1 is outside \[0, 5\), the codebook of that depth$"
-    ):
+    with pytest.raises(ValueError, match=rf"^codes: {bad} at depth 1 is outside \[0, 5\), the codebook of that depth$"):
         quantize.lookup(codes, CODEBOOKS["unequal"])
     vectors = jax.jit(quantize.lookup)(codes, CODEBOOKS["unequal"])
     assert bool(jnp.isnan(vectors[1, 1]).all())
@@ -242,9 +238,7 @@ def test_draw_codes_is_the_same_draw_and_soft_labels_rebuild_the_soft_codes(code
     drawn, residuals = jax.jit(lambda: quantize.draw_codes(x, codebook, D, 0.5, rng))()
     np.testing.assert_array_equal(drawn, codes)
     np.testing.assert_allclose(quantize.soft_labels(residuals, codebook, 0.5), soft, atol=1e-6)
-    np.testing.assert_allclose(
-        quantize.soft_labels(residuals[:, 1:2], codebook, 0.5), soft[:, 1:2], atol=1e-6
-    )
+    np.testing.assert_allclose(quantize.soft_labels(residuals[:, 1:2], codebook, 0.5), soft[:, 1:2], atol=1e-6)
     before = x[..., None, :] - jnp.cumsum(quantize.lookup(codes, codebook), -2)
     np.testing.assert_allclose(residuals[..., 1:, :], before[..., :-1, :], atol=1e-5)
     np.testing.assert_array_equal(residuals[..., 0, :], x)
@@ -264,9 +258,7 @@ def test_draws_follow_the_soft_codes():
 
 def test_draws_across_blocks_follow_the_soft_codes(small_blocks):
     N, table_KE = 20_000, 0.1 * normal(300, E)
-    codes = np.asarray(
-        quantize.draw_codes(jnp.zeros((N, E)), jnp.asarray(table_KE), 1, 0.5, jax.random.key(1))[0]
-    )
+    codes = np.asarray(quantize.draw_codes(jnp.zeros((N, E)), jnp.asarray(table_KE), 1, 0.5, jax.random.key(1))[0])
     soft_K = oracle.softmax(-np.sum(table_KE.astype(float) ** 2, -1) / 0.5)
     counts_K = np.bincount(codes[:, 0], minlength=300)
     assert np.sum((counts_K - N * soft_K) ** 2 / (N * soft_K)) < 420  # 299 degrees of freedom: p = 4e-6
@@ -307,9 +299,7 @@ def test_quantised_vectors_are_differentiable_in_the_codebook_only(codebook):
     gradient_x, gradient = jax.grad(square, argnums=(0, 1))(x_NE, codebook)
     assert not gradient_x.any()
     shared = getattr(codebook, "ndim", 0) == 2
-    for actual, table in zip(
-        [gradient] if shared else gradient, [sum(expected)] if shared else expected, strict=True
-    ):
+    for actual, table in zip([gradient] if shared else gradient, [sum(expected)] if shared else expected, strict=True):
         np.testing.assert_allclose(actual, table, rtol=1e-4, atol=1e-5)
 
 

@@ -57,13 +57,9 @@ def test_a_code_used_once_an_update_stays_at_the_threshold_and_survives(decay):
     state = CodebookState(ones_KE, jnp.ones(3), ones_KE)
     for update in (quantize.ema_update, jax.jit(quantize.ema_update, static_argnums=3)):
         for _ in range(5):
-            state = update(
-                state._replace(sums_KE=ones_KE), ones_KE[:2], jnp.array([0, 2]), decay, candidates_KE
-            )
+            state = update(state._replace(sums_KE=ones_KE), ones_KE[:2], jnp.array([0, 2]), decay, candidates_KE)
             assert state.counts_K.tolist() == [1.0, 1.0, 1.0]
-            np.testing.assert_allclose(
-                state.sums_KE[:, 0], [1.0, 7.0, 1.0], rtol=1e-6
-            )  # code 1 was never used
+            np.testing.assert_allclose(state.sums_KE[:, 0], [1.0, 7.0, 1.0], rtol=1e-6)  # code 1 was never used
 
 
 def test_without_candidates_nothing_restarts():
@@ -100,9 +96,7 @@ def one_call(codebook_update, shared, candidates=None):
     counts_K = jnp.linspace(0.4, 3.0, K)
     tables = [CODEBOOKS["shared"]] if shared else list(CODEBOOKS["stacked"])
     states = [CodebookState(table, counts_K, table * counts_K[:, None]) for table in tables]
-    return quantize.quantize_and_update(
-        normal(B, h, w, E), states, D, [0.9] * len(states), codebook_update, candidates
-    )
+    return quantize.quantize_and_update(normal(B, h, w, E), states, D, [0.9] * len(states), codebook_update, candidates)
 
 
 def test_sequential_updates_of_a_shared_codebook_agree_with_loops():
@@ -202,9 +196,7 @@ def test_variables_and_a_training_call_of_each_kind_of_codebook(kind):
     is_shape = lambda x: isinstance(x, tuple) and isinstance(x[0], int)  # noqa: E731
     assert variables.keys() == {"codebook"} and state.keys() == {"codebook_KE", "counts_K", "sums_KE"}
     assert jax.tree.map(jnp.shape, state["codebook_KE"]) == shapes
-    assert jax.tree.map(jnp.shape, state["counts_K"]) == jax.tree.map(
-        lambda s: s[:-1], shapes, is_leaf=is_shape
-    )
+    assert jax.tree.map(jnp.shape, state["counts_K"]) == jax.tree.map(lambda s: s[:-1], shapes, is_leaf=is_shape)
     for a, b in zip(jax.tree.leaves(state["sums_KE"]), jax.tree.leaves(state["codebook_KE"]), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not any(counts.any() for counts in jax.tree.leaves(state["counts_K"]))
@@ -240,9 +232,7 @@ def test_the_gradient_passes_straight_through(is_training):
 
     def weighted(x):
         output, _ = module.apply(variables, x, is_training, mutable=["codebook"])
-        return (
-            output.quantized * X
-        ).sum() + 5 * output.partial_sums.sum()  # the partial sums pass no gradient
+        return (output.quantized * X).sum() + 5 * output.partial_sums.sum()  # the partial sums pass no gradient
 
     np.testing.assert_array_equal(jax.grad(weighted)(jnp.asarray(X)), X)
 
@@ -302,9 +292,7 @@ def test_kmeans_places_the_codes_at_the_first_training_call_only():
     plain, _ = build(depth=2)
     _, first = train(module, variables, seed=1)
     _, plain_first = train(plain, variables, seed=1)
-    assert not np.allclose(
-        first["codebook"]["codebook_KE"], plain_first["codebook"]["codebook_KE"], atol=1e-2
-    )
+    assert not np.allclose(first["codebook"]["codebook_KE"], plain_first["codebook"]["codebook_KE"], atol=1e-2)
     _, second = train(module, first, x=2 * X, seed=2)
     _, plain_second = train(plain, first, x=2 * X, seed=2)
     for a, b in zip(jax.tree.leaves(second), jax.tree.leaves(plain_second), strict=True):
@@ -319,9 +307,7 @@ def test_kmeans_of_separate_codebooks_lowers_the_error_at_every_depth():
     module, variables = build(use_shared_codebook=False, use_kmeans_init=True, use_restart=False, decay=0.99)
     output, _ = train(module, variables, seed=1)
     errors_D = jnp.mean((X[..., None, :] - output.partial_sums) ** 2, axis=(0, 1, 2, 4))
-    untrained_D = jnp.mean(
-        (X[..., None, :] - module.apply(variables, X).partial_sums) ** 2, axis=(0, 1, 2, 4)
-    )
+    untrained_D = jnp.mean((X[..., None, :] - module.apply(variables, X).partial_sums) ** 2, axis=(0, 1, 2, 4))
     assert bool((jnp.diff(errors_D) < 0).all()) and float(errors_D[-1]) < 0.5 * float(untrained_D[-1])
 
 

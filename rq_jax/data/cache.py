@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rq_jax.data.pipeline import Batch, Dataset
+from rq_jax.progress import Progress
 
 _META = "meta.json"
 _FORMAT = 1
@@ -38,8 +39,6 @@ def write_cache(
       FileExistsError: something that is not a cache is in the way.
       ValueError: no batch, or batches that do not match.
     """
-    from tqdm import tqdm
-
     directory = Path(directory).expanduser()
     if "fingerprint" not in meta:
         raise ValueError(f"cache meta has no 'fingerprint': its entries are {', '.join(meta) or '(none)'}")
@@ -51,7 +50,7 @@ def write_cache(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     columns: dict[str, _Column] = {}
-    with tqdm(total=num_examples, desc="cache", unit="example") as progress:
+    with Progress(num_examples, unit="example", title="cache") as progress:
         for batch in batches:
             arrays = {key: np.asarray(array) for key, array in batch.items() if key != "mask"}
             if "mask" in batch:

@@ -91,6 +91,18 @@ def squash(image: "Image.Image", size: Size, rng: np.random.Generator | None = N
     return _resize(image, size)
 
 
+def random_shift(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
+    """Small pictures that fill their frame: resize to cover `size`, widen by a sixteenth of it, then a random crop.
+
+    The border repeats the outermost pixels, so that the picture moves by up to 1/16 of its side and loses little.
+    """
+    from PIL import Image
+
+    covering = np.asarray(_resize_to_cover(image, size))
+    margins = [(s // 16, s // 16) for s in size] + [(0, 0)] * (covering.ndim - 2)
+    return _random_crop(Image.fromarray(np.pad(covering, margins, mode="edge")), size, rng)
+
+
 def _largest_crop(image: "Image.Image", size: Size) -> Size:
     """The largest (height, width) within the picture that has the aspect of `size`."""
     height, width = size
@@ -101,7 +113,7 @@ def _largest_crop(image: "Image.Image", size: Size) -> Size:
 
 TRANSFORMS: dict[str, Callable] = {
     f.__name__: f
-    for f in (resize_random_crop, resize_center_crop, random_resized_crop, jittered_crop, squash)
+    for f in (resize_random_crop, resize_center_crop, random_resized_crop, random_shift, jittered_crop, squash)
 }
 DETERMINISTIC = ("resize_center_crop", "squash")
 

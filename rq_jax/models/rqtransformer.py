@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import quantize
-from rq_jax.nn.attention import KVCache, LayerNorm, Stack, empty_cache, init_weight
+from rq_jax.nn.attention import KVCache, LayerNorm, Stack, empty_cache, init_weight, project
 
 
 class RQTransformerOutput(NamedTuple):
@@ -118,9 +118,7 @@ class RQTransformer(nn.Module):
 
     # --- the forward pass ---
 
-    def __call__(
-        self, codes: jax.Array, cond: jax.Array | None = None, train: bool = False
-    ) -> RQTransformerOutput:
+    def __call__(self, codes: jax.Array, cond: jax.Array | None = None, train: bool = False) -> RQTransformerOutput:
         """Logits of every code given those before it.
 
         Args:
@@ -209,9 +207,7 @@ class RQTransformer(nn.Module):
             d = codes.shape[-1]
             slots = context[..., None, :] if d == 0 else self._embed_depths(codes)[..., -1:, :]
             slots = slots + self._cast(self.depth_position_DM[d])
-        hidden, depth_cache = self.depth_stack(
-            slots.reshape(-1, *slots.shape[-2:]), cache and cache.depth, train
-        )
+        hidden, depth_cache = self.depth_stack(slots.reshape(-1, *slots.shape[-2:]), cache and cache.depth, train)
         hidden = hidden.reshape(slots.shape)
         if cache is None:
             return hidden, None
@@ -227,9 +223,7 @@ class RQTransformer(nn.Module):
         if self.use_shared_classifier:
             logits = self._project(normed, weight, bias)
         elif depth is None:
-            product = jnp.einsum(
-                "...dm,dmk->...dk", normed, self._cast(weight), preferred_element_type=jnp.float32
-            )
+            product = jnp.einsum("...dm,dmk->...dk", normed, self._cast(weight), preferred_element_type=jnp.float32)
             logits = product + bias
         else:
             logits = self._project(normed, weight[depth], bias[depth])
@@ -246,9 +240,7 @@ class RQTransformer(nn.Module):
         # The last position is never read back, so that the spatial stack sees U + T - 1 tokens.
         rows = self.cond_length + h * w - 1
         return TransformerCache(
-            empty_cache(
-                self.spatial_layers, batch, rows, self.num_heads, self.model_dim // self.num_heads, dtype
-            ),
+            empty_cache(self.spatial_layers, batch, rows, self.num_heads, self.model_dim // self.num_heads, dtype),
             empty_cache(self.depth_layers, batch, D, depth_heads, self.model_dim // depth_heads, dtype),
         )
 
@@ -261,7 +253,7 @@ class RQTransformer(nn.Module):
             total = quantize.lookup(codes_BTD, self.codebook).sum(-2)
             # As kakaobrain/rq-vae-transformer:RQTransformer.forward, which projects every depth before it sums them:
             # the bias counts D times.
-            embedded = self._cast(total) @ self._cast(self.input_EM) + D * self._cast(self.input_bias_M)
+            embedded = project(self._cast(total), self._cast(self.input_EM)) + D * self._cast(self.input_bias_M)
         else:
             embedded = self._embed_tokens(codes_BTD).sum(-2)
         positions = jax.lax.dynamic_slice_in_dim(self.position_TM, start, codes_BTD.shape[1])
@@ -274,7 +266,7 @@ class RQTransformer(nn.Module):
         vectors = quantize.lookup(codes, self.codebook)
         if self.use_cumulative_depth:
             vectors = jnp.cumsum(vectors, axis=-2)
-        return self._cast(vectors) @ self._cast(self.depth_input_EM) + self._cast(self.depth_input_bias_M)
+        return project(self._cast(vectors), self._cast(self.depth_input_EM)) + self._cast(self.depth_input_bias_M)
 
     def _embed_tokens(self, codes: jax.Array) -> jax.Array:
         """Embeddings (..., d, M) learned here; separate tables stand below one another."""
@@ -288,9 +280,7 @@ class RQTransformer(nn.Module):
         """Condition tokens (B, U); the unconditional model's single start token is 0."""
         if cond is None:
             if self.is_conditional:
-                raise ValueError(
-                    f"cond: this model needs a condition of shape (B, {self.cond_length}), none was given"
-                )
+                raise ValueError(f"cond: this model needs a condition of shape (B, {self.cond_length}), none was given")
             return jnp.zeros((batch, 1), jnp.int32)
         cond = jnp.asarray(cond)
         cond = cond[:, None] if cond.ndim == 1 else cond
@@ -300,13 +290,9 @@ class RQTransformer(nn.Module):
             )
         tokens = self.cond_vocab_size + self.use_null_cond
         if not isinstance(cond, jax.core.Tracer):
-            values = np.asarray(
-                cond
-            )  # jnp would trace the comparison where a concrete cond meets a compiled program
+            values = np.asarray(cond)  # jnp would trace the comparison where a concrete cond meets a compiled program
             if ((values < 0) | (values >= tokens)).any():
-                raise ValueError(
-                    f"cond: tokens {values.min()}..{values.max()} do not all lie in [0, {tokens})"
-                )
+                raise ValueError(f"cond: tokens {values.min()}..{values.max()} do not all lie in [0, {tokens})")
         return cond
 
     # --- inner pieces ---
@@ -347,7 +333,7 @@ class RQTransformer(nn.Module):
         return tuple(jnp.full((K, E), jnp.nan) for K in sizes)
 
     def _project(self, x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-        product = jnp.einsum("...m,mk->...k", x, self._cast(weight), preferred_element_type=jnp.float32)
+        product = project(x, self._cast(weight), dtype=jnp.float32)
         return product + bias.astype(jnp.float32)
 
     def _cast(self, x: jax.Array) -> jax.Array:
@@ -355,16 +341,12 @@ class RQTransformer(nn.Module):
 
     def example_inputs(self, batch: int = 1) -> tuple[jax.Array, ...]:
         """Arguments of `init`: zeros of the right shapes."""
-        return jnp.zeros((batch, *self.code_shape), jnp.int32), jnp.zeros(
-            (batch, self.cond_length), jnp.int32
-        )
+        return jnp.zeros((batch, *self.code_shape), jnp.int32), jnp.zeros((batch, self.cond_length), jnp.int32)
 
     def check(self) -> None:
         """Refuse settings that do not fit together, each with one line."""
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
-            raise ValueError(
-                f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)"
-            )
+            raise ValueError(f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)")
         D = self.code_shape[-1]
         for name, value in (
             ("code_dim", self.code_dim),
@@ -389,9 +371,7 @@ class RQTransformer(nn.Module):
         if self.gelu not in ("exact", "sigmoid"):
             raise ValueError(f"model.gelu: '{self.gelu}' is unknown; allowed are 'exact' and 'sigmoid'")
         if len(self.codebook_sizes) != D:
-            raise ValueError(
-                f"model.codebook_size: {self.codebook_size} has no entry for each of the {D} depths"
-            )
+            raise ValueError(f"model.codebook_size: {self.codebook_size} has no entry for each of the {D} depths")
         if len(set(self.codebook_sizes)) > 1:
             if self.use_shared_codebook or self.use_shared_token_embedding or self.use_shared_classifier:
                 raise ValueError(
@@ -403,9 +383,7 @@ class RQTransformer(nn.Module):
                 f"model.cond_vocab_size {self.cond_vocab_size} and cond_length {self.cond_length} must be at least 1"
             )
         if self.cond_length > 1 and self.cond_vocab_size == 1:
-            raise ValueError(
-                f"model.cond_length: {self.cond_length} condition tokens need a cond_vocab_size above 1"
-            )
+            raise ValueError(f"model.cond_length: {self.cond_length} condition tokens need a cond_vocab_size above 1")
         if self.use_null_cond and not self.is_conditional:
             raise ValueError(
                 "model.use_null_cond: an unconditional model has no condition to leave out; set it to False"

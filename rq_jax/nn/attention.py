@@ -5,6 +5,7 @@ value): `sharding.RULES` reads the logical axes of every parameter from its name
 leading axis L.
 """
 
+import math
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -30,6 +31,18 @@ def empty_cache(
     """A cache of `size` rows, none of them filled."""
     rows = jnp.zeros((num_layers, batch, size, num_heads, head_dim), dtype)
     return KVCache(rows, rows, jnp.int32(0))
+
+
+def project(x: jax.Array, weight: jax.Array, num_axes: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
+    """Contract the last `num_axes` axes of x with the first of the weight; the result may have another dtype.
+
+    As one product of two matrices: what XLA makes of the same einsum on CPU is two to three times slower, most of all
+    its gradient.
+    """
+    rows, columns = x.shape[:-num_axes], weight.shape[num_axes:]
+    length = math.prod(weight.shape[:num_axes])
+    product = jnp.dot(x.reshape(-1, length), weight.reshape(length, -1), preferred_element_type=dtype)
+    return product.reshape(*rows, *columns)
 
 
 class LayerNorm(nn.Module):
@@ -76,10 +89,10 @@ class Block(nn.Module):
     def _attend(self, x_BSM, cached, length):
         S, M, N = *x_BSM.shape[1:], self.num_heads
         A = M // N
-        qkv = jnp.einsum("bsm,mqna->qbsna", x_BSM, self._weight("qkv_M3NA", (M, 3, N, A)))
+        qkv = project(x_BSM, self._weight("qkv_M3NA", (M, 3, N, A)))
         if self.use_attention_bias:
-            qkv += self._bias("qkv_bias_3NA", (3, N, A))[:, None, None]
-        query, key, value = qkv
+            qkv += self._bias("qkv_bias_3NA", (3, N, A))
+        query, key, value = (qkv[..., i, :, :] for i in range(3))
         scores = _scores(query, key)
         scores = jnp.where(jnp.tril(jnp.ones((S, S), bool)), scores, -jnp.inf)
         if cached is not None:
@@ -92,7 +105,7 @@ class Block(nn.Module):
             all_values = value
         weights = self._drop(self.attention_dropout, nn.softmax(scores, axis=-1)).astype(self.dtype)
         mixed = jnp.einsum("bnst,btna->bsna", weights, all_values)
-        out = jnp.einsum("bsna,nam->bsm", mixed, self._weight("out_NAM", (N, A, M)))
+        out = project(mixed, self._weight("out_NAM", (N, A, M)), num_axes=2)
         if self.use_attention_bias:
             out += self._bias("out_bias_M", (M,))
         return out, None if cached is None else (key, value)
@@ -100,7 +113,7 @@ class Block(nn.Module):
     def _mlp(self, x_BSM):
         M = x_BSM.shape[-1]
         F = 4 * M
-        hidden = jnp.einsum("bsm,mf->bsf", x_BSM, self._weight("up_MF", (M, F)))
+        hidden = project(x_BSM, self._weight("up_MF", (M, F)))
         if self.use_mlp_bias:
             hidden += self._bias("up_bias_F", (F,))
         hidden = (
@@ -108,7 +121,7 @@ class Block(nn.Module):
             if self.gelu == "exact"
             else hidden * nn.sigmoid(1.702 * hidden)
         )
-        out = jnp.einsum("bsf,fm->bsm", hidden, self._weight("down_FM", (F, M)))
+        out = project(hidden, self._weight("down_FM", (F, M)))
         if self.use_mlp_bias:
             out += self._bias("down_bias_M", (M,))
         return out

@@ -1,0 +1,528 @@
+"""The loop on a toy problem: exact resume, signals, early stopping, what is logged; and how settings are read."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rq_jax import sharding, train_loop, train_state
+from rq_jax.checkpoint import Checkpointer
+from rq_jax.progress import Rate
+from rq_jax.train_loop import LoopSettings
+
+TOTAL = 12
+BATCH, FEATURES = 8, 3
+MESH = sharding.make_mesh()
+OPTIMIZER = train_state.make_optimizer(learning_rate=0.1, total_steps=TOTAL, warmup_steps=2, clip_norm=1.0)
+
+
+# --- a linear model and its data ----------------------------------------------------------------------------
+
+
+class ToyDataset:
+    """Batches that depend on their position alone; `faults` maps positions to what happens before they are read."""
+
+    batch_size = BATCH
+
+    def __init__(self, faults=None):
+        self.faults, self.position, self.closed = faults or {}, 0, False
+
+    def iterator(self):
+        return self
+
+    def __next__(self):
+        if self.position in self.faults:
+            self.faults[self.position]()
+        rng = np.random.default_rng(self.position)
+        self.position += 1
+        return {
+            "x": rng.normal(size=(BATCH, FEATURES)).astype(np.float32),
+            "index": np.full(BATCH, self.position, np.int32),
+        }
+
+    def get_state(self):
+        return {"next_batch": self.position}
+
+    def set_state(self, state):
+        self.position = state["next_batch"]
+
+    def close(self):
+        self.closed = True
+
+
+def init(rng):
+    params = {"w_M": jax.random.normal(rng, (FEATURES,))}
+    variables = {"params": params, "seen": {"order": jnp.zeros(TOTAL, jnp.int32)}}
+    return train_state.create_state(variables, OPTIMIZER, rng, use_ema=True)
+
+
+SHARDINGS = sharding.state_shardings(MESH, jax.eval_shape(init, jax.random.key(0)))
+draw_state = jax.jit(init, out_shardings=SHARDINGS)
+
+
+def toy_step(state, batch):
+    noise = jax.random.normal(state.rng_of_step("noise")["noise"], (BATCH,))
+
+    def loss_fn(params):
+        return jnp.mean((batch["x"] @ params["w_M"] - batch["x"].sum(1) + 0.1 * noise) ** 2)
+
+    loss, grads = jax.value_and_grad(loss_fn)(state.params)
+    index = batch["index"][0]
+    model_state = {"seen": {"order": state.model_state["seen"]["order"].at[state.step].set(index)}}
+    state, update = train_state.apply_gradients(state, OPTIMIZER, grads, loss, model_state, 0.9)
+    return state, {"loss": loss, **update, "index": index, "pair": jnp.stack([index, 10 * index])}
+
+
+jitted_step = jax.jit(toy_step, donate_argnums=0, out_shardings=(SHARDINGS, None))
+
+
+def summarize(means):
+    assert all(isinstance(value, np.ndarray | np.floating) for value in means.values())
+    first, second = means.pop("pair")
+    return {**{name: float(value) for name, value in means.items()}, "first": first, "second": second}
+
+
+def evaluate(state):
+    return {"validation_loss": float(jnp.sum(state.ema_params["w_M"] ** 2))}, {"dot": np.zeros((2, 3, 3), np.uint8)}
+
+
+def train(workdir, dataset=None, evaluate=evaluate, step=jitted_step, **settings):
+    defaults = dict(log_every_steps=1, evaluate_every_steps=5, checkpoint_every_steps=5)
+    return train_loop.run(
+        workdir=str(workdir),
+        title="toy",
+        state=draw_state(jax.random.key(7)),
+        train_step=step,
+        dataset=ToyDataset() if dataset is None else dataset,
+        mesh=MESH,
+        settings=LoopSettings(**{"total_steps": TOTAL, **defaults, **settings}),
+        summarize=summarize,
+        evaluate=evaluate,
+    )
+
+
+def kill_self(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def crash():
+    raise RuntimeError("power cut")
+
+
+def saved_steps(workdir, kind="checkpoints"):
+    return sorted(int(path.name) for path in (workdir / kind).iterdir())
+
+
+def metrics_of(workdir):
+    """Logged values by (step, name), without the rates; a pair that is logged twice is an error."""
+    values = {}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        step = record.pop("step")
+        for name, value in record.items():
+            assert (step, name) not in values
+            values[step, name] = value
+    return {key: value for key, value in values.items() if not key[1].endswith("per_second")}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The last state and the directory of a run that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    return train(workdir), workdir
+
+
+def assert_same_run(state, workdir, uninterrupted):
+    expected, whole = uninterrupted
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    assert state.rng == expected.rng
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(state.model_state["seen"]["order"], np.arange(1, TOTAL + 1))
+    assert metrics_of(workdir) == metrics_of(whole)
+
+
+# --- from the first step to the last ------------------------------------------------------------------------
+
+
+def test_a_run_ends_at_its_last_step(uninterrupted):
+    state, workdir = uninterrupted
+    assert int(state.step) == TOTAL and int(state.skipped_steps) == 0
+    assert saved_steps(workdir) == [10, 12]
+    logged = metrics_of(workdir)
+    assert [step for step, name in logged if name == "loss"] == list(range(1, TOTAL + 1))
+    assert [step for step, name in logged if name == "validation_loss"] == [5, 10, 12]
+    assert logged[12, "loss"] < logged[1, "loss"]
+    pictures = sorted(path.name for path in (workdir / "pictures").iterdir())
+    assert pictures == ["dot_00000005.png", "dot_00000010.png", "dot_00000012.png"]
+
+
+def test_a_finished_run_is_not_run_again(uninterrupted):
+    _, workdir = uninterrupted
+    before = (workdir / "metrics.jsonl").read_text()
+
+    def refuse(*_):
+        raise AssertionError("nothing is left to do")
+
+    state = train(workdir, ToyDataset({TOTAL: refuse}), evaluate=refuse)
+    assert_same_run(state, workdir, uninterrupted)
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_a_finished_run_goes_on_when_it_is_made_longer(tmp_path, uninterrupted):
+    train(tmp_path, total_steps=7, evaluate_every_steps=5)
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(
+            line
+            for line in (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+            if not (json.loads(line)["step"] == 7 and "validation_loss" in line)
+        )
+    )  # step 7 was the last then, and is no evaluation step now
+    assert_same_run(train(tmp_path), tmp_path, uninterrupted)
+
+
+def test_the_step_is_compiled_once(tmp_path, caplog):
+    def fresh_step(state, batch):  # of its own, as what was compiled for one function is kept
+        return toy_step(state, batch)
+
+    step = jax.jit(fresh_step, donate_argnums=0, out_shardings=(SHARDINGS, None))
+    with jax.log_compiles():
+        train(tmp_path, step=step, total_steps=4)
+        train(tmp_path, step=step, total_steps=8)
+    compiled = [record for record in caplog.records if record.message.startswith("Finished XLA compilation of jit")]
+    assert sum("fresh_step" in record.message for record in compiled) == 1
+    assert sum("_add" in record.message for record in compiled) <= 1
+
+
+# --- resume -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("stop_at", [1, 5, 8])
+def test_a_signal_saves_the_step_and_the_run_goes_on_bit_for_bit(tmp_path, uninterrupted, stop_at, number, code):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    dataset = ToyDataset({stop_at - 1: kill_self(number)})
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path, dataset)
+    assert stopped.value.code == code
+    assert max(saved_steps(tmp_path)) == stop_at == dataset.position
+    assert dataset.closed
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert_same_run(train(tmp_path), tmp_path, uninterrupted)
+
+
+def test_a_run_that_is_stopped_again_and_again_is_the_same_run(tmp_path, uninterrupted):
+    for stop_at in (2, 3, 9):
+        with pytest.raises(SystemExit):
+            train(tmp_path, ToyDataset({stop_at - 1: kill_self(signal.SIGTERM)}))
+    assert_same_run(train(tmp_path), tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("crash_at", [2, 7, 10])
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, uninterrupted, crash_at):
+    dataset = ToyDataset({crash_at: crash})
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(tmp_path, dataset)
+    assert dataset.closed
+    assert max(saved_steps(tmp_path), default=0) == crash_at // 5 * 5
+    # What was logged after that checkpoint is logged again, not twice: `metrics_of` refuses doubles.
+    assert_same_run(train(tmp_path), tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("reads", range(6))
+def test_a_signal_at_any_moment_saves_the_step(tmp_path, monkeypatch, reads):
+    """The signal comes right after the loop has looked for one `reads` times."""
+
+    class LateStop(train_loop.Stop):
+        looked = 0
+
+        @property
+        def signal(self):
+            self.looked += 1
+            return signal.SIGTERM if self.looked > reads else None
+
+        @signal.setter
+        def signal(self, value):
+            assert value is None
+
+    monkeypatch.setattr(train_loop, "Stop", LateStop)
+    dataset = ToyDataset()
+    with pytest.raises(SystemExit):
+        train(tmp_path, dataset, checkpoint_every_steps=100, evaluate_every_steps=100)
+    assert saved_steps(tmp_path) == [dataset.position]
+
+
+def test_a_signal_at_the_last_step_is_no_interruption(tmp_path, uninterrupted):
+    state = train(tmp_path, ToyDataset({TOTAL - 1: kill_self(signal.SIGTERM)}))
+    assert_same_run(state, tmp_path, uninterrupted)
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path):
+    def twice():
+        kill_self(signal.SIGINT)()
+        kill_self(signal.SIGINT)()
+
+    dataset = ToyDataset({3: twice})
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, dataset)
+    assert dataset.position == 3 and saved_steps(tmp_path) == []
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    seen = []
+
+    def look():
+        with train_loop.Stop() as stop:
+            seen.extend([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)])
+            seen.append(stop.signal)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [*handlers, None]
+
+
+# --- what is logged -----------------------------------------------------------------------------------------
+
+
+def test_logged_values_are_means_over_the_interval(tmp_path, uninterrupted):
+    train(tmp_path, log_every_steps=5)
+    logged, single = metrics_of(tmp_path), metrics_of(uninterrupted[1])
+    intervals = {5: range(1, 6), 10: range(6, 11), 12: range(11, 13)}
+    assert [step for step, name in logged if name == "index"] == list(intervals)
+    for step, steps in intervals.items():
+        assert logged[step, "index"] == logged[step, "first"] == np.mean(steps)
+        assert logged[step, "second"] == 10 * np.mean(steps)
+        np.testing.assert_allclose(logged[step, "loss"], np.mean([single[s, "loss"] for s in steps]), rtol=1e-5)
+
+
+def test_rates_leave_out_evaluations(tmp_path, monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr(train_loop, "Rate", functools.partial(Rate, clock=lambda: seconds[0]))
+
+    def timed_step(state, batch):
+        seconds[0] += 0.5
+        return jitted_step(state, batch)
+
+    def slow(state):
+        seconds[0] += 1000.0
+        return evaluate(state)
+
+    train(tmp_path, evaluate=slow, step=timed_step, evaluate_every_steps=3, log_every_steps=2, total_steps=6)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    rates = [(line["step"], line["steps_per_second"], line["images_per_second"]) for line in lines if "index" in line]
+    assert rates == [(step, 2.0, 2.0 * BATCH) for step in (2, 4, 6)]
+
+
+def test_finish_draws_curves_and_tells_where_pictures_are(uninterrupted, capsys):
+    _, workdir = uninterrupted
+    train_loop.finish(str(workdir), ["loss", "validation_loss"])
+    assert (workdir / "pictures" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"pictures: {workdir / 'pictures'}\n"
+
+
+# --- early stopping -----------------------------------------------------------------------------------------
+
+LOSSES = {2: 3.0, 4: 2.0, 6: 2.0, 8: float("nan"), 10: 1.0, 12: 0.5}
+EARLY = dict(evaluate_every_steps=2, checkpoint_every_steps=5, early_stopping_evaluations=2)
+
+
+def evaluate_by_table(state):
+    return {"validation_loss": LOSSES[int(state.step)]}, {}
+
+
+def best_weights(workdir):
+    import orbax.checkpoint as ocp
+
+    (step,) = saved_steps(workdir, "best")
+    with ocp.StandardCheckpointer() as checkpointer:
+        return step, checkpointer.restore(workdir / "best" / str(step) / "params")
+
+
+def test_a_run_stops_after_evaluations_that_are_no_better(tmp_path, uninterrupted):
+    state = train(tmp_path, evaluate=evaluate_by_table, **EARLY)
+    assert int(state.step) == 8  # 6 is as good as 4 and no better, 8 is not a number
+    assert max(saved_steps(tmp_path)) == 8
+    step, params = best_weights(tmp_path)
+    assert step == 4
+    with pytest.raises(SystemExit):
+        train(tmp_path / "as far", ToyDataset({3: kill_self(signal.SIGINT)}))
+    with Checkpointer(tmp_path / "as far") as checkpointer:
+        at_best, _ = checkpointer.restore(draw_state(jax.random.key(7)))
+    np.testing.assert_array_equal(params["w_M"], at_best.params["w_M"])
+    again = train(tmp_path, evaluate=evaluate_by_table, **EARLY)
+    assert int(again.step) == 8  # stopped for good
+
+
+@pytest.mark.parametrize("stop_at", [5, 6, 7])
+def test_early_stopping_counts_on_after_a_resume(tmp_path, stop_at):
+    with pytest.raises(SystemExit):
+        train(tmp_path, ToyDataset({stop_at - 1: kill_self(signal.SIGTERM)}), evaluate=evaluate_by_table, **EARLY)
+    assert int(train(tmp_path, evaluate=evaluate_by_table, **EARLY).step) == 8
+    assert saved_steps(tmp_path, "best") == [4]
+
+
+def test_a_better_evaluation_starts_the_count_anew(tmp_path):
+    losses = {2: 3.0, 4: 4.0, 6: 2.0, 8: 4.0, 10: 1.0, 12: 4.0}
+    state = train(tmp_path, evaluate=lambda state: ({"validation_loss": losses[int(state.step)]}, {}), **EARLY)
+    assert int(state.step) == TOTAL
+    assert saved_steps(tmp_path, "best") == [10]
+
+
+def test_a_signal_while_the_run_stops_early_is_no_interruption(tmp_path):
+    state = train(tmp_path, ToyDataset({7: kill_self(signal.SIGTERM)}), evaluate=evaluate_by_table, **EARLY)
+    assert int(state.step) == 8
+
+
+def test_without_early_stopping_no_best_is_kept(uninterrupted):
+    assert not (uninterrupted[1] / "best").exists()
+
+
+# --- settings -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"total_steps": 0}, "loop.total_steps: 0 must be at least 1"),
+        ({"log_every_steps": 0}, "loop.log_every_steps: 0 must be at least 1"),
+        ({"evaluate_every_steps": -1}, "loop.evaluate_every_steps: -1 must be at least 1"),
+        ({"checkpoint_every_steps": 0}, "loop.checkpoint_every_steps: 0 must be at least 1"),
+        ({"keep_checkpoints": 0}, "loop.keep_checkpoints: 0 must be at least 1"),
+        ({"ema_decay": 1.0}, "loop.ema_decay: 1.0 is outside [0, 1); 0 keeps no average"),
+        ({"ema_decay": -0.1}, "loop.ema_decay: -0.1 is outside [0, 1); 0 keeps no average"),
+        ({"early_stopping_evaluations": -1}, "loop.early_stopping_evaluations: -1 must be at least 0"),
+    ],
+)
+def test_loop_settings_refuses(settings, message):
+    with pytest.raises(ValueError) as error:
+        LoopSettings(**{"total_steps": 1, **settings})
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "section, expected",
+    [
+        ({"total_steps": 11, "total_epochs": None}, 11),
+        ({"total_steps": None, "total_epochs": 3}, 30),
+        ({"total_epochs": 0.26}, 3),
+        ({"total_epochs": 1.04}, 10),
+        ({"total_steps": 11, "total_epochs": 3}, 11),  # steps have precedence
+        ({"total_steps": 0, "total_epochs": 3}, 0),
+    ],
+)
+def test_durations_are_resolved_to_steps(section, expected):
+    given = dict(section)
+    resolved = train_loop.resolve_durations({**section, "other": "kept"}, "loop", ("total",), 10)
+    assert resolved == {"total_steps": expected, "other": "kept"}
+    assert section == given
+
+
+def test_a_duration_must_be_given():
+    with pytest.raises(ValueError) as error:
+        train_loop.resolve_durations({"warmup_steps": 1, "total_steps": None}, "loop", ("warmup", "total"), 10)
+    assert str(error.value) == "loop.total_steps and loop.total_epochs are both unset; set one of them"
+
+
+def test_sections_are_checked():
+    train_loop.check_sections({"model": 1, "seed": 0}, ("seed", "model"))
+    with pytest.raises(ValueError) as error:
+        train_loop.check_sections({"seed": 0, "model": 1, "lop": 2}, ("seed", "model"))
+    assert str(error.value) == "config.lop: unknown; allowed are seed, model"
+    with pytest.raises(ValueError) as error:
+        train_loop.check_sections({"seed": 0}, ("seed", "model"))
+    assert str(error.value) == "config.model: missing; the config needs seed, model"
+
+
+def test_a_constructor_is_called_with_its_section():
+    def build(*, width, depth=2, total_steps):
+        return width, depth, total_steps
+
+    assert train_loop.call(build, "net", {"width": 3}, total_steps=9) == (3, 2, 9)
+    with pytest.raises(ValueError) as error:
+        train_loop.call(build, "net", {"width": 3, "wdith": 4}, total_steps=9)
+    assert str(error.value) == "config.net.wdith: unknown; allowed are depth, width"
+    with pytest.raises(ValueError, match="^config.net.total_steps: unknown"):  # the script's, not the config's
+        train_loop.call(build, "net", {"width": 3, "total_steps": 4}, total_steps=9)
+    for section in ({}, {"width": None}):
+        with pytest.raises(ValueError) as error:
+            train_loop.call(build, "net", section, total_steps=9)
+        assert str(error.value) == "config.net.width: unset and without a default; set it"
+
+
+# --- one line for what the user can mend --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, NotADirectoryError, TypeError])
+def test_errors_of_the_user_end_with_one_line(capsys, monkeypatch, kind):
+    monkeypatch.delenv("RQ_JAX_TRACEBACK", raising=False)
+    with pytest.raises(SystemExit) as stopped, train_loop.one_line_errors(TypeError):
+        raise kind("data.name: 'x'\n  is unknown")
+    assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", "error: data.name: 'x' is unknown\n")
+    monkeypatch.setenv("RQ_JAX_TRACEBACK", "1")
+    with pytest.raises(kind), train_loop.one_line_errors(TypeError):
+        raise kind("where")
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(TypeError), train_loop.one_line_errors():
+        raise TypeError("a defect")
+
+
+@pytest.mark.parametrize(
+    "arguments, code, out, err",
+    [
+        (["--workdir=W", "--config.optim.rate=0.25"], 0, "lr 0.25 in W\n", ""),
+        (["--workdir=W", "--config.optim.rate=-1"], 2, "", "error: optim.rate: -1.0 must be above 0\n"),
+        (
+            ["--workdir=W", "--config.optim.rate=1", "--config.optim.rat=1"],
+            2,
+            "",
+            "error: --config.optim.rat=1: the config has no key 'rat'; its keys stand in the config file\n",
+        ),
+        (["--workdir=W", "--config.optm.rate=1"], 2, "", "error: --config.optm.rate=1: the config has no key 'optm'; "),
+        (["--workdir=W", "--config.optim.rate.x=1"], 2, "", "error: --config.optim.rate.x=1: the config has no key "),
+        (["--workdir=W", "--config.optim.rate=fast"], 2, "", "error: flag --config.optim.rate=fast: "),
+        (["--config.optim.rate=1"], 2, "", "error: flag --workdir="),
+    ],
+)
+def test_the_command_line(tmp_path, arguments, code, out, err):
+    (tmp_path / "settings.py").write_text(
+        textwrap.dedent("""
+            from ml_collections import ConfigDict
+
+            def get_config():
+                return ConfigDict({"optim": {"rate": 0.5}})
+        """)
+    )
+    (tmp_path / "script.py").write_text(
+        textwrap.dedent("""
+            from rq_jax import train_loop
+
+            def train(config, workdir):
+                if config.optim.rate <= 0:
+                    raise ValueError(f"optim.rate: {config.optim.rate} must be above 0")
+                print("lr", config.optim.rate, "in", workdir)
+
+            train_loop.main(train)
+        """)
+    )
+    command = [sys.executable, "script.py", "--config=settings.py", *arguments]
+    root = os.path.dirname(os.path.dirname(train_loop.__file__))
+    result = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (code, out), result.stderr
+    assert result.stderr.startswith(err) and result.stderr.count("\n") == (1 if code else 0)

@@ -1,0 +1,349 @@
+"""Stage 2: what its step computes, on one device and on eight, and every switch of it."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import helpers
+import train_transformer
+from rq_jax import losses, models, quantize, sharding, train_state
+from rq_jax.data.text import train_tokenizer
+
+(h, w, D), E, K = helpers.CODE_SHAPE, helpers.CODE_DIM, helpers.CODEBOOK_SIZE
+RATE = 1000.0  # of SGD: so much larger than the parameters that their difference is the gradient to all digits
+PLAIN = {
+    "model__residual_dropout": 0.0,
+    "optim__name": "sgd",
+    "optim__learning_rate": RATE,
+    "optim__weight_decay": 0.0,
+    "optim__clip_norm": None,
+    "loop__ema_decay": 0.9,
+}
+DETERMINISTIC = {"loss__use_stochastic_codes": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with helpers.quick_compilation(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@dataclasses.dataclass
+class World:
+    """Pictures, a tokenizer, a text tokenizer, and a batch of 16 with its latents."""
+
+    pictures: Any
+    tokenizer: Any
+    text_tokenizer: Any
+    batch: dict[str, np.ndarray]
+    latents: np.ndarray
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    root = tmp_path_factory.mktemp("world")
+    pictures = helpers.write_pictures(root / "pictures")
+    tokenizer = helpers.save_tokenizer(root / "tokenizer", pictures)
+    train_tokenizer((path.read_text() for path in sorted(pictures.rglob("*.txt"))), 40, root / "bpe.json")
+    run = train_transformer.prepare(helpers.transformer_config(pictures, tokenizer, "class", data__batch_size=16))
+    batch = next(run["dataset"].iterator())
+    encode = jax.jit(functools.partial(train_transformer.encode, run["tokenizer"].model))
+    return World(pictures, tokenizer, root / "bpe.json", batch, np.asarray(encode(run["tokenizer"].variables, batch["image"])))
+
+
+@dataclasses.dataclass
+class Step:
+    """A step that was made: what went in and what came out."""
+
+    run: dict[str, Any]
+    start: train_state.TrainState
+    end: train_state.TrainState
+    metrics: dict[str, np.ndarray]
+
+    @property
+    def grads(self) -> Any:
+        """The gradients behind a step of SGD."""
+        return jax.tree.map(lambda a, b: np.asarray(a - b) / RATE, self.start.params, self.end.params)
+
+
+def make_step(world, kind="class", mesh=None, state=None, batch=None, **settings) -> Step:
+    """One step of the small transformer, from latents unless the batch says otherwise."""
+    mesh, settings = mesh or helpers.make_mesh(), {**PLAIN, **settings}
+    if kind == "text":
+        settings["data__text_tokenizer"] = str(world.text_tokenizer)
+    config = helpers.transformer_config(world.pictures, world.tokenizer, kind, data__batch_size=16, **settings)
+    run = train_transformer.prepare(config)
+    tokenizer_variables = jax.device_put(run["tokenizer"].variables, sharding.replicated(mesh))
+    if state is None:
+        variables = jax.jit(functools.partial(models.init_variables, run["model"]))(jax.random.key(1))
+        variables["codebook"] = {"codebook_KE": run["tokenizer"].variables["codebook"]["codebook_KE"]}
+        state = helpers.start_state(variables, config, run["optimizer"])
+    if batch is None:
+        batch = {"latents": world.latents}
+    if kind == "class":
+        batch = {**batch, "cond": world.batch["label"][:, None]}
+    elif kind == "text":
+        batch = {**batch, "cond": run["dataset"].examples(world.batch["index"])["text"]}
+    state, shardings = helpers.place(state, mesh)
+    step = train_transformer.make_train_step(
+        run["model"], run["tokenizer"].model, run["optimizer"], run["loss"], config.loop.ema_decay
+    )
+    step = jax.jit(step, out_shardings=(shardings, None))
+    end, metrics = step(state, sharding.put_batch(mesh, batch), tokenizer_variables)
+    return Step(run, state, end, jax.device_get(metrics))
+
+
+@pytest.fixture(scope="module")
+def base(world):
+    """The step that the switches are compared with: soft labels, codes drawn, no dropout."""
+    return make_step(world)
+
+
+def expected_code_loss(world, step: Step, soft: bool, stochastic: bool, cond=None) -> np.ndarray:
+    """Cross-entropy by depth, all in one piece from the model's public output."""
+    rng = step.start.rng_of_step("codes")["codes"] if stochastic else None
+    codebook = step.run["tokenizer"].variables["codebook"]["codebook_KE"]
+    vectors = quantize.fold_patches(world.latents, (h, w))
+    soft_codes, codes = quantize.soft_codes(vectors, codebook, D, step.run["loss"].temperature, rng)
+    cond = world.batch["label"] if cond is None else cond
+    logits = jax.jit(step.run["model"].apply)(step.start.variables, codes, cond).logits
+    targets = soft_codes if soft else jax.nn.one_hot(codes, K)
+    return -np.asarray((targets * jax.nn.log_softmax(logits)).sum(-1).mean((0, 1, 2)))
+
+
+# --- devices -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((8, 1, 1), {"optim__learning_rate": 0.1}),
+        ((8, 1, 1), {"optim__name": "adamw", "optim__learning_rate": 1e-4, "optim__accumulation_steps": 2}),
+        ((2, 2, 2), {"optim__learning_rate": 0.1, "optim__clip_norm": 0.1}),
+    ],
+    ids=["sgd", "adam, two micro-batches", "parameters split"],
+)
+def test_eight_devices_make_the_step_of_one(world, shape, settings):
+    settings = {"model__residual_dropout": 0.1, **settings}
+    batch = {"image": world.batch["image"]}
+    one = make_step(world, batch=batch, **settings)
+    eight = make_step(world, mesh=helpers.make_mesh(*shape), batch=batch, **settings)
+    helpers.assert_close(eight.metrics, one.metrics)
+    # A key's bias adds the same to all scores of a query: its gradient is noise, which Adam blows up.
+    is_adam = "optim__name" in settings
+    for name in ("params", "ema_params", "opt_state"):
+        trees = [helpers.host(step.end)[name] for step in (eight, one)]
+        if is_adam:
+            trees = [without_key_bias(tree) for tree in trees]
+        helpers.assert_close(*trees)
+    helpers.assert_equal(helpers.host(eight.end)["model_state"], helpers.host(one.end)["model_state"])
+
+
+def without_key_bias(tree):
+    def cut(path, leaf):
+        return leaf[:, [0, 2]] if "qkv_bias_3NA" in jax.tree_util.keystr(path) else leaf
+
+    return jax.tree_util.tree_map_with_path(cut, tree)
+
+
+# --- switches of the loss ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_labels_and_codes_are_what_the_switches_say(world, soft, stochastic):
+    step = make_step(world, loss__use_soft_labels=soft, loss__use_stochastic_codes=stochastic)
+    np.testing.assert_allclose(step.metrics["code_loss"], expected_code_loss(world, step, soft, stochastic), rtol=1e-5)
+    np.testing.assert_allclose(step.metrics["loss"], step.metrics["code_loss"].mean(), rtol=1e-6)
+    others = [(s, d) for s in (False, True) for d in (False, True) if (s, d) != (soft, stochastic)]
+    for other in others:
+        assert np.abs(expected_code_loss(world, step, *other) - step.metrics["code_loss"]).max() > 1e-4
+
+
+def test_without_both_switches_the_codes_are_the_tokenizers(world):
+    loss, tokenizer = train_transformer.Losses(use_stochastic_codes=False), make_tokenizer(world)
+    codes, residuals = loss.draw(world.latents, tokenizer.model, tokenizer.variables["codebook"]["codebook_KE"], None)
+    encode_to_codes = jax.jit(functools.partial(tokenizer.model.apply, method="encode_to_codes"))
+    np.testing.assert_array_equal(codes, encode_to_codes(tokenizer.variables, world.batch["image"]))
+    np.testing.assert_allclose(residuals[..., 0, :], quantize.fold_patches(world.latents, (h, w)), atol=1e-6)
+
+
+def make_tokenizer(world):
+    return train_transformer.checkpoint.load_tokenizer(world.tokenizer)
+
+
+def test_temperature_is_that_of_the_soft_codes(world):
+    step = make_step(world, loss__temperature=2.0, **DETERMINISTIC)
+    np.testing.assert_allclose(step.metrics["code_loss"], expected_code_loss(world, step, True, False), rtol=1e-5)
+
+
+def test_image_weight_scales_the_loss_alone(world, base):
+    step = make_step(world, loss__image_weight=0.25)
+    np.testing.assert_array_equal(step.metrics["code_loss"], base.metrics["code_loss"])
+    np.testing.assert_allclose(step.metrics["loss"], 0.25 * base.metrics["loss"], rtol=1e-6)
+    helpers.assert_close(step.grads, jax.tree.map(lambda g: 0.25 * g, base.grads))
+
+
+def test_text_loss_is_weighed_against_the_codes(world):
+    step = make_step(world, "text", loss__image_weight=0.7, loss__text_weight=0.3)
+    tokens = step.run["dataset"].examples(world.batch["index"])["text"]
+    codes = jnp.zeros((16, h, w, D), jnp.int32)  # nothing in front of a caption depends on the codes
+    cond_logits = jax.jit(step.run["model"].apply)(step.start.variables, codes, tokens).cond_logits
+    text_loss = -np.take_along_axis(jax.nn.log_softmax(cond_logits), tokens[:, 1:, None], -1).mean()
+    np.testing.assert_allclose(step.metrics["text_loss"], text_loss, rtol=1e-5)
+    expected = expected_code_loss(world, step, True, True, tokens)
+    np.testing.assert_allclose(step.metrics["code_loss"], expected, rtol=1e-5)
+    np.testing.assert_allclose(step.metrics["loss"], 0.7 * expected.mean() + 0.3 * text_loss, rtol=1e-5)
+
+
+def test_dropped_conditions_are_the_null_condition(world):
+    step = make_step(world, loss__cond_dropout=0.4, model__use_null_cond=True)
+    rng = step.start.rng_of_step("cond")["cond"]
+    dropped_B = np.asarray(jax.random.bernoulli(rng, 0.4, (16, 1)))[:, 0]
+    assert 0 < dropped_B.sum() < 16
+    cond = np.where(dropped_B, len(helpers.CLASSES), world.batch["label"])
+    np.testing.assert_allclose(step.metrics["code_loss"], expected_code_loss(world, step, True, True, cond), rtol=1e-5)
+    grads_VM = step.grads["cond_embedding_VM"]
+    used = np.isin(np.arange(len(grads_VM)), cond)
+    np.testing.assert_array_equal(np.any(grads_VM != 0, axis=1), used)
+    assert used[-1]
+
+
+def test_null_condition_changes_nothing_for_conditions_that_are_kept(world, base):
+    plain, null = (make_step(world, model__use_null_cond=use, **drop) for use, drop in
+                   ((False, {}), (True, {"loss__cond_dropout": 1e-9})))  # fmt: skip
+    shared = {**plain.start.params, "cond_embedding_VM": plain.start.params["cond_embedding_VM"]}
+    padded = {**shared, "cond_embedding_VM": jnp.pad(shared["cond_embedding_VM"], ((0, 1), (0, 0)))}
+    state = null.start.replace(params=padded, ema_params=padded)
+    again = make_step(world, state=state, model__use_null_cond=True, loss__cond_dropout=1e-9)
+    helpers.assert_close(again.metrics["loss"], base.metrics["loss"])
+    np.testing.assert_allclose(again.grads["cond_embedding_VM"][:-1], base.grads["cond_embedding_VM"], atol=1e-7)
+
+
+# --- chunks of the loss ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_chunks_change_neither_loss_nor_gradient(world, base, monkeypatch, soft):
+    whole = base if soft else make_step(world, loss__use_soft_labels=False)
+    asked = []
+    monkeypatch.setattr(losses, "num_loss_chunks", lambda *sizes: asked.append(sizes) or 4)
+    chunked = make_step(world, loss__use_soft_labels=soft)
+    assert asked[0][:4] == (16, h * w, D, K)
+    helpers.assert_close(chunked.metrics, whole.metrics)
+    helpers.assert_close(chunked.grads, whole.grads)
+
+
+def test_loss_at_paper_size_holds_a_fraction_of_its_logits():
+    """16 pictures a device, K = 16384, M = 1536: logits and soft labels are 256 MB each, and are never there at once."""
+    mesh, B, M, K, E = helpers.make_mesh(8), 128, 1536, 16384, 256
+    model = models.create(
+        "rqtransformer", codebook_size=K, code_shape=(8, 8, 4), code_dim=E, model_dim=M, num_heads=24,
+        spatial_layers=1, depth_layers=1,
+    )  # fmt: skip
+    loss = train_transformer.Losses()
+
+    def mean_loss(params, hidden, codes, residuals, codebook):
+        variables = {"params": params, "codebook": {"codebook_KE": codebook}}
+        return loss.by_depth(model, variables, hidden, codes, residuals, codebook, soft=True).mean()
+
+    def shape(dims, dtype, spec):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
+
+    batch, whole = PartitionSpec("data"), PartitionSpec()
+    params = jax.tree.map(lambda s: shape(s.shape, s.dtype, whole), models.abstract_variables(model)["params"])
+    arguments = (
+        params,
+        shape((B, 8, 8, 4, M), jnp.float32, batch),
+        shape((B, 8, 8, 4), jnp.int32, batch),
+        shape((B, 8, 8, 4, E), jnp.float32, batch),
+        shape((K, E), jnp.float32, whole),
+    )
+    lowered = jax.jit(jax.grad(mean_loss, argnums=(0, 1))).lower(*arguments)
+    with helpers.full_optimization():
+        compiled = lowered.compile()
+    logits_bytes = (B // 8) * 8 * 8 * 4 * K * 4
+    gradients_bytes = M * K * 4  # of the classifier, summed up over the chunks
+    assert compiled.memory_analysis().temp_size_in_bytes < logits_bytes + 2 * gradients_bytes
+
+
+# --- switches of the model, the optimizer and the loop -----------------------------------------------------------------
+
+
+def test_remat_changes_nothing_but_memory(world):
+    # With dropout: the second forward pass has to drop what the first one dropped.
+    plain, remat = (make_step(world, model__residual_dropout=0.2, model__use_remat=use) for use in (False, True))
+    helpers.assert_close(remat.metrics, plain.metrics)
+    helpers.assert_close(remat.grads, plain.grads)
+
+
+def test_dropout_is_for_training_and_fresh_each_step(world, base):
+    step = make_step(world, model__residual_dropout=0.2, **DETERMINISTIC)
+    later = make_step(world, model__residual_dropout=0.2, state=step.start.replace(step=jnp.int32(1)), **DETERMINISTIC)
+    plain = expected_code_loss(world, step, True, False)  # the model called without train=True
+    assert np.all(step.metrics["code_loss"] != later.metrics["code_loss"])
+    assert np.abs(step.metrics["code_loss"] - plain).max() > 1e-5
+
+
+def test_bfloat16_is_for_the_network(world, base):
+    step = make_step(world, model__dtype="bfloat16")
+    state = (step.end.params, step.end.model_state, step.end.opt_state, step.end.ema_params)
+    floats = {leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    assert floats == {np.dtype("float32")}
+    assert {value.dtype for value in jax.tree.leaves(step.metrics)} <= {np.dtype("float32"), np.dtype("int32")}
+    assert helpers.differs(step.metrics["code_loss"], base.metrics["code_loss"])
+    np.testing.assert_allclose(step.metrics["code_loss"], base.metrics["code_loss"], rtol=1e-2)
+
+
+def test_ema_average_leaves_training_alone(world, base):
+    step = make_step(world, loop__ema_decay=0.0)
+    assert step.end.ema_params is None
+    helpers.assert_equal(jax.device_get(step.end.params), jax.device_get(base.end.params))
+    helpers.assert_equal(step.metrics, base.metrics)
+    # Step 0 averages with decay 1 / 10.
+    average = jax.tree.map(lambda old, new: 0.1 * old + 0.9 * new, base.start.params, base.end.params)
+    helpers.assert_close(base.end.ema_params, average)
+    assert helpers.differs(base.end.ema_params, base.end.params)
+
+
+def test_accumulated_micro_batches_are_the_whole_batch(world):
+    whole, split = (make_step(world, optim__accumulation_steps=n, **DETERMINISTIC) for n in (1, 2))
+    helpers.assert_close(split.metrics, whole.metrics)
+    helpers.assert_close(split.grads, whole.grads)
+
+
+def test_micro_batches_draw_for_themselves(world):
+    # Both micro-batches are the same eight pictures: only what they draw tells them apart.
+    rows = world.latents[:8]
+    batch = {"latents": np.repeat(rows, 2, axis=0)}
+    step = make_step(world, "unconditional", batch=batch, optim__accumulation_steps=2)
+    rng = step.start.rng_of_step("codes")["codes"]
+    codebook = make_tokenizer(world).variables["codebook"]["codebook_KE"]
+    vectors, expected, draws = quantize.fold_patches(rows, (h, w)), 0.0, []
+    for i in range(2):
+        soft, codes = quantize.soft_codes(vectors, codebook, D, 0.5, jax.random.fold_in(rng, i))
+        logits = jax.jit(step.run["model"].apply)(step.start.variables, codes).logits
+        expected -= np.asarray((soft * jax.nn.log_softmax(logits)).sum(-1).mean((0, 1, 2))) / 2
+        draws.append(codes)
+    assert helpers.differs(*draws)
+    np.testing.assert_allclose(step.metrics["code_loss"], expected, rtol=1e-5)
+
+
+def test_latents_stand_in_for_their_pictures(world, base):
+    step = make_step(world, batch={"image": world.batch["image"]})
+    helpers.assert_close(step.metrics, base.metrics)
+    helpers.assert_close(step.grads, base.grads)
+
+
+def test_codes_of_the_same_latents_are_drawn_anew_each_step(world, base):
+    later = make_step(world, state=base.start.replace(step=jnp.int32(1)))
+    assert np.all(later.metrics["code_loss"] != base.metrics["code_loss"])
+    nearest = make_step(world, **DETERMINISTIC)
+    again = make_step(world, state=nearest.start.replace(step=jnp.int32(1)), **DETERMINISTIC)
+    np.testing.assert_array_equal(again.metrics["code_loss"], nearest.metrics["code_loss"])

@@ -1,0 +1,357 @@
+"""Stage 2: whole runs with resume, the cache of latents, early stopping, and what is refused."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import helpers
+import sample
+import train_transformer
+from rq_jax import checkpoint
+from rq_jax.data.text import train_tokenizer
+
+(h, w, D), K = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE
+DEPTHS = range(1, D + 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with helpers.quick_compilation(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@dataclasses.dataclass
+class Places:
+    """Where the pictures, the tokenizer and the text tokenizer are."""
+
+    pictures: Path
+    tokenizer: Path
+    text_tokenizer: Path
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    root = tmp_path_factory.mktemp("places")
+    pictures = helpers.write_pictures(root / "pictures")
+    tokenizer = helpers.save_tokenizer(root / "tokenizer", pictures)
+    train_tokenizer((path.read_text() for path in sorted(pictures.rglob("*.txt"))), 40, root / "bpe.json")
+    return Places(pictures, tokenizer, root / "bpe.json")
+
+
+def make_config(places, kind="class", **settings):
+    if kind == "text":
+        settings = {"data__text_tokenizer": str(places.text_tokenizer), **settings}
+    return helpers.transformer_config(places.pictures, places.tokenizer, kind, **settings)
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------
+
+RUN = {"loop__use_latent_cache": True, "data__flip_probability": 0.5, "loop__ema_decay": 0.9}
+
+
+def stop_at(monkeypatch, step: int):
+    """Interrupt this process while it logs its `step`-th step."""
+    summarize, steps = train_transformer.summarize, iter(range(1, 100))
+
+    def summarize_and_stop(means):
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return summarize(means)
+
+    monkeypatch.setattr(train_transformer, "summarize", summarize_and_stop)
+
+
+@pytest.fixture(scope="module")
+def whole_run(places, tmp_path_factory):
+    """A run of 4 steps over a copy of the tokenizer, which is gone afterwards."""
+    root = tmp_path_factory.mktemp("runs")
+    tokenizer = shutil.copytree(places.tokenizer, root / "stage1")
+    config = make_config(places, tokenizer=str(tokenizer), **RUN)
+    state = train_transformer.train_and_evaluate(config, str(root / "stage2"))
+    shutil.rmtree(tokenizer)
+    return root / "stage2", state
+
+
+def test_run_directory_holds_everything(whole_run):
+    workdir, state = whole_run
+    assert int(state.step) == 4 and int(state.skipped_steps) == 0
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["model"]["code_shape"] == [h, w, D] and config["model"]["codebook_size"] == K
+    assert config["class_names"] == list(helpers.CLASSES)
+    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()} == {"2", "4"}
+    assert {path.name for path in (workdir / "pictures").iterdir()} == {
+        "curves.png", "samples_00000002.png", "samples_00000004.png",
+    }  # fmt: skip
+    logged = helpers.read_metrics(workdir)
+    training = {"loss", "gradient_norm", "learning_rate", "skipped_steps", *(f"code_loss/depth{d}" for d in DEPTHS)}
+    evaluation = {"validation_loss", "bits_per_image"}
+    evaluation |= {f"{name}_nats/depth{d}" for name in ("validation", "unigram") for d in DEPTHS}
+    assert {step: set(scalars) for step, scalars in logged.items()} == {
+        1: training, 2: training | evaluation, 3: training, 4: training | evaluation,
+    }  # fmt: skip
+
+
+def test_evaluation_is_that_of_the_nearest_held_out_codes(whole_run, places):
+    workdir, _ = whole_run
+    loaded = checkpoint.load_model(workdir)
+    codes, labels = {}, {}
+    for split in ("train", "validation"):
+        data = train_transformer.make_dataset(
+            name="folder", data_dir=places.pictures, split=split, train=False, batch_size=5, image_size=16,
+            label_key="folder",
+        )  # fmt: skip
+        images = data.examples(np.arange(data.num_examples))
+        encode = jax.jit(functools.partial(loaded.tokenizer.model.apply, method="encode_to_codes"))
+        codes[split] = np.asarray(encode(loaded.tokenizer.variables, images["image"]))
+        labels[split] = images["label"]
+    logits = loaded.model.apply(loaded.variables, codes["validation"], labels["validation"]).logits
+    chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), codes["validation"][..., None], -1)
+    nats_D = -chosen[..., 0].mean((0, 1, 2))
+    logged = helpers.read_metrics(workdir)[4]
+    np.testing.assert_allclose([logged[f"validation_nats/depth{d}"] for d in DEPTHS], nats_D, rtol=1e-4)
+    np.testing.assert_allclose(logged["validation_loss"], nats_D.mean(), rtol=1e-4)
+    np.testing.assert_allclose(logged["bits_per_image"], nats_D.sum() * h * w / math.log(2), rtol=1e-4)
+    for d in range(D):
+        counts_K = 1 + np.bincount(codes["train"][..., d].ravel(), minlength=K)
+        unigram = -np.log(counts_K / counts_K.sum())[codes["validation"][..., d]].mean()
+        np.testing.assert_allclose(logged[f"unigram_nats/depth{d + 1}"], unigram, rtol=1e-4)
+
+
+def test_tokenizer_is_frozen_and_travels_with_the_run(whole_run, places):
+    workdir, state = whole_run
+    theirs, ours = checkpoint.load_model(places.tokenizer), checkpoint.load_model(workdir)
+    helpers.assert_equal(ours.tokenizer.variables, theirs.variables)
+    assert checkpoint.fingerprint(ours.tokenizer.variables) == checkpoint.fingerprint(theirs.variables)
+    for book in (state.model_state, {"codebook": ours.variables["codebook"]}):
+        np.testing.assert_array_equal(book["codebook"]["codebook_KE"], theirs.variables["codebook"]["codebook_KE"])
+    helpers.assert_equal(ours.variables["params"], jax.device_get(state.ema_params))
+    helpers.assert_equal(checkpoint.load_model(workdir, ema=False).variables["params"], jax.device_get(state.params))
+
+
+def test_run_makes_pictures_without_its_stage_1(whole_run, tmp_path):
+    workdir, _ = whole_run
+    alone = shutil.copytree(workdir, tmp_path / "alone", ignore=shutil.ignore_patterns("latents", "pictures"))
+    arguments = [f"--checkpoint={alone}", f"--out={tmp_path / 'out'}", "--num_images=2", "--batch_size=2"]
+    assert sample.run(sample.parse_args(arguments)).is_file()
+    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 2
+
+
+def test_resumed_run_is_the_uninterrupted_one(whole_run, places, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        stop_at(patch, 3)
+        train_transformer.train_and_evaluate(make_config(places, **RUN), str(tmp_path))
+    assert stop.value.code == 128 + signal.SIGINT
+    assert helpers.read_metrics(tmp_path).keys() == {1, 2, 3}
+    state = train_transformer.train_and_evaluate(make_config(places, **RUN), str(tmp_path))
+    helpers.assert_equal(helpers.host(state), helpers.host(whole_run[1]))
+    assert helpers.read_metrics(tmp_path) == helpers.read_metrics(whole_run[0])
+
+
+def test_text_run_carries_its_text_tokenizer(places, tmp_path):
+    text = {"loss__image_weight": 0.9, "loss__text_weight": 0.1, "data__text_dropout": 0.1, "loop__total_steps": 1}
+    state = train_transformer.train_and_evaluate(make_config(places, "text", **text), str(tmp_path / "run"))
+    assert "text_loss" in helpers.read_metrics(tmp_path / "run")[1] and int(state.skipped_steps) == 0
+    assert json.loads((tmp_path / "run" / "text_tokenizer.json").read_text())["model"]["type"] == "BPE"
+
+
+def script_evaluations(monkeypatch, losses):
+    """Replace all evaluations by a list of validation losses, and what stage 2 measures before it starts."""
+    losses = iter(losses)
+    monkeypatch.setattr(train_transformer, "make_evaluation", lambda *_: lambda _: ({"validation_loss": next(losses)}, {}))
+    monkeypatch.setattr(train_transformer, "count_codes", lambda *_: np.ones((D, K)))
+    monkeypatch.setattr(train_transformer, "unigram_mark", lambda *_: np.ones(D))
+
+
+@pytest.mark.parametrize("patience", [0, 2])
+def test_early_stopping_keeps_the_best_weights(places, tmp_path, monkeypatch, patience):
+    settings = {"loop__evaluate_every_steps": 1, "loop__checkpoint_every_steps": 100, "loop__total_steps": 6}
+    config = make_config(places, loop__early_stopping_evaluations=patience, loop__keep_checkpoints=9, **settings)
+    script_evaluations(monkeypatch, [3.0, 2.0, 2.5, 2.5, 1.0, 1.0])
+    state = train_transformer.train_and_evaluate(config, str(tmp_path))
+    if not patience:
+        assert int(state.step) == 6 and not (tmp_path / "best").exists()
+        return
+    assert int(state.step) == 4
+    assert [path.name for path in (tmp_path / "best").iterdir() if path.name.isdigit()] == ["2"]
+    last = jax.device_get(state.params)
+    assert helpers.differs(checkpoint.load_model(tmp_path).variables["params"], last)
+    helpers.assert_equal(checkpoint.load_model(tmp_path, step=4).variables["params"], last)
+    # A run that has stopped stays so.
+    again = train_transformer.train_and_evaluate(config, str(tmp_path))
+    assert int(again.step) == 4
+
+
+# --- the cache of latents ----------------------------------------------------------------------------------------------
+
+
+def open_cache(places, directory, **settings):
+    config = helpers.transformer_config(
+        places.pictures, places.tokenizer, "class", loop__use_latent_cache=True, data__batch_size=8, **settings
+    )
+    run = train_transformer.prepare(config)
+    return run, train_transformer.cached_latents(run, run["tokenizer"].variables, config, str(directory))
+
+
+def test_cache_holds_what_encoding_on_the_fly_gives(places, tmp_path):
+    run, cached = open_cache(places, tmp_path)
+    encode = jax.jit(functools.partial(train_transformer.encode, run["tokenizer"].model))
+    on_the_fly, from_cache = run["dataset"].iterator(), cached.iterator()
+    for _ in range(5):  # two epochs of 20 pictures
+        batch, stored = next(on_the_fly), next(from_cache)
+        assert stored.keys() == {"latents", "label", "index"}
+        for name in ("label", "index"):
+            np.testing.assert_array_equal(stored[name], batch[name])
+        np.testing.assert_allclose(stored["latents"], encode(run["tokenizer"].variables, batch["image"]), atol=1e-5)
+
+
+def test_cache_holds_both_views_where_pictures_are_mirrored(places, tmp_path):
+    run, cached = open_cache(places, tmp_path, data__flip_probability=0.5)
+    encode = jax.jit(functools.partial(train_transformer.encode, run["tokenizer"].model))
+    iterator, mirrored = cached.iterator(), []
+    for _ in range(3):
+        batch = next(iterator)
+        images = run["dataset"].examples(batch["index"])["image"]
+        views = [np.asarray(encode(run["tokenizer"].variables, x)) for x in (images, images[:, :, ::-1])]
+        errors = np.stack([np.abs(view - batch["latents"]).max((1, 2, 3)) for view in views])
+        np.testing.assert_allclose(errors.min(0), 0, atol=1e-5)
+        mirrored += list(errors.argmin(0))
+    assert 0 < sum(mirrored) < len(mirrored)
+
+
+def test_cache_is_made_once_for_the_same_pictures_and_tokenizer(places, tmp_path, monkeypatch):
+    open_cache(places, tmp_path)
+
+    def fail(*_):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(train_transformer, "encode", fail)
+    open_cache(places, tmp_path)
+    with pytest.raises(AssertionError, match="encoded again"):
+        open_cache(places, tmp_path, data__flip_probability=0.5)
+    with pytest.raises(AssertionError, match="encoded again"):
+        open_cache(places, tmp_path, data__eval_transform="squash", data__train_transform="squash")
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch):
+    def fail(*_):
+        raise AssertionError("settings must be refused before anything compiles")
+
+    for name in ("init_state", "count_codes", "unigram_mark", "cached_latents"):
+        monkeypatch.setattr(train_transformer, name, fail)
+
+
+TEXT = {"kind": "text"}
+REFUSED = {
+    "heads": ({"model__num_heads": 3}, "model.num_heads: 3 does not divide model_dim 28"),
+    "codebook size": ({"model__codebook_size": 14}, "model.codebook_size: 14 differs from the tokenizer's 13"),
+    "code length": ({"model__code_dim": 8}, "model.code_dim: 8 differs from the tokenizer's 24"),
+    "code shape": ({"model__code_shape": (4, 2, 1)}, r"model.code_shape: \(4, 2, 1\) differs from the tokenizer's \(4, 2, 3\)"),
+    "classes": ({"model__cond_vocab_size": 9}, "model.cond_vocab_size 9 and cond_length 1 do not fit the 5 classes of 'folder'"),
+    "class length": ({"model__cond_length": 2}, "model.cond_vocab_size 5 and cond_length 2 do not fit the 5 classes"),
+    "no label": ({"data__label_key": None}, "data.label_key: unset, but the model takes one of 5 conditions"),
+    "label of no model": ({"kind": "unconditional", "data__label_key": "folder"}, "data.label_key folder, .* an unconditional model"),
+    "label and text": ({**TEXT, "data__label_key": "folder"}, "data.label_key 'folder' and data.text_key 'txt': set one of them"),
+    "unknown label": ({"data__label_key": "colour"}, "unknown label_key='colour' of data set 'folder'"),
+    "vocabulary": ({**TEXT, "model__cond_vocab_size": 7}, "model.cond_vocab_size 7 and cond_length 6 do not fit captions of 6 tokens"),
+    "text length": ({**TEXT, "data__text_length": 5}, "cond_length 6 do not fit captions of 5 tokens out of"),
+    "text tokenizer": ({**TEXT, "data__text_tokenizer": None}, "text_tokenizer is missing: text_key='txt' needs a tokenizer file"),
+    "top_p": ({"sample__top_p": 1.5}, r"top_p: 1.5 is outside \[0, 1\]"),
+    "top_k": ({"sample__top_k": 0}, "top_k: 0 must be at least 1"),
+    "sampling temperature": ({"sample__temperature": -1.0}, "temperature: -1.0 must be at least 0"),
+    "loss temperature": ({"loss__temperature": 0.0}, "loss.temperature: 0.0 must be above 0"),
+    "text weight": ({"loss__text_weight": 0.1}, "loss.text_weight: 0.1 needs a text-conditional model; set it to 0"),
+    "dropped condition": ({"loss__cond_dropout": 0.1}, "loss.cond_dropout: 0.1 and model.use_null_cond: False belong together"),
+    "null condition": ({"model__use_null_cond": True}, "loss.cond_dropout: 0.0 and model.use_null_cond: True belong together"),
+    "all dropped": ({"loss__cond_dropout": 1.0, "model__use_null_cond": True}, r"loss.cond_dropout: 1.0 is outside \[0, 1\)"),
+    "cached crops": (
+        {"loop__use_latent_cache": True, "data__train_transform": "resize_random_crop"},
+        "loop.use_latent_cache: .*'resize_center_crop'.*'resize_random_crop'",
+    ),
+    "cached flips": ({"loop__use_latent_cache": True, "data__flip_probability": 0.25}, "loop.use_latent_cache: .* is 0.25; set it to 0 or 0.5"),
+    "cached text dropout": ({**TEXT, "loop__use_latent_cache": True, "data__text_dropout": 0.1}, "loop.use_latent_cache: .*text_dropout 0.1"),
+    "batch size": ({"data__batch_size": 12}, "data.batch_size: 12 is not a multiple of 8"),
+    "micro-batches": ({"optim__accumulation_steps": 2}, r"data.batch_size: 8 is not a multiple of 16 .*accumulation_steps 2"),
+    "early stopping": ({"loop__early_stopping_evaluations": -1}, "loop.early_stopping_evaluations: -1 must be at least 0"),
+    "no tokenizer": ({"tokenizer": None}, "config.tokenizer: unset; give --config.tokenizer=.*configs/rqvae.py:demo,quicktest"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_settings_are_refused_in_one_line(places, tmp_path, nothing_compiles, case):
+    settings, message = REFUSED[case]
+    config = make_config(places, **settings)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        train_transformer.train_and_evaluate(config, str(tmp_path / "run"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_keys_are_refused(places, tmp_path, nothing_compiles):
+    for key in ("model", "data", "optim", "loss", "loop", "mesh", "sample"):
+        config = make_config(places)
+        with config.unlocked():
+            config[key].colour = 1
+        with pytest.raises(ValueError, match=rf"{key}.colour: unknown"):
+            train_transformer.train_and_evaluate(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_stage_1_run_is_refused(places, whole_run, tmp_path, nothing_compiles):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "young").mkdir()  # stopped before its first checkpoint
+    shutil.copy(places.tokenizer / "config.json", tmp_path / "young")
+    cases = {
+        tmp_path / "nowhere": "'.*nowhere' is no run directory: it has no config.json",
+        tmp_path / "empty": "'.*empty' is no run directory: it has no config.json",
+        tmp_path / "young": "'.*young' holds no checkpoint",
+        whole_run[0]: r"tokenizer: '.*' holds a 'rqtransformer', not a stage-1 run \('rqvae'\)",
+    }
+    for directory, message in cases.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            train_transformer.train_and_evaluate(make_config(places, tokenizer=str(directory)), str(tmp_path / "run"))
+        assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_tokenizer_on_resume_is_refused_naming_both(whole_run, places, tmp_path, nothing_compiles):
+    other = helpers.save_tokenizer(tmp_path / "other", places.pictures, seed=1)
+    prints = [checkpoint.fingerprint(checkpoint.load_model(d).variables) for d in (other, places.tokenizer)]
+    before = (whole_run[0] / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=f"tokenizer: fingerprint {prints[0]} differs from {prints[1]}"):
+        train_transformer.train_and_evaluate(make_config(places, tokenizer=str(other), **RUN), str(whole_run[0]))
+    assert (whole_run[0] / "config.json").read_bytes() == before
+    helpers.assert_equal(
+        checkpoint.load_model(whole_run[0]).tokenizer.variables, checkpoint.load_model(places.tokenizer).variables
+    )
+
+
+def test_the_stage_1_directory_is_no_place_for_stage_2(places, tmp_path, nothing_compiles):
+    both = shutil.copytree(places.tokenizer, tmp_path / "both")
+    with pytest.raises(ValueError, match="workdir"):
+        train_transformer.train_and_evaluate(make_config(places, tokenizer=str(both)), str(both))
+    assert checkpoint.read_config(both)["model"]["name"] == "rqvae"
+
+
+def test_command_line_ends_with_one_line(places, tmp_path):
+    command = [sys.executable, "train_transformer.py", "--config=configs/rqtransformer.py:quicktest"]
+    command += [f"--workdir={tmp_path / 'run'}", f"--config.tokenizer={tmp_path / 'nowhere'}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "nowhere" in lines[0], result.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,372 @@
+"""Stage 1: its step on one device and on eight, its switches, whole runs with resume, and what it refuses."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import helpers
+import train_vae
+from configs import rqvae
+from rq_jax import checkpoint, models, sharding
+
+DEPTHS = (1, 2, 3)
+SGD = {"optim__name": "sgd", "optim__learning_rate": 0.1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with helpers.quick_compilation(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return helpers.write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def start(pictures):
+    """Variables of the small tokenizer and a batch: no switch under test touches either."""
+    run = train_vae.prepare(helpers.vae_config(pictures))
+    init = jax.jit(functools.partial(models.init_variables, run["model"]))
+    variables = jax.device_get(init(jax.random.key(0)))
+    return variables, {"image": next(run["dataset"].iterator())["image"]}
+
+
+@functools.cache
+def compiled_step(settings, pictures, mesh):
+    config = helpers.vae_config(pictures, **dict(settings))
+    run = train_vae.prepare(config)
+    step = train_vae.make_train_step(run["model"], run["optimizer"], run["loss"], config.loop.ema_decay)
+    return config, run["optimizer"], step
+
+
+def make_step(start, pictures, mesh=None, state=None, **settings):
+    """One step of the small tokenizer: (state, metrics, the state to go on from)."""
+    mesh = mesh or helpers.make_mesh()
+    settings = {"model__codebook_decay": 0.5, "loop__ema_decay": 0.9, **SGD, **settings}
+    config, optimizer, step = compiled_step(tuple(settings.items()), pictures, mesh)
+    variables, batch = start
+    state = helpers.start_state(variables, config, optimizer) if state is None else state
+    state, shardings = helpers.place(state, mesh)
+    new, metrics = jax.jit(step, out_shardings=(shardings, None))(state, sharding.put_batch(mesh, batch))
+    return helpers.host(new), jax.device_get(metrics), new
+
+
+@pytest.fixture(scope="module")
+def base(start, pictures):
+    """The step that every switch is compared with."""
+    return make_step(start, pictures)
+
+
+# --- devices -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_eight_devices_make_the_step_of_one(start, pictures, name):
+    settings = {"optim__name": name, "optim__learning_rate": {"sgd": 0.1, "adam": 2e-5}[name]}
+    one, metrics_one, _ = make_step(start, pictures, **settings)
+    eight, metrics_eight, _ = make_step(start, pictures, helpers.make_mesh(8), **settings)
+    np.testing.assert_array_equal(metrics_eight.pop("code_counts"), metrics_one.pop("code_counts"))
+    helpers.assert_close(metrics_eight, metrics_one)
+    helpers.assert_close(eight["model_state"], one["model_state"])
+    # Restarted codes have a count of exactly 1; the others are those that the batch used often.
+    counts_K = one["model_state"]["codebook"]["counts_K"]
+    np.testing.assert_array_equal(eight["model_state"]["codebook"]["counts_K"], counts_K)
+    assert 0 < np.sum(counts_K == 1) < helpers.CODEBOOK_SIZE
+    # A key's bias adds the same to all scores of a query: its gradient is noise, which Adam blows up.
+    compared = {"sgd": lambda path: True, "adam": lambda path: "['key']['bias']" not in path}[name]
+    for tree in ("params", "ema_params", "opt_state"):
+        helpers.assert_close(*(helpers.select(state[tree], compared) for state in (eight, one)))
+
+
+# --- switches ----------------------------------------------------------------------------------------------------------
+
+
+def test_remat_changes_nothing_but_memory(start, pictures, base):
+    state, metrics, _ = make_step(start, pictures, model__use_remat=True)
+    helpers.assert_close(metrics, base[1])
+    helpers.assert_close(state["params"], base[0]["params"])
+    helpers.assert_close(state["model_state"], base[0]["model_state"])
+
+
+def test_kmeans_places_the_codes_of_the_first_step_only(start, pictures, base):
+    first, _, _ = make_step(start, pictures, model__use_kmeans_init=True)
+    assert helpers.differs(first["model_state"], base[0]["model_state"])
+    after, _, _ = make_step(start, pictures, state=base[2])
+    with_kmeans, _, _ = make_step(start, pictures, state=base[2], model__use_kmeans_init=True)
+    helpers.assert_equal(with_kmeans, after)
+
+
+def test_pooled_update_keeps_the_codes_of_the_first_depth(start, pictures, base):
+    state, metrics, _ = make_step(start, pictures, model__codebook_update="pooled")
+    np.testing.assert_array_equal(metrics["code_counts"][0], base[1]["code_counts"][0])
+    # Later depths search the table as it was, where a sequential update has moved it already.
+    assert helpers.differs(metrics["code_counts"][1:], base[1]["code_counts"][1:])
+    assert helpers.differs(state["model_state"], base[0]["model_state"])
+
+
+def test_restart_moves_unused_codes_and_no_parameter(start, pictures):
+    # With the pooled update the codes of a step do not see what the step makes of the codebook.
+    with_restart, metrics, _ = make_step(start, pictures, model__codebook_update="pooled")
+    without, metrics_without, _ = make_step(
+        start, pictures, model__codebook_update="pooled", model__use_restart=False
+    )
+    helpers.assert_equal(without["params"], with_restart["params"])
+    helpers.assert_equal(metrics_without, metrics)
+    books = [state["model_state"]["codebook"] for state in (with_restart, without)]
+    used_K = 0.5 * metrics["code_counts"].sum(0) >= 1
+    assert 0 < used_K.sum() < helpers.CODEBOOK_SIZE
+    np.testing.assert_array_equal(books[0]["sums_KE"][used_K], books[1]["sums_KE"][used_K])
+    np.testing.assert_array_equal(books[0]["counts_K"][~used_K], 1)
+    assert np.all(books[1]["counts_K"][~used_K] < 1)
+    assert np.all(np.any(books[0]["sums_KE"] != books[1]["sums_KE"], axis=1) == ~used_K)
+
+
+def test_bfloat16_is_for_the_networks(start, pictures, base):
+    state, metrics, _ = make_step(start, pictures, model__dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves((state["params"], state["model_state"]))} == {np.dtype("float32")}
+    assert metrics["reconstruction_loss"] != base[1]["reconstruction_loss"]
+    np.testing.assert_allclose(metrics["loss"], base[1]["loss"], rtol=0.05)
+
+
+def test_ema_average_leaves_training_alone(start, pictures, base):
+    state, metrics, _ = make_step(start, pictures, loop__ema_decay=0.0)
+    assert state["ema_params"] is None
+    for name in ("params", "model_state", "opt_state"):
+        helpers.assert_equal(state[name], base[0][name])
+    helpers.assert_equal(metrics, base[1])
+    # Step 0 averages with decay 1 / 10.
+    average = jax.tree.map(lambda old, new: 0.1 * old + 0.9 * new, start[0]["params"], base[0]["params"])
+    helpers.assert_close(base[0]["ema_params"], average)
+    assert helpers.differs(base[0]["ema_params"], base[0]["params"])
+
+
+def test_loss_settings_choose_and_weigh_the_parts(start):
+    variables, batch = start
+    images, (h, w, D), E = batch["image"], helpers.CODE_SHAPE, helpers.CODE_DIM
+    rng = np.random.default_rng(0)
+    output = train_vae.models.rqvae.RQVAEOutput(
+        images + rng.normal(size=images.shape), None, rng.normal(size=(8, h, w, E)), rng.normal(size=(8, h, w, D, E))
+    )
+    difference = output.reconstruction - images
+    commitment = np.mean((output.latents[..., None, :] - output.partial_sums) ** 2)
+    for kind, reconstruction in (("mse", np.mean(difference**2)), ("l1", np.mean(np.abs(difference)))):
+        total, parts = train_vae.Losses(kind, commitment_weight=0.7)(images, output)
+        np.testing.assert_allclose(parts["reconstruction_loss"], reconstruction, rtol=1e-5)
+        np.testing.assert_allclose(parts["commitment_loss"], commitment, rtol=1e-5)
+        np.testing.assert_allclose(total, reconstruction + 0.7 * commitment, rtol=1e-5)
+
+
+# --- what is logged ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num_used", "warns"), [(3, True), (4, False)])
+def test_collapse_is_warned_of_below_a_twentieth_of_the_codes(caplog, num_used, warns):
+    model = models.create(**{**rqvae.get_config("demo").model, "codebook_size": 64, "code_shape": (8, 8, 2)})
+    counts_DK = np.ones((2, 64))
+    counts_DK[1, num_used:] = 0
+    scalars = train_vae.make_summary(model)({"loss": np.float32(2.5), "code_counts": counts_DK})
+    assert scalars == {
+        "loss": 2.5,
+        "code_usage/depth1": 1.0,
+        "code_usage/depth2": num_used / 64,
+        "code_perplexity/depth1": pytest.approx(64, rel=1e-4),
+        "code_perplexity/depth2": pytest.approx(num_used, rel=1e-4),
+    }
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(messages) == warns
+    if warns:
+        assert "CODEBOOK COLLAPSE: depth 2 used only 4.7% of its 64 codes" in messages[0]
+
+
+def test_usage_is_measured_against_each_depths_own_codebook():
+    sizes = (7, 5)
+    settings = {"codebook_size": sizes, "code_shape": (8, 8, 2), "use_shared_codebook": False}
+    model = models.create(**{**rqvae.get_config("demo").model, **settings})
+    counts_DK = np.ones((2, 7))
+    counts_DK[1, 5:] = 0  # padding, no codes
+    scalars = train_vae.make_summary(model)({"code_counts": counts_DK})
+    assert scalars["code_usage/depth1"] == scalars["code_usage/depth2"] == 1.0
+
+
+# --- whole runs --------------------------------------------------------------------------------------------------------
+
+
+def stop_at(monkeypatch, step: int):
+    """Interrupt this process while it logs its `step`-th step."""
+    make_summary = train_vae.make_summary
+
+    def make(model):
+        summarize, steps = make_summary(model), iter(range(1, 100))
+
+        def summarize_and_stop(means):
+            if next(steps) == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return summarize(means)
+
+        return summarize_and_stop
+
+    monkeypatch.setattr(train_vae, "make_summary", make)
+
+
+@pytest.fixture(scope="module")
+def whole_run(pictures, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    config = helpers.vae_config(pictures, loop__ema_decay=0.9)
+    return workdir, train_vae.train_and_evaluate(config, str(workdir))
+
+
+def test_run_directory_holds_everything(whole_run):
+    workdir, state = whole_run
+    assert int(state.step) == 4 and int(state.skipped_steps) == 0
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["model"]["code_shape"] == list(helpers.CODE_SHAPE) and config["loop"]["total_steps"] == 4
+    assert {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()} == {"2", "4"}
+    assert {path.name for path in (workdir / "pictures").iterdir()} == {
+        "curves.png", "reconstructions_00000002.png", "reconstructions_00000004.png",
+    }  # fmt: skip
+    logged = helpers.read_metrics(workdir)
+    assert list(logged) == [1, 2, 3, 4]
+    training = {"loss", "reconstruction_loss", "commitment_loss", "gradient_norm", "learning_rate", "skipped_steps"}
+    training |= {f"code_{name}/depth{d}" for name in ("usage", "perplexity") for d in DEPTHS}
+    evaluation = {"validation_loss", *(f"psnr/depth{d}" for d in DEPTHS)}
+    assert set(logged[1]) == set(logged[3]) == training
+    assert set(logged[2]) == set(logged[4]) == training | evaluation
+
+
+def test_evaluation_is_that_of_the_averaged_weights_on_the_held_out_pictures(whole_run, pictures):
+    workdir, _ = whole_run
+    loaded = checkpoint.load_model(workdir)
+    data = train_vae.make_dataset(
+        name="folder", data_dir=pictures, split="validation", train=False, batch_size=5, image_size=16
+    )
+    images = next(data.iterator())["image"]
+    by_depth = loaded.model.apply(loaded.variables, images, method="reconstruct_by_depth")
+    mse_DB = np.mean((np.clip(by_depth, -1, 1) - images) ** 2, axis=(2, 3, 4))
+    logged = helpers.read_metrics(workdir)[4]
+    for d in DEPTHS:
+        np.testing.assert_allclose(logged[f"psnr/depth{d}"], np.mean(10 * np.log10(4 / mse_DB[d - 1])), rtol=1e-4)
+    np.testing.assert_allclose(logged["validation_loss"], np.mean((by_depth[-1] - images) ** 2), rtol=1e-4)
+
+
+def test_loaded_models_have_the_weights_of_the_state(whole_run):
+    workdir, state = whole_run
+    helpers.assert_equal(checkpoint.load_model(workdir).variables, jax.device_get(state.ema_variables))
+    helpers.assert_equal(checkpoint.load_model(workdir, ema=False).variables, jax.device_get(state.variables))
+    assert helpers.differs(checkpoint.load_model(workdir, step=2).variables, jax.device_get(state.ema_variables))
+
+
+def test_resumed_run_is_the_uninterrupted_one(whole_run, pictures, tmp_path, monkeypatch):
+    config = helpers.vae_config(pictures, loop__ema_decay=0.9)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        stop_at(patch, 3)
+        train_vae.train_and_evaluate(config, str(tmp_path))
+    assert stop.value.code == 128 + signal.SIGINT
+    assert helpers.read_metrics(tmp_path).keys() == {1, 2, 3}
+    state = train_vae.train_and_evaluate(config, str(tmp_path))
+    helpers.assert_equal(helpers.host(state), helpers.host(whole_run[1]))
+    assert helpers.read_metrics(tmp_path) == helpers.read_metrics(whole_run[0])
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "code grid": ({"model__code_shape": (3, 3, 2)}, r"model.code_shape: grid \(3, 3\) does not divide the latent grid \(8, 8\)"),
+    "code length": ({"model__code_dim": 9}, "model.code_dim: 9 must be a positive multiple of 8"),
+    "batch size": ({"data__batch_size": 12}, "data.batch_size: 12 is not a multiple of 8"),
+    "accumulation": ({"optim__accumulation_steps": 2}, "optim.accumulation_steps: 2 is for stage 2"),
+    "loss": ({"loss__reconstruction": "l2"}, "loss.reconstruction: 'l2' is unknown; allowed are 'mse' and 'l1'"),
+    "optimizer": ({"optim__name": "lion"}, "optim.name: 'lion' is unknown; allowed are 'adam', 'adamw' and 'sgd'"),
+    "duration": ({"loop__total_steps": None}, "loop.total_steps and loop.total_epochs are both unset; set one of them"),
+    "decay": ({"loop__ema_decay": 1.0}, r"loop.ema_decay: 1.0 is outside \[0, 1\)"),
+    "mesh": ({"mesh__data": 3}, "mesh: .* does not fit 8 devices"),
+    "update": ({"model__codebook_update": "both"}, "codebook_update: 'both' is unknown; allowed are 'sequential' and 'pooled'"),
+    "label": ({"data__label_key": "colour"}, "unknown label_key='colour' of data set 'folder'"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch):
+    def fail(*_):
+        raise AssertionError("settings must be refused before anything compiles")
+
+    monkeypatch.setattr(train_vae, "init_state", fail)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_settings_are_refused_in_one_line(pictures, tmp_path, nothing_compiles, case):
+    settings, message = REFUSED[case]
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        train_vae.train_and_evaluate(helpers.vae_config(pictures, **settings), str(tmp_path / "run"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_keys_are_refused(pictures, tmp_path, nothing_compiles):
+    for key in ("model", "data", "optim", "loss", "loop", "mesh"):
+        config = helpers.vae_config(pictures)
+        with config.unlocked():
+            config[key].colour = 1
+        with pytest.raises(ValueError, match=rf"{key}.colour: unknown"):
+            train_vae.train_and_evaluate(config, str(tmp_path / "run"))
+    config = helpers.vae_config(pictures)
+    with config.unlocked():
+        config.sample = {}
+    with pytest.raises(ValueError, match="config.sample: unknown; allowed are seed, model"):
+        train_vae.train_and_evaluate(config, str(tmp_path / "run"))
+
+
+def test_pictures_that_are_not_there_are_refused(pictures, tmp_path, nothing_compiles):
+    with pytest.raises(FileNotFoundError, match="no folder of pictures at data_dir="):
+        train_vae.train_and_evaluate(helpers.vae_config(tmp_path / "nowhere"), str(tmp_path / "run"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="no pictures below .*empty.*: looked for .png"):
+        train_vae.train_and_evaluate(helpers.vae_config(tmp_path / "empty"), str(tmp_path / "run"))
+
+
+def test_unreadable_pictures_are_refused(tmp_path, nothing_compiles):
+    for split in ("train", "validation"):
+        (tmp_path / "damaged" / split).mkdir(parents=True)
+        for i in range(3):
+            (tmp_path / "damaged" / split / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="all 3 pictures are damaged"):
+        train_vae.train_and_evaluate(helpers.vae_config(tmp_path / "damaged"), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("settings", [{"model__z_channels": 16}, {"optim__name": "sgd"}])
+def test_other_settings_never_spoil_a_run(whole_run, pictures, settings):
+    workdir, _ = whole_run
+    before = (workdir / "config.json").read_text()
+    try:
+        with pytest.raises(ValueError, match="give a new --workdir"):
+            train_vae.train_and_evaluate(helpers.vae_config(pictures, loop__ema_decay=0.9, **settings), str(workdir))
+        assert (workdir / "config.json").read_text() == before
+    finally:
+        (workdir / "config.json").write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.model.width=wide", ("width", "wide")),
+        ("--config.model.widht=32", ("widht",)),
+        ("--config.data.batch_size=7", ("data.batch_size: 7",)),
+    ],
+)
+def test_command_line_ends_with_one_line(pictures, tmp_path, flag, words):
+    command = [sys.executable, "train_vae.py", "--config=configs/rqvae.py:quicktest", f"--workdir={tmp_path / 'run'}"]
+    command += ["--config.data.name=folder", f"--config.data.data_dir={pictures}", flag]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert all(word in lines[0] for word in words)
+    assert not (tmp_path / "run").exists()
