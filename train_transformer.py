@@ -284,7 +284,8 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
     model = models.create(**config.model)
     loss = train_loop.call(Losses, "loss", config.loss)
     loss.check(model)
-    sampling.check_filter(config.sample.temperature, config.sample.top_k, config.sample.top_p)
+    check_filter = functools.partial(sampling.check_filter, top_k=None, top_p=None)  # None: no filter
+    train_loop.call(check_filter, "sample", config.sample)
     shard = dict(shard_index=jax.process_index(), shard_count=jax.process_count(), seed=config.seed)
     open_split = functools.partial(train_loop.call, make_dataset, "data", dict(config.data), **shard)
     dataset = open_split(split="train", train=True)
@@ -491,7 +492,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
     """
     run = prepare(config)
     checkpoint.bind_tokenizer(workdir, run["tokenizer"])
-    write_run_files(run, config, workdir)
+    if config.data.text_key:  # sampling needs it, and the run directory has to suffice
+        load_tokenizer(config.data.text_tokenizer, config.data.text_length).save(Path(workdir) / TEXT_TOKENIZER)
     tokenizer_variables = jax.device_put(run["tokenizer"].variables, sharding.replicated(run["mesh"]))
     counts_DK = count_codes(run, tokenizer_variables)
     report_usage(counts_DK, run["model"].codebook_sizes)
@@ -509,6 +511,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     state = train_loop.run(
         workdir=workdir,
+        config={**config.to_dict(), "class_names": run["dataset"].class_names},
         title="stage 2",
         state=state,
         train_step=lambda state, batch: step(state, batch, tokenizer_variables),
@@ -520,16 +523,6 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
     )
     train_loop.finish(workdir, ["loss", "validation_loss"])
     return state
-
-
-def write_run_files(run: dict[str, Any], config: ConfigDict, workdir: str) -> None:
-    """The resolved config, with the names of the classes, and the text tokenizer: what sampling needs to know."""
-    names = run["dataset"].class_names
-    checkpoint.write_config(workdir, {**config.to_dict(), "class_names": names and list(names)})
-    if config.data.text_key:
-        load_tokenizer(config.data.text_tokenizer, config.data.text_length).save(
-            Path(workdir) / TEXT_TOKENIZER
-        )
 
 
 def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...]) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rq_jax import checkpoint, losses, metrics, models, pictures, sharding, train_loop, train_state
+from rq_jax import losses, metrics, models, pictures, sharding, train_loop, train_state
 from rq_jax.data import make_dataset
 
 SECTIONS = ("seed", "model", "data", "optim", "loss", "loop", "mesh")
@@ -185,12 +185,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
       ValueError, FileNotFoundError: bad settings or data, before anything compiles.
     """
     run = prepare(config)
-    checkpoint.write_config(workdir, config.to_dict())
     state = init_state(config, run)
     train_step = make_train_step(run["model"], run["optimizer"], run["loss"], run["settings"].ema_decay)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     state = train_loop.run(
         workdir=workdir,
+        config=config.to_dict(),
         title="stage 1",
         state=state,
         train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from rq_jax import pictures, sharding
-from rq_jax.checkpoint import Checkpointer
+from rq_jax.checkpoint import Checkpointer, write_config
 from rq_jax.progress import METRICS_FILE, MetricWriter, Progress, Rate
 
 logger = logging.getLogger(__name__)
@@ -146,6 +146,7 @@ class Stop:
 def run(
     *,
     workdir: str,
+    config: dict[str, Any],
     title: str,
     state: Any,
     train_step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
@@ -159,6 +160,7 @@ def run(
 
     Args:
       workdir: run directory.
+      config: the resolved config, written beside the checkpoints once the newest of them has proved to fit it.
       title: shown in front of the progress bar.
       state: a `TrainState` at step 0, placed on the mesh; its buffers are donated.
       train_step: (state, batch) -> (state, metrics), jitted with the state donated.
@@ -187,6 +189,7 @@ def run(
             state, host = checkpointer.restore(state)
             iterator.set_state(host["data"])
             logger.info("%s: resumed from step %d in %s", title, int(state.step), workdir)
+        write_config(workdir, config)
         step = int(state.step)
         writer.truncate_after(step)
         rate, metrics_sum, num_summed = Rate(dataset.batch_size, step), None, 0

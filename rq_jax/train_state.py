@@ -1,6 +1,7 @@
 """What a training run carries from step to step: state, optimizer with its schedule, moving average of weights."""
 
 import re
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import flax
@@ -77,7 +78,7 @@ def apply_gradients(
     A step whose loss or gradient is not finite changes nothing but the counters `step` and `skipped_steps`.
 
     Returns:
-      The new state and {"gradient_norm", "learning_rate", "skipped_steps"}.
+      The new state and {"gradient_norm", "learning_rate", "skipped_share"}, the last 1 for a skipped step, else 0.
     """
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -101,7 +102,7 @@ def apply_gradients(
         ema_params=ema_params,
         skipped_steps=skipped,
     )
-    return state, {"gradient_norm": norm, "learning_rate": learning_rate, "skipped_steps": skipped}
+    return state, {"gradient_norm": norm, "learning_rate": learning_rate, "skipped_share": 1.0 - finite}
 
 
 def average_weights(average: Any, params: Any, decay: float, step: jax.Array | int | None = None) -> Any:
@@ -145,9 +146,7 @@ def make_optimizer(
     Raises:
       ValueError: a name or value that is not allowed.
     """
-    _check_optimizer(
-        name, schedule, learning_rate, total_steps, warmup_steps, weight_decay, clip_norm, accumulation_steps
-    )
+    _check_optimizer(SimpleNamespace(**locals()))
     peak, decay_steps = float(learning_rate), max(total_steps - warmup_steps, 1)
     if schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, decay_steps, final_learning_rate / peak)
@@ -165,27 +164,34 @@ def make_optimizer(
     return Optimizer(optax.chain(*clip, base), rate, accumulation_steps)
 
 
-def _check_optimizer(
-    name, schedule, learning_rate, total_steps, warmup_steps, weight_decay, clip_norm, accumulation_steps
-):
-    if name not in ("adam", "adamw", "sgd"):
-        raise ValueError(f"optim.name: '{name}' is unknown; allowed are 'adam', 'adamw' and 'sgd'")
-    if schedule not in ("cosine", "constant"):
-        raise ValueError(f"optim.schedule: '{schedule}' is unknown; allowed are 'cosine' and 'constant'")
-    if weight_decay and name != "adamw":
+def _check_optimizer(optim: SimpleNamespace) -> None:
+    """One line for the first setting that is not allowed."""
+    if optim.name not in ("adam", "adamw", "sgd"):
+        raise ValueError(f"optim.name: '{optim.name}' is unknown; allowed are 'adam', 'adamw' and 'sgd'")
+    if optim.schedule not in ("cosine", "constant"):
+        raise ValueError(f"optim.schedule: '{optim.schedule}' is unknown; allowed are 'cosine' and 'constant'")
+    for setting, reader, chosen in (
+        ("weight_decay", "adamw", optim.name),
+        ("momentum", "sgd", optim.name),
+        ("final_learning_rate", "cosine", optim.schedule),
+    ):
+        value = getattr(optim, setting)
+        if value and chosen != reader:
+            raise ValueError(f"optim.{setting}: {value} is read by '{reader}' only, not by '{chosen}'; set it to 0")
+    if not optim.learning_rate > 0:
+        raise ValueError(f"optim.learning_rate: {optim.learning_rate} must be above 0")
+    if not 0 <= optim.final_learning_rate <= optim.learning_rate:
         raise ValueError(
-            f"optim.weight_decay: {weight_decay} is read by 'adamw' only, not by '{name}'; set it to 0"
+            f"optim.final_learning_rate: {optim.final_learning_rate} is outside [0, {optim.learning_rate}], up to the peak"
         )
-    if not learning_rate > 0:
-        raise ValueError(f"optim.learning_rate: {learning_rate} must be above 0")
-    if not 0 <= warmup_steps <= total_steps:
+    if not 0 <= optim.warmup_steps <= optim.total_steps:
         raise ValueError(
-            f"optim.warmup_steps: {warmup_steps} is outside 0..{total_steps}, the steps of the run"
+            f"optim.warmup_steps: {optim.warmup_steps} is outside 0..{optim.total_steps}, the steps of the run"
         )
-    if clip_norm is not None and not clip_norm > 0:
-        raise ValueError(f"optim.clip_norm: {clip_norm} must be above 0, or None for no clipping")
-    if accumulation_steps < 1:
-        raise ValueError(f"optim.accumulation_steps: {accumulation_steps} must be at least 1")
+    if optim.clip_norm is not None and not optim.clip_norm > 0:
+        raise ValueError(f"optim.clip_norm: {optim.clip_norm} must be above 0, or None for no clipping")
+    if optim.accumulation_steps < 1:
+        raise ValueError(f"optim.accumulation_steps: {optim.accumulation_steps} must be at least 1")
 
 
 def decay_mask(params: Any) -> Any:

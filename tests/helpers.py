@@ -4,10 +4,10 @@ import contextlib
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-import pytest
 from jax.sharding import AxisType
 from PIL import Image
 
@@ -42,6 +42,19 @@ def override(config, **overrides):
     return config
 
 
+def _common(pictures: Path) -> dict[str, Any]:
+    return {
+        "data.name": "folder",
+        "data.data_dir": str(pictures),
+        "data.train_transform": "resize_center_crop",
+        "data.flip_probability": 0.0,
+        "optim.learning_rate": 1e-3,
+        "optim.warmup_steps": 0,
+        "optim.schedule": "constant",
+        "loop.ema_decay": 0.0,
+    }
+
+
 def vae_config(pictures: Path, **overrides):
     """A tokenizer of 16x16 pictures whose step compiles in a few seconds."""
     settings = {
@@ -50,18 +63,16 @@ def vae_config(pictures: Path, **overrides):
         "model.codebook_size": CODEBOOK_SIZE,
         "model.z_channels": 8,
         "model.width": 64,  # two channels in a group: with one, a norm would cancel every bias before it
-        "data.name": "folder",
-        "data.data_dir": str(pictures),
-        "optim.warmup_steps": 0,
-        "optim.schedule": "constant",
+        "model.use_remat": False,
+        **_common(pictures),
     }
-    config = rqvae.get_config("quicktest")
+    config = rqvae.get_config("imagenet256,quicktest")
     config.update_from_flattened_dict(settings)
     return override(config, **overrides)
 
 
-def transformer_config(pictures: Path, tokenizer: Path, kind: str = "unconditional", **overrides):
-    """A transformer over the codes of `tokenizer`; kind is "unconditional", "class" or "text"."""
+def transformer_config(pictures: Path, kind: str = "unconditional", **overrides):
+    """A transformer of a few narrow layers; kind is "unconditional", "class" or "text"."""
     settings = {
         "model.model_dim": 28,
         "model.num_heads": 2,
@@ -69,17 +80,17 @@ def transformer_config(pictures: Path, tokenizer: Path, kind: str = "uncondition
         "model.depth_layers": 1,
         "model.cond_vocab_size": {"unconditional": 1, "class": len(CLASSES)}.get(kind, 40),
         "model.cond_length": 6 if kind == "text" else 1,
-        "data.name": "folder",
-        "data.data_dir": str(pictures),
+        "model.use_remat": False,
+        "model.dtype": "float32",
         "data.label_key": "folder" if kind == "class" else None,
         "data.text_key": "txt" if kind == "text" else None,
         "data.text_length": 6 if kind == "text" else None,
-        "loop.use_latent_cache": False,
-        "optim.warmup_steps": 0,
-        "optim.schedule": "constant",
-        "tokenizer": str(tokenizer),
+        "optim.accumulation_steps": 1,
+        "sample.top_k": None,
+        "sample.top_p": None,
+        **_common(pictures),
     }
-    config = rqtransformer.get_config("quicktest")
+    config = rqtransformer.get_config("imagenet256_480m,quicktest")
     config.update_from_flattened_dict(settings)
     return override(config, **overrides)
 

@@ -99,6 +99,7 @@ def train(workdir, dataset=None, evaluate=evaluate, step=jitted_step, **settings
     defaults = dict(log_every_steps=1, evaluate_every_steps=5, checkpoint_every_steps=5)
     return train_loop.run(
         workdir=str(workdir),
+        config={"toy": True},
         title="toy",
         state=draw_state(jax.random.key(7)),
         train_step=step,

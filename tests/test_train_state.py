@@ -125,6 +125,12 @@ def test_clipping_acts_only_above_the_norm():
         ({"name": "lion"}, "optim.name: 'lion' is unknown; allowed are 'adam', 'adamw' and 'sgd'"),
         ({"schedule": "step"}, "optim.schedule: 'step' is unknown; allowed are 'cosine' and 'constant'"),
         ({"weight_decay": 0.1}, "optim.weight_decay: 0.1 is read by 'adamw' only, not by 'adam'; set it to 0"),
+        ({"momentum": 0.9}, "optim.momentum: 0.9 is read by 'sgd' only, not by 'adam'; set it to 0"),
+        (
+            {"schedule": "constant", "final_learning_rate": 0.05},
+            "optim.final_learning_rate: 0.05 is read by 'cosine' only, not by 'constant'; set it to 0",
+        ),
+        ({"final_learning_rate": -1.0}, "optim.final_learning_rate: -1.0 is outside [0, 0.1], up to the peak"),
         ({"learning_rate": 0.0}, "optim.learning_rate: 0.0 must be above 0"),
         ({"learning_rate": float("nan")}, "optim.learning_rate: nan must be above 0"),
         ({"warmup_steps": 10}, "optim.warmup_steps: 10 is outside 0..9, the steps of the run"),
@@ -243,7 +249,7 @@ def test_a_step_updates_everything():
     for actual, wanted in zip(leaves(kept(after)), leaves(expected), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-7)
     assert (int(after.step), int(after.skipped_steps)) == (1, 0)
-    assert set(metrics) == {"gradient_norm", "learning_rate", "skipped_steps"}
+    assert set(metrics) == {"gradient_norm", "learning_rate", "skipped_share"}
     np.testing.assert_allclose(metrics["gradient_norm"], np.sqrt(I * O + O), rtol=1e-6)
     np.testing.assert_allclose(metrics["learning_rate"], 0.1, rtol=1e-6)
     assert after.variables == {"params": after.params, "codebook": after.model_state["codebook"]}
@@ -261,7 +267,7 @@ def test_a_faulty_step_is_counted_and_changes_nothing(fault):
     after, metrics = update(state, grads, jnp.nan if fault == "loss" else 1.0, model_state)
     for actual, expected in zip(leaves(kept(after)), leaves(kept(state)), strict=True):
         np.testing.assert_array_equal(actual, expected)
-    assert (int(after.step), int(after.skipped_steps), int(metrics["skipped_steps"])) == (2, 1, 1)
+    assert (int(after.step), int(after.skipped_steps), int(metrics["skipped_share"])) == (2, 1, 1)
     again, _ = update(after, grads, jnp.nan, model_state)
     assert (int(again.step), int(again.skipped_steps)) == (3, 2)
 

@@ -51,7 +51,9 @@ def world(tmp_path_factory):
     pictures = helpers.write_pictures(root / "pictures")
     tokenizer = helpers.save_tokenizer(root / "tokenizer", pictures)
     train_tokenizer((path.read_text() for path in sorted(pictures.rglob("*.txt"))), 40, root / "bpe.json")
-    run = train_transformer.prepare(helpers.transformer_config(pictures, tokenizer, "class", data__batch_size=16))
+    run = train_transformer.prepare(
+        helpers.transformer_config(pictures, "class", tokenizer=str(tokenizer), data__batch_size=16)
+    )
     batch = next(run["dataset"].iterator())
     encode = jax.jit(functools.partial(train_transformer.encode, run["tokenizer"].model))
     return World(pictures, tokenizer, root / "bpe.json", batch, np.asarray(encode(run["tokenizer"].variables, batch["image"])))
@@ -74,10 +76,11 @@ class Step:
 
 def make_step(world, kind="class", mesh=None, state=None, batch=None, **settings) -> Step:
     """One step of the small transformer, from latents unless the batch says otherwise."""
-    mesh, settings = mesh or helpers.make_mesh(), {**PLAIN, **settings}
+    mesh = mesh or helpers.make_mesh()
+    settings = {**PLAIN, "tokenizer": str(world.tokenizer), "data__batch_size": 16, **settings}
     if kind == "text":
         settings["data__text_tokenizer"] = str(world.text_tokenizer)
-    config = helpers.transformer_config(world.pictures, world.tokenizer, kind, data__batch_size=16, **settings)
+    config = helpers.transformer_config(world.pictures, kind, **settings)
     run = train_transformer.prepare(config)
     tokenizer_variables = jax.device_put(run["tokenizer"].variables, sharding.replicated(mesh))
     if state is None:

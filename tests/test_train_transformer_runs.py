@@ -52,7 +52,8 @@ def places(tmp_path_factory):
 def make_config(places, kind="class", **settings):
     if kind == "text":
         settings = {"data__text_tokenizer": str(places.text_tokenizer), **settings}
-    return helpers.transformer_config(places.pictures, places.tokenizer, kind, **settings)
+    settings = {"tokenizer": str(places.tokenizer), **settings}
+    return helpers.transformer_config(places.pictures, kind, **settings)
 
 
 # --- whole runs --------------------------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def test_run_directory_holds_everything(whole_run):
         "curves.png", "samples_00000002.png", "samples_00000004.png",
     }  # fmt: skip
     logged = helpers.read_metrics(workdir)
-    training = {"loss", "gradient_norm", "learning_rate", "skipped_steps", *(f"code_loss/depth{d}" for d in DEPTHS)}
+    training = {"loss", "gradient_norm", "learning_rate", "skipped_share", *(f"code_loss/depth{d}" for d in DEPTHS)}
     evaluation = {"validation_loss", "bits_per_image"}
     evaluation |= {f"{name}_nats/depth{d}" for name in ("validation", "unigram") for d in DEPTHS}
     assert {step: set(scalars) for step, scalars in logged.items()} == {
@@ -196,9 +197,7 @@ def test_early_stopping_keeps_the_best_weights(places, tmp_path, monkeypatch, pa
 
 
 def open_cache(places, directory, **settings):
-    config = helpers.transformer_config(
-        places.pictures, places.tokenizer, "class", loop__use_latent_cache=True, data__batch_size=8, **settings
-    )
+    config = make_config(places, loop__use_latent_cache=True, **settings)
     run = train_transformer.prepare(config)
     return run, train_transformer.cached_latents(run, run["tokenizer"].variables, config, str(directory))
 
@@ -287,7 +286,7 @@ REFUSED = {
     "batch size": ({"data__batch_size": 12}, "data.batch_size: 12 is not a multiple of 8"),
     "micro-batches": ({"optim__accumulation_steps": 2}, r"data.batch_size: 8 is not a multiple of 16 .*accumulation_steps 2"),
     "early stopping": ({"loop__early_stopping_evaluations": -1}, "loop.early_stopping_evaluations: -1 must be at least 0"),
-    "no tokenizer": ({"tokenizer": None}, "config.tokenizer: unset; give --config.tokenizer=.*configs/rqvae.py:demo,quicktest"),
+    "no tokenizer": ({"tokenizer": None}, "config.tokenizer: unset; give --config.tokenizer=.*configs/rqvae.py:imagenet256,quicktest"),
 }  # fmt: skip
 
 

@@ -235,7 +235,7 @@ def test_run_directory_holds_everything(whole_run):
     }  # fmt: skip
     logged = helpers.read_metrics(workdir)
     assert list(logged) == [1, 2, 3, 4]
-    training = {"loss", "reconstruction_loss", "commitment_loss", "gradient_norm", "learning_rate", "skipped_steps"}
+    training = {"loss", "reconstruction_loss", "commitment_loss", "gradient_norm", "learning_rate", "skipped_share"}
     training |= {f"code_{name}/depth{d}" for name in ("usage", "perplexity") for d in DEPTHS}
     evaluation = {"validation_loss", *(f"psnr/depth{d}" for d in DEPTHS)}
     assert set(logged[1]) == set(logged[3]) == training
