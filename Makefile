@@ -31,7 +31,7 @@ demo: setup
 	$(PYTHON) train_transformer.py --config=configs/rqtransformer.py:demo --workdir=$(RUNS)/rqtransformer \
 	  --config.tokenizer=$(RUNS)/rqvae
 	$(PYTHON) sample.py --checkpoint=$(RUNS)/rqtransformer --out=$(RUNS)/samples \
-	  --num_images=54 --batch_size=54 --seed=0
+	  --num_images=100 --batch_size=50 --seed=0 --neighbours=3
 	@echo "Pictures: $(RUNS)/samples (samples), $(RUNS)/rqvae/pictures (reconstructions)"
 
 test: setup

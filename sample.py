@@ -5,6 +5,7 @@ python sample.py --checkpoint=runs/rqtransformer --out=samples --num_images=36 -
 
 import argparse
 import json
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rq_jax import checkpoint, pictures, sampling, train_loop
 from rq_jax.progress import Progress
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
-NUM_IN_GRID = 72
+NUM_IN_GRID = 100
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -138,12 +139,15 @@ def read_prefix(args: argparse.Namespace) -> np.ndarray | None:
     """Prefix codes (n, P, D) of all images, from the codes of an earlier run; the images take them in turn."""
     if not args.prefix:
         return None
+    if not zipfile.is_zipfile(args.prefix):
+        raise ValueError(f"--prefix: '{args.prefix}' is no .npz file; give the codes .npz of an earlier run")
     with np.load(args.prefix, allow_pickle=False) as file:
         if "codes" not in file:
             raise ValueError(
                 f"--prefix: '{args.prefix}' has no array 'codes'; give the codes .npz of an earlier run"
             )
-        codes = file["codes"]
+        first_id = file["image_ids"][0] if "image_ids" in file else 0
+        codes = np.roll(file["codes"], first_id, axis=0)  # row id % n is that of the same image
     if codes.ndim != 4:
         raise ValueError(f"--prefix: codes of shape {codes.shape} are not (n, h, w, D)")
     positions = codes.shape[1] * codes.shape[2]
@@ -213,7 +217,7 @@ def neighbour_sheet(loaded: checkpoint.LoadedModel, images: np.ndarray, num_neig
         distances = np.mean((training.astype(np.float32) - image.astype(np.float32)) ** 2, axis=(1, 2, 3))
         columns.append(training[np.argsort(distances, kind="stable")[:num_neighbours]])
     rows = {"sample": images}
-    for i in range(num_neighbours):
+    for i in range(min(num_neighbours, len(training))):
         rows[f"nearest {i + 1}"] = np.stack([column[i] for column in columns])
     return pictures.labelled_grid(rows, scale=max(1, 64 // images.shape[1]))
 
@@ -238,7 +242,6 @@ def run(args: argparse.Namespace) -> Path:
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     settings |= {name: value for name, value in given.items() if value is not None}
     out, tag = Path(args.out), f"{args.first_index:06d}"
-    (out / "images").mkdir(parents=True, exist_ok=True)
     shown, all_codes = [], []
     with Progress(args.num_images, unit="image", title="sampling") as progress:
         for ids, codes, images in draw(loaded, args, settings, conds):
@@ -253,7 +256,7 @@ def run(args: argparse.Namespace) -> Path:
     captions = [names[i % len(names)] for i in ids[: len(shown)]]
     scale = max(1, 64 // shown[0].shape[0])
     grid = out / f"grid_{tag}.png"
-    pictures.save_png(grid, pictures.captioned_grid(np.stack(shown), captions, columns=9, scale=scale))
+    pictures.save_png(grid, pictures.captioned_grid(np.stack(shown), captions, columns=10, scale=scale))
     record = {**vars(args), **settings, "tokenizer": checkpoint.fingerprint(loaded.tokenizer.variables)}
     (out / f"settings_{tag}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"samples: {grid}")

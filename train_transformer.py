@@ -491,6 +491,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
       ValueError, FileNotFoundError: bad settings, data or tokenizer, before anything compiles.
     """
     run = prepare(config)
+    if Path(workdir).resolve() == Path(config.tokenizer).resolve():
+        raise ValueError(f"workdir: '{workdir}' is that of the tokenizer; give stage 2 a --workdir of its own")
     checkpoint.bind_tokenizer(workdir, run["tokenizer"])
     if config.data.text_key:  # sampling needs it, and the run directory has to suffice
         load_tokenizer(config.data.text_tokenizer, config.data.text_length).save(Path(workdir) / TEXT_TOKENIZER)

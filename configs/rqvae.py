@@ -59,10 +59,10 @@ PRESETS: dict[str, common.Overrides] = {
         "data.batch_size": 32,
         "optim.learning_rate": 2e-3,
         "optim.warmup_steps": 100,
-        "loop.total_steps": 1500,
+        "loop.total_steps": 1200,
         "loop.log_every_steps": 50,
-        "loop.evaluate_every_steps": 500,
-        "loop.checkpoint_every_steps": 250,
+        "loop.evaluate_every_steps": 400,
+        "loop.checkpoint_every_steps": 200,
         "loop.ema_decay": 0.99,
     },
     "emoji64": {

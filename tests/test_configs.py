@@ -39,7 +39,7 @@ RELEASED = {
 # Parameters of every other preset. Codebooks are counted as published: with a padding row each.
 COUNTS = {
     "rqvae": {
-        "demo": 1_002_979,
+        "demo": 275_763,
         "emoji64": 17_358_147,
         "imagenet256_50epochs": 104_402_051,
         "ffhq256_paper": 100_732_035,
@@ -58,8 +58,8 @@ COUNTS = {
         "imagenet256_f16_vq16384": 76_074_115,
     },
     "rqtransformer": {
-        "demo": 3_685_760,
-        "emoji64": 29_260_544,
+        "demo": 1_484_288,
+        "emoji64": 29_295_488,
         "ffhq256_350m_paper": 355_393_536,
         "lsun_church256_350m_paper": 370_087_936,
         "lsun_cat256_600m_paper": 612_061_184,
@@ -93,7 +93,7 @@ KEYS = {
         **SHARED_KEYS,
         "data": SHARED_KEYS["data"] + " image_size",
         "model": "name image_size in_channels width width_multipliers num_res_blocks attention_resolutions"
-        " z_channels use_double_z use_resample_conv dropout code_dim code_shape codebook_size"
+        " z_channels use_double_z use_resample_conv dropout norm_groups code_dim code_shape codebook_size"
         " use_shared_codebook codebook_decay use_restart codebook_update use_kmeans_init use_remat dtype",
         "loss": "reconstruction commitment_weight",
     },
@@ -104,11 +104,18 @@ KEYS = {
         " cond_vocab_size cond_length use_tokenizer_input use_tokenizer_depth_input use_cumulative_depth"
         " use_shared_token_embedding use_shared_classifier use_attention_bias use_mlp_bias gelu"
         " embedding_dropout attention_dropout residual_dropout use_null_cond use_remat dtype",
-        "loss": "use_soft_labels use_stochastic_codes temperature image_weight text_weight",
+        "loss": "use_soft_labels use_stochastic_codes temperature image_weight text_weight cond_dropout",
         "sample": "temperature top_k top_p",
     },
 }
-TRANSFORMS = {"resize_center_crop", "resize_random_crop", "random_resized_crop", "jittered_crop", "squash"}
+TRANSFORMS = {
+    "resize_center_crop",
+    "resize_random_crop",
+    "random_resized_crop",
+    "random_shift",
+    "jittered_crop",
+    "squash",
+}
 SINGLE_KEYS = {"rqvae": {"seed"}, "rqtransformer": {"seed", "tokenizer", "tokenizer_preset"}}
 
 

@@ -341,7 +341,7 @@ def test_another_tokenizer_on_resume_is_refused_naming_both(whole_run, places, t
 
 def test_the_stage_1_directory_is_no_place_for_stage_2(places, tmp_path, nothing_compiles):
     both = shutil.copytree(places.tokenizer, tmp_path / "both")
-    with pytest.raises(ValueError, match="workdir"):
+    with pytest.raises(ValueError, match="workdir: '.*both' is that of the tokenizer; give stage 2 a --workdir"):
         train_transformer.train_and_evaluate(make_config(places, tokenizer=str(both)), str(both))
     assert checkpoint.read_config(both)["model"]["name"] == "rqvae"
 

@@ -1,0 +1,365 @@
+"""sample.py: pictures, codes and settings on disk; the same image in any batch; conditions, prefixes, refusals."""
+
+import dataclasses
+import functools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import helpers
+import sample
+import train_transformer
+from rq_jax import checkpoint, models, pictures, sampling
+from rq_jax.data.text import load_tokenizer, train_tokenizer
+
+(h, w, D), K, V = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE, len(helpers.CLASSES)
+KINDS = ("unconditional", "class", "text", "guided")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory):
+    with helpers.quick_compilation(tmp_path_factory.mktemp("compiled")):
+        yield
+
+
+def save_transformer(directory, pictures_dir, tokenizer, kind, bpe):
+    """A stage-2 model directory; its weights are large enough for a condition to change the codes."""
+    settings = {"tokenizer": str(tokenizer)}
+    if kind == "text":
+        settings["data__text_tokenizer"] = str(bpe)
+    if kind == "guided":
+        settings |= {"model__use_null_cond": True, "loss__cond_dropout": 0.1}
+    config = helpers.transformer_config(pictures_dir, "class" if kind == "guided" else kind, **settings)
+    run = train_transformer.prepare(config)
+    variables = jax.jit(functools.partial(models.init_variables, run["model"]))(jax.random.key(2))
+    variables["codebook"] = {"codebook_KE": run["tokenizer"].variables["codebook"]["codebook_KE"]}
+    variables["params"] = jax.tree.map(lambda x: 6 * x, variables["params"])
+    written = {**config.to_dict(), "class_names": run["dataset"].class_names}
+    checkpoint.save_model(directory, written, jax.tree.map(np.asarray, variables))
+    if kind == "text":
+        shutil.copy(bpe, directory / train_transformer.TEXT_TOKENIZER)
+    checkpoint.bind_tokenizer(directory, run["tokenizer"])
+
+
+@dataclasses.dataclass
+class Models:
+    """Stage-2 directories by kind, the stage-1 directory, the pictures."""
+
+    stage2: dict[str, Path]
+    stage1: Path
+    pictures: Path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    pictures_dir = helpers.write_pictures(root / "pictures")
+    tokenizer = helpers.save_tokenizer(root / "tokenizer", pictures_dir)
+    train_tokenizer((path.read_text() for path in sorted(pictures_dir.rglob("*.txt"))), 40, root / "bpe.json")
+    for kind in KINDS:
+        save_transformer(root / kind, pictures_dir, tokenizer, kind, root / "bpe.json")
+    (root / "bpe.json").unlink()
+    return Models({kind: root / kind for kind in KINDS}, tokenizer, pictures_dir)
+
+
+@dataclasses.dataclass
+class Drawn:
+    """What one run wrote."""
+
+    out: Path
+    codes: np.ndarray
+    ids: np.ndarray
+    cond: np.ndarray | None
+    settings: dict
+
+    def image(self, image_id: int) -> np.ndarray:
+        """uint8 (H, W, C)."""
+        return np.asarray(Image.open(self.out / "images" / f"{image_id:06d}.png"))
+
+
+def draw(trained, out, *flags, kind="unconditional", num=3, batch=3, first=0) -> Drawn:
+    checkpoint_dir = trained.stage2[kind]
+    arguments = [f"--checkpoint={checkpoint_dir}", f"--out={out}", f"--num_images={num}", f"--batch_size={batch}"]
+    grid = sample.run(sample.parse_args([*arguments, f"--first_index={first}", *flags]))
+    assert grid == out / f"grid_{first:06d}.png" and grid.is_file()
+    with np.load(out / f"codes_{first:06d}.npz") as file:
+        codes, ids, cond = file["codes"], file["image_ids"], file["cond"] if "cond" in file else None
+    return Drawn(out, codes, ids, cond, json.loads((out / f"settings_{first:06d}.json").read_text()))
+
+
+# --- what is written ---------------------------------------------------------------------------------------------------
+
+
+def test_pictures_codes_and_settings_are_written(trained, tmp_path):
+    drawn = draw(trained, tmp_path / "out", "--seed=4", "--top_p=0.9", kind="class", num=3, batch=2)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "images", "grid_000000.png", "codes_000000.npz", "settings_000000.json",
+    }  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "out" / "images").iterdir()) == [f"00000{i}.png" for i in range(3)]
+    assert drawn.codes.shape == (3, h, w, D) and drawn.codes.dtype == np.int32
+    assert drawn.codes.min() >= 0 and drawn.codes.max() < K
+    np.testing.assert_array_equal(drawn.ids, [0, 1, 2])
+    np.testing.assert_array_equal(drawn.cond, [[0], [1], [2]])
+    loaded = checkpoint.load_model(trained.stage2["class"])
+    wanted = {"seed": 4, "top_p": 0.9, "temperature": 1.0, "top_k": None, "num_images": 3, "first_index": 0}
+    assert drawn.settings.items() >= wanted.items()
+    assert drawn.settings["tokenizer"] == checkpoint.fingerprint(loaded.tokenizer.variables)
+    images = loaded.tokenizer.model.apply(loaded.tokenizer.variables, drawn.codes, method="decode_codes")
+    for i, image in enumerate(np.asarray(images)):
+        assert np.abs(drawn.image(i) - np.clip(127.5 * image + 127.5, 0, 255)).max() <= 1
+
+
+def test_defaults_of_the_filter_are_the_checkpoints(trained, tmp_path):
+    greedy = shutil.copytree(trained.stage2["unconditional"], tmp_path / "greedy")
+    config = checkpoint.read_config(greedy)
+    config["sample"]["top_k"] = 1
+    checkpoint.write_config(greedy, config)
+    models_by_kind = dataclasses.replace(trained, stage2={"unconditional": greedy})
+    by_default = draw(models_by_kind, tmp_path / "a")
+    assert by_default.settings["top_k"] == 1
+    np.testing.assert_array_equal(by_default.codes, draw(trained, tmp_path / "b", "--temperature=0").codes)
+    overridden = draw(models_by_kind, tmp_path / "c", f"--top_k={K}")
+    np.testing.assert_array_equal(overridden.codes, draw(trained, tmp_path / "d").codes)
+    assert helpers.differs(overridden.codes, by_default.codes)
+
+
+def test_step_and_weights_are_those_asked_for(trained, tmp_path, monkeypatch):
+    asked, load_model = [], checkpoint.load_model
+
+    def load(directory, **options):
+        if directory == str(trained.stage2["unconditional"]):  # the tokenizer is loaded by the same function
+            asked.append(options)
+        return load_model(directory)
+
+    monkeypatch.setattr(checkpoint, "load_model", load)
+    draw(trained, tmp_path / "a", num=1, batch=1)
+    draw(trained, tmp_path / "b", "--step=7", "--no_ema", num=1, batch=1)
+    assert asked == [{"step": None, "ema": True}, {"step": 7, "ema": False}]
+
+
+# --- the same image in any batch ---------------------------------------------------------------------------------------
+
+
+def test_image_depends_on_seed_and_id_alone(trained, tmp_path):
+    whole = draw(trained, tmp_path / "whole", kind="class", num=7, batch=3)
+    assert len(np.unique(whole.codes.reshape(7, -1), axis=0)) == 7
+    others = [
+        draw(trained, tmp_path / "one", kind="class", num=7, batch=1),
+        draw(trained, tmp_path / "eight", kind="class", num=7, batch=8),
+        draw(trained, tmp_path / "slice", kind="class", num=2, batch=3, first=2),
+        draw(trained, tmp_path / "slice", kind="class", num=3, batch=1, first=4),
+    ]
+    assert [list(drawn.ids) for drawn in others] == [[*range(7)], [*range(7)], [2, 3], [4, 5, 6]]
+    for drawn in others:
+        np.testing.assert_array_equal(drawn.codes, whole.codes[drawn.ids])
+        np.testing.assert_array_equal(drawn.cond, whole.cond[drawn.ids])
+        for i in drawn.ids:
+            difference = drawn.image(i).astype(int) - whole.image(i)
+            assert np.abs(difference).max() <= 1
+    another = draw(trained, tmp_path / "seed", "--seed=1", kind="class", num=7, batch=3)
+    assert all(helpers.differs(another.codes[i], whole.codes[i]) for i in range(7))
+
+
+# --- settings of the draw ----------------------------------------------------------------------------------------------
+
+
+def test_greedy_codes_do_not_depend_on_the_seed(trained, tmp_path):
+    greedy = draw(trained, tmp_path / "a", "--temperature=0")
+    again = draw(trained, tmp_path / "b", "--temperature=0", "--seed=9")
+    np.testing.assert_array_equal(greedy.codes, again.codes)
+    assert np.all(greedy.codes == greedy.codes[:1])
+    assert greedy.settings["temperature"] == 0
+    assert helpers.differs(draw(trained, tmp_path / "c").codes, greedy.codes)
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"), [("temperature", [0.0, 1.0, 1.0]), ("top_k", [1, K, K]), ("top_p", [0.0, 1.0, 1.0])]
+)
+def test_lists_hold_one_value_per_depth(trained, tmp_path, flag, values):
+    greedy = draw(trained, tmp_path / "greedy", "--temperature=0", num=6, batch=6)
+    drawn = draw(trained, tmp_path / "drawn", f"--{flag}={','.join(map(str, values))}", num=6, batch=6)
+    assert drawn.settings[flag] == values
+    # Nothing stands before the first code, so that the greedy one is the same for all images; the next is drawn.
+    np.testing.assert_array_equal(drawn.codes[:, 0, 0, 0], greedy.codes[:, 0, 0, 0])
+    assert len(np.unique(drawn.codes[:, 0, 0, 1:], axis=0)) > 1
+
+
+def test_prefix_is_kept_and_the_rest_is_drawn_again(trained, tmp_path):
+    first = draw(trained, tmp_path / "a")
+    prefix = f"--prefix={tmp_path / 'a' / 'codes_000000.npz'}"
+    drawn = draw(trained, tmp_path / "b", prefix, "--prefix_positions=3", "--seed=1")
+    before, after = (codes.reshape(3, h * w, D) for codes in (first.codes, drawn.codes))
+    np.testing.assert_array_equal(after[:, :3], before[:, :3])
+    assert all(helpers.differs(after[i, 3:], before[i, 3:]) for i in range(3))
+    # With the same seed an image goes on as it did.
+    same = draw(trained, tmp_path / "c", prefix, "--prefix_positions=3")
+    np.testing.assert_array_equal(same.codes, first.codes)
+    whole = draw(trained, tmp_path / "d", prefix, f"--prefix_positions={h * w}", "--seed=1")
+    np.testing.assert_array_equal(whole.codes, first.codes)
+
+
+def test_prefix_of_a_slice_belongs_to_its_images(trained, tmp_path):
+    whole = draw(trained, tmp_path / "whole", num=5, batch=3)
+    draw(trained, tmp_path / "slice", num=3, first=2)
+    prefix = f"--prefix={tmp_path / 'slice' / 'codes_000002.npz'}"
+    drawn = draw(trained, tmp_path / "b", prefix, "--prefix_positions=5", "--seed=1", num=3, first=2)
+    kept = drawn.codes.reshape(3, h * w, D)[:, :5]
+    np.testing.assert_array_equal(kept, whole.codes.reshape(5, h * w, D)[2:, :5])
+
+
+def test_guidance_of_one_is_none_and_more_is_more(trained, tmp_path):
+    plain = draw(trained, tmp_path / "a", kind="guided")
+    one = draw(trained, tmp_path / "b", "--guidance=1", kind="guided")
+    np.testing.assert_array_equal(one.codes, plain.codes)
+    more = draw(trained, tmp_path / "c", "--guidance=4", kind="guided")
+    assert more.settings["guidance"] == 4 and helpers.differs(more.codes, plain.codes)
+
+
+# --- conditions --------------------------------------------------------------------------------------------------------
+
+
+def test_classes_go_by_number_and_by_name(trained, tmp_path):
+    by_number = draw(trained, tmp_path / "a", "--classes=4,1", kind="class", num=5)
+    by_name = draw(trained, tmp_path / "b", "--classes=Elk, bee", kind="class", num=5)
+    np.testing.assert_array_equal(by_number.cond, [[4], [1], [4], [1], [4]])
+    np.testing.assert_array_equal(by_name.cond, by_number.cond)
+    np.testing.assert_array_equal(by_name.codes, by_number.codes)
+    all_classes = draw(trained, tmp_path / "c", kind="class", num=6)
+    np.testing.assert_array_equal(all_classes.cond[:, 0], [0, 1, 2, 3, 4, 0])
+    np.testing.assert_array_equal(all_classes.codes[1], by_name.codes[1])  # the same image id and class
+    assert helpers.differs(all_classes.codes[0], by_name.codes[0])
+
+
+def test_prompts_go_through_the_runs_own_tokenizer(trained, tmp_path):
+    prompts = ["a red round bee", "green elk"]
+    drawn = draw(trained, tmp_path / "a", *(f"--prompt={text}" for text in prompts), kind="text")
+    tokenizer = load_tokenizer(trained.stage2["text"] / "text_tokenizer.json", 6)
+    np.testing.assert_array_equal(drawn.cond, tokenizer([prompts[0], prompts[1], prompts[0]]))
+    swapped = draw(trained, tmp_path / "b", *(f"--prompt={text}" for text in prompts[::-1]), kind="text")
+    assert all(helpers.differs(drawn.codes[i], swapped.codes[i]) for i in range(3))
+    assert drawn.settings["prompt"] == prompts
+
+
+def test_grid_says_what_each_image_is(trained, tmp_path, monkeypatch):
+    seen, captioned_grid = {}, pictures.captioned_grid
+
+    def grid(images, captions, **options):
+        seen.update(images=images, captions=captions)
+        return captioned_grid(images, captions, **options)
+
+    monkeypatch.setattr(pictures, "captioned_grid", grid)
+    drawn = draw(trained, tmp_path, "--classes=dog,0", kind="class", num=3, first=1)
+    assert seen["captions"] == ["ape", "dog", "ape"]
+    np.testing.assert_array_equal(seen["images"], np.stack([drawn.image(i) for i in (1, 2, 3)]))
+
+
+# --- neighbours --------------------------------------------------------------------------------------------------------
+
+
+def test_neighbours_are_the_nearest_training_pictures(trained, tmp_path, monkeypatch):
+    loaded = checkpoint.load_model(trained.stage2["unconditional"])
+    paths = sorted((trained.pictures / "train").rglob("*.png"))
+    training = np.stack([np.asarray(Image.open(path)) for path in paths])
+    noisy = np.clip(training[[4, 11]].astype(int) + 3, 0, 255).astype(np.uint8)
+    seen = {}
+    monkeypatch.setattr(pictures, "labelled_grid", lambda rows, scale: seen.update(rows))
+    sample.neighbour_sheet(loaded, noisy, 2)
+    assert list(seen) == ["sample", "nearest 1", "nearest 2"]
+    np.testing.assert_array_equal(seen["sample"], noisy)
+    np.testing.assert_array_equal(seen["nearest 1"], training[[4, 11]])
+    distances = np.mean((training[None].astype(float) - noisy[:, None]) ** 2, axis=(2, 3, 4))
+    np.testing.assert_array_equal(seen["nearest 2"], training[np.argsort(distances, axis=1)[:, 1]])
+    seen.clear()
+    sample.neighbour_sheet(loaded, noisy, 99)
+    assert len(seen) == 1 + len(training)
+
+
+def test_neighbour_sheet_is_written_when_asked_for(trained, tmp_path):
+    draw(trained, tmp_path / "a", "--neighbours=2")
+    assert (tmp_path / "a" / "neighbours_000000.png").is_file()
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "no images": ("unconditional", ["--num_images=0"], "--num_images: 0 must be at least 1"),
+    "no batch": ("unconditional", ["--batch_size=0"], "--batch_size: 0 must be at least 1"),
+    "index": ("unconditional", ["--first_index=-1"], "--first_index: -1 must be at least 0"),
+    "seed": ("unconditional", ["--seed=-2"], "--seed: -2 must be at least 0"),
+    "neighbours": ("unconditional", ["--neighbours=-1"], "--neighbours: -1 must be at least 0"),
+    "temperature": ("unconditional", ["--temperature=-0.5"], "temperature: -0.5 must be at least 0"),
+    "top_k": ("unconditional", ["--top_k=0"], "top_k: 0 must be at least 1"),
+    "top_p": ("unconditional", ["--top_p=1.2"], r"top_p: 1.2 is outside \[0, 1\]"),
+    "depths": ("unconditional", ["--top_p=0.5,0.6"], r"top_p: \[0.5, 0.6\] has shape \(2,\); give one value, or 3"),
+    "guidance": ("class", ["--guidance=2"], "guidance: 2.0 needs a model trained with use_null_cond"),
+    "classes of none": ("unconditional", ["--classes=1"], "--classes: 1 is for a class-conditional model, this one is unc"),
+    "classes of text": ("text", ["--classes=1"], "--classes: 1 is for a class-conditional model, this one is text"),
+    "prompt of classes": ("class", ["--prompt=bee"], r"--prompt: \['bee'\] is for a text-conditional model, this one is class"),
+    "no prompt": ("text", [], "--prompt: missing, this model draws pictures of a text"),
+    "class number": ("class", ["--classes=1,5"], "--classes: '5' is no class; allowed are 0..4 and ape, bee, cat, dog, elk"),
+    "class name": ("class", ["--classes=fox"], "--classes: 'fox' is no class"),
+    "negative class": ("class", ["--classes=-1"], "--classes: '-1' is no class"),
+    "prefix alone": ("unconditional", ["--prefix=codes.npz"], "--prefix: codes.npz and --prefix_positions: 0 belong together"),
+    "positions alone": ("unconditional", ["--prefix_positions=2"], "--prefix: None and --prefix_positions: 2 belong together"),
+    "missing prefix": ("unconditional", ["--prefix=gone.npz", "--prefix_positions=2"], "--prefix: 'gone.npz' is no .npz file"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def nothing_compiles(monkeypatch):
+    def fail(*_):
+        raise AssertionError("arguments must be refused before anything compiles")
+
+    monkeypatch.setattr(sampling, "_generate", fail)
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_arguments_are_refused_in_one_line(trained, tmp_path, nothing_compiles, case):
+    kind, flags, message = REFUSED[case]
+    arguments = [f"--checkpoint={trained.stage2[kind]}", f"--out={tmp_path / 'out'}", *flags]
+    with pytest.raises(ValueError, match=message) as error:
+        sample.run(sample.parse_args(arguments))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arrays", "positions", "message"),
+    [
+        ({"tokens": np.zeros((2, h, w, D), int)}, 2, "--prefix: '.*' has no array 'codes'"),
+        ({"codes": np.zeros((2, h * w, D), int)}, 2, r"--prefix: codes of shape \(2, 8, 3\) are not \(n, h, w, D\)"),
+        ({"codes": np.zeros((2, h, w, D), int)}, 9, "--prefix_positions: 9 is more than the 8 positions of the codes"),
+        ({"codes": np.full((2, h, w, D), K)}, 2, r"prefix: code 13 is outside \[0, 13\), the codebook of depth 0"),
+        ({"codes": np.zeros((2, h, w, D + 1), int)}, 2, r"prefix: shape \(36, 2, 4\) does not fit"),
+    ],
+)
+def test_bad_prefixes_are_refused(trained, tmp_path, nothing_compiles, arrays, positions, message):
+    np.savez(tmp_path / "codes.npz", **arrays)
+    arguments = [f"--checkpoint={trained.stage2['unconditional']}", f"--out={tmp_path / 'out'}"]
+    arguments += [f"--prefix={tmp_path / 'codes.npz'}", f"--prefix_positions={positions}"]
+    with pytest.raises(ValueError, match=message) as error:
+        sample.run(sample.parse_args(arguments))
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_directories_without_a_transformer_are_refused(trained, tmp_path, nothing_compiles):
+    cases = {trained.stage1: "carries no tokenizer; give the directory of a stage-2 run", tmp_path / "gone": "is no run directory"}
+    for directory, message in cases.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+            sample.run(sample.parse_args([f"--checkpoint={directory}", f"--out={tmp_path / 'out'}"]))
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_command_line_ends_with_one_line(tmp_path):
+    command = [sys.executable, "sample.py", f"--checkpoint={tmp_path / 'gone'}", f"--out={tmp_path / 'out'}"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and "gone" in lines[0], result.stderr
