@@ -68,7 +68,8 @@ def check_filter(temperature: Any, top_k: Any, top_p: Any) -> None:
     _check(
         "temperature", temperature, lambda v: v >= 0, "must be at least 0 (0 takes the most probable code)"
     )
-    _check("top_k", top_k, lambda v: v >= 1, "must be at least 1; leave it out to keep all codes")
+    whole = "must be at least 1 and whole; leave it out to keep all codes"
+    _check("top_k", top_k, lambda v: (v >= 1) & (v == np.floor(v)), whole)
     _check("top_p", top_p, lambda v: (v >= 0) & (v <= 1), "is outside [0, 1]; leave it out to keep all codes")
 
 
@@ -129,6 +130,8 @@ def generate(
         )
     cond = _check_cond(model, cond, num_images)
     prefix = _check_prefix(model, prefix, num_images)
+    if guidance is not None and not isinstance(guidance, jax.core.Tracer) and not np.isfinite(guidance):
+        raise ValueError(f"guidance: {guidance} must be a finite number, or None for no guidance")
     if guidance is not None and not model.use_null_cond:
         raise ValueError(
             f"guidance: {guidance} needs a model trained with use_null_cond; leave it out for this one"

@@ -182,7 +182,7 @@ def _check_optimizer(optim: SimpleNamespace) -> None:
         raise ValueError(f"optim.learning_rate: {optim.learning_rate} must be above 0")
     if not 0 <= optim.final_learning_rate <= optim.learning_rate:
         raise ValueError(
-            f"optim.final_learning_rate: {optim.final_learning_rate} is outside [0, {optim.learning_rate}], up to the peak"
+            f"optim.final_learning_rate: {optim.final_learning_rate} is outside [0, {optim.learning_rate}], the peak"
         )
     if not 0 <= optim.warmup_steps <= optim.total_steps:
         raise ValueError(

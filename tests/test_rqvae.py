@@ -355,6 +355,10 @@ SETTINGS = {
     "codebook": ({"codebook_size": (7, 7)}, r"^codebook_size: \(7, 7\) has one entry per depth, but"),
     "decay": ({"codebook_decay": 2.0}, r"^codebook_decay: 2.0 is outside \[0, 1\]$"),
     "update": ({"codebook_update": "never"}, r"^codebook_update: 'never' is unknown"),
+    "width": ({"width": 0}, r"^model.width: 0 must be at least 1$"),
+    "blocks": ({"num_res_blocks": 0}, r"^model.num_res_blocks: 0 must be at least 1$"),
+    "groups": ({"norm_groups": 0}, r"^model.norm_groups: 0 must be at least 1$"),
+    "levels": ({"width_multipliers": ()}, r"^model.width_multipliers: \(\) must be one positive integer a level"),
     "dropout": ({"dropout": 1.0}, r"^model.dropout: 1.0 is outside \[0, 1\)$"),
     "unknown": (
         {"widht": 4},

@@ -8,12 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-import helpers
 import sample
 import train_transformer
 from rq_jax import checkpoint, models, pictures, sampling

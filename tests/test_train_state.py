@@ -130,7 +130,7 @@ def test_clipping_acts_only_above_the_norm():
             {"schedule": "constant", "final_learning_rate": 0.05},
             "optim.final_learning_rate: 0.05 is read by 'cosine' only, not by 'constant'; set it to 0",
         ),
-        ({"final_learning_rate": -1.0}, "optim.final_learning_rate: -1.0 is outside [0, 0.1], up to the peak"),
+        ({"final_learning_rate": -1.0}, "optim.final_learning_rate: -1.0 is outside [0, 0.1], the peak"),
         ({"learning_rate": 0.0}, "optim.learning_rate: 0.0 must be above 0"),
         ({"learning_rate": float("nan")}, "optim.learning_rate: nan must be above 0"),
         ({"warmup_steps": 10}, "optim.warmup_steps: 10 is outside 0..9, the steps of the run"),

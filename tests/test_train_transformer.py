@@ -4,13 +4,13 @@ import dataclasses
 import functools
 from typing import Any
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-import helpers
 import train_transformer
 from rq_jax import losses, models, quantize, sharding, train_state
 from rq_jax.data.text import train_tokenizer

@@ -11,11 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import jax
 import numpy as np
 import pytest
 
-import helpers
 import sample
 import train_transformer
 from rq_jax import checkpoint

@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 
+import helpers
 import jax
 import numpy as np
 import pytest
 
-import helpers
 import train_vae
 from configs import rqvae
 from rq_jax import checkpoint, models, sharding

@@ -254,6 +254,13 @@ class RQVAE(nn.Module):
         """Refuse settings that do not fit together, each with one line."""
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"model.dtype: '{self.dtype}' is unknown; allowed are 'float32' and 'bfloat16'")
+        for name in ("width", "num_res_blocks", "z_channels", "in_channels", "norm_groups"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}: {getattr(self, name)} must be at least 1")
+        if not self.width_multipliers or min(self.width_multipliers) < 1:
+            raise ValueError(
+                f"model.width_multipliers: {self.width_multipliers} must be one positive integer a level, at least one"
+            )
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
             raise ValueError(
                 f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)"
@@ -281,7 +288,5 @@ class RQVAE(nn.Module):
                 codebook_update=self.codebook_update, parent=None,
             )
         )  # fmt: skip
-        if self.norm_groups < 1:
-            raise ValueError(f"model.norm_groups: {self.norm_groups} must be at least 1")
         if not 0 <= self.dropout < 1 or math.isnan(self.dropout):
             raise ValueError(f"model.dropout: {self.dropout} is outside [0, 1)")

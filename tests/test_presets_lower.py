@@ -1,0 +1,121 @@
+"""Every preset at full size, on shapes alone: its train step and its sampler lower; no weight is ever made.
+
+Presets that differ in their data and durations alone have one program, which is lowered once.
+"""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import train_transformer
+import train_vae
+from configs import rqtransformer, rqvae
+from rq_jax import models, sampling, train_state
+
+ROWS = 2  # of a micro-batch
+OPTIM = ("name", "learning_rate", "b1", "b2", "weight_decay", "schedule", "clip_norm", "accumulation_steps")
+
+
+def program_of(config, **sections) -> str:
+    """All that the program of a preset depends on, as a key."""
+    optim = {name: config.optim[name] for name in OPTIM}
+    sections = {"loss": dict(config.loss), "optim": optim, "ema_decay": config.loop.ema_decay, **sections}
+    return json.dumps(sections, sort_keys=True)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+def lower_step(make_step, variables, batch, program, *more):
+    """The states before and after a lowered step, as shapes, and the shapes of its metrics."""
+    optimizer = train_state.make_optimizer(**program["optim"], total_steps=1000, warmup_steps=10)
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    use_ema = program["ema_decay"] > 0
+    state = jax.eval_shape(lambda v, rng: train_state.create_state(v, optimizer, rng, use_ema), variables, rng)
+    step = make_step(optimizer=optimizer, ema_decay=program["ema_decay"])
+    lowered = jax.jit(step, donate_argnums=0).lower(state, batch, *more)
+    after, metrics = lowered.out_info
+    return shapes(state), shapes(after), {name: value.shape for name, value in metrics.items()}
+
+
+# --- stage 1 -----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def lower_tokenizer(program: str):
+    program = json.loads(program)
+    model = models.create(**program["model"])
+    make_step = functools.partial(train_vae.make_train_step, model, loss=train_vae.Losses(**program["loss"]))
+    batch = {"image": jax.ShapeDtypeStruct((ROWS, *model.image_shape, model.in_channels), jnp.float32)}
+    return lower_step(make_step, models.abstract_variables(model), batch, program)
+
+
+@pytest.mark.parametrize("preset", rqvae.PRESETS)
+def test_train_step_of_a_tokenizer_lowers(preset):
+    config = rqvae.get_config(preset)
+    before, after, metrics = lower_tokenizer(program_of(config, model=dict(config.model)))
+    assert after == before
+    assert metrics == {
+        "loss": (), "reconstruction_loss": (), "commitment_loss": (), "gradient_norm": (), "learning_rate": (),
+        "skipped_steps": (), "code_counts": (config.model.code_shape[-1], config.model.codebook_size),
+    }  # fmt: skip
+
+
+# --- stage 2 -----------------------------------------------------------------------------------------------------------
+
+
+def settings_of(preset):
+    """The config, the model's settings with what the paired tokenizer decides, and the tokenizer's settings."""
+    config = rqtransformer.get_config(preset)
+    tokenizer = dict(rqvae.get_config(config.tokenizer_preset).model)
+    filled = {name: tokenizer[name] for name in ("codebook_size", "code_shape", "code_dim", "use_shared_codebook")}
+    return config, {**config.model, **filled}, tokenizer
+
+
+@functools.cache
+def lower_transformer(program: str):
+    program = json.loads(program)
+    model, tokenizer = models.create(**program["model"]), models.create(**program["tokenizer"])
+    loss = train_transformer.Losses(**program["loss"])
+    loss.check(model)
+    make_step = functools.partial(train_transformer.make_train_step, model, tokenizer, loss=loss)
+    rows = ROWS * program["optim"]["accumulation_steps"]
+    batch = {"image": jax.ShapeDtypeStruct((rows, *tokenizer.image_shape, tokenizer.in_channels), jnp.float32)}
+    if model.is_conditional:
+        batch["cond"] = jax.ShapeDtypeStruct((rows, model.cond_length), jnp.int32)
+    variables, frozen = models.abstract_variables(model), models.abstract_variables(tokenizer)
+    return lower_step(make_step, variables, batch, program, frozen)
+
+
+@pytest.mark.parametrize("preset", rqtransformer.PRESETS)
+def test_train_step_of_a_transformer_lowers(preset):
+    config, model, tokenizer = settings_of(preset)
+    before, after, metrics = lower_transformer(program_of(config, model=model, tokenizer=tokenizer))
+    assert after == before
+    names = ["loss", "gradient_norm", "learning_rate", "skipped_steps"] + ["text_loss"] * bool(config.data.text_key)
+    assert metrics == {"code_loss": (model["code_shape"][-1],), **dict.fromkeys(names, ())}
+
+
+@functools.cache
+def lower_sampler(program: str):
+    program = json.loads(program)
+    model = models.create(**program["model"])
+    cond = np.zeros((ROWS, model.cond_length), int) if model.is_conditional else None
+
+    def generate(variables, rng):
+        return sampling.generate(model, variables, rng, ROWS, cond, **program["sample"])
+
+    rng = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.jit(generate).lower(models.abstract_variables(model), rng).out_info
+
+
+@pytest.mark.parametrize("preset", rqtransformer.PRESETS)
+def test_sampler_of_a_transformer_lowers(preset):
+    config, model, _ = settings_of(preset)
+    codes = lower_sampler(json.dumps({"model": model, "sample": dict(config.sample)}, sort_keys=True))
+    assert (codes.shape, codes.dtype) == ((ROWS, *model["code_shape"]), jnp.int32)
