@@ -62,7 +62,7 @@ def test_train_step_of_a_tokenizer_lowers(preset):
     assert after == before
     assert metrics == {
         "loss": (), "reconstruction_loss": (), "commitment_loss": (), "gradient_norm": (), "learning_rate": (),
-        "skipped_steps": (), "code_counts": (config.model.code_shape[-1], config.model.codebook_size),
+        "skipped_share": (), "code_counts": (config.model.code_shape[-1], config.model.codebook_size),
     }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ def test_train_step_of_a_transformer_lowers(preset):
     config, model, tokenizer = settings_of(preset)
     before, after, metrics = lower_transformer(program_of(config, model=model, tokenizer=tokenizer))
     assert after == before
-    names = ["loss", "gradient_norm", "learning_rate", "skipped_steps"] + ["text_loss"] * bool(config.data.text_key)
+    names = ["loss", "gradient_norm", "learning_rate", "skipped_share"] + ["text_loss"] * bool(config.data.text_key)
     assert metrics == {"code_loss": (model["code_shape"][-1],), **dict.fromkeys(names, ())}
 
 
