@@ -145,7 +145,10 @@ def make_train_step(model, tokenizer, optimizer: train_state.Optimizer, loss: Lo
             loss_D = loss.by_depth(model, variables, hidden, codes, residuals, codebook, soft).mean(0)
             total, parts = loss.image_weight * loss_D.mean(), {"code_loss": loss_D}
             if loss.text_weight:
-                parts["text_loss"] = losses.cross_entropy(cond_logits, batch["cond"][:, 1:]).mean()
+                text_loss_BU = losses.cross_entropy(cond_logits, batch["cond"][:, 1:])
+                if loss.cond_dropout:  # a caption that was left out teaches nothing
+                    text_loss_BU = jnp.where(dropped, 0.0, text_loss_BU) / jnp.maximum(jnp.mean(~dropped), 1e-9)
+                parts["text_loss"] = text_loss_BU.mean()
                 total += loss.text_weight * parts["text_loss"]
             return total, parts
 
@@ -498,7 +501,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
         load_tokenizer(config.data.text_tokenizer, config.data.text_length).save(Path(workdir) / TEXT_TOKENIZER)
     tokenizer_variables = jax.device_put(run["tokenizer"].variables, sharding.replicated(run["mesh"]))
     counts_DK = count_codes(run, tokenizer_variables)
-    report_usage(counts_DK, run["model"].codebook_sizes)
+    report_usage(counts_DK, run["model"].codebook_sizes, run["model"].use_shared_codebook)
     if run["loss"].use_soft_labels or run["loss"].use_stochastic_codes:
         report_soft_codes(run, tokenizer_variables)
     unigram_D = unigram_mark(run, tokenizer_variables, counts_DK)
@@ -527,11 +530,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
     return state
 
 
-def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...]) -> None:
+def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...], shared: bool) -> None:
     """Print how much of the codebook the training pictures use, over all depths and at each."""
     inside_DK = np.arange(counts_DK.shape[1]) < np.asarray(sizes)[:, None]
     by_depth = ", ".join(f"{100 * np.mean(row[:K] > 0):.1f}" for row, K in zip(counts_DK, sizes, strict=True))
-    used, available = (counts_DK.sum(0) > 0).sum(), inside_DK.any(0).sum()
+    # One table is used by all depths together; of several tables each counts its own codes.
+    used_DK = (counts_DK.sum(0, keepdims=True) > 0) if shared else (counts_DK > 0)
+    used, available = used_DK.sum(), (inside_DK[:1] if shared else inside_DK).sum()
     print(
         f"tokenizer: {100 * used / available:.1f} % of its codes used on training pictures; by depth {by_depth} %"
     )

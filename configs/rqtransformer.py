@@ -210,6 +210,7 @@ def base() -> ConfigDict:
         "code_dim": placeholder(int),
         "model_dim": 1536,
         "num_heads": 24,
+        "depth_num_heads": placeholder(int),
         "spatial_layers": 24,
         "depth_layers": 4,
         "cond_vocab_size": 1,

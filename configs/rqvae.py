@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from configs import common
 
@@ -110,6 +110,11 @@ PRESETS: dict[str, common.Overrides] = {
 }
 
 
+def _any(value: Any) -> FieldReference:
+    """A setting that is one number or several; models.create checks its type."""
+    return FieldReference(value, field_type=object)
+
+
 def base() -> ConfigDict:
     """The released ImageNet tokenizer without its data set and durations (paper, section 4).
 
@@ -119,7 +124,7 @@ def base() -> ConfigDict:
     config = common.base()
     config.model = {
         "name": "rqvae",
-        "image_size": 256,
+        "image_size": _any(256),  # or (height, width)
         "in_channels": 3,
         "width": 128,
         "width_multipliers": (1, 1, 2, 2, 4, 4),
@@ -132,9 +137,9 @@ def base() -> ConfigDict:
         "norm_groups": 32,
         "code_dim": 256,
         "code_shape": (8, 8, 4),
-        "codebook_size": 16384,
+        "codebook_size": _any(16384),  # or one for each depth
         "use_shared_codebook": True,
-        "codebook_decay": 0.99,
+        "codebook_decay": _any(0.99),  # or one for each depth
         "use_restart": True,
         "codebook_update": "sequential",
         "use_kmeans_init": False,

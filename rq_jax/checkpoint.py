@@ -121,13 +121,21 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
       FileNotFoundError: the directory is no run and no model directory.
+      ValueError: its config.json is not one of ours.
     """
     path = Path(directory) / _CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f"'{directory}' is no run directory: it has no {_CONFIG}; give the --workdir of a training run"
         )
-    return json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+        named = isinstance(config["model"]["name"], str)
+    except (ValueError, KeyError, TypeError, IndexError):
+        named = False
+    if not named:
+        raise ValueError(f"'{directory}' is no run directory: its {_CONFIG} names no model of ours")
+    return config
 
 
 def save_model(directory: str | os.PathLike, config: dict[str, Any], variables: dict[str, Any]) -> None:
@@ -269,13 +277,12 @@ def _read_checkpoint(
     import orbax.checkpoint as ocp
 
     best, steps = _steps(directory / _BEST), _steps(directory / _CHECKPOINTS)
-    root = directory / _CHECKPOINTS
-    if step is None and best:
-        root, steps = directory / _BEST, best
-    if not steps or (step is not None and step not in steps):
+    if step is None and (best or steps):
+        step = (best or steps)[-1]
+    if step not in best + steps:
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise FileNotFoundError(f"'{directory}' holds no {wanted}; there are steps {steps or '(none)'}")
-    path = root / str(steps[-1] if step is None else step)
+        raise FileNotFoundError(f"'{directory}' holds no {wanted}; there are steps {sorted(best + steps) or '(none)'}")
+    path = directory / (_BEST if step in best else _CHECKPOINTS) / str(step)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), template)
     params = "ema_params" if ema and (path / "ema_params").is_dir() else "params"

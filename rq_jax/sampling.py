@@ -37,10 +37,11 @@ def filter_logits(
     """
     check_filter(temperature, top_k, top_p)
     K = logits.shape[-1]
-    logits = logits.astype(jnp.float32)
-    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    # +inf becomes a number that stays finite when it is divided by a small temperature.
+    logits = jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=1e30, neginf=-jnp.inf)
     best = jax.nn.one_hot(jnp.argmax(logits, -1), K)
-    greedy = jnp.asarray(temperature) == 0
+    # A row without any finite logit has no distribution; its first index is a code all the same.
+    greedy = (jnp.asarray(temperature) == 0) | jnp.all(logits == -jnp.inf, -1, keepdims=True)
     logits = logits / jnp.where(greedy, 1.0, temperature)
     top_k = jnp.minimum(K if top_k is None else top_k, K)
     top_p = jnp.asarray(1.0 if top_p is None else top_p, jnp.float32)
@@ -139,7 +140,7 @@ def generate(
     K = max(model.codebook_sizes)
     settings = (
         _per_depth("temperature", temperature, D, jnp.float32),
-        _per_depth("top_k", K if top_k is None else np.minimum(top_k, K), D, jnp.int32),
+        _per_depth("top_k", K if top_k is None else _array(top_k).clip(max=K), D, jnp.int32),
         _per_depth("top_p", 1.0 if top_p is None else top_p, D, jnp.float32),
     )
     guidance = None if guidance is None else jnp.float32(guidance)
@@ -199,11 +200,10 @@ def _draw(keys_B: jax.Array, probabilities_BK: jax.Array) -> jax.Array:
 
 
 def _per_depth(name: str, value: Any, depth: int, dtype: Any) -> jax.Array:
-    value = np.asarray(value)
+    value = _array(value)
     if value.shape not in ((), (1,), (depth,)):
-        raise ValueError(
-            f"{name}: {value.tolist()} has shape {value.shape}; give one value, or {depth}, one per depth"
-        )
+        shown = "" if isinstance(value, jax.Array) else f"{value.tolist()} "
+        raise ValueError(f"{name}: {shown}has shape {value.shape}; give one value, or {depth}, one per depth")
     return jnp.broadcast_to(jnp.asarray(value, dtype), (depth,))
 
 
@@ -217,6 +217,11 @@ def _check_codebook(variables: Any) -> None:
             )
 
 
+def _array(value: Any) -> Any:
+    """On the host, where its values can be checked; inside a compiled program it stays a tracer."""
+    return value if isinstance(value, jax.core.Tracer) else np.asarray(value)
+
+
 def _check_cond(model: Any, cond: Any, num_images: int) -> jax.Array:
     if cond is None:
         if model.is_conditional:
@@ -226,14 +231,14 @@ def _check_cond(model: Any, cond: Any, num_images: int) -> jax.Array:
         return jnp.zeros((num_images, 1), jnp.int32)
     if not model.is_conditional:
         raise ValueError("cond: this model is unconditional; leave the condition out")
-    cond = np.asarray(cond)
+    cond = _array(cond)
     cond = cond[:, None] if cond.ndim == 1 else cond
     if cond.shape != (num_images, model.cond_length):
         raise ValueError(
             f"cond: shape {cond.shape} does not fit; allowed is {(num_images, model.cond_length)}"
         )
-    bad = cond[(cond < 0) | (cond >= model.cond_vocab_size)]
-    if bad.size:
+    bad = [] if isinstance(cond, jax.Array) else cond[(cond < 0) | (cond >= model.cond_vocab_size)]
+    if len(bad):
         what = "class" if model.cond_length == 1 else "condition token"
         raise ValueError(f"cond: {what} {bad[0]} is outside [0, {model.cond_vocab_size})")
     return jnp.asarray(cond, jnp.int32)
@@ -243,13 +248,13 @@ def _check_prefix(model: Any, prefix: Any, num_images: int) -> jax.Array:
     h, w, D = model.code_shape
     if prefix is None:
         return jnp.zeros((num_images, 0, D), jnp.int32)
-    prefix = np.asarray(prefix)
+    prefix = _array(prefix)
     if prefix.ndim != 3 or prefix.shape[0] != num_images or prefix.shape[2] != D or prefix.shape[1] > h * w:
         raise ValueError(
             f"prefix: shape {prefix.shape} does not fit; allowed is ({num_images}, 0..{h * w}, {D})"
         )
     bad = (prefix < 0) | (prefix >= np.asarray(model.codebook_sizes))
-    if bad.any():
+    if not isinstance(prefix, jax.Array) and bad.any():
         d = int(np.argwhere(bad)[0][-1])
         raise ValueError(
             f"prefix: code {prefix[bad][0]} is outside [0, {model.codebook_sizes[d]}), the codebook of depth {d}"

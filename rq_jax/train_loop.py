@@ -72,19 +72,20 @@ class LoopSettings:
 def resolve_durations(
     section: Mapping[str, Any], prefix: str, names: tuple[str, ...], steps_per_epoch: int
 ) -> dict[str, Any]:
-    """Replace `<name>_epochs` by `<name>_steps` in a config section; a number of steps, where set, has precedence.
+    """Replace `<name>_epochs` by `<name>_steps` in a config section; 0 gives way to the other of the two.
 
     Raises:
-      ValueError: neither of the two is set.
+      ValueError: neither of the two is set, or both.
     """
     settings = dict(section)
     for name in names:
         steps, epochs = settings.get(f"{name}_steps"), settings.pop(f"{name}_epochs", None)
+        both = f"{prefix}.{name}_steps and {prefix}.{name}_epochs are both"
         if steps is None and epochs is None:
-            raise ValueError(
-                f"{prefix}.{name}_steps and {prefix}.{name}_epochs are both unset; set one of them"
-            )
-        settings[f"{name}_steps"] = round(epochs * steps_per_epoch) if steps is None else steps
+            raise ValueError(f"{both} unset; set one of them")
+        if steps and epochs:
+            raise ValueError(f"{both} set, to {steps} and {epochs}; set the one that is not wanted to 0")
+        settings[f"{name}_steps"] = steps or round((epochs or 0) * steps_per_epoch)
     return settings
 
 

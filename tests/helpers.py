@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import AxisType
 from PIL import Image
 
@@ -195,3 +196,12 @@ def read_metrics(workdir):
         step = record.pop("step")
         merged.setdefault(step, {}).update({k: v for k, v in record.items() if not k.endswith("_per_second")})
     return merged
+
+
+def where_certain(params, opt_state) -> Any:
+    """The parameters after Adam's first step, with zeros where their gradient is small beside others of its leaf.
+
+    That step is the learning rate in the direction of the gradient, whatever its size: rounding decides there.
+    """
+    mean_grads = optax.tree.get(opt_state, "mu")
+    return jax.tree.map(lambda p, g: np.where(np.abs(g) > 1e-3 * np.abs(g).max(), p, 0), params, mean_grads)

@@ -211,6 +211,7 @@ def test_load_model_prefers_the_best(run):
     assert_loaded(load_model(run), model_state_of("rqvae", 4))
     assert_loaded(load_model(run, ema=False), model_state_of("rqvae", 4), ema=False)
     assert_loaded(load_model(run, step=5), model_state_of("rqvae", 5))
+    assert_loaded(load_model(run, step=4), model_state_of("rqvae", 4))
 
 
 @pytest.mark.parametrize("step", [4, 3])
@@ -342,3 +343,10 @@ def test_a_stage_2_directory_carries_its_tokenizer_and_is_none(tmp_path):
         checkpoint.load_tokenizer(workdir)
     expected = f"'{workdir}' holds a 'rqtransformer', not a stage-1 run ('rqvae'); give the stage-1 --workdir"
     assert str(error.value) == f"tokenizer: {expected}"
+
+
+@pytest.mark.parametrize("text", ['{"architectures": ["Net"]}', "[1]", "{bad", '{"model": {"name": 3}}'])
+def test_a_config_of_somebody_else_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="is no run directory: its config.json names no model of ours"):
+        checkpoint.load_tokenizer(tmp_path)

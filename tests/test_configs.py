@@ -100,7 +100,7 @@ KEYS = {
     "rqtransformer": {
         **SHARED_KEYS,
         "loop": SHARED_KEYS["loop"] + " early_stopping_evaluations use_latent_cache",
-        "model": "name codebook_size code_shape code_dim model_dim num_heads spatial_layers depth_layers"
+        "model": "name codebook_size code_shape code_dim model_dim num_heads depth_num_heads spatial_layers depth_layers"
         " cond_vocab_size cond_length use_tokenizer_input use_tokenizer_depth_input use_cumulative_depth"
         " use_shared_token_embedding use_shared_classifier use_attention_bias use_mlp_bias gelu"
         " embedding_dropout attention_dropout residual_dropout use_null_cond use_remat dtype",

@@ -1,5 +1,6 @@
 """The RQ-Transformer's cached methods against its forward pass, and its one-line errors."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -177,3 +178,22 @@ def test_one_size_per_depth_may_be_equal():
     model = create("rqtransformer", **{**BASE, "codebook_size": [K] * D})
     assert model.codebook_sizes == (K,) * D and create("rqtransformer", **{**BASE, **UNEQUAL}).codebook_sizes == SIZES
     assert model.code_dim == E
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+def test_an_unconditional_model_needs_no_condition_at_its_first_call(prefix):
+    model, variables = build()
+    codes = CODES.reshape(B, T, D)[:, :prefix]
+    cache = model.apply(variables, B, method="init_cache")
+    context, _, new = model.apply(variables, codes, None, cache, method="spatial")
+    expected, _, _ = model.apply(variables, codes, jnp.zeros((B, 1), int), cache, method="spatial")
+    np.testing.assert_array_equal(context, expected)
+    assert context.shape == (B, prefix + 1, M) and int(new.spatial.length) == prefix + 1
+
+
+def test_numpy_variables_work_inside_a_compiled_program():
+    model, variables = build(**CLASS)
+    host = jax.tree.map(np.asarray, variables)
+    cond = CONDS["class"]
+    logits = jax.jit(lambda codes: model.apply(host, codes, cond).logits)(CODES)
+    np.testing.assert_allclose(logits, run(model, variables, CODES, cond).logits, atol=1e-5)

@@ -365,7 +365,9 @@ SETTINGS = {
         r"^model.widht: unknown setting of 'rqvae'; allowed are attention_resolutions, code_dim",
     ),
     "missing": ({"code_dim": None}, r"^model.code_dim: 'rqvae' needs it and it is not set$"),
-    "nested": ({"width_multipliers": {"a": 1}}, r"^model settings are flat, but one is a mapping: {'a': 1}$"),
+    "nested": ({"width_multipliers": {"a": 1}}, r"^model.width_multipliers: {'a': 1} is no tuple\[int, ...\]$"),
+    "size type": ({"codebook_size": 4.5}, r"^model.codebook_size: 4.5 is no int \| tuple\[int, ...\]$"),
+    "switch type": ({"use_remat": 1}, r"^model.use_remat: 1 is no bool$"),
 }
 
 

@@ -273,3 +273,17 @@ def test_keep_best_keeps_the_items_of_highest_score():
 def test_keep_best_needs_a_number_it_can_keep(keep):
     with pytest.raises(ValueError, match=rf"^keep: {keep} is outside 1..5, the number of scores$"):
         keep_best(jnp.ones(5), jnp.ones(5), keep)
+
+
+def test_generate_traces_over_its_arguments():
+    model, variables = build(**CLASS)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
+    arguments = {
+        "cond": jax.ShapeDtypeStruct((B,), jnp.int32),
+        "prefix": jax.ShapeDtypeStruct((B, 2, D), jnp.int32),
+        "temperature": jax.ShapeDtypeStruct((D,), jnp.float32),
+        "top_k": jax.ShapeDtypeStruct((), jnp.int32),
+        "top_p": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    codes = jax.eval_shape(lambda v, rng, kw: generate(model, v, rng, B, **kw), abstract, RNG, arguments)
+    assert codes.shape == (B, h, w, D) and codes.dtype == jnp.int32

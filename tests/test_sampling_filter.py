@@ -139,3 +139,9 @@ def test_mistakes_get_one_line(mistake):
     values, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         filter_logits(LOGITS, **values)
+
+
+def test_infinite_logits_and_rows_without_any_have_a_distribution():
+    rows = jnp.array([[1.0, jnp.inf, 3.0], [jnp.nan] * 3, [-jnp.inf] * 3])
+    for values in ({}, {"top_k": 2}, {"temperature": 0.0}, {"temperature": 0.01}):
+        np.testing.assert_array_equal(filter_logits(rows, **values), [[0, 1, 0], [1, 0, 0], [1, 0, 0]])

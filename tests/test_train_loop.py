@@ -419,8 +419,9 @@ def test_loop_settings_refuses(settings, message):
         ({"total_steps": None, "total_epochs": 3}, 30),
         ({"total_epochs": 0.26}, 3),
         ({"total_epochs": 1.04}, 10),
-        ({"total_steps": 11, "total_epochs": 3}, 11),  # steps have precedence
-        ({"total_steps": 0, "total_epochs": 3}, 0),
+        ({"total_steps": 0, "total_epochs": 3}, 30),  # 0 gives way
+        ({"total_steps": 11, "total_epochs": 0.0}, 11),
+        ({"total_steps": 0, "total_epochs": None}, 0),
     ],
 )
 def test_durations_are_resolved_to_steps(section, expected):
@@ -434,6 +435,13 @@ def test_a_duration_must_be_given():
     with pytest.raises(ValueError) as error:
         train_loop.resolve_durations({"warmup_steps": 1, "total_steps": None}, "loop", ("warmup", "total"), 10)
     assert str(error.value) == "loop.total_steps and loop.total_epochs are both unset; set one of them"
+
+
+def test_a_duration_is_given_once():
+    with pytest.raises(ValueError) as error:
+        train_loop.resolve_durations({"total_steps": 9, "total_epochs": 2.5}, "loop", ("total",), 10)
+    expected = "loop.total_steps and loop.total_epochs are both set, to 9 and 2.5; set the one that is not wanted to 0"
+    assert str(error.value) == expected
 
 
 def test_sections_are_checked():

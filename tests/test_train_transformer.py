@@ -127,7 +127,7 @@ def expected_code_loss(world, step: Step, soft: bool, stochastic: bool, cond=Non
     ("shape", "settings"),
     [
         ((8, 1, 1), {"optim__learning_rate": 0.1}),
-        ((8, 1, 1), {"optim__name": "adamw", "optim__learning_rate": 1e-4, "optim__accumulation_steps": 2}),
+        ((8, 1, 1), {"optim__name": "adamw", "optim__learning_rate": 1e-3, "optim__accumulation_steps": 2}),
         ((2, 2, 2), {"optim__learning_rate": 0.1, "optim__clip_norm": 0.1}),
     ],
     ids=["sgd", "adam, two micro-batches", "parameters split"],
@@ -138,17 +138,20 @@ def test_eight_devices_make_the_step_of_one(world, shape, settings):
     one = make_step(world, batch=batch, **settings)
     eight = make_step(world, mesh=helpers.make_mesh(*shape), batch=batch, **settings)
     helpers.assert_close(eight.metrics, one.metrics)
-    # A key's bias adds the same to all scores of a query: its gradient is noise, which Adam blows up.
-    is_adam = "optim__name" in settings
-    for name in ("params", "ema_params", "opt_state"):
-        trees = [helpers.host(step.end)[name] for step in (eight, one)]
-        if is_adam:
+    one_host, eight_host = helpers.host(one.end), helpers.host(eight.end)
+    for name in ("opt_state", "params", "ema_params"):
+        trees = [eight_host[name], one_host[name]]
+        if "optim__name" in settings:
+            if name != "opt_state":
+                trees = [helpers.where_certain(tree, one_host["opt_state"]) for tree in trees]
             trees = [without_key_bias(tree) for tree in trees]
         helpers.assert_close(*trees)
-    helpers.assert_equal(helpers.host(eight.end)["model_state"], helpers.host(one.end)["model_state"])
+    helpers.assert_equal(eight_host["model_state"], one_host["model_state"])
 
 
 def without_key_bias(tree):
+    """A key's bias adds the same to all scores of a query: all of its gradient is rounding."""
+
     def cut(path, leaf):
         return leaf[:, [0, 2]] if "qkv_bias_3NA" in jax.tree_util.keystr(path) else leaf
 

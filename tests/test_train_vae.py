@@ -71,7 +71,7 @@ def base(start, pictures):
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 def test_eight_devices_make_the_step_of_one(start, pictures, name):
-    settings = {"optim__name": name, "optim__learning_rate": {"sgd": 0.1, "adam": 2e-5}[name]}
+    settings = {"optim__name": name, "optim__learning_rate": {"sgd": 0.1, "adam": 1e-3}[name]}
     one, metrics_one, _ = make_step(start, pictures, **settings)
     eight, metrics_eight, _ = make_step(start, pictures, helpers.make_mesh(8), **settings)
     np.testing.assert_array_equal(metrics_eight.pop("code_counts"), metrics_one.pop("code_counts"))
@@ -81,10 +81,14 @@ def test_eight_devices_make_the_step_of_one(start, pictures, name):
     counts_K = one["model_state"]["codebook"]["counts_K"]
     np.testing.assert_array_equal(eight["model_state"]["codebook"]["counts_K"], counts_K)
     assert 0 < np.sum(counts_K == 1) < helpers.CODEBOOK_SIZE
-    # A key's bias adds the same to all scores of a query: its gradient is noise, which Adam blows up.
-    compared = {"sgd": lambda path: True, "adam": lambda path: "['key']['bias']" not in path}[name]
-    for tree in ("params", "ema_params", "opt_state"):
-        helpers.assert_close(*(helpers.select(state[tree], compared) for state in (eight, one)))
+    for name_of_tree in ("opt_state", "params", "ema_params"):
+        trees = [state[name_of_tree] for state in (eight, one)]
+        if name == "adam":
+            if name_of_tree != "opt_state":
+                trees = [helpers.where_certain(tree, one["opt_state"]) for tree in trees]
+            # A key's bias adds the same to all scores of a query: all of its gradient is rounding.
+            trees = [helpers.select(tree, lambda path: "['key']['bias']" not in path) for tree in trees]
+        helpers.assert_close(*trees)
 
 
 # --- switches ----------------------------------------------------------------------------------------------------------

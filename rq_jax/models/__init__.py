@@ -1,11 +1,12 @@
 """The networks, built by name: `create("rqvae" | "rqtransformer", **settings)`."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 import flax.linen as nn
 import jax
+import numpy as np
 
 from rq_jax.models.rqtransformer import RQTransformer
 from rq_jax.models.rqvae import RQVAE
@@ -37,6 +38,8 @@ def create(name: str, **settings: Any) -> nn.Module:
     missing = [k for k, f in fields.items() if f.default is dataclasses.MISSING and settings.get(k) is None]
     if missing:
         raise ValueError(f"model.{missing[0]}: '{name}' needs it and it is not set")
+    for key, value in settings.items():
+        _check_type(key, value, fields[key].type)
     model = MODELS[name](**{key: _hashable(value) for key, value in settings.items()})
     model.check()
     return model
@@ -52,7 +55,23 @@ def init_variables(model: nn.Module, rng: jax.Array) -> dict[str, Any]:
     return model.init(rng, *model.example_inputs())
 
 
+def _check_type(key: str, value: Any, annotation: Any) -> None:
+    """Refuse a value that the setting's annotation, such as `int | tuple[int, ...]`, does not allow."""
+    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
+    if not any(_fits(value, option) for option in options):
+        allowed = str(annotation).replace("<class '", "").replace("'>", "")
+        raise ValueError(f"model.{key}: {value!r} is no {allowed}")
+
+
+def _fits(value: Any, option: Any) -> bool:
+    if get_origin(option) is tuple:
+        kind = get_args(option)[0]
+        return isinstance(value, (list, tuple)) and all(_fits(item, kind) for item in value)
+    if option in (int, float):
+        number = (int, np.integer) if option is int else (int, float, np.integer, np.floating)
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, option)
+
+
 def _hashable(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        raise ValueError(f"model settings are flat, but one is a mapping: {dict(value)}")
     return tuple(_hashable(item) for item in value) if isinstance(value, (list, tuple)) else value

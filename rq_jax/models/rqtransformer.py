@@ -105,7 +105,7 @@ class RQTransformer(nn.Module):
         )
         self.embedding_drop = nn.Dropout(self.embedding_dropout)
         self.spatial_stack = Stack(self.spatial_layers, self.num_heads, **block)
-        self.depth_stack = Stack(self.depth_layers, self.depth_num_heads or self.num_heads, **block)
+        self.depth_stack = Stack(self.depth_layers, self._depth_heads, **block)
         self.classifier_norm = LayerNorm(self._dtype)
         per_depth = () if self.use_shared_classifier else (D,)
         suffix = "" if self.use_shared_classifier else "D"
@@ -145,7 +145,8 @@ class RQTransformer(nn.Module):
         Args:
           codes: without a cache all positions (B, h, w, D). With one (B, P, D), the P positions that follow those
             in the cache; P may be 0 when a condition is given.
-          cond: with a cache given once, at the first call (zeros (B, 1) for unconditional models).
+          cond: with a cache given once, at the first call. Unconditional models may leave it out, unless the cache
+            enters a compiled program as an argument: then its length is unknown, and zeros (B, 1) mark the first call.
           cache: from `init_cache` or the last call.
 
         Returns:
@@ -159,7 +160,10 @@ class RQTransformer(nn.Module):
             cond = self._condition(cond, B)
             tokens = self._embed_positions(codes_BTD)[:, :-1]  # nothing comes after the last position
         else:
-            start = 0 if cond is not None else cache.spatial.length - self.cond_length
+            length = cache.spatial.length
+            if cond is None and not self.is_conditional and not isinstance(length, jax.core.Tracer) and length == 0:
+                cond = jnp.zeros((B, 1), jnp.int32)  # the start token of a first call
+            start = 0 if cond is not None else length - self.cond_length
             cond = None if cond is None else self._condition(cond, B)
             tokens = self._embed_positions(codes_BTD, start)
         if cond is not None:
@@ -182,7 +186,7 @@ class RQTransformer(nn.Module):
         return (
             outputs,
             cond_logits,
-            TransformerCache(spatial_cache, cache.depth._replace(length=jnp.int32(0))),
+            TransformerCache(spatial_cache, cache.depth._replace(length=np.int32(0))),
         )
 
     def depth(
@@ -236,7 +240,7 @@ class RQTransformer(nn.Module):
     def init_cache(self, batch: int, dtype: Any = None) -> TransformerCache:
         """An empty cache for `batch` pictures; its dtype is that of the computation unless said."""
         (h, w, D), dtype = self.code_shape, self._dtype if dtype is None else dtype
-        depth_heads = self.depth_num_heads or self.num_heads
+        depth_heads = self._depth_heads
         # The last position is never read back, so that the spatial stack sees U + T - 1 tokens.
         rows = self.cond_length + h * w - 1
         return TransformerCache(
@@ -320,6 +324,10 @@ class RQTransformer(nn.Module):
         return self.cond_vocab_size > 1
 
     @property
+    def _depth_heads(self) -> int:
+        return self.num_heads if self.depth_num_heads is None else self.depth_num_heads
+
+    @property
     def _dtype(self) -> jnp.dtype:
         return jnp.dtype(self.dtype)
 
@@ -337,7 +345,7 @@ class RQTransformer(nn.Module):
         return product + bias.astype(jnp.float32)
 
     def _cast(self, x: jax.Array) -> jax.Array:
-        return x.astype(self._dtype)
+        return jnp.asarray(x, self._dtype)
 
     def example_inputs(self, batch: int = 1) -> tuple[jax.Array, ...]:
         """Arguments of `init`: zeros of the right shapes."""
@@ -360,7 +368,7 @@ class RQTransformer(nn.Module):
                 raise ValueError(f"model.{name}: {getattr(self, name)} must be at least 0")
         for name, heads in (
             ("num_heads", self.num_heads),
-            ("depth_num_heads", self.depth_num_heads or self.num_heads),
+            ("depth_num_heads", self._depth_heads),
         ):
             if heads < 1 or self.model_dim % heads:
                 raise ValueError(

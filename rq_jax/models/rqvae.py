@@ -35,7 +35,7 @@ class _Coder(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def _res_block(self, features: int, train: bool, name: str) -> nn.Module:
-        block = nn.remat(ResBlock, prevent_cse=False) if self.use_remat and train else ResBlock
+        block = nn.remat(ResBlock) if self.use_remat and train else ResBlock
         return block(features, self.dropout, self.norm_groups, train, self.dtype, name=name)
 
     def _level(self, x, level: int, num_blocks: int, train: bool):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # The original never applies its minGPT-style initialiser (kakaobrain/rq-vae-transformer:interfaces.py); it is the
 # plausible intent of the unreleased trainer and trains better than torch's default.
@@ -30,7 +31,7 @@ def empty_cache(
 ) -> KVCache:
     """A cache of `size` rows, none of them filled."""
     rows = jnp.zeros((num_layers, batch, size, num_heads, head_dim), dtype)
-    return KVCache(rows, rows, jnp.int32(0))
+    return KVCache(rows, rows, np.int32(0))  # a number that is known while a program is traced
 
 
 def project(x: jax.Array, weight: jax.Array, num_axes: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
