@@ -21,9 +21,14 @@ SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
 NUM_IN_GRID = 100
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ValueError(message)  # one line, as for every other mistake
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = _Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add(
         "--checkpoint",

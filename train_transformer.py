@@ -383,6 +383,7 @@ def cached_latents(
         checkpoint.fingerprint(run["tokenizer"].variables),
         data.name,
         str(data.data_dir),
+        str(run["in_order"].num_examples),
         str(flips),
     ]
     names = (

@@ -230,7 +230,7 @@ def test_damaged_pictures_are_replaced_counted_and_named(tfds_dir, caplog):
 def test_too_many_damaged_pictures_stop_the_run(tfds_dir):
     source = ImageSource(open_records("bare", "train", tfds_dir), max_damaged=1)
     with pytest.raises(
-        RuntimeError, match="more than max_damaged=1 damaged pictures; the last is example 3 of bare"
+        ValueError, match="more than max_damaged=1 damaged pictures; the last is example 3 of bare"
     ):
         [source[i] for i in range(7)]
 
@@ -239,7 +239,7 @@ def test_damage_stops_the_pipeline_too(tfds_dir):
     dataset = make_dataset(
         split="train", train=True, name="bare", data_dir=tfds_dir, batch_size=7, image_size=4, max_damaged=0
     )
-    with pytest.raises(RuntimeError, match="max_damaged=0"):
+    with pytest.raises(ValueError, match="max_damaged=0"):
         next(dataset.iterator())
 
 

@@ -363,3 +363,10 @@ def test_command_line_ends_with_one_line(tmp_path):
     assert result.returncode == 2
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and "gone" in lines[0], result.stderr
+
+
+def test_a_flag_of_the_wrong_type_is_one_line():
+    with pytest.raises(ValueError, match="^argument --top_k: invalid parse value: 'x'$"):
+        sample.parse_args(["--out=gone", "--top_k=x"])
+    with pytest.raises(ValueError, match="^the following arguments are required: --out$"):
+        sample.parse_args([])

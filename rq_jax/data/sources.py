@@ -180,7 +180,7 @@ class ImageSource:
                     logging.getLogger(__name__).warning("damaged picture %s", self._last_damage)
             if len(self.damaged) > self.max_damaged:
                 limit = f"max_damaged={self.max_damaged}"
-                raise RuntimeError(f"more than {limit} damaged pictures; the last is {self._last_damage}")
+                raise ValueError(f"more than {limit} damaged pictures; the last is {self._last_damage}")
         raise ValueError(f"all {len(self)} pictures are damaged")
 
     def _load(self, index: int) -> dict:
