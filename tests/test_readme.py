@@ -1,0 +1,31 @@
+"""What the README names is there."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_picture_and_page_exists():
+    linked = re.findall(r"\]\(([^)#]+)\)", README)
+    assert "docs/samples.png" in linked
+    assert [name for name in linked if not (ROOT / name).is_file()] == []
+
+
+def test_every_script_config_and_preset_exists():
+    scripts = set(re.findall(r"python (\w+\.py)", README))
+    presets = re.findall(r"--config=(configs/\w+\.py):([\w,]+)", README)
+    assert {"train_vae.py", "train_transformer.py", "sample.py"} <= scripts and presets
+    assert [name for name in scripts if not (ROOT / name).is_file()] == []
+    for path, preset in presets:
+        scope: dict = {}
+        exec(compile((ROOT / path).read_text(encoding="utf-8"), path, "exec"), scope)
+        assert scope["get_config"](preset).model.name
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert {"demo", "test"} <= targets
+    assert [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
