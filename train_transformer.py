@@ -81,9 +81,7 @@ class Losses:
     def check(self, model: Any) -> None:
         """Refuse weights that the model cannot use."""
         if self.text_weight and model.cond_length == 1:
-            raise ValueError(
-                f"loss.text_weight: {self.text_weight} needs a text-conditional model; set it to 0"
-            )
+            raise ValueError(f"loss.text_weight: {self.text_weight} needs a text-conditional model; set it to 0")
         if (self.cond_dropout > 0) != model.use_null_cond:
             raise ValueError(
                 f"loss.cond_dropout: {self.cond_dropout} and model.use_null_cond: {model.use_null_cond} belong "
@@ -126,9 +124,7 @@ def make_train_step(model, tokenizer, optimizer: train_state.Optimizer, loss: Lo
 
     def loss_and_grads(params, batch, rngs, model_state, tokenizer_variables):
         codebook = _codebook(tokenizer_variables)
-        latents = (
-            batch["latents"] if "latents" in batch else encode(tokenizer, tokenizer_variables, batch["image"])
-        )
+        latents = batch["latents"] if "latents" in batch else encode(tokenizer, tokenizer_variables, batch["image"])
         codes, residuals = jax.lax.stop_gradient(loss.draw(latents, model, codebook, rngs["codes"]))
         cond = batch.get("cond")
         if loss.cond_dropout:
@@ -220,9 +216,7 @@ def make_evaluation(run: dict[str, Any], tokenizer_variables: Any, unigram_D: np
     return evaluate
 
 
-def with_cond(
-    batch: dict[str, np.ndarray], config: ConfigDict, keep: tuple[str, ...]
-) -> dict[str, np.ndarray]:
+def with_cond(batch: dict[str, np.ndarray], config: ConfigDict, keep: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The arrays of a batch that a step reads, with its labels or captions under "cond"."""
     kept = {name: batch[name] for name in keep if name in batch}
     if config.data.text_key:
@@ -315,9 +309,7 @@ def check_condition(model: Any, dataset: Any, config: ConfigDict) -> None:
     """
     data, V, U = config.data, model.cond_vocab_size, model.cond_length
     if data.label_key and data.text_key:
-        raise ValueError(
-            f"data.label_key '{data.label_key}' and data.text_key '{data.text_key}': set one of them"
-        )
+        raise ValueError(f"data.label_key '{data.label_key}' and data.text_key '{data.text_key}': set one of them")
     if not model.is_conditional:
         if data.label_key or data.text_key:
             raise ValueError(
@@ -331,9 +323,7 @@ def check_condition(model: Any, dataset: Any, config: ConfigDict) -> None:
                 f"out of {dataset.vocab_size}; set them to these"
             )
     elif not data.label_key:
-        raise ValueError(
-            f"data.label_key: unset, but the model takes one of {V} conditions; set it or data.text_key"
-        )
+        raise ValueError(f"data.label_key: unset, but the model takes one of {V} conditions; set it or data.text_key")
     elif dataset.num_classes != V or U != 1:
         raise ValueError(
             f"model.cond_vocab_size {V} and cond_length {U} do not fit the {dataset.num_classes} classes of "
@@ -349,9 +339,7 @@ def check_cache(config: ConfigDict, settings: train_loop.LoopSettings) -> None:
     """
     data = config.data
     if settings.use_latent_cache and jax.process_count() > 1:
-        raise ValueError(
-            f"loop.use_latent_cache: True is for one process, not {jax.process_count()}; set it to False"
-        )
+        raise ValueError(f"loop.use_latent_cache: True is for one process, not {jax.process_count()}; set it to False")
     if settings.use_latent_cache and (data.train_transform != data.eval_transform or data.text_dropout):
         raise ValueError(
             f"loop.use_latent_cache: it would hold pictures as '{data.eval_transform}' makes them, whole captions, but "
@@ -373,9 +361,7 @@ def shown_cond(model: Any, dataset: Any, config: ConfigDict) -> np.ndarray | Non
     return None
 
 
-def cached_latents(
-    run: dict[str, Any], tokenizer_variables: Any, config: ConfigDict, workdir: str
-) -> CacheDataset:
+def cached_latents(run: dict[str, Any], tokenizer_variables: Any, config: ConfigDict, workdir: str) -> CacheDataset:
     """The latents of the training set, computed once: of every picture and, where flips are on, of its mirror image."""
     directory = Path(workdir) / "latents"
     data, flips = config.data, config.data.flip_probability > 0
@@ -538,9 +524,7 @@ def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...], shared: bool) ->
     # One table is used by all depths together; of several tables each counts its own codes.
     used_DK = (counts_DK.sum(0, keepdims=True) > 0) if shared else (counts_DK > 0)
     used, available = used_DK.sum(), (inside_DK[:1] if shared else inside_DK).sum()
-    print(
-        f"tokenizer: {100 * used / available:.1f} % of its codes used on training pictures; by depth {by_depth} %"
-    )
+    print(f"tokenizer: {100 * used / available:.1f} % of its codes used on training pictures; by depth {by_depth} %")
 
 
 if __name__ == "__main__":

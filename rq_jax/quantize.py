@@ -135,9 +135,7 @@ def check_codes(codes: Any, sizes: Sequence[int], what: str = "codes") -> None:
     if bad.any():
         where = tuple(np.argwhere(bad)[0])
         d = int(where[-1])
-        raise ValueError(
-            f"{what}: {codes[where]} at depth {d} is outside [0, {sizes[d]}), the codebook of that depth"
-        )
+        raise ValueError(f"{what}: {codes[where]} at depth {d} is outside [0, {sizes[d]}), the codebook of that depth")
 
 
 def codebook_sizes(codebook: Codebook, depth: int) -> tuple[int, ...]:
@@ -179,9 +177,7 @@ def draw_codes(
       ValueError: as `residual_quantize`, or a concrete temperature that is not positive.
     """
     if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
-        raise ValueError(
-            f"temperature: {temperature} must be above 0; for the nearest codes use residual_quantize"
-        )
+        raise ValueError(f"temperature: {temperature} must be above 0; for the nearest codes use residual_quantize")
     residual = x.astype(jnp.float32)
     codes, residuals = [], []
     for d, table_KE in enumerate(_tables(codebook, depth, x)):
@@ -267,9 +263,7 @@ def kmeans(rng: jax.Array, x_NE: jax.Array, K: int, num_iterations: int = 10) ->
         codes_N = nearest_codes(x_NE, state.codebook_KE)
         counts_K = jnp.zeros(K, jnp.float32).at[codes_N].add(1.0)
         sums_KE = jnp.zeros_like(state.sums_KE).at[codes_N].add(x_NE)
-        means_KE = jnp.where(
-            counts_K[:, None] > 0, sums_KE / jnp.maximum(counts_K, 1.0)[:, None], state.codebook_KE
-        )
+        means_KE = jnp.where(counts_K[:, None] > 0, sums_KE / jnp.maximum(counts_K, 1.0)[:, None], state.codebook_KE)
         return CodebookState(means_KE, counts_K, sums_KE)
 
     centres_KE = restart_candidates(rng, x_NE, K)
@@ -379,17 +373,13 @@ class ResidualQuantizer(nn.Module):
 
         def draw(rng: jax.Array) -> list[jax.Array]:
             keys = jax.random.split(rng, len(sizes))
-            return [
-                init(key, (size, self.code_dim), jnp.float32) for key, size in zip(keys, sizes, strict=True)
-            ]
+            return [init(key, (size, self.code_dim), jnp.float32) for key, size in zip(keys, sizes, strict=True)]
 
         def tables():
             return self._join(draw(self.make_rng("params")))
 
         self.codebook_KE = self.variable("codebook", "codebook_KE", tables)
-        self.counts_K = self.variable(
-            "codebook", "counts_K", lambda: self._join([jnp.zeros(K) for K in sizes])
-        )
+        self.counts_K = self.variable("codebook", "counts_K", lambda: self._join([jnp.zeros(K) for K in sizes]))
         self.sums_KE = self.variable("codebook", "sums_KE", lambda: self.codebook_KE.value)
 
     def __call__(self, x: jax.Array, train: bool = False) -> ResidualCodes:
@@ -466,9 +456,7 @@ def check_settings(q: Any) -> tuple[list[int], list[float]]:
                     f"{name}: {tuple(value)} has {len(value)} entries for code depth {q.depth}; give one per depth"
                 )
     if q.codebook_update not in ("sequential", "pooled"):
-        raise ValueError(
-            f"codebook_update: '{q.codebook_update}' is unknown; allowed are 'sequential' and 'pooled'"
-        )
+        raise ValueError(f"codebook_update: '{q.codebook_update}' is unknown; allowed are 'sequential' and 'pooled'")
     num_tables = 1 if q.use_shared_codebook else q.depth
     sizes = list(q.codebook_size) if isinstance(q.codebook_size, Sequence) else [q.codebook_size] * num_tables
     decays = list(q.decay) if isinstance(q.decay, Sequence) else [q.decay] * num_tables
@@ -492,9 +480,7 @@ def _tables(codebook: Codebook, depth: int, x: jax.Array | None = None) -> list[
         raise ValueError(f"depth: {depth} must be at least 1")
     tables = [codebook] * depth if _is_shared(codebook) else list(codebook)
     if len(tables) != depth:
-        raise ValueError(
-            f"depth: {depth} does not match the {len(tables)} codebooks given; they must be as many"
-        )
+        raise ValueError(f"depth: {depth} does not match the {len(tables)} codebooks given; they must be as many")
     if x is not None:
         _check_vector_length(x, tables[0])
     return tables
@@ -502,9 +488,7 @@ def _tables(codebook: Codebook, depth: int, x: jax.Array | None = None) -> list[
 
 def _check_vector_length(x: jax.Array, codebook_KE: jax.Array) -> None:
     if x.shape[-1] != codebook_KE.shape[-1]:
-        raise ValueError(
-            f"vectors of length {x.shape[-1]} do not fit a codebook of length {codebook_KE.shape[-1]}"
-        )
+        raise ValueError(f"vectors of length {x.shape[-1]} do not fit a codebook of length {codebook_KE.shape[-1]}")
 
 
 def _quantize_once(
@@ -517,9 +501,7 @@ def _quantize_once(
 
 
 def _take(codebook_KE: jax.Array, codes: jax.Array) -> jax.Array:
-    return (
-        jnp.asarray(codebook_KE).at[codes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-    )
+    return jnp.asarray(codebook_KE).at[codes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _scores(x: jax.Array, codebook_KE: jax.Array) -> jax.Array:

@@ -76,15 +76,11 @@ def rqvae_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if bottleneck != "rq":
         raise ValueError(f"arch.hparams.bottleneck_type: '{bottleneck}' is unknown; allowed is 'rq'")
     if out_channels != settings["in_channels"]:
-        raise ValueError(
-            f"arch.ddconfig.out_ch: {out_channels} must be in_channels, {settings['in_channels']}"
-        )
+        raise ValueError(f"arch.ddconfig.out_ch: {out_channels} must be in_channels, {settings['in_channels']}")
     side, latent_dim = _latent_side(settings), get("hparams.embed_dim", 64)
     latent_shape, expected = get("hparams.latent_shape"), (side, side, latent_dim)
     if latent_shape != expected:
-        raise ValueError(
-            f"arch.hparams.latent_shape: {latent_shape} must be {expected}, as in the rest of the config"
-        )
+        raise ValueError(f"arch.hparams.latent_shape: {latent_shape} must be {expected}, as in the rest of the config")
     h, w, _ = settings["code_shape"]
     return {**settings, "code_dim": (side // h) * (side // w) * latent_dim}
 
@@ -102,9 +98,7 @@ def rqtransformer_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     settings = {name: get(*official) for name, *official in _RQTRANSFORMER_SETTINGS}
     sizes = get("vocab_size", None) or _reader(config)("dataset.vocab_size", None)
     if sizes is None:
-        raise ValueError(
-            "arch.vocab_size: missing, like dataset.vocab_size; set it to the size of the codebook"
-        )
+        raise ValueError("arch.vocab_size: missing, like dataset.vocab_size; set it to the size of the codebook")
     if isinstance(sizes, tuple) and len(set(sizes)) == 1:
         sizes = sizes[0]
     settings["codebook_size"] = sizes
