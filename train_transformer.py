@@ -290,7 +290,7 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
     dataset.examples([0])  # raises where no picture can be read
     loop = train_loop.resolve_durations(config.loop, "loop", ("total",), dataset.steps_per_epoch)
     settings = train_loop.call(train_loop.LoopSettings, "loop", loop)
-    optim = train_loop.resolve_durations(config.optim, "optim", ("warmup",), dataset.steps_per_epoch)
+    optim = train_loop.resolve_durations(config.optim, "optim", ("warmup", "hold"), dataset.steps_per_epoch)
     optimizer = train_loop.call(train_state.make_optimizer, "optim", optim, total_steps=settings.total_steps)
     sharding.check_batch_size(mesh, config.data.batch_size, optimizer.accumulation_steps)
     check_cache(config, settings)

@@ -3,64 +3,248 @@
 python train_vae.py --config=configs/rqvae.py:demo --workdir=runs/rqvae [--config.optim.learning_rate=1e-3 ...]
 """
 
+import contextlib
 import functools
 import logging
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
-from rq_jax import losses, metrics, models, pictures, sharding, train_loop, train_state
+from rq_jax import checkpoint, losses, metrics, models, pictures, sharding, train_loop, train_state
 from rq_jax.data import make_dataset
+from rq_jax.models.discriminator import initialize_actnorm, update_statistics_again
+from rq_jax.models.rqvae import last_kernel_gradient
+from rq_jax.pretrained import vgg_lpips
 
-SECTIONS = ("seed", "model", "data", "optim", "loss", "loop", "mesh")
+SECTIONS = (
+    "seed", "init_from", "keep_optimizer", "model", "discriminator", "data", "optim", "discriminator_optim", "loss",
+    "perceptual", "evaluation", "loop", "mesh",
+)  # fmt: skip
 # Below this share of the codebook in use, a depth is called collapsed.
 COLLAPSED_USAGE = 0.05
 NUM_SHOWN = 12
+LOSS_DURATIONS = ("perceptual_start", "adversarial_start", "adversarial_warmup")
 
 logger = logging.getLogger(__name__)
 
 
+class Adversary(NamedTuple):
+    """The discriminator and its optimizer."""
+
+    model: Any
+    optimizer: train_state.Optimizer
+
+
 class Losses:
-    """The weighted sum that stage 1 minimises; the keywords are the config section `loss`."""
+    """The weighted sums that stage 1 minimises; the keywords are the config section `loss`.
 
-    def __init__(self, reconstruction: str = "mse", commitment_weight: float = 0.25):
+    Attributes:
+      reconstruction: "mse" or "l1".
+      commitment_weight, perceptual_weight: of the two terms; 0 leaves the perceptual one out.
+      perceptual_start_steps: steps before the perceptual term begins; none of its cost is paid until then.
+      adversarial_weight: of the generator's term beside its adaptive weight, and of the discriminator's loss; 0: no
+        adversary.
+      discriminator_loss: "hinge" or "vanilla"; generator_loss: "vanilla" or another that `losses` has.
+      max_adaptive_weight: limit of the adaptive weight.
+      adversarial_start_steps: steps before the adversary begins; neither network feels it until then.
+      adversarial_warmup_steps: over which the generator's term rises linearly to its whole weight; the discriminator
+        learns at its own rate from the start.
+    """
+
+    def __init__(
+        self,
+        reconstruction: str = "mse",
+        commitment_weight: float = 0.25,
+        perceptual_weight: float = 0.0,
+        perceptual_start_steps: int = 0,
+        adversarial_weight: float = 0.0,
+        discriminator_loss: str = "hinge",
+        generator_loss: str = "vanilla",
+        max_adaptive_weight: float = 1e4,
+        adversarial_start_steps: int = 0,
+        adversarial_warmup_steps: int = 0,
+    ):
         if reconstruction not in ("mse", "l1"):
-            raise ValueError(
-                f"loss.reconstruction: '{reconstruction}' is unknown; allowed are 'mse' and 'l1'"
-            )
+            raise ValueError(f"loss.reconstruction: '{reconstruction}' is unknown; allowed are 'mse' and 'l1'")
+        losses.check_adversarial_losses(discriminator_loss, generator_loss)
+        settings = dict(locals())
+        for name in (
+            "commitment_weight", "perceptual_weight", "perceptual_start_steps", "adversarial_weight",
+            "max_adaptive_weight", "adversarial_start_steps", "adversarial_warmup_steps",
+        ):  # fmt: skip
+            if not 0 <= settings[name] < math.inf:
+                raise ValueError(f"loss.{name}: {settings[name]} must be finite and at least 0")
         self.reconstruction, self.commitment_weight = reconstruction, commitment_weight
+        self.perceptual_weight, self.perceptual_start_steps = perceptual_weight, perceptual_start_steps
+        self.adversarial_weight = adversarial_weight
+        self.discriminator_loss, self.generator_loss = discriminator_loss, generator_loss
+        self.max_adaptive_weight = max_adaptive_weight
+        self.start_steps, self.warmup_steps = adversarial_start_steps, adversarial_warmup_steps
 
-    def __call__(self, images: jax.Array, output: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The total and its parts."""
-        reconstruction = losses.reconstruction_loss(images, output.reconstruction, self.reconstruction)
-        commitment = losses.commitment_loss(output.latents, output.partial_sums)
-        total = reconstruction + self.commitment_weight * commitment
-        return total, {"reconstruction_loss": reconstruction, "commitment_loss": commitment}
+    def check(self, total_steps: int) -> None:
+        """Refuse a term that would never begin."""
+        for name, weight, start in (
+            ("perceptual", self.perceptual_weight, self.perceptual_start_steps),
+            ("adversarial", self.adversarial_weight, self.start_steps),
+        ):
+            if weight and start >= total_steps:
+                raise ValueError(
+                    f"loss.{name}_start_steps: {start} must be below the {total_steps} steps of the run; "
+                    f"lower it, or set loss.{name}_weight=0"
+                )
+
+    def of_images(
+        self, images: jax.Array, reconstruction: jax.Array, step: jax.Array, distance: Callable[..., jax.Array] | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The terms that compare images, summed and apart; `distance` (B,) is the perceptual one."""
+        total = losses.reconstruction_loss(images, reconstruction, self.reconstruction)
+        parts = {"reconstruction_loss": total}
+        if self.perceptual_weight:
+
+            def perceptual_loss(reconstruction):
+                return distance(images, reconstruction).mean()
+
+            if self.perceptual_start_steps:
+                started = step >= self.perceptual_start_steps
+                term = jax.lax.cond(started, perceptual_loss, lambda _: jnp.float32(0), reconstruction)
+            else:
+                term = perceptual_loss(reconstruction)
+            parts["perceptual_loss"], total = term, total + self.perceptual_weight * term
+        return total, parts
+
+    def ramp(self, step: jax.Array) -> jax.Array:
+        """Share of the generator's adversarial term at a step from the start on: above 0, then 1."""
+        return jnp.clip((step + 1.0 - self.start_steps) / max(self.warmup_steps, 1), 0.0, 1.0)
 
 
-def make_train_step(model, optimizer: train_state.Optimizer, loss: Losses, ema_decay: float):
-    """One update of encoder, decoder and codebook: (state, batch) -> (state, metrics)."""
+def make_train_step(
+    model: Any,
+    optimizer: train_state.Optimizer,
+    loss: Losses,
+    ema_decay: float,
+    perceptual: vgg_lpips.Perceptual | None = None,
+    adversary: Adversary | None = None,
+):
+    """One update of encoder, decoder, codebook and discriminator: (state, batch, VGG's variables) -> (state, metrics).
 
-    def train_step(state: train_state.TrainState, batch: dict[str, jax.Array]):
-        rngs = state.rng_of_step("restart", "dropout")
+    The autoencoder is run once. What the losses say of the reconstruction is summed up in one gradient with respect to
+    that image, which then goes backward through it.
+    """
 
-        def loss_fn(params):
+    def train_step(state: train_state.TrainState, batch: dict[str, jax.Array], perceptual_variables: Any = None):
+        images, rngs = batch["image"], state.rng_of_step("restart", "dropout")
+
+        def autoencode(params):
             variables = {"params": params, **state.model_state}
-            output, model_state = model.apply(
-                variables, batch["image"], train=True, mutable=["codebook"], rngs=rngs
-            )
-            total, parts = loss(batch["image"], output)
-            return total, (parts, output.codes, model_state)
+            mutable = ["codebook", "intermediates"]
+            output, mutated = model.apply(variables, images, train=True, mutable=mutable, rngs=rngs)
+            commitment = losses.commitment_loss(output.latents, output.partial_sums)
+            return (output.reconstruction, commitment), (output.codes, mutated)
 
-        (total, (parts, codes, model_state)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
-        state, update = train_state.apply_gradients(state, optimizer, grads, total, model_state, ema_decay)
+        (reconstruction, commitment), go_back, (codes, mutated) = jax.vjp(autoencode, state.params, has_aux=True)
+        kernel_gradient = functools.partial(last_kernel_gradient, state.params, mutated.pop("intermediates"))
+
+        def image_loss(reconstruction):
+            distance = functools.partial(perceptual.distance, perceptual_variables) if perceptual else None
+            return loss.of_images(images, reconstruction, state.step, distance)
+
+        (total, parts), image_gradient = jax.value_and_grad(image_loss, has_aux=True)(reconstruction)
+        total, updated = total + loss.commitment_weight * commitment, {}
+        parts["commitment_loss"] = commitment
+        if adversary is not None:
+            own_gradient, updated, adversarial = adversarial_step(
+                adversary, loss, state, images, reconstruction, image_gradient, kernel_gradient
+            )
+            image_gradient += own_gradient
+            total += adversarial.pop("weighted_generator_loss")
+            parts |= adversarial
+        (grads,) = go_back((image_gradient, jnp.float32(loss.commitment_weight)))
+        state, update = train_state.apply_gradients(
+            state, optimizer, grads, [total, *parts.values()], mutated, ema_decay, **updated
+        )
         counts_DK = metrics.code_counts(codes, largest_codebook(model))
         return state, {"loss": total, **parts, **update, "code_counts": counts_DK}
 
     return train_step
+
+
+def adversarial_step(
+    adversary: Adversary,
+    loss: Losses,
+    state: train_state.TrainState,
+    images: jax.Array,
+    reconstruction: jax.Array,
+    image_gradient: jax.Array,
+    kernel_gradient: Callable[[jax.Array], jax.Array],
+) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
+    """The discriminator's part of a step (Esser et al., CVPR 2021, section 3.1; as rq-vae-transformer:Trainer.train).
+
+    The original runs the discriminator over the reconstruction twice, for the generator and for its own update, with
+    the same weights and the statistics of the same batch: here both gradients come from one pass, and only the running
+    statistics are brought forward a second time. Real images are a pass of their own, with statistics of their own.
+
+    Args:
+      adversary, loss, state: as they are before the step.
+      images, reconstruction: (B, H, W, C).
+      image_gradient: of the other image losses with respect to the reconstruction.
+      kernel_gradient: takes such a gradient to one of the decoder's last kernel.
+
+    Returns:
+      What to add to the image gradient, fields of the state after the step, and scalars to log.
+    """
+
+    def score(params, images, statistics):
+        variables = {"params": params, **statistics}
+        return adversary.model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    def active():
+        variables = initialize_actnorm(adversary.model, state.discriminator, reconstruction)
+        params, statistics = variables["params"], {"batch_stats": variables["batch_stats"]}
+        score_fake = functools.partial(score, statistics=statistics)
+        fake, go_back, once = jax.vjp(score_fake, params, reconstruction, has_aux=True)
+        generator_loss, logit_gradient = jax.value_and_grad(losses.generator_loss)(fake, loss.generator_loss)
+        generator_gradient = go_back(logit_gradient)[1]
+        fake_loss, logit_gradient = jax.value_and_grad(losses.discriminator_loss_fake)(fake, loss.discriminator_loss)
+        fake_grads = go_back(logit_gradient)[0]
+        statistics = update_statistics_again(statistics, once)
+
+        def real_loss(params):
+            real, after = score(params, images, statistics)
+            return losses.discriminator_loss_real(real, loss.discriminator_loss), (real, after)
+
+        (real_loss, (real, statistics)), real_grads = jax.value_and_grad(real_loss, has_aux=True)(params)
+        # As rq-vae-transformer:Trainer.train, the discriminator's own loss carries the weight too.
+        grads = jax.tree.map(lambda a, b: loss.adversarial_weight * (a + b), fake_grads, real_grads)
+        updates, opt_state = adversary.optimizer.transform.update(grads, state.discriminator_opt_state, params)
+        d_weight = losses.adaptive_weight(
+            kernel_gradient(image_gradient), kernel_gradient(generator_gradient), loss.max_adaptive_weight
+        )
+        weight = loss.ramp(state.step) * loss.adversarial_weight * d_weight
+        discriminator = {"params": optax.apply_updates(params, updates), **statistics}
+        updated = {"discriminator": discriminator, "discriminator_opt_state": opt_state}
+        scalars = {
+            "generator_loss": generator_loss,
+            "weighted_generator_loss": weight * generator_loss,
+            "discriminator_loss": fake_loss + real_loss,
+            "discriminator_gradient_norm": optax.tree.norm(grads),
+            "d_weight": d_weight,
+            "logits_fake": fake.mean(),
+            "logits_real": real.mean(),
+        }
+        return weight * generator_gradient, updated, scalars
+
+    def idle():
+        gradient, _, scalars = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(active))
+        updated = {name: getattr(state, name) for name in ("discriminator", "discriminator_opt_state")}
+        return gradient, updated, scalars
+
+    return jax.lax.cond(state.step >= loss.start_steps, active, idle) if loss.start_steps else active()
 
 
 def largest_codebook(model) -> int:
@@ -89,37 +273,53 @@ def make_summary(model):
     return summarize
 
 
-def make_evaluation(model, dataset, mesh, loss: Losses):
-    """State -> held-out PSNR by depth and loss, and a picture: originals over reconstructions at depth 1..D."""
+class Evaluation(NamedTuple):
+    """What an evaluation measures beside PSNR and SSIM; the keywords are the config section `evaluation`."""
+
+    use_perceptual: bool = True
+
+
+def make_evaluation(model, dataset, mesh, loss: Losses, perceptual: vgg_lpips.Perceptual | None = None):
+    """State -> held-out figures and a picture: originals over reconstructions at depth 1..D.
+
+    PSNR by depth; SSIM and, where there is one, the perceptual distance of the whole depth; the reconstruction loss.
+    """
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def measure(variables, images, mask):
+    def measure(variables, images, mask, perceptual_variables):
         output = model.apply(variables, images)
         by_depth = model.apply(variables, images, method="reconstruct_by_depth")
-        psnr_DB = metrics.psnr(images, by_depth)
         pictures_loss = jax.vmap(lambda x, y: losses.reconstruction_loss(x, y, loss.reconstruction))
-        sums = {
-            "psnr": jnp.sum(psnr_DB * mask, axis=1),
-            "validation_loss": jnp.sum(pictures_loss(images, output.reconstruction) * mask),
-            "count": jnp.sum(mask),
+        figures = {
+            "psnr": metrics.psnr(images, by_depth),
+            "validation_loss": pictures_loss(images, output.reconstruction),
         }
+        if min(model.image_shape) >= metrics.SSIM_WINDOW:
+            figures["ssim"] = metrics.ssim(images, output.reconstruction)
+        if perceptual is not None:
+            shown = jnp.clip(output.reconstruction, -1.0, 1.0)
+            figures[f"distance/{perceptual.name}"] = perceptual.distance(perceptual_variables, images, shown)
+        sums = {name: jnp.sum(value * mask, axis=-1) for name, value in figures.items()}
         # Only what is shown leaves the device.
-        return sums, (images[:NUM_SHOWN], by_depth[:, :NUM_SHOWN])
+        return {**sums, "count": jnp.sum(mask)}, (images[:NUM_SHOWN], by_depth[:, :NUM_SHOWN])
 
     def evaluate(state: train_state.TrainState):
         total, shown = None, None
+        frozen = perceptual.variables if perceptual else None
         for batch in dataset.iterator():
             placed = sharding.put_batch(mesh, {"image": batch["image"], "mask": batch["mask"]})
-            sums, first = measure(state.ema_variables, placed["image"], placed["mask"])
+            sums, first = measure(state.ema_variables, placed["image"], placed["mask"], frozen)
             shown = first if shown is None else shown
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        means = {name: np.asarray(value) / float(total["count"]) for name, value in total.items()}
-        scalars = {f"psnr/depth{d}": float(value) for d, value in enumerate(means["psnr"], start=1)}
-        scalars["validation_loss"] = float(means["validation_loss"])
+        count = float(total.pop("count"))
+        means = {name: np.asarray(value) / count for name, value in total.items()}
+        psnr_D = means.pop("psnr")
+        scalars = {f"psnr/depth{d}": float(value) for d, value in enumerate(psnr_D, start=1)}
+        scalars |= {name: float(value) for name, value in means.items()}
         originals, by_depth = jax.tree.map(np.asarray, shown)
         rows = {"original": originals}
         for d, images in enumerate(by_depth, start=1):
-            rows[f"depth {d}: {means['psnr'][d - 1]:.1f} dB"] = images
+            rows[f"depth {d}: {psnr_D[d - 1]:.1f} dB"] = images
         scale = max(1, 96 // originals.shape[1])
         return scalars, {"reconstructions": pictures.labelled_grid(rows, scale=scale)}
 
@@ -131,26 +331,37 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
     train_loop.check_sections(config, SECTIONS)
     mesh = train_loop.call(sharding.make_mesh, "mesh", config.mesh)
     model = models.create(**config.model)
-    loss = train_loop.call(Losses, "loss", config.loss)
     sharding.check_batch_size(mesh, config.data.batch_size)
     data = dict(config.data, channels=config.model.in_channels)
     if tuple(np.broadcast_to(data["image_size"], 2)) != model.image_shape:
         raise ValueError(
             f"data.image_size: {data['image_size']} differs from model.image_size {model.image_size}; set them equal"
         )
+    if config.keep_optimizer and not config.init_from:
+        raise ValueError("keep_optimizer: True needs init_from, a run whose optimizer is kept; set both or neither")
     shard = dict(shard_index=jax.process_index(), shard_count=jax.process_count(), seed=config.seed)
     dataset = train_loop.call(make_dataset, "data", data, split="train", train=True, **shard)
     validation = train_loop.call(make_dataset, "data", data, split="validation", train=False, **shard)
     dataset.examples([0])  # raises where no picture can be read
-    loop = train_loop.resolve_durations(config.loop, "loop", ("total",), dataset.steps_per_epoch)
-    settings = train_loop.call(train_loop.LoopSettings, "loop", loop)
-    optim = train_loop.resolve_durations(config.optim, "optim", ("warmup",), dataset.steps_per_epoch)
+
+    def with_steps(section: str, *names: str) -> dict[str, Any]:
+        return train_loop.resolve_durations(config[section], section, names, dataset.steps_per_epoch)
+
+    loss = train_loop.call(Losses, "loss", with_steps("loss", *LOSS_DURATIONS))
+    evaluation = train_loop.call(Evaluation, "evaluation", config.evaluation)
+    settings = train_loop.call(train_loop.LoopSettings, "loop", with_steps("loop", "total"))
+    loss.check(settings.total_steps)
+    optim = with_steps("optim", "warmup", "hold")
     optimizer = train_loop.call(train_state.make_optimizer, "optim", optim, total_steps=settings.total_steps)
     if optimizer.accumulation_steps != 1:
         raise ValueError(
             f"optim.accumulation_steps: {optimizer.accumulation_steps} is for stage 2; the codebook update of stage 1 "
             "needs the whole batch, set it to 1"
         )
+    perceptual = None
+    if loss.perceptual_weight or evaluation.use_perceptual:
+        perceptual = train_loop.call(vgg_lpips.load, "perceptual", config.perceptual)
+        perceptual = perceptual._replace(variables=jax.device_put(perceptual.variables, sharding.replicated(mesh)))
     return dict(
         mesh=mesh,
         model=model,
@@ -159,16 +370,54 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
         validation=validation,
         settings=settings,
         optimizer=optimizer,
+        adversary=(
+            make_adversary(config, model, optim, settings.total_steps - loss.start_steps)
+            if loss.adversarial_weight
+            else None
+        ),
+        perceptual=perceptual,
+        use_perceptual_evaluation=evaluation.use_perceptual,
     )
+
+
+def make_adversary(config: ConfigDict, model: Any, optim: dict[str, Any], total_steps: int) -> Adversary:
+    """The discriminator, and its optimizer: that of the autoencoder but for what `discriminator_optim` sets.
+
+    Its schedule begins when it does, and ends with the run.
+    """
+    settings = dict(config.discriminator, in_channels=config.model.in_channels)
+    images = jax.ShapeDtypeStruct((1, *model.image_shape, model.in_channels), jnp.float32)
+    own = {name: value for name, value in config.discriminator_optim.items() if value is not None}
+    with in_section("model", "discriminator"):
+        discriminator = models.create("discriminator", **settings)
+        jax.eval_shape(discriminator.init, jax.random.key(0), images)  # raises where the pictures are too small
+    with in_section("optim", "discriminator_optim"):
+        optimizer = train_state.make_optimizer(**{**optim, **own}, total_steps=total_steps)
+    return Adversary(discriminator, optimizer)
+
+
+@contextlib.contextmanager
+def in_section(theirs: str, ours: str):
+    """Name the section of our config in what a constructor says of its usual one."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(f"{theirs}.", f"{ours}.", 1)) from None
 
 
 def init_state(config: ConfigDict, run: dict[str, Any]) -> train_state.TrainState:
     """The state at step 0, drawn on the devices where it will live."""
+    adversary = run["adversary"]
 
     def init(rng: jax.Array) -> train_state.TrainState:
         rng_init, rng_train = jax.random.split(rng)
         variables = models.init_variables(run["model"], rng_init)
-        return train_state.create_state(variables, run["optimizer"], rng_train, run["settings"].ema_decay > 0)
+        discriminator = None
+        if adversary is not None:
+            drawn = models.init_variables(adversary.model, jax.random.fold_in(rng_init, 1))
+            discriminator = drawn, adversary.optimizer
+        use_ema = run["settings"].ema_decay > 0
+        return train_state.create_state(variables, run["optimizer"], rng_train, use_ema, discriminator)
 
     rng = jax.random.key(config.seed)
     shardings = sharding.state_shardings(run["mesh"], jax.eval_shape(init, rng))
@@ -185,22 +434,40 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
       ValueError, FileNotFoundError: bad settings or data, before anything compiles.
     """
     run = prepare(config)
+    begins_elsewhere = bool(config.init_from) and not checkpoint.has_checkpoint(workdir)
+    if begins_elsewhere:
+        checkpoint.read_config(config.init_from)  # raises where there is no run
     state = init_state(config, run)
-    train_step = make_train_step(run["model"], run["optimizer"], run["loss"], run["settings"].ema_decay)
+    if begins_elsewhere:
+        state = checkpoint.start_from(config.init_from, state, config.keep_optimizer)
+    perceptual, loss = run["perceptual"], run["loss"]
+    train_step = make_train_step(
+        run["model"], run["optimizer"], loss, run["settings"].ema_decay, perceptual, run["adversary"]
+    )
     shardings = jax.tree.map(lambda x: x.sharding, state)
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    frozen = perceptual.variables if loss.perceptual_weight else None
     state = train_loop.run(
         workdir=workdir,
         config=config.to_dict(),
         title="stage 1",
         state=state,
-        train_step=jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None)),
+        train_step=lambda state, batch: step(state, batch, frozen),
         dataset=run["dataset"],
         mesh=run["mesh"],
         settings=run["settings"],
         summarize=make_summary(run["model"]),
-        evaluate=make_evaluation(run["model"], run["validation"], run["mesh"], run["loss"]),
+        evaluate=make_evaluation(
+            run["model"],
+            run["validation"],
+            run["mesh"],
+            loss,
+            perceptual if run["use_perceptual_evaluation"] else None,
+        ),
     )
     names = ["loss", "validation_loss", *(f"psnr/depth{d + 1}" for d in range(run["model"].code_shape[-1]))]
+    names += ["perceptual_loss"] * bool(loss.perceptual_weight)
+    names += ["generator_loss", "discriminator_loss", "d_weight"] * bool(loss.adversarial_weight)
     train_loop.finish(workdir, names)
     return state
 

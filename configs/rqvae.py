@@ -3,6 +3,7 @@
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
+from ml_collections.config_dict import placeholder
 
 from configs import common
 
@@ -15,7 +16,7 @@ FFHQ = {
     "optim.warmup_epochs": 5,
     "loop.total_epochs": 150,
 }
-# One epoch, meant to start from the weights of the ImageNet tokenizer.
+# One epoch, meant to start from the weights of the ImageNet tokenizer: --config.init_from=<its directory>.
 FINETUNE = {"optim.warmup_epochs": 0, "loop.total_epochs": 1}
 # The paper fine-tunes ten times slower than the released configs.
 PAPER_FINETUNE = {**FINETUNE, "optim.learning_rate": 4e-6}
@@ -59,6 +60,15 @@ PRESETS: dict[str, common.Overrides] = {
         "data.batch_size": 32,
         "optim.learning_rate": 2e-3,
         "optim.warmup_steps": 100,
+        # The last part of the run sharpens: VGG16 costs more than the tokenizer, and the demo has a quarter of an hour.
+        "loss.perceptual_weight": 0.02,
+        "loss.perceptual_start_steps": 700,
+        "loss.adversarial_weight": 0.2,
+        "loss.adversarial_start_steps": 700,
+        "loss.adversarial_warmup_steps": 100,
+        "discriminator.width": 32,
+        "discriminator_optim.learning_rate": 5e-4,
+        "discriminator_optim.b1": 0.5,
         "loop.total_steps": 1200,
         "loop.log_every_steps": 50,
         "loop.evaluate_every_steps": 400,
@@ -146,7 +156,34 @@ def base() -> ConfigDict:
         "use_remat": True,
         "dtype": "float32",
     }
-    config.loss = {"reconstruction": "mse", "commitment_weight": 0.25}
+    # As released: discriminator and perceptual term from the first step, one optimizer setting for both networks.
+    config.discriminator = {"width": 64, "num_layers": 2, "use_actnorm": False, "dtype": "float32"}
+    # What differs from `optim`.
+    config.discriminator_optim = {
+        "learning_rate": placeholder(float),
+        "b1": placeholder(float),
+        "b2": placeholder(float),
+    }
+    config.loss = {
+        "reconstruction": "mse",
+        "commitment_weight": 0.25,
+        "perceptual_weight": 1.0,
+        "perceptual_start_steps": 0,
+        "perceptual_start_epochs": placeholder(float),
+        "adversarial_weight": 0.75,
+        "discriminator_loss": "hinge",
+        "generator_loss": "vanilla",
+        "max_adaptive_weight": 1e4,
+        "adversarial_start_steps": 0,
+        "adversarial_start_epochs": placeholder(float),
+        "adversarial_warmup_steps": 0,
+        "adversarial_warmup_epochs": placeholder(float),
+    }
+    # Files of the perceptual term: torchvision's VGG16 and LPIPS heads; unset: what the installed packages hold.
+    config.perceptual = {"vgg": placeholder(str), "heads": placeholder(str)}
+    config.evaluation = {"use_perceptual": True}
+    config.init_from = placeholder(str)  # a run or model directory whose weights are the start
+    config.keep_optimizer = False  # with init_from: go on with its optimizers' moments too
     config.data.image_size = config.model.get_ref("image_size")  # one value: setting either sets both
     return config
 
@@ -163,6 +200,14 @@ def quicktest(config: ConfigDict) -> dict[str, Any]:
     height, _, depth = config.model.code_shape
     return {
         **common.quicktest(config),
+        # The perceptual term and the adversary, where there are any, join in the middle of the run.
+        "loss.perceptual_start_steps": 1,
+        "loss.perceptual_start_epochs": None,
+        "loss.adversarial_start_steps": 2,
+        "loss.adversarial_start_epochs": None,
+        "loss.adversarial_warmup_steps": 1,
+        "loss.adversarial_warmup_epochs": None,
+        "discriminator.width": 8,
         "model.image_size": 16,
         "model.width": 32,
         "model.width_multipliers": (1, 1),

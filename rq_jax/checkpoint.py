@@ -3,9 +3,11 @@
 A run directory is self-contained:
 
     config.json          the resolved config
-    checkpoints/<step>/  params, ema_params, model_state, training (optimizer, step, key), host (data position ...)
+    checkpoints/<step>/  params, ema_params, model_state, discriminator, training (optimizers, step, key),
+                         host (data position ...)
     best/<step>/         weights of the best evaluation, where early stopping is on
     tokenizer/           stage 2 only: the tokenizer as a model directory
+    discriminator/       converted checkpoints only: the discriminator of stage 1 as a model directory
 
 A model directory holds `config.json` and `model.safetensors`: weights alone, for shipping and for the tokenizer.
 """
@@ -13,6 +15,7 @@ A model directory holds `config.json` and `model.safetensors`: weights alone, fo
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +26,7 @@ import numpy as np
 from rq_jax import models
 
 _CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+_DISCRIMINATOR = "discriminator"
 _CHECKPOINTS, _BEST = "checkpoints", "best"
 
 
@@ -83,7 +87,8 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         items, step = _split(state), self.latest_step
-        _check_fits(self._manager.directory / str(step), items)
+        hint = "go on with the config that the run was started with or give a new --workdir"
+        _check_fits(self._manager.directory / str(step), items, hint)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**args, host=ocp.args.JsonRestore()))
         trees = {name: restored[name] for name in items}
@@ -147,9 +152,10 @@ def save_model(directory: str | os.PathLike, config: dict[str, Any], variables: 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{_WEIGHTS}.partial"
-    save_file({name: np.ascontiguousarray(leaf) for name, leaf in _named_leaves(variables)}, partial)
+    save_file({name: np.asarray(leaf, order="C") for name, leaf in _named_leaves(variables)}, partial)
     os.replace(partial, directory / _WEIGHTS)
     write_config(directory, config)
+    shutil.copymode(directory / _CONFIG, directory / _WEIGHTS)  # safetensors gives its files to their owner alone
 
 
 def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
@@ -182,8 +188,8 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
     return LoadedModel(model, variables, config, tokenizer)
 
 
-def load_tokenizer(directory: str | os.PathLike) -> LoadedModel:
-    """Load the tokenizer that stage 2 is to build on.
+def load_tokenizer(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
+    """Load a tokenizer, such as the one that stage 2 is to build on; arguments as for `load_model`.
 
     Raises:
       FileNotFoundError: no run directory.
@@ -194,7 +200,56 @@ def load_tokenizer(directory: str | os.PathLike) -> LoadedModel:
         raise ValueError(
             f"tokenizer: '{directory}' holds a '{name}', not a stage-1 run ('rqvae'); give the stage-1 --workdir"
         )
-    return load_model(directory)
+    return load_model(directory, step, ema)
+
+
+def has_checkpoint(directory: str | os.PathLike) -> bool:
+    """Whether a run directory holds a whole checkpoint to go on from."""
+    return bool(_steps(Path(directory) / _CHECKPOINTS))
+
+
+def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = False) -> Any:
+    """A state at step 0 with the weights, codebook and, where there is one, the discriminator of a checkpoint.
+
+    With a fresh optimizer the weights are those that `load_model` gives (averaged, where the run keeps an average);
+    with a kept one they are those as trained, for which its moments are. Schedules start anew in both cases.
+
+    Args:
+      directory: of a training run or a model directory.
+      state: a `TrainState` at step 0, placed on its devices; gives structure and shardings.
+      keep_optimizer: go on with the moments of the optimizers.
+
+    Returns:
+      The state. A discriminator that the checkpoint does not have stays as drawn.
+
+    Raises:
+      FileNotFoundError: no such directory, or no checkpoint in it.
+      ValueError: other arrays than those of `state`, or an optimizer is to be kept where there is none.
+    """
+    directory, hint = Path(directory).absolute(), "set config.model to the settings in its config.json"
+    is_run = not (directory / _WEIGHTS).is_file()
+    if keep_optimizer and not is_run:
+        raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")
+    if not keep_optimizer:
+        variables = load_model(directory).variables
+        expected, found = _shapes(state.variables), _shapes(variables)
+        if expected != found:
+            name = min(name for name in expected | found if expected.get(name) != found.get(name))
+            raise ValueError(
+                f"init_from: '{directory}': '{name}' has shape {found.get(name)}, the config needs "
+                f"{expected.get(name)}; {hint}"
+            )
+        params = variables.pop("params")
+        new = {"params": params, "model_state": variables}
+        if state.discriminator is not None:
+            found = _find_discriminator(directory, state.discriminator)
+            new |= {} if found is None else {_DISCRIMINATOR: found}
+    else:
+        new = _read_run(directory, state, hint)
+    if state.ema_params is not None:
+        new["ema_params"] = new.get("ema_params", new["params"])
+    placed = {name: jax.tree.map(_place_like, tree, getattr(state, name)) for name, tree in new.items()}
+    return state.replace(**placed)
 
 
 def fingerprint(variables: dict[str, Any]) -> str:
@@ -202,7 +257,7 @@ def fingerprint(variables: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, leaf in sorted(_named_leaves(variables)):
         digest.update(f"{name}{leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf, np.float32).tobytes())
+        digest.update(np.ascontiguousarray(leaf, np.float32))
     return digest.hexdigest()[:16]
 
 
@@ -237,13 +292,15 @@ def _manager(directory: Path, keep: int):
 
 def _split(state: Any) -> dict[str, Any]:
     """The items of a checkpoint; what is empty is no item."""
-    fields = {"params": state.params, "ema_params": state.ema_params, "model_state": state.model_state}
+    fields = {name: getattr(state, name) for name in ("params", "ema_params", "model_state", _DISCRIMINATOR)}
     training = {name: getattr(state, name) for name in ("step", "opt_state", "rng", "skipped_steps")}
+    if state.discriminator_opt_state is not None:
+        training["discriminator_opt_state"] = state.discriminator_opt_state
     return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)} | {"training": training}
 
 
-def _check_fits(path: Any, items: dict[str, Any]) -> None:
-    """Refuse a checkpoint with other arrays than the trees of `items`."""
+def _check_fits(path: Any, items: dict[str, Any], hint: str) -> None:
+    """Refuse a checkpoint with other arrays than the trees of `items`; the hint says what to do."""
     import orbax.checkpoint as ocp
 
     handler = ocp.StandardCheckpointHandler()
@@ -253,8 +310,7 @@ def _check_fits(path: Any, items: dict[str, Any]) -> None:
         if expected != found:
             name = min(name for name in expected | found if expected.get(name) != found.get(name))
             raise ValueError(
-                f"'{path}': '{item}/{name}' has shape {found.get(name)}, the config needs {expected.get(name)}; "
-                "go on with the config that the run was started with or give a new --workdir"
+                f"'{path}': '{item}/{name}' has shape {found.get(name)}, the config needs {expected.get(name)}; {hint}"
             )
 
 
@@ -295,6 +351,50 @@ def _read_checkpoint(
     return jax.tree.map(np.asarray, {"params": restored[params], **restored.get("model_state", {})})
 
 
+def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
+    """What a run's newest checkpoint holds of the fields of `state`, with schedules set back to their start."""
+    import optax
+    import orbax.checkpoint as ocp
+
+    read_config(directory)
+    steps = _steps(directory / _CHECKPOINTS)
+    if not steps:
+        raise FileNotFoundError(f"'{directory}' holds no checkpoint; keep_optimizer needs one")
+    path, items = directory / _CHECKPOINTS / str(steps[-1]), _split(state)
+    _check_fits(path, items, f"init_from with keep_optimizer needs the same model, optimizer and average; {hint}")
+    with ocp.StandardCheckpointer() as checkpointer:
+        new = {name: checkpointer.restore(path / name, tree) for name, tree in items.items()}
+    training = new.pop("training")
+    for name in ("opt_state", "discriminator_opt_state"):
+        if name in training:
+            new[name] = jax.tree.map(
+                lambda node: optax.ScaleByScheduleState(jax.numpy.zeros_like(node.count))
+                if isinstance(node, optax.ScaleByScheduleState) else node,
+                training[name],
+                is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState),
+            )  # fmt: skip
+    return new
+
+
+def _find_discriminator(directory: Path, template: dict[str, Any]) -> dict[str, Any] | None:
+    """The discriminator beside a model's weights, or None."""
+    if (directory / _DISCRIMINATOR).is_dir():
+        return load_model(directory / _DISCRIMINATOR).variables
+    steps = _steps(directory / _CHECKPOINTS)
+    path = directory / _CHECKPOINTS / str(steps[-1]) / _DISCRIMINATOR if steps else None
+    if path is None or not path.is_dir():
+        return None
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, template)
+
+
+def _place_like(leaf: Any, like: jax.Array) -> jax.Array:
+    """A copy of a leaf where `like` lies; states are donated, so that no two leaves may share memory."""
+    return jax.device_put(jax.numpy.array(leaf), like.sharding)
+
+
 def _read_weights(path: Path, template: dict[str, Any]) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
@@ -306,7 +406,11 @@ def _read_weights(path: Path, template: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"'{path}': '{name}' has shape {found.get(name)}, the config needs {expected.get(name)}"
         )
-    return jax.tree_util.tree_map_with_path(lambda keys, _: arrays[_name(keys)].astype(np.float32), template)
+
+    def take(keys: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        return arrays.pop(_name(keys)).astype(leaf.dtype, copy=False)  # nothing is held twice
+
+    return jax.tree_util.tree_map_with_path(take, template)
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:

@@ -58,6 +58,76 @@ def soft_cross_entropy(logits: jax.Array, soft_codes: jax.Array) -> jax.Array:
     return -jnp.sum(soft_codes * log_probabilities, axis=-1)
 
 
+DISCRIMINATOR_LOSSES = ("hinge", "vanilla")
+GENERATOR_LOSSES = ("vanilla",)
+
+
+def discriminator_loss(logits_real: jax.Array, logits_fake: jax.Array, kind: str = "hinge") -> jax.Array:
+    """How badly a discriminator tells real pictures from made ones: half the sum of two means.
+
+    "hinge" is relu(1 - real) and relu(1 + fake), "vanilla" the cross-entropy softplus(-real) and softplus(fake).
+
+    Args:
+      logits_real, logits_fake: of any shape, high where a picture looks real.
+      kind: of `DISCRIMINATOR_LOSSES`.
+
+    Raises:
+      ValueError: another kind.
+    """
+    return discriminator_loss_real(logits_real, kind) + discriminator_loss_fake(logits_fake, kind)
+
+
+def discriminator_loss_real(logits: jax.Array, kind: str = "hinge") -> jax.Array:
+    """The half of `discriminator_loss` that real pictures add, its factor 1/2 included."""
+    return discriminator_loss_fake(-logits, kind)
+
+
+def discriminator_loss_fake(logits: jax.Array, kind: str = "hinge") -> jax.Array:
+    """The half of `discriminator_loss` that made pictures add, its factor 1/2 included."""
+    check_adversarial_losses(kind)
+    logits = logits.astype(jnp.float32)
+    return 0.5 * jnp.mean(jax.nn.relu(1 + logits) if kind == "hinge" else jax.nn.softplus(logits))
+
+
+def generator_loss(logits: jax.Array, kind: str = "vanilla") -> jax.Array:
+    """What the autoencoder minimises to look real: "vanilla" is minus the mean logit of its pictures.
+
+    As rq-vae-transformer:vanilla_g_loss, which has this one kind.
+
+    Raises:
+      ValueError: another kind.
+    """
+    check_adversarial_losses(generator_loss=kind)
+    return -jnp.mean(logits.astype(jnp.float32))
+
+
+def check_adversarial_losses(discriminator_loss: str = "hinge", generator_loss: str = "vanilla") -> None:
+    """Refuse a kind of loss that there is not, with one line."""
+    for name, kind, allowed in (
+        ("discriminator_loss", discriminator_loss, DISCRIMINATOR_LOSSES),
+        ("generator_loss", generator_loss, GENERATOR_LOSSES),
+    ):
+        if kind not in allowed:
+            raise ValueError(f"loss.{name}: '{kind}' is unknown; allowed: {', '.join(allowed)}")
+
+
+def adaptive_weight(
+    reconstruction_grad: jax.Array, generator_grad: jax.Array, limit: float = 1e4
+) -> jax.Array:
+    """Weight that gives the generator's loss a gradient as long as that of the image losses (VQGAN, equation 7).
+
+    Args:
+      reconstruction_grad: of the losses that compare images, with respect to the decoder's last kernel.
+      generator_grad: of the generator's loss, with respect to the same.
+      limit: largest weight.
+
+    Returns:
+      clip(|reconstruction_grad| / (|generator_grad| + 1e-4), 0, limit), float32; no gradient passes through it.
+    """
+    a, b = (jnp.linalg.norm(grad.astype(jnp.float32).ravel()) for grad in (reconstruction_grad, generator_grad))
+    return jax.lax.stop_gradient(jnp.clip(a / (b + 1e-4), 0.0, limit))
+
+
 def sum_over_chunks(function: Callable[..., Any], arrays: Any, num_chunks: int) -> Any:
     """Sum of `function` over slices of axis 1, recomputing each slice in the backward pass.
 

@@ -2,6 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+# Side of the Gaussian window of `ssim`: the smallest picture that it can measure.
+SSIM_WINDOW = 11
 
 
 def psnr(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
@@ -12,6 +16,42 @@ def psnr(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
     difference = images - jnp.clip(reconstruction, -1.0, 1.0)
     mse = jnp.mean(difference.astype(jnp.float32) ** 2, axis=(-3, -2, -1))
     return 10 * jnp.log10(4.0 / jnp.maximum(mse, 4e-10))
+
+
+def ssim(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
+    """Mean structural similarity of each picture, (..., H, W, C) in [-1, 1] to (...): 1 for equal ones, at least -1.
+
+    As Wang et al., IEEE TIP 2004: Gaussian window of 11x11 with sigma 1.5, K1 = 0.01, K2 = 0.03, wherever the whole
+    window lies inside the picture; each channel by itself, large pictures without scaling them down. Black counts as 0,
+    as in the paper, so that this is the figure of the same pictures in 0..255. The reconstruction is clipped as in
+    `psnr`.
+
+    Raises:
+      ValueError: pictures smaller than the window.
+    """
+    H, W = images.shape[-3:-1]
+    if min(H, W) < SSIM_WINDOW:
+        raise ValueError(
+            f"images: {H}x{W} is smaller than the window of SSIM; it takes at least {SSIM_WINDOW}x{SSIM_WINDOW}"
+        )
+    offsets = np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2
+    window = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window = (window / window.sum()).astype(np.float32)
+
+    def smooth(x: jax.Array) -> jax.Array:
+        for axis in (-3, -2):
+            size = x.shape[axis] - SSIM_WINDOW + 1
+            x = sum(w * jax.lax.slice_in_dim(x, i, i + size, axis=x.ndim + axis) for i, w in enumerate(window))
+        return x
+
+    x, y = images.astype(jnp.float32), jnp.clip(reconstruction.astype(jnp.float32), -1.0, 1.0)
+    mean_x, mean_y = smooth(x), smooth(y)
+    variances = smooth(x * x) + smooth(y * y) - mean_x**2 - mean_y**2
+    covariance = smooth(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    mean_x, mean_y = mean_x + 1, mean_y + 1  # in [0, 2]: variances do not mind, the ratio of means does
+    luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
+    return jnp.mean(luminance * (2 * covariance + c2) / (variances + c2), axis=(-3, -2, -1))
 
 
 def code_counts(codes: jax.Array, codebook_size: int) -> jax.Array:

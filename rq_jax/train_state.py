@@ -24,7 +24,10 @@ class Optimizer(NamedTuple):
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step reads and writes; `rng` is folded with `step`, so that it never needs to be split."""
+    """Everything that a step reads and writes; `rng` is folded with `step`, so that it never needs to be split.
+
+    Stage 1 with an adversary also carries the discriminator's variables and the state of its optimizer.
+    """
 
     step: jax.Array
     params: Any
@@ -33,6 +36,8 @@ class TrainState:
     ema_params: Any
     rng: jax.Array
     skipped_steps: jax.Array
+    discriminator: Any = None
+    discriminator_opt_state: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -54,9 +59,13 @@ class TrainState:
 
 
 def create_state(
-    variables: dict[str, Any], optimizer: Optimizer, rng: jax.Array, use_ema: bool
+    variables: dict[str, Any],
+    optimizer: Optimizer,
+    rng: jax.Array,
+    use_ema: bool,
+    discriminator: tuple[dict[str, Any], Optimizer] | None = None,
 ) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step; `discriminator` is its variables and its optimizer."""
     variables = dict(variables)
     params = variables.pop("params")
     return TrainState(
@@ -67,41 +76,56 @@ def create_state(
         ema_params=jax.tree.map(jnp.copy, params) if use_ema else None,
         rng=rng,
         skipped_steps=jnp.int32(0),
+        **_discriminator_fields(discriminator),
     )
 
 
+def _discriminator_fields(discriminator: tuple[dict[str, Any], Optimizer] | None) -> dict[str, Any]:
+    if discriminator is None:
+        return {}
+    variables, optimizer = discriminator
+    return {"discriminator": variables, "discriminator_opt_state": optimizer.transform.init(variables["params"])}
+
+
 def apply_gradients(
-    state: TrainState, optimizer: Optimizer, grads: Any, loss: jax.Array, model_state: Any, ema_decay: float
+    state: TrainState,
+    optimizer: Optimizer,
+    grads: Any,
+    losses: Any,
+    model_state: Any,
+    ema_decay: float,
+    **updated: Any,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of parameters, optimizer, weight average and model state.
 
-    A step whose loss or gradient is not finite changes nothing but the counters `step` and `skipped_steps`.
+    A step with a loss or gradient that is not finite changes nothing but the counters `step` and `skipped_steps`.
+
+    Args:
+      state: before the step.
+      optimizer: of `state.params`.
+      grads: their gradients.
+      losses: scalars, all of which must be finite.
+      model_state: the model's other variables after the step.
+      ema_decay: of the weight average, where one is kept.
+      **updated: further fields of the state after the step, kept or dropped with the rest.
 
     Returns:
       The new state and {"gradient_norm", "learning_rate", "skipped_share"}, the last 1 for a skipped step, else 0.
     """
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    finite = jnp.all(jnp.isfinite(jnp.stack([norm, *jax.tree.leaves(losses)])))
     updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
         ema_params = average_weights(ema_params, params, ema_decay, state.step)
-    new = (params, model_state, opt_state, ema_params)
-    old = (state.params, state.model_state, state.opt_state, state.ema_params)
-    params, model_state, opt_state, ema_params = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    learning_rate = optimizer.learning_rate(
-        state.step - state.skipped_steps
-    )  # the optimizer counts its own updates
+    new = dict(params=params, model_state=model_state, opt_state=opt_state, ema_params=ema_params, **updated)
+    old = {name: getattr(state, name) for name in new}
+    new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+    # The optimizer counts its own updates.
+    learning_rate = optimizer.learning_rate(state.step - state.skipped_steps)
     skipped = state.skipped_steps + jnp.where(finite, 0, 1)
-    state = state.replace(
-        step=state.step + 1,
-        params=params,
-        model_state=model_state,
-        opt_state=opt_state,
-        ema_params=ema_params,
-        skipped_steps=skipped,
-    )
+    state = state.replace(step=state.step + 1, skipped_steps=skipped, **new)
     return state, {"gradient_norm": norm, "learning_rate": learning_rate, "skipped_share": 1.0 - finite}
 
 
@@ -126,6 +150,8 @@ def make_optimizer(
     weight_decay: float = 0.0,
     schedule: str = "cosine",
     warmup_steps: int = 0,
+    hold_steps: int = 0,
+    initial_learning_rate: float = 0.0,
     final_learning_rate: float = 0.0,
     clip_norm: float | None = None,
     accumulation_steps: int = 1,
@@ -138,8 +164,9 @@ def make_optimizer(
       total_steps: length of the run, in updates.
       b1, b2: of Adam; momentum: of SGD.
       weight_decay: of AdamW.
-      schedule: after the warm-up "cosine" down to `final_learning_rate` at `total_steps`, or "constant".
-      warmup_steps: linear from 0; the first update then has rate 0, as in the original.
+      schedule: after warm-up and hold "cosine" down to `final_learning_rate` at `total_steps`, or "constant".
+      warmup_steps: linear from `initial_learning_rate`, which is the rate of the first update, as in the original.
+      hold_steps: at the highest rate between the warm-up and the cosine (the original's buffer).
       clip_norm: largest global gradient norm; None: no clipping.
       accumulation_steps: micro-batches averaged before an update.
 
@@ -147,13 +174,15 @@ def make_optimizer(
       ValueError: a name or value that is not allowed.
     """
     _check_optimizer(SimpleNamespace(**locals()))
-    peak, decay_steps = float(learning_rate), max(total_steps - warmup_steps, 1)
+    peak, decay_steps = float(learning_rate), max(total_steps - warmup_steps - hold_steps, 1)
     if schedule == "cosine":
         main = optax.cosine_decay_schedule(peak, decay_steps, final_learning_rate / peak)
     else:
         main = optax.constant_schedule(peak)
-    warmup = optax.linear_schedule(0.0, peak, max(warmup_steps, 1))
-    rate = optax.join_schedules([warmup, main], [warmup_steps]) if warmup_steps else main
+    rate, boundary = main, warmup_steps + hold_steps
+    if boundary:
+        warmup = optax.linear_schedule(initial_learning_rate if warmup_steps else peak, peak, max(warmup_steps, 1))
+        rate = optax.join_schedules([warmup, main], [boundary])
     if name == "adam":
         base = optax.adam(rate, b1, b2)
     elif name == "adamw":
@@ -187,6 +216,21 @@ def _check_optimizer(optim: SimpleNamespace) -> None:
     if not 0 <= optim.warmup_steps <= optim.total_steps:
         raise ValueError(
             f"optim.warmup_steps: {optim.warmup_steps} is outside 0..{optim.total_steps}, the steps of the run"
+        )
+    left = optim.total_steps - optim.warmup_steps
+    if not 0 <= optim.hold_steps <= left:
+        raise ValueError(f"optim.hold_steps: {optim.hold_steps} is outside 0..{left}, the steps after the warm-up")
+    if optim.hold_steps and optim.schedule != "cosine":
+        raise ValueError(f"optim.hold_steps: {optim.hold_steps} is read by 'cosine' only; set it to 0")
+    if not 0 <= optim.initial_learning_rate <= optim.learning_rate:
+        raise ValueError(
+            f"optim.initial_learning_rate: {optim.initial_learning_rate} is outside "
+            f"[0, {optim.learning_rate}], the peak"
+        )
+    if optim.initial_learning_rate and not optim.warmup_steps:
+        raise ValueError(
+            f"optim.initial_learning_rate: {optim.initial_learning_rate} needs a warm-up; "
+            "set it to 0 or set warmup_steps"
         )
     if optim.clip_norm is not None and not optim.clip_norm > 0:
         raise ValueError(f"optim.clip_norm: {optim.clip_norm} must be above 0, or None for no clipping")

@@ -65,6 +65,9 @@ def vae_config(pictures: Path, **overrides):
         "model.z_channels": 8,
         "model.width": 64,  # two channels in a group: with one, a norm would cancel every bias before it
         "model.use_remat": False,
+        "loss.perceptual_weight": 0.0,
+        "loss.adversarial_weight": 0.0,
+        "evaluation.use_perceptual": False,
         **_common(pictures),
     }
     config = rqvae.get_config("imagenet256,quicktest")
@@ -167,13 +170,14 @@ def full_optimization():
 def host(state) -> dict:
     """What a state holds, as numpy arrays by field."""
     fields = ("step", "params", "model_state", "opt_state", "ema_params", "skipped_steps")
+    fields += ("discriminator", "discriminator_opt_state")
     arrays = jax.device_get({name: getattr(state, name) for name in fields})
     return {**arrays, "rng": np.asarray(jax.random.key_data(state.rng))}
 
 
-def start_state(variables, config, optimizer) -> train_state.TrainState:
+def start_state(variables, config, optimizer, discriminator=None) -> train_state.TrainState:
     """The state before the first step, from variables drawn before."""
-    return train_state.create_state(variables, optimizer, jax.random.key(5), config.loop.ema_decay > 0)
+    return train_state.create_state(variables, optimizer, jax.random.key(5), config.loop.ema_decay > 0, discriminator)
 
 
 def place(state, mesh):

@@ -83,7 +83,7 @@ SHARED_KEYS = {
     "data": "name data_dir train_split validation_split batch_size train_transform eval_transform"
     " flip_probability label_key text_key text_tokenizer text_length text_dropout num_threads num_workers",
     "optim": "name learning_rate b1 b2 weight_decay clip_norm accumulation_steps"
-    " schedule warmup_steps warmup_epochs final_learning_rate",
+    " schedule warmup_steps warmup_epochs hold_steps hold_epochs initial_learning_rate final_learning_rate",
     "loop": "total_steps total_epochs log_every_steps evaluate_every_steps checkpoint_every_steps"
     " keep_checkpoints ema_decay",
     "mesh": "data",
@@ -95,7 +95,14 @@ KEYS = {
         "model": "name image_size in_channels width width_multipliers num_res_blocks attention_resolutions"
         " z_channels use_double_z use_resample_conv dropout norm_groups code_dim code_shape codebook_size"
         " use_shared_codebook codebook_decay use_restart codebook_update use_kmeans_init use_remat dtype",
-        "loss": "reconstruction commitment_weight",
+        "discriminator": "width num_layers use_actnorm dtype",
+        "discriminator_optim": "learning_rate b1 b2",
+        "loss": "reconstruction commitment_weight perceptual_weight perceptual_start_steps"
+        " perceptual_start_epochs adversarial_weight discriminator_loss generator_loss"
+        " max_adaptive_weight adversarial_start_steps adversarial_start_epochs adversarial_warmup_steps"
+        " adversarial_warmup_epochs",
+        "perceptual": "vgg heads",
+        "evaluation": "use_perceptual",
     },
     "rqtransformer": {
         **SHARED_KEYS,
@@ -116,7 +123,7 @@ TRANSFORMS = {
     "jittered_crop",
     "squash",
 }
-SINGLE_KEYS = {"rqvae": {"seed"}, "rqtransformer": {"seed", "tokenizer", "tokenizer_preset"}}
+SINGLE_KEYS = {"rqvae": {"seed", "init_from", "keep_optimizer"}, "rqtransformer": {"seed", "tokenizer", "tokenizer_preset"}}
 
 
 def get(file, preset):

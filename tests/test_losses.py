@@ -129,6 +129,81 @@ def test_losses_are_float32_for_bfloat16_logits():
         assert loss.dtype == jnp.float32
 
 
+# --- the adversary --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["hinge", "vanilla"])
+def test_discriminator_loss_and_its_two_halves(kind):
+    real, fake = 2 * normal(B, h, w, 1), 2 * normal(B, h + 1, w, 1, seed=1)
+    if kind == "hinge":
+        of_real, of_fake = np.maximum(1 - real, 0).mean() / 2, np.maximum(1 + fake, 0).mean() / 2
+    else:
+        of_real, of_fake = np.log1p(np.exp(-real)).mean() / 2, np.log1p(np.exp(fake)).mean() / 2
+    np.testing.assert_allclose(losses.discriminator_loss_real(real, kind), of_real, rtol=1e-5)
+    np.testing.assert_allclose(losses.discriminator_loss_fake(fake, kind), of_fake, rtol=1e-5)
+    np.testing.assert_allclose(losses.discriminator_loss(real, fake, kind), of_real + of_fake, rtol=1e-5)
+
+
+def test_hinge_has_no_gradient_beyond_the_margin_and_vanilla_no_overflow():
+    logits = jnp.array([-3.0, -0.5, 0.5, 3.0])
+    to_fake = jax.grad(losses.discriminator_loss_fake)(logits)
+    to_real = jax.grad(losses.discriminator_loss_real)(logits)
+    np.testing.assert_allclose(8 * to_fake, [0, 1, 1, 1], rtol=1e-6)
+    np.testing.assert_allclose(8 * to_real, [-1, -1, -1, 0], rtol=1e-6)
+    np.testing.assert_allclose(losses.discriminator_loss(jnp.array([-1e4]), jnp.array([1e4]), "vanilla"), 1e4, rtol=1e-6)
+
+
+def test_defaults_are_the_released_ones():
+    real, fake = normal(B, h), normal(B, h, seed=1)
+    assert losses.discriminator_loss(real, fake) == losses.discriminator_loss(real, fake, "hinge")
+    np.testing.assert_allclose(losses.generator_loss(fake), -fake.mean(), rtol=1e-5)
+    assert losses.generator_loss(fake) == losses.generator_loss(fake, "vanilla")
+
+
+def test_adversarial_losses_are_float32_for_bfloat16_logits():
+    logits = jnp.full((64, 64), 257.0).astype(jnp.bfloat16)  # 256: a bfloat16 sum would lose most of the mean
+    for loss in (losses.discriminator_loss_fake(logits), losses.generator_loss(logits)):
+        assert loss.dtype == jnp.float32
+    assert float(losses.generator_loss(logits)) == -256 and float(losses.discriminator_loss_fake(logits)) == 128.5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("discriminator_loss", "loss.discriminator_loss: 'hing' is unknown; allowed: hinge, vanilla"),
+        ("generator_loss", "loss.generator_loss: 'hing' is unknown; allowed: vanilla"),
+    ],
+)
+def test_unknown_adversarial_losses(name, message):
+    losses.check_adversarial_losses()
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        losses.check_adversarial_losses(**{name: "hing"})
+    calls = {
+        "discriminator_loss": (losses.discriminator_loss_real, losses.discriminator_loss_fake),
+        "generator_loss": (losses.generator_loss,),
+    }
+    for call in calls[name]:
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            call(jnp.zeros(3), "hing")
+
+
+def test_adaptive_weight_is_the_ratio_of_lengths():
+    a, b = normal(3, 3, 6, 2), 0.01 * normal(3, 3, 6, 2, seed=1)
+    expected = np.sqrt((a**2).sum()) / (np.sqrt((b**2).sum()) + 1e-4)
+    np.testing.assert_allclose(losses.adaptive_weight(a, b), expected, rtol=1e-5)
+    np.testing.assert_allclose(losses.adaptive_weight(a, 0 * b, limit=1e9), np.sqrt((a**2).sum()) / 1e-4, rtol=1e-5)
+    assert losses.adaptive_weight(a, 0 * b) == 1e4
+    assert losses.adaptive_weight(a, b, limit=2.5) == 2.5
+    assert losses.adaptive_weight(0 * a, b) == 0
+    assert losses.adaptive_weight(jnp.asarray(a, jnp.bfloat16), jnp.asarray(b, jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_adaptive_weight_passes_no_gradient_and_keeps_nan():
+    a, b = normal(3, 4), normal(3, 4, seed=1)
+    assert not any(g.any() for g in jax.grad(losses.adaptive_weight, argnums=(0, 1))(a, b))
+    assert jnp.isnan(losses.adaptive_weight(a * jnp.nan, b))  # so that the step is skipped
+
+
 # --- chunks ---------------------------------------------------------------------------------------
 
 

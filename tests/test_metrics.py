@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
 
 from rq_jax import metrics
 
@@ -45,3 +47,57 @@ def test_unigram_cross_entropy():
     np.testing.assert_allclose(
         jax.jit(metrics.unigram_cross_entropy)(counts, codes.reshape(3, 1, 2)), expected, rtol=1e-5
     )
+
+
+ssim = jax.jit(metrics.ssim)
+
+
+def similarity(x_HW, y_HW):
+    """Mean SSIM of one channel in [-1, 1], from scipy's filters and the part where the whole window fits."""
+    x_HW, y_HW = (x_HW + 1) / 2, (y_HW + 1) / 2
+    smooth = lambda z: gaussian_filter(z.astype(float), 1.5, radius=5)[5:-5, 5:-5]  # noqa: E731
+    x, y = smooth(x_HW), smooth(y_HW)
+    variances, covariance = smooth(x_HW**2) - x**2 + smooth(y_HW**2) - y**2, smooth(x_HW * y_HW) - x * y
+    c1, c2 = 0.01**2, 0.03**2
+    return np.mean((2 * x * y + c1) * (2 * covariance + c2) / (x**2 + y**2 + c1) / (variances + c2))
+
+
+def pictures(*shape, seed=0):
+    return np.random.default_rng(seed).uniform(-1, 1, shape)
+
+
+def test_ssim_is_the_mean_over_channels_and_places():
+    images, noise = pictures(2, 17, 14, 3), 0.3 * pictures(5, 2, 17, 14, 3, seed=1)
+    expected = [
+        [np.mean([similarity(x[..., c], np.clip(x + n, -1, 1)[..., c]) for c in range(3)]) for x, n in zip(images, m, strict=True)]
+        for m in noise
+    ]
+    # The pictures are compared with each of five reconstructions.
+    np.testing.assert_allclose(ssim(images, images + noise), expected, rtol=1e-5)
+
+
+def test_ssim_of_equal_and_of_opposite_pictures():
+    images = jnp.asarray(pictures(13, 11, 2))
+    assert ssim(images, images).shape == ()
+    np.testing.assert_allclose(ssim(images, images), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(ssim(jnp.ones((11, 11, 1)), 3 * jnp.ones((11, 11, 1))), 1.0, rtol=1e-6)
+    assert -1 <= ssim(images, -images) < -0.8
+    # Equal structure, other brightness: black beside grey is farther than grey beside white.
+    dark, grey, white = (jnp.full((11, 11, 1), value) for value in (-1.0, 0.0, 1.0))
+    np.testing.assert_allclose(ssim(dark, grey), 0.0004 / 1.0004, rtol=1e-5)
+    np.testing.assert_allclose(ssim(grey, white), 4.0004 / 5.0004, rtol=1e-5)
+
+
+def test_ssim_falls_with_noise():
+    images, noise = pictures(24, 24, 1), pictures(24, 24, 1, seed=1)
+    values = [float(ssim(0.7 * images, 0.7 * images + scale * noise)) for scale in (0.0, 0.1, 0.2, 0.3)]
+    assert values == sorted(values, reverse=True) and values[0] - values[-1] > 0.05
+
+
+@pytest.mark.parametrize("shape", [(10, 30, 1), (2, 30, 7, 1)])
+def test_ssim_needs_a_picture_as_large_as_its_window(shape):
+    with pytest.raises(ValueError) as error:
+        ssim(jnp.zeros(shape), jnp.zeros(shape))
+    H, W = shape[-3:-1]
+    assert str(error.value) == f"images: {H}x{W} is smaller than the window of SSIM; it takes at least 11x11"
+    assert metrics.SSIM_WINDOW == 11

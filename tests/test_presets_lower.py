@@ -15,6 +15,7 @@ import train_transformer
 import train_vae
 from configs import rqtransformer, rqvae
 from rq_jax import models, sampling, train_state
+from rq_jax.pretrained import vgg_lpips
 
 ROWS = 2  # of a micro-batch
 OPTIM = ("name", "learning_rate", "b1", "b2", "weight_decay", "schedule", "clip_norm", "accumulation_steps")
@@ -31,12 +32,19 @@ def shapes(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-def lower_step(make_step, variables, batch, program, *more):
+def make_optimizer(program):
+    return train_state.make_optimizer(**program["optim"], total_steps=1000, warmup_steps=10)
+
+
+def lower_step(make_step, variables, batch, program, *more, discriminator=None):
     """The states before and after a lowered step, as shapes, and the shapes of its metrics."""
-    optimizer = train_state.make_optimizer(**program["optim"], total_steps=1000, warmup_steps=10)
-    rng = jax.eval_shape(lambda: jax.random.key(0))
-    use_ema = program["ema_decay"] > 0
-    state = jax.eval_shape(lambda v, rng: train_state.create_state(v, optimizer, rng, use_ema), variables, rng)
+    optimizer, rng = make_optimizer(program), jax.eval_shape(lambda: jax.random.key(0))
+
+    def create(variables, rng, discriminator):
+        adversary = None if discriminator is None else (discriminator, optimizer)
+        return train_state.create_state(variables, optimizer, rng, program["ema_decay"] > 0, adversary)
+
+    state = jax.eval_shape(create, variables, rng, discriminator)
     step = make_step(optimizer=optimizer, ema_decay=program["ema_decay"])
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch, *more)
     after, metrics = lowered.out_info
@@ -49,21 +57,32 @@ def lower_step(make_step, variables, batch, program, *more):
 @functools.cache
 def lower_tokenizer(program: str):
     program = json.loads(program)
-    model = models.create(**program["model"])
-    make_step = functools.partial(train_vae.make_train_step, model, loss=train_vae.Losses(**program["loss"]))
+    model, discriminator = models.create(**program["model"]), models.create("discriminator", **program["discriminator"])
+    settings = {name: value for name, value in program["loss"].items() if not name.endswith("_epochs")}
+    adversary = train_vae.Adversary(discriminator, make_optimizer(program))
+    vgg = vgg_lpips.Perceptual("shapes", vgg_lpips.abstract_variables())
+    make_step = functools.partial(
+        train_vae.make_train_step, model, loss=train_vae.Losses(**settings), perceptual=vgg, adversary=adversary
+    )
     batch = {"image": jax.ShapeDtypeStruct((ROWS, *model.image_shape, model.in_channels), jnp.float32)}
-    return lower_step(make_step, models.abstract_variables(model), batch, program)
+    variables, judge = models.abstract_variables(model), models.abstract_variables(discriminator)
+    return lower_step(make_step, variables, batch, program, vgg.variables, discriminator=judge)
 
 
 @pytest.mark.parametrize("preset", rqvae.PRESETS)
 def test_train_step_of_a_tokenizer_lowers(preset):
     config = rqvae.get_config(preset)
-    before, after, metrics = lower_tokenizer(program_of(config, model=dict(config.model)))
+    assert config.loss.perceptual_weight and config.loss.adversarial_weight
+    program = program_of(config, model=dict(config.model), discriminator=dict(config.discriminator))
+    before, after, metrics = lower_tokenizer(program)
     assert after == before
-    assert metrics == {
-        "loss": (), "reconstruction_loss": (), "commitment_loss": (), "gradient_norm": (), "learning_rate": (),
-        "skipped_share": (), "code_counts": (config.model.code_shape[-1], config.model.codebook_size),
-    }  # fmt: skip
+    scalars = (
+        "loss", "reconstruction_loss", "perceptual_loss", "commitment_loss", "generator_loss", "discriminator_loss",
+        "d_weight", "logits_fake", "logits_real", "gradient_norm", "discriminator_gradient_norm", "learning_rate",
+        "skipped_share",
+    )  # fmt: skip
+    counts = (config.model.code_shape[-1], config.model.codebook_size)
+    assert metrics == {**dict.fromkeys(scalars, ()), "code_counts": counts}
 
 
 # --- stage 2 -----------------------------------------------------------------------------------------------------------

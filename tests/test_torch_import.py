@@ -1,149 +1,23 @@
-"""Official configs and state dicts become our settings and variables, whole and in the right layout.
-
-The official names and shapes are written down here a second time, from the modules of the original.
-"""
+"""Official state dicts become our variables and theirs again, whole and in the right layout."""
 
 import json
+import logging
 
 import jax
 import numpy as np
 import pytest
+from official_states import (
+    DISCRIMINATOR,
+    TRANSFORMER,
+    VQGAN,
+    discriminator_state,
+    rqvae_config,
+    rqvae_state,
+    transformer_state,
+    vqgan_state,
+)
 
 from rq_jax import models, torch_import
-
-BOTTLENECK = {
-    "bottleneck_type": "rq",
-    "embed_dim": 6,
-    "n_embed": 7,
-    "latent_shape": [8, 8, 6],
-    "code_shape": [8, 8, 3],
-    "shared_codebook": True,
-    "decay": 0.98,
-    "restart_unused_codes": True,
-}
-CODER = {
-    "double_z": False,
-    "z_channels": 5,
-    "resolution": 16,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 4,
-    "ch_mult": [1, 2],
-    "num_res_blocks": 1,
-    "attn_resolutions": [8],
-    "dropout": 0.1,
-}
-TRANSFORMER = {
-    "type": "rq-transformer",
-    "block_size": [2, 5, 3],
-    "vocab_size": 7,
-    "vocab_size_cond": 11,
-    "block_size_cond": 4,
-    "embed_dim": 8,
-    "input_embed_dim": 6,
-    "input_emb_vqvae": True,
-    "head_emb_vqvae": True,
-    "cumsum_depth_ctx": True,
-    "shared_tok_emb": True,
-    "shared_cls_emb": True,
-    "body": {"n_layer": 3, "block": {"n_head": 2}},
-    "head": {"n_layer": 2, "block": {"n_head": 2}},
-}
-
-
-def rqvae_config(hparams=None, ddconfig=None, **arch):
-    return {
-        "type": "rq-vae",
-        "hparams": BOTTLENECK | (hparams or {}),
-        "ddconfig": CODER | (ddconfig or {}),
-        **arch,
-    }
-
-
-# --- official names and shapes ------------------------------------------------------------------------------
-
-
-def affine(key, weight, bias=True):
-    """A module's weight and the bias over its first axis."""
-    return {f"{key}.weight": weight} | ({f"{key}.bias": weight[:1]} if bias else {})
-
-
-def res_block(key, i, o):
-    shapes = affine(f"{key}.norm1", (i,)) | affine(f"{key}.conv1", (o, i, 3, 3))
-    shapes |= affine(f"{key}.norm2", (o,)) | affine(f"{key}.conv2", (o, o, 3, 3))
-    return shapes | (affine(f"{key}.nin_shortcut", (o, i, 1, 1)) if i != o else {})
-
-
-def attention_block(key, c):
-    shapes = affine(f"{key}.norm", (c,))
-    for name in ("q", "k", "v", "proj_out"):
-        shapes |= affine(f"{key}.{name}", (c, c, 1, 1))
-    return shapes
-
-
-def official_rqvae_shapes(code_sizes, E=6, latent=6, z=5, double=1):
-    """Of `CODER`: widths 4 and 8, one block a level, attention at the second level."""
-    shapes = affine("encoder.conv_in", (4, 3, 3, 3)) | affine("encoder.conv_out", (double * z, 8, 3, 3))
-    shapes |= res_block("encoder.down.0.block.0", 4, 4) | affine("encoder.down.0.downsample.conv", (4, 4, 3, 3))
-    shapes |= res_block("encoder.down.1.block.0", 4, 8) | attention_block("encoder.down.1.attn.0", 8)
-    shapes |= affine("decoder.conv_in", (8, z, 3, 3)) | affine("decoder.conv_out", (3, 4, 3, 3))
-    for i in range(2):
-        shapes |= res_block(f"decoder.up.1.block.{i}", 8, 8) | attention_block(f"decoder.up.1.attn.{i}", 8)
-        shapes |= res_block(f"decoder.up.0.block.{i}", (8, 4)[i], 4)
-    shapes |= affine("decoder.up.1.upsample.conv", (8, 8, 3, 3))
-    for side, width in (("encoder", 8), ("decoder", 4)):
-        shapes |= res_block(f"{side}.mid.block_1", 8, 8) | res_block(f"{side}.mid.block_2", 8, 8)
-        shapes |= attention_block(f"{side}.mid.attn_1", 8) | affine(f"{side}.norm_out", (width,))
-    shapes |= affine("quant_conv", (latent, double * z, 1, 1)) | affine("post_quant_conv", (z, latent, 1, 1))
-    for d, K in enumerate(code_sizes):
-        key = f"quantizer.codebooks.{d}"
-        shapes |= {f"{key}.weight": (K + 1, E), f"{key}.cluster_size_ema": (K,), f"{key}.embed_ema": (K, E)}
-    return shapes
-
-
-def official_transformer_shapes(arch):
-    (h, w, D), M, E = arch["block_size"], arch["embed_dim"], arch["input_embed_dim"]
-    sizes = arch["vocab_size"] if isinstance(arch["vocab_size"], list) else [arch["vocab_size"]] * D
-    V, U = max(arch["vocab_size_cond"], 1), max(arch["block_size_cond"], 1)
-    shapes = {"pos_emb_cond": (1, U, M), "pos_emb_hw": (1, h * w, M), "pos_emb_d": (1, D, M)}
-    shapes |= {"cond_emb.weight": (V, M)} | affine("classifier.layer_norm", (M,))
-    if arch["input_emb_vqvae"]:
-        shapes |= affine("input_mlp", (M, E))
-    if arch["head_emb_vqvae"]:
-        shapes |= affine("head_mlp", (M, E))
-    if not (arch["input_emb_vqvae"] and arch["head_emb_vqvae"]):
-        shared = arch["shared_tok_emb"]
-        shapes |= {"tok_emb.weight": (sizes[0] if shared else sum(sizes), M)}
-        shapes |= {} if shared else {"tok_emb.offsets": (D,)}
-    if arch["shared_cls_emb"]:
-        shapes |= affine("classifier.linear", (sizes[0], M))
-    else:
-        shapes |= {"classifier.linear.weight": (D, M, max(sizes)), "classifier.linear.bias": (D, max(sizes))}
-    if U > 1:
-        shapes |= affine("cond_classifier.layer_norm", (M,)) | affine("cond_classifier.linear", (V, M))
-    for stack in ("body", "head"):
-        block = arch[stack].get("block", {})
-        for i in range(arch[stack]["n_layer"]):
-            key = f"{stack}_transformer.blocks.{i}"
-            shapes |= affine(f"{key}.ln1", (M,)) | affine(f"{key}.ln2", (M,))
-            for name in ("key", "query", "value", "proj"):
-                shapes |= affine(f"{key}.attn.{name}", (M, M), block.get("attn_bias", True))
-            shapes |= affine(f"{key}.mlp.0", (4 * M, M), block.get("mlp_bias", True))
-            shapes |= affine(f"{key}.mlp.2", (M, 4 * M), block.get("mlp_bias", True))
-    return shapes
-
-
-def random_state(shapes):
-    rng = np.random.default_rng(0)
-    return {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
-
-
-def rqvae_state(code_sizes, shared=False, **kwargs):
-    state = random_state(official_rqvae_shapes(code_sizes, **kwargs))
-    for key in [key for key in state if key.startswith("quantizer.")]:
-        if shared:
-            state[key] = state[key.replace(key.split(".")[2], "0", 1)].copy()
-    return state
 
 
 def shapes_of(tree):
@@ -163,18 +37,19 @@ def assert_same_numbers(variables, tensors):
 @pytest.fixture(scope="module")
 def released(goldens):
     entries = json.loads((goldens / "released-shapes.json").read_text())
-    entries.pop("discriminator-released")
-    assert len(entries) == 14
+    assert len(entries) == 15
     return entries
 
 
 def test_released_configs_are_covered_to_the_last_key_and_parameter(released):
     for name, entry in released.items():
-        kind = entry["config"]["type"].replace("-", "")
+        kind = entry["config"].get("type", "discriminator").replace("-", "")
         settings = getattr(torch_import, f"{kind}_settings")(entry["config"])
         table = getattr(torch_import, f"{kind}_table")(settings)
-        assert table.official_shapes() == {key: tuple(shape) for key, (shape, _) in entry["state_dict"].items()}, name
-        used = [key for rule in table.rules for key in (*rule.keys, *rule.aliases)] + list(table.constants)
+        shapes = {key: tuple(shape) for key, (shape, _) in entry["state_dict"].items()}
+        assert table.official_shapes() | {key: value.shape for key, value in table.unread.items()} == shapes, name
+        used = [key for rule in table.rules for key in (*rule.keys, *rule.aliases)]
+        used += [*table.constants, *table.unread]
         assert sorted(used) == sorted(entry["state_dict"]), name
 
         variables = models.abstract_variables(models.create(kind, **settings))
@@ -187,7 +62,7 @@ def test_released_configs_are_covered_to_the_last_key_and_parameter(released):
         count = sum(np.prod(shape, dtype=np.int64) for path, shape in ours.items() if path.startswith("params/"))
         if kind == "rqvae":  # the original counts the codebook with its padding row
             count += (settings["codebook_size"] + 1) * settings["code_dim"]
-        assert count == entry["n_parameters"], name
+        assert count == entry.get("n_parameters", 663_361), name  # the discriminator's is not in the file
 
 
 # --- RQ-VAE -------------------------------------------------------------------------------------------------
@@ -237,6 +112,48 @@ def test_half_precision_becomes_contiguous_float32():
     assert all(leaf.dtype == np.float32 and leaf.flags.c_contiguous for leaf in leaves)
 
 
+def test_vqgan_variables_are_those_of_depth_1():
+    settings = torch_import.vqgan_settings(VQGAN)
+    state = torch_import.unpack(vqgan_state(), "vqgan").state
+    variables = torch_import.vqgan_variables(state, settings)
+    assert shapes_of(variables) == shapes_of(models.abstract_variables(models.create("rqvae", **settings)))
+    assert_same_numbers(variables["params"], [v for k, v in state.items() if not k.startswith("quantize.")])
+    codebook = variables["codebook"]
+    for name in ("codebook_KE", "sums_KE"):
+        np.testing.assert_array_equal(codebook[name], state["quantize.embedding.weight"])
+    np.testing.assert_array_equal(codebook["counts_K"], np.ones(7))
+
+
+# --- discriminator ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_actnorm", [False, True])
+def test_discriminator_variables(use_actnorm):
+    settings = torch_import.discriminator_settings(DISCRIMINATOR | {"use_actnorm": use_actnorm})
+    state = discriminator_state(use_actnorm)
+    variables = torch_import.discriminator_variables(state, settings)
+    expected = models.abstract_variables(models.create("discriminator", **settings))
+    assert shapes_of(variables) == shapes_of(expected)
+    assert jax.tree.map(lambda x: x.dtype, variables) == jax.tree.map(lambda x: x.dtype, expected)
+    assert_same_numbers(variables, [value for key, value in state.items() if "num_batches" not in key])
+    params, stats = variables["params"], variables["batch_stats"]
+    assert params["conv2"]["kernel"][3, 1, 7, 12] == state["main.5.weight"][12, 7, 3, 1]
+    assert params["conv3"]["bias"] == state["main.8.bias"]
+    if use_actnorm:
+        np.testing.assert_array_equal(params["norm2"]["shift"], state["main.6.loc"].reshape(-1))
+        np.testing.assert_array_equal(params["norm1"]["scale"], state["main.3.scale"].reshape(-1))
+    else:
+        np.testing.assert_array_equal(params["norm1"]["scale"], state["main.3.weight"])
+        np.testing.assert_array_equal(stats["norm2"]["mean"], state["main.6.running_mean"])
+        np.testing.assert_array_equal(stats["norm1"]["var"], state["main.3.running_var"])
+
+
+def test_a_discriminator_of_before_batches_were_counted():
+    state = {key: value for key, value in discriminator_state().items() if "num_batches" not in key}
+    settings = torch_import.discriminator_settings(DISCRIMINATOR)
+    torch_import.discriminator_variables(state, settings)
+
+
 # --- RQ-Transformer -----------------------------------------------------------------------------------------
 
 SEPARATE = {"shared_tok_emb": False, "shared_cls_emb": False}
@@ -262,10 +179,7 @@ VARIANTS = {
 def test_rqtransformer_variables(changes):
     arch = TRANSFORMER | changes
     settings = torch_import.rqtransformer_settings(arch)
-    state = random_state(official_transformer_shapes(arch))
-    if "tok_emb.offsets" in state:
-        sizes = arch["vocab_size"] if isinstance(arch["vocab_size"], list) else [arch["vocab_size"]] * 3
-        state["tok_emb.offsets"] = np.array([0, sizes[0], sizes[0] + sizes[1]])
+    state = transformer_state(arch)
     variables = torch_import.rqtransformer_variables(state, settings)
     expected = models.abstract_variables(models.create("rqtransformer", **settings))
     assert shapes_of(variables) == shapes_of({"params": expected["params"]})
@@ -273,7 +187,7 @@ def test_rqtransformer_variables(changes):
 
 
 def test_rqtransformer_layout():
-    state = random_state(official_transformer_shapes(TRANSFORMER))
+    state = transformer_state(TRANSFORMER)
     params = torch_import.rqtransformer_variables(state, torch_import.rqtransformer_settings(TRANSFORMER))["params"]
     x_M = np.random.default_rng(1).standard_normal(8).astype(np.float32)
     for stack, theirs, layer in (("spatial", "body", 2), ("depth", "head", 1)):
@@ -303,7 +217,7 @@ def test_rqtransformer_layout():
 
 def test_all_wrong_keys_are_named_in_one_message():
     settings = torch_import.rqtransformer_settings(TRANSFORMER)
-    state = random_state(official_transformer_shapes(TRANSFORMER))
+    state = transformer_state(TRANSFORMER)
     del state["pos_emb_d"], state["body_transformer.blocks.1.ln2.bias"]
     state["module.extra"] = np.zeros(3)
     state["input_mlp.weight"] = state["input_mlp.weight"].T
@@ -324,133 +238,156 @@ def test_copies_of_a_shared_codebook_that_differ_are_named():
 
 def test_token_offsets_that_differ_are_named():
     arch = TRANSFORMER | VARIANTS["separate tokens"]
-    state = random_state(official_transformer_shapes(arch)) | {"tok_emb.offsets": np.array([0, 7, 15])}
+    state = transformer_state(arch) | {"tok_emb.offsets": np.array([0, 7, 15])}
     with pytest.raises(ValueError, match=r"tok_emb\.offsets differs from \[0, 7, 14\];"):
         torch_import.rqtransformer_variables(state, torch_import.rqtransformer_settings(arch))
 
 
-# --- configs ------------------------------------------------------------------------------------------------
+def test_a_long_list_of_wrong_keys_is_cut():
+    settings = torch_import.rqtransformer_settings(TRANSFORMER)
+    with pytest.raises(ValueError) as error:
+        torch_import.rqtransformer_variables({"a": np.zeros(3)}, settings)
+    table = torch_import.rqtransformer_table(settings)
+    assert f" and {len(table.official_shapes()) - 20} more; unexpected a; take both" in str(error.value)
 
 
-def test_rqvae_settings():
-    config = {"dataset": {"type": "x"}, "arch": rqvae_config({"code_shape": [4, 2, 3]}, checkpointing=True)}
-    assert torch_import.rqvae_settings(config) == {
-        "image_size": 16,
-        "code_shape": (4, 2, 3),
-        "code_dim": 48,
-        "codebook_size": 7,
-        "in_channels": 3,
-        "width": 4,
-        "width_multipliers": (1, 2),
-        "num_res_blocks": 1,
-        "attention_resolutions": (8,),
-        "z_channels": 5,
-        "use_double_z": False,
-        "use_resample_conv": True,
-        "dropout": 0.1,
-        "use_shared_codebook": True,
-        "codebook_decay": 0.98,
-        "use_restart": True,
-        "use_remat": True,
-    }
+@pytest.mark.parametrize("dtype", [np.int64, np.complex64, np.bool_])
+def test_a_weight_of_a_wrong_type_is_named(dtype):
+    state = transformer_state(TRANSFORMER)
+    state["input_mlp.weight"] = state["input_mlp.weight"].astype(dtype)
+    with pytest.raises(ValueError, match=f"input_mlp.weight is of type {np.dtype(dtype)} where floats are needed;"):
+        torch_import.rqtransformer_variables(state, torch_import.rqtransformer_settings(TRANSFORMER))
 
 
-def test_rqvae_settings_that_are_absent_take_the_defaults_of_the_original():
-    config = rqvae_config()
-    for section, names in (
-        ("hparams", ("bottleneck_type", "shared_codebook", "decay", "restart_unused_codes", "n_embed")),
-        ("ddconfig", ("double_z", "dropout")),
+def test_a_flag_of_a_wrong_type_is_named():
+    state = discriminator_state(use_actnorm=True) | {"main.3.initialized": np.array(1.0)}
+    settings = torch_import.discriminator_settings(DISCRIMINATOR | {"use_actnorm": True})
+    with pytest.raises(ValueError, match="main.3.initialized is of type float64 where integers are needed;"):
+        torch_import.discriminator_variables(state, settings)
+
+
+def test_all_kinds_of_mistakes_are_in_one_message():
+    state = rqvae_state((7, 7, 7), shared=True)
+    del state["quant_conv.bias"]
+    state["quantizer.codebooks.1.weight"][2, 3] += 1
+    state["post_quant_conv.weight"] = state["post_quant_conv.weight"].T
+    state["encoder.conv_in.bias"] = np.arange(4)
+    with pytest.raises(ValueError) as error:
+        torch_import.rqvae_variables(state, torch_import.rqvae_settings(rqvae_config()))
+    message = str(error.value)
+    for part in (
+        "missing quant_conv.bias; ",
+        "post_quant_conv.weight has shape (1, 1, 6, 5) instead of (5, 6, 1, 1); ",
+        "encoder.conv_in.bias is of type int64 where floats are needed",
+        "quantizer.codebooks.1.weight differs from quantizer.codebooks.0.weight",
     ):
-        config[section] = {key: value for key, value in config[section].items() if key not in names}
-    settings = torch_import.rqvae_settings(config)
-    assert not settings["use_shared_codebook"] and not settings["use_restart"]
-    assert settings["codebook_decay"] == 0.99
-    assert (settings["codebook_size"], settings["use_double_z"], settings["dropout"]) == (512, True, 0.0)
+        assert part in message
+    assert "\n" not in message
 
 
-def test_rqtransformer_settings():
-    block = {"n_head": 2, "gelu": "v2", "attn_bias": False, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
-    arch = TRANSFORMER | {"embd_pdrop": 0.4, "shared_cls_emb": False, "vocab_size": None}
-    arch |= {"body": {"n_layer": 3, "block": block}, "head": {"n_layer": 2, "block": block | {"n_head": 4}}}
-    assert torch_import.rqtransformer_settings({"arch": arch, "dataset": {"vocab_size": [7, 7, 7]}}) == {
-        "codebook_size": 7,
-        "code_shape": (2, 5, 3),
-        "code_dim": 6,
-        "model_dim": 8,
-        "num_heads": 2,
-        "depth_num_heads": 4,
-        "spatial_layers": 3,
-        "depth_layers": 2,
-        "cond_vocab_size": 11,
-        "cond_length": 4,
-        "use_tokenizer_input": True,
-        "use_tokenizer_depth_input": True,
-        "use_cumulative_depth": True,
-        "use_shared_token_embedding": True,
-        "use_shared_classifier": False,
-        "use_attention_bias": False,
-        "use_mlp_bias": True,
-        "gelu": "sigmoid",
-        "embedding_dropout": 0.4,
-        "attention_dropout": 0.2,
-        "residual_dropout": 0.3,
-    }
+def test_values_that_are_not_finite_are_kept_and_warned_of(caplog):
+    state = transformer_state(TRANSFORMER)
+    state["body_transformer.blocks.1.attn.key.weight"][2, 3] = np.nan
+    state["pos_emb_d"][0, 1, 2] = -np.inf
+    with caplog.at_level(logging.WARNING):
+        variables = torch_import.rqtransformer_variables(state, torch_import.rqtransformer_settings(TRANSFORMER))
+    (message,) = caplog.messages
+    assert message.startswith(
+        "state dict: NaN or infinite values; they are kept in pos_emb_d, body_transformer.blocks.1"
+    )
+    kernel = variables["params"]["spatial_stack"]["blocks"]["qkv_M3NA"]
+    assert np.isnan(kernel[1, 3, 1, 0, 2]) and np.isnan(kernel).sum() == 1
+    assert variables["params"]["depth_position_DM"][1, 2] == -np.inf
 
 
-def test_rqtransformer_settings_that_are_absent_take_the_defaults_of_the_original():
-    kept = ("block_size", "vocab_size", "embed_dim", "body", "head")
-    settings = torch_import.rqtransformer_settings({key: TRANSFORMER[key] for key in kept})
-    switches = {name for name, value in settings.items() if name.startswith("use_") and value}
-    assert switches == {"use_attention_bias", "use_mlp_bias"}
-    assert (settings["cond_vocab_size"], settings["cond_length"], settings["gelu"]) == (1, 1, "exact")
-    assert (settings["embedding_dropout"], settings["residual_dropout"]) == (0.0, 0.1)
-    models.create("rqtransformer", **settings)
+def test_copies_with_nan_are_equal():
+    state = rqvae_state((7, 7, 7), shared=True)
+    for d in range(3):
+        state[f"quantizer.codebooks.{d}.embed_ema"][1, 1] = np.nan
+    torch_import.rqvae_variables(state, torch_import.rqvae_settings(rqvae_config()))
 
 
-def without(config, name, *rest):
-    """The config less one entry, given by its path."""
-    if rest:
-        return config | {name: without(config[name], *rest)}
-    return {key: value for key, value in config.items() if key != name}
+def test_a_padding_row_that_is_not_zero_is_warned_of(caplog):
+    state = rqvae_state((7, 9, 8))
+    state["quantizer.codebooks.1.weight"][-1, 2] = 1
+    config = rqvae_config({"shared_codebook": False, "n_embed": [7, 9, 8]})
+    torch_import.rqvae_variables(state, torch_import.rqvae_settings(config))
+    assert caplog.messages == ["state dict: a padding row that is not zero in quantizer.codebooks.1.weight"]
 
 
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        (TRANSFORMER, "arch.type: 'rq-transformer' is another model; a config of 'rq-vae' is needed"),
-        (without(rqvae_config(), "hparams", "code_shape"), "arch.hparams.code_shape: missing"),
-        (
-            rqvae_config({"bottleneck_type": "vq"}),
-            "arch.hparams.bottleneck_type: 'vq' is unknown; allowed is 'rq'",
-        ),
-        (rqvae_config(ddconfig={"out_ch": 1}), "arch.ddconfig.out_ch: 1 must be in_channels, 3"),
-        (
-            rqvae_config({"latent_shape": [4, 4, 6]}),
-            r"arch.hparams.latent_shape: \(4, 4, 6\) must be \(8, 8, 6\)",
-        ),
-    ],
-)
-def test_rqvae_config_errors(config, message):
-    with pytest.raises(ValueError, match=message):
-        torch_import.rqvae_settings(config)
+# --- reading one tensor at a time ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "config, message",
-    [
-        (rqvae_config(), "arch.type: 'rq-vae' is another model; a config of 'rq-transformer' is needed"),
-        (without(TRANSFORMER, "vocab_size"), "arch.vocab_size: missing"),
-        (without(TRANSFORMER, "body", "n_layer"), "arch.body.n_layer: missing"),
-        (
-            TRANSFORMER | {"head": {"n_layer": 1, "block": {"n_head": 2, "mlp_bias": False}}},
-            "arch.head.block.mlp_bias: False must equal the True of arch.body.block",
-        ),
-        (
-            TRANSFORMER | {k: {"n_layer": 1, "block": {"n_head": 2, "gelu": "v3"}} for k in ("body", "head")},
-            "arch.body.block.gelu: 'v3' is unknown; allowed are 'v1' and 'v2'",
-        ),
-    ],
-)
-def test_rqtransformer_config_errors(config, message):
-    with pytest.raises(ValueError, match=message):
-        torch_import.rqtransformer_settings(config)
+class Lazy:
+    """A tensor that becomes an array when it is asked to, and counts how often."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype, self.reads = array, array.shape, array.dtype, 0
+
+    def __array__(self, dtype=None, copy=None):
+        self.reads += 1
+        return np.array(self.array, dtype)
+
+
+def test_each_tensor_is_read_once_and_copies_to_compare():
+    state = {key: Lazy(value) for key, value in rqvae_state((7, 7, 7), shared=True).items()}
+    torch_import.rqvae_variables(state, torch_import.rqvae_settings(rqvae_config()))
+    reads = {key: tensor.reads for key, tensor in state.items()}
+    assert all(count == 1 for key, count in reads.items() if not key.startswith("quantizer"))
+    assert all(count >= 1 for count in reads.values())
+
+
+def test_nothing_is_read_of_a_state_that_does_not_fit():
+    state = {key: Lazy(value) for key, value in transformer_state(TRANSFORMER).items()}
+    state["pos_emb_d"] = Lazy(np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="pos_emb_d has shape"):
+        torch_import.rqtransformer_variables(state, torch_import.rqtransformer_settings(TRANSFORMER))
+    assert sum(tensor.reads for tensor in state.values()) == 0
+
+
+# --- the way back -------------------------------------------------------------------------------------------
+
+STATES = {
+    "shared": lambda: ("rqvae", rqvae_config(), rqvae_state((7, 7, 7), shared=True)),
+    "separate": lambda: ("rqvae", rqvae_config({"shared_codebook": False}), rqvae_state((7, 7, 7))),
+    "mixed sizes": lambda: (
+        "rqvae",
+        rqvae_config({"shared_codebook": False, "n_embed": [7, 9, 8]}),
+        rqvae_state((7, 9, 8)),
+    ),
+    "batch norm": lambda: ("discriminator", DISCRIMINATOR, discriminator_state()),
+    "act norm": lambda: ("discriminator", DISCRIMINATOR | {"use_actnorm": True}, discriminator_state(True)),
+    **{
+        f"transformer, {name}": lambda changes=changes: (
+            "rqtransformer",
+            TRANSFORMER | changes,
+            transformer_state(TRANSFORMER | changes),
+        )
+        for name, changes in VARIANTS.items()
+    },
+}
+
+
+@pytest.mark.parametrize("make", STATES.values(), ids=STATES.keys())
+def test_export_gives_the_imported_tensors_back_bit_for_bit(make):
+    name, config, state = make()
+    kind = torch_import.KINDS[name]
+    settings = kind.settings(config)
+    variables = kind.variables(state, settings)
+    official = torch_import.official_state(name, variables, settings)
+    assert list(jax.tree.leaves(variables)) == []  # nothing was held twice
+    assert official.keys() == state.keys()
+    for key, value in state.items():
+        if not key.endswith("num_batches_tracked"):
+            assert official[key].dtype == value.dtype and official[key].shape == value.shape, key
+            np.testing.assert_array_equal(official[key], value, err_msg=key)
+
+
+def test_export_refuses_arrays_that_the_original_does_not_have():
+    settings = torch_import.discriminator_settings(DISCRIMINATOR)
+    variables = torch_import.discriminator_variables(discriminator_state(), settings)
+    variables["params"]["conv9"] = {"kernel": np.zeros(3)}
+    with pytest.raises(
+        ValueError, match=r"variables: the original has no place for \['params'\]\['conv9'\]\['kernel'\]"
+    ):
+        torch_import.official_state("discriminator", variables, settings)

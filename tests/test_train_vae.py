@@ -153,20 +153,37 @@ def test_ema_average_leaves_training_alone(start, pictures, base):
     assert helpers.differs(base[0]["ema_params"], base[0]["params"])
 
 
-def test_loss_settings_choose_and_weigh_the_parts(start):
-    variables, batch = start
-    images, (h, w, D), E = batch["image"], helpers.CODE_SHAPE, helpers.CODE_DIM
-    rng = np.random.default_rng(0)
-    output = train_vae.models.rqvae.RQVAEOutput(
-        images + rng.normal(size=images.shape), None, rng.normal(size=(8, h, w, E)), rng.normal(size=(8, h, w, D, E))
-    )
-    difference = output.reconstruction - images
-    commitment = np.mean((output.latents[..., None, :] - output.partial_sums) ** 2)
-    for kind, reconstruction in (("mse", np.mean(difference**2)), ("l1", np.mean(np.abs(difference)))):
-        total, parts = train_vae.Losses(kind, commitment_weight=0.7)(images, output)
-        np.testing.assert_allclose(parts["reconstruction_loss"], reconstruction, rtol=1e-5)
-        np.testing.assert_allclose(parts["commitment_loss"], commitment, rtol=1e-5)
-        np.testing.assert_allclose(total, reconstruction + 0.7 * commitment, rtol=1e-5)
+def test_loss_settings_choose_and_weigh_the_image_terms(start):
+    images, rng = start[1]["image"], np.random.default_rng(0)
+    reconstruction = images + rng.normal(size=images.shape)
+    difference, distances_B = reconstruction - images, rng.uniform(size=len(images))
+    for kind, expected in (("mse", np.mean(difference**2)), ("l1", np.mean(np.abs(difference)))):
+        total, parts = train_vae.Losses(kind).of_images(images, reconstruction, 0, None)
+        np.testing.assert_allclose(total, expected, rtol=1e-5)
+        assert parts == {"reconstruction_loss": total}
+        loss = train_vae.Losses(kind, perceptual_weight=0.6)
+        total, parts = loss.of_images(images, reconstruction, 0, lambda a, b: distances_B)
+        np.testing.assert_allclose(parts["perceptual_loss"], distances_B.mean(), rtol=1e-5)
+        np.testing.assert_allclose(total, expected + 0.6 * distances_B.mean(), rtol=1e-5)
+        late = train_vae.Losses(kind, perceptual_weight=0.6, perceptual_start_steps=3)
+        for step, share in ((2, 0.0), (3, 0.6)):
+            total, parts = late.of_images(images, reconstruction, step, lambda a, b: distances_B)
+            np.testing.assert_allclose(parts["perceptual_loss"], distances_B.mean() * (step >= 3), rtol=1e-5)
+            np.testing.assert_allclose(total, expected + share * distances_B.mean(), rtol=1e-5)
+
+
+def test_commitment_weight_weighs_the_pull_on_the_encoder(start, pictures, base):
+    state, metrics, _ = make_step(start, pictures, loss__commitment_weight=0.7)
+    parts = {name: base[1][name] for name in ("reconstruction_loss", "commitment_loss")}
+    for name, value in parts.items():
+        np.testing.assert_array_equal(metrics[name], value)
+    np.testing.assert_allclose(metrics["loss"], parts["reconstruction_loss"] + 0.7 * parts["commitment_loss"], rtol=1e-6)
+    # The decoder does not feel it; the encoder's step is linear in it.
+    helpers.assert_equal(state["params"]["decoder"], base[0]["params"]["decoder"])
+    twice, _, _ = make_step(start, pictures, loss__commitment_weight=0.25 + 2 * 0.45)
+    steps = [s["params"]["encoder"]["conv_out"]["bias"] for s in (base[0], state, twice)]
+    np.testing.assert_allclose(steps[2] - steps[0], 2 * (steps[1] - steps[0]), rtol=0, atol=1e-6)
+    assert np.abs(steps[1] - steps[0]).max() > 1e-5
 
 
 # --- what is logged ----------------------------------------------------------------------------------------------------
@@ -241,7 +258,7 @@ def test_run_directory_holds_everything(whole_run):
     assert list(logged) == [1, 2, 3, 4]
     training = {"loss", "reconstruction_loss", "commitment_loss", "gradient_norm", "learning_rate", "skipped_share"}
     training |= {f"code_{name}/depth{d}" for name in ("usage", "perplexity") for d in DEPTHS}
-    evaluation = {"validation_loss", *(f"psnr/depth{d}" for d in DEPTHS)}
+    evaluation = {"validation_loss", "ssim", *(f"psnr/depth{d}" for d in DEPTHS)}
     assert set(logged[1]) == set(logged[3]) == training
     assert set(logged[2]) == set(logged[4]) == training | evaluation
 
@@ -293,6 +310,21 @@ REFUSED = {
     "decay": ({"loop__ema_decay": 1.0}, r"loop.ema_decay: 1.0 is outside \[0, 1\)"),
     "mesh": ({"mesh__data": 3}, "mesh: .* does not fit 8 devices"),
     "update": ({"model__codebook_update": "both"}, "codebook_update: 'both' is unknown; allowed are 'sequential' and 'pooled'"),
+    "start": ({"loss__adversarial_start_epochs": 1.0}, "loss.adversarial_start_steps and loss.adversarial_start_epochs are both set"),
+    "weight": ({"loss__perceptual_weight": -1.0}, "loss.perceptual_weight: -1.0 must be finite and at least 0"),
+    "late start": (
+        {"loss__adversarial_weight": 0.7, "loss__adversarial_start_steps": 4}, "loss.adversarial_start_steps: 4 must be below the 4 steps of the run",
+    ),
+    "late distance": (
+        {"loss__perceptual_weight": 0.7, "loss__perceptual_start_steps": 5}, "loss.perceptual_start_steps: 5 must be below the 4 steps of the run",
+    ),
+    "limit": ({"loss__max_adaptive_weight": float("inf")}, "loss.max_adaptive_weight: inf must be finite and at least 0"),
+    "adversary": ({"loss__adversarial_weight": 0.7, "discriminator__num_layers": 0}, "discriminator.num_layers: 0 must be at least 1"),
+    "adversary's rate": (
+        {"loss__adversarial_weight": 0.7, "discriminator_optim__learning_rate": -1.0}, "discriminator_optim.learning_rate: -1.0 must be above 0",
+    ),
+    "optimizer of nothing": ({"keep_optimizer": True}, "keep_optimizer: True needs init_from, a run whose optimizer is kept"),
+    "no start": ({"init_from": "/nowhere"}, "'/nowhere' is no run directory"),
     "label": ({"data__label_key": "colour"}, "unknown label_key='colour' of data set 'folder'"),
 }  # fmt: skip
 
@@ -315,7 +347,7 @@ def test_bad_settings_are_refused_in_one_line(pictures, tmp_path, nothing_compil
 
 
 def test_unknown_keys_are_refused(pictures, tmp_path, nothing_compiles):
-    for key in ("model", "data", "optim", "loss", "loop", "mesh"):
+    for key in ("model", "data", "optim", "loss", "evaluation", "loop", "mesh"):
         config = helpers.vae_config(pictures)
         with config.unlocked():
             config[key].colour = 1
@@ -324,7 +356,7 @@ def test_unknown_keys_are_refused(pictures, tmp_path, nothing_compiles):
     config = helpers.vae_config(pictures)
     with config.unlocked():
         config.sample = {}
-    with pytest.raises(ValueError, match="config.sample: unknown; allowed are seed, model"):
+    with pytest.raises(ValueError, match="config.sample: unknown; allowed are seed, init_from, keep_optimizer, model, "):
         train_vae.train_and_evaluate(config, str(tmp_path / "run"))
 
 

@@ -1,4 +1,4 @@
-"""The networks, built by name: `create("rqvae" | "rqtransformer", **settings)`."""
+"""The networks, built by name: `create("rqvae" | "rqtransformer" | "discriminator", **settings)`."""
 
 import dataclasses
 from types import UnionType
@@ -8,10 +8,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from rq_jax.models.discriminator import Discriminator
 from rq_jax.models.rqtransformer import RQTransformer
 from rq_jax.models.rqvae import RQVAE
 
-MODELS = {"rqvae": RQVAE, "rqtransformer": RQTransformer}
+MODELS = {"rqvae": RQVAE, "rqtransformer": RQTransformer, "discriminator": Discriminator}
 
 
 def create(name: str, **settings: Any) -> nn.Module:

@@ -1,7 +1,7 @@
 """RQ-VAE: a convolutional autoencoder around a residual quantiser (Lee et al., CVPR 2022, section 3.1)."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -53,6 +53,7 @@ class _Coder(nn.Module):
 
     def _out(self, x):
         x = nn.silu(Norm(self.norm_groups, self.dtype, name="norm_out")(x))
+        self.sow("intermediates", "last_features", x)  # kept only where the caller makes the collection mutable
         return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -82,6 +83,29 @@ class Decoder(_Coder):
             if level > 0:
                 x = Upsample(self.use_resample_conv, self.dtype, name=f"level{level}_up")(x)
         return self._out(x)
+
+
+def last_kernel_gradient(params: Any, intermediates: Any, image_gradient: jax.Array) -> jax.Array:
+    """Gradient with respect to the kernel of the decoder's last convolution, from one with respect to the image.
+
+    The backward pass of that one layer: what balances the losses of stage 1 needs no more.
+
+    Args:
+      params: of an RQ-VAE.
+      intermediates: the collection of that name from the forward pass.
+      image_gradient: (B, H, W, C) of the loss with respect to the reconstruction.
+
+    Returns:
+      (3, 3, width, C).
+    """
+    (features,) = intermediates["decoder"]["last_features"]
+    last = params["decoder"]["conv_out"]
+
+    def images(kernel: jax.Array) -> jax.Array:
+        conv = Conv(kernel.shape[-1], dtype=features.dtype)
+        return conv.apply({"params": {**last, "kernel": kernel}}, features).astype(jnp.float32)
+
+    return jax.vjp(images, last["kernel"])[1](image_gradient)[0]
 
 
 class RQVAE(nn.Module):

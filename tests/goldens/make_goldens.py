@@ -1,6 +1,6 @@
 """The golden vectors of our own: an oracle of loops in NumPy float64 that imports nothing of rq_jax.
 
-`python tests/goldens/make_goldens.py` writes quantize.npz, sampling.npz and transformer.npz beside itself.
+`python tests/goldens/make_goldens.py` writes one .npz for each of `GOLDENS` beside itself.
 The functions also serve the tests as an independent second opinion.
 """
 
@@ -187,6 +187,98 @@ def transformer(codes_TD, cond_U, codebook_KE, p):
     return np.array(logits), np.array(cond_logits)
 
 
+# --- adversary and judges -------------------------------------------------------------------------
+
+
+def convolve(x_HWC, p, stride):
+    """4x4 convolution with zero padding of 1; "bias" may be absent."""
+    kernel, padded = p["kernel"], np.pad(x_HWC, ((1, 1), (1, 1), (0, 0)))
+    rows, columns = ((size - 4) // stride + 1 for size in padded.shape[:2])
+    out = np.zeros((rows, columns, kernel.shape[-1]))
+    for i in range(rows):
+        for j in range(columns):
+            patch = padded[i * stride : i * stride + 4, j * stride : j * stride + 4]
+            for o in range(kernel.shape[-1]):
+                out[i, j, o] = (patch * kernel[..., o]).sum()
+    return out + p.get("bias", 0.0)
+
+
+def moments(maps, c):
+    """Mean, sum of squared deviations and number of the values of channel c in all maps."""
+    values = [float(value) for x_HWC in maps for value in x_HWC[..., c].ravel()]
+    mean = sum(values) / len(values)
+    return mean, sum((value - mean) ** 2 for value in values), len(values)
+
+
+def batch_norm(maps, p, statistics, train):
+    """(maps, running statistics) after BatchNorm."""
+    maps, after = [x_HWC.copy() for x_HWC in maps], {k: v.copy() for k, v in statistics.items()}
+    for c in range(len(p["scale"])):
+        mean, variance = statistics["mean"][c], statistics["var"][c]
+        if train:
+            mean, squares, count = moments(maps, c)
+            variance = squares / count
+            after["mean"][c] = 0.9 * statistics["mean"][c] + 0.1 * mean
+            after["var"][c] = 0.9 * statistics["var"][c] + 0.1 * squares / (count - 1)
+        for x_HWC in maps:
+            x_HWC[..., c] = (x_HWC[..., c] - mean) / math.sqrt(variance + 1e-5) * p["scale"][c] + p["bias"][c]
+    return maps, after
+
+
+def act_norm_values(maps):
+    """Shift and scale that ActNorm takes from its first batch."""
+    values = [moments(maps, c) for c in range(maps[0].shape[-1])]
+    shift = np.array([-mean for mean, _, _ in values])
+    return {"shift": shift, "scale": np.array([1 / (math.sqrt(sq / (n - 1)) + 1e-6) for _, sq, n in values])}
+
+
+def discriminator(images, p, num_layers, statistics=None, train=False, initialize=False):
+    """(logits, statistics or ActNorm values after the pass); ActNorm where there are no statistics."""
+    maps, after = list(images.astype(float)), {}
+    for n in range(num_layers + 2):
+        maps = [convolve(x_HWC, p[f"conv{n}"], 2 if n < num_layers else 1) for x_HWC in maps]
+        norm = f"norm{n}"
+        if norm in p and statistics is not None:
+            maps, after[norm] = batch_norm(maps, p[norm], statistics[norm], train)
+        elif norm in p:
+            after[norm] = act_norm_values(maps) if initialize else p[norm]
+            maps = [after[norm]["scale"] * (x_HWC + after[norm]["shift"]) for x_HWC in maps]
+        if n <= num_layers:
+            maps = [np.where(x_HWC > 0, x_HWC, 0.2 * x_HWC) for x_HWC in maps]
+    return np.stack(maps), after
+
+
+def perceptual_distance(blocks, other_blocks, heads):
+    """LPIPS of two pictures after the network, from features (H, W, C) by block."""
+    total = 0.0
+    for x, y, head_C in zip(blocks, other_blocks, heads, strict=True):
+        distances = []
+        for i in range(x.shape[0]):
+            for j in range(x.shape[1]):
+                a, b = (v / (math.sqrt((v**2).sum()) + 1e-10) for v in (x[i, j].astype(float), y[i, j].astype(float)))
+                distances.append(sum(w * (p - q) ** 2 for w, p, q in zip(head_C, a, b, strict=True)))
+        total += sum(distances) / len(distances)
+    return total
+
+
+def structural_similarity(x_HWC, y_HWC):
+    """SSIM of two pictures in [-1, 1], taken to 0..255: Gaussian window of 11x11 with sigma 1.5, wherever it fits."""
+    window = np.array([[math.exp(-(i * i + j * j) / 4.5) for j in range(-5, 6)] for i in range(-5, 6)])
+    window, found = window / window.sum(), []
+    H, W, C = x_HWC.shape
+    for c in range(C):
+        for i in range(H - 10):
+            for j in range(W - 10):
+                places = (z[i : i + 11, j : j + 11, c].astype(float) for z in (x_HWC, np.clip(y_HWC, -1, 1)))
+                a, b = (127.5 * (place + 1) for place in places)
+                mean_a, mean_b = (window * a).sum(), (window * b).sum()
+                var_a, var_b = (window * (a - mean_a) ** 2).sum(), (window * (b - mean_b) ** 2).sum()
+                covariance = (window * (a - mean_a) * (b - mean_b)).sum()
+                luminance = (2 * mean_a * mean_b + 2.55**2) / (mean_a**2 + mean_b**2 + 2.55**2)
+                found.append(luminance * (2 * covariance + 7.65**2) / (var_a + var_b + 7.65**2))
+    return sum(found) / len(found)
+
+
 # --- the files ------------------------------------------------------------------------------------
 
 
@@ -263,6 +355,57 @@ def transformer_golden(rng):
             "cond_logits": np.stack(cond_logits), **flat}  # fmt: skip
 
 
+def discriminator_golden(rng):
+    """Two layers of stride 2, width 3, pictures of 21x17 with 2 channels; BatchNorm, and ActNorm from its first batch."""
+    widths, out = (2, 3, 6, 12, 1), {"images": _normal(rng, 2, 21, 17, 2)}
+    for kind in ("batch_norm", "act_norm"):
+        names, params, statistics = ("scale", "bias") if kind == "batch_norm" else ("scale", "shift"), {}, {}
+        for n in range(4):
+            params[f"conv{n}"] = {"kernel": _normal(rng, 4, 4, *widths[n : n + 2]) / 4}
+            if n in (0, 3) or kind == "act_norm":
+                params[f"conv{n}"]["bias"] = _normal(rng, widths[n + 1])
+            if n in (1, 2):
+                params[f"norm{n}"] = {name: _normal(rng, widths[n + 1]) for name in names}
+                statistics[f"norm{n}"] = {"mean": _normal(rng, widths[n + 1]), "var": _normal(rng, widths[n + 1]) ** 2}
+        double = _map(lambda array: array.astype(float), params)
+        if kind == "batch_norm":
+            before = _map(lambda array: array.astype(float), statistics)
+            out |= {f"{kind}.statistics.{name}": array for name, array in flatten(statistics).items()}
+            logits, _ = discriminator(out["images"], double, 2, before)
+            trained, after = discriminator(out["images"], double, 2, before, train=True)
+        else:
+            logits, _ = discriminator(out["images"], double, 2)
+            trained, after = discriminator(out["images"], double, 2, initialize=True)
+        out |= {f"{kind}.params.{name}": array for name, array in flatten(params).items()}
+        out |= {f"{kind}.after.{name}": array for name, array in flatten(after).items()}
+        out |= {f"{kind}.logits": logits, f"{kind}.train_logits": trained}
+    return out
+
+
+def perceptual_golden(rng):
+    """Three blocks of features of two pairs of pictures, one vector all zero; with heads and with equal weights."""
+    shapes, out = [(5, 3, 4), (3, 2, 6), (2, 1, 7)], {}
+    for block, shape in enumerate(shapes, start=1):
+        for name in ("features", "other"):
+            out[f"{name}.block{block}"] = np.maximum(_normal(rng, 2, *shape), 0)
+        out[f"heads.block{block}"] = np.abs(_normal(rng, shape[-1]))
+    out["features.block1"][0, 2, 1] = 0.0
+    features, other, heads = ([out[f"{name}.block{b}"] for b in (1, 2, 3)] for name in ("features", "other", "heads"))
+    equal = [np.full(shape[-1], 1 / 3) for shape in shapes]
+    for name, weights in (("distance", heads), ("equal_distance", equal)):
+        pairs = [([x[i] for x in features], [y[i] for y in other]) for i in range(2)]
+        out[name] = np.array([perceptual_distance(*pair, weights) for pair in pairs])
+    return out
+
+
+def ssim_golden(rng):
+    """Two pairs of pictures of 13x15 with 3 channels; the second of a pair leaves [-1, 1]."""
+    images = np.tanh(_normal(rng, 2, 13, 15, 3))
+    reconstruction = images + _normal(rng, 2, 13, 15, 3) * np.array([0.2, 0.9], np.float32)[:, None, None, None]
+    values = [structural_similarity(x, y) for x, y in zip(images, reconstruction, strict=True)]
+    return {"images": images, "reconstruction": reconstruction, "ssim": np.array(values)}
+
+
 def flatten(tree, prefix=""):
     """Nested dicts to one dict with dotted keys."""
     flat = {}
@@ -279,7 +422,10 @@ def _normal(rng, *shape):
     return rng.normal(size=shape).astype(np.float32)
 
 
-GOLDENS = {"quantize": quantize_golden, "sampling": sampling_golden, "transformer": transformer_golden}
+GOLDENS = {
+    "quantize": quantize_golden, "sampling": sampling_golden, "transformer": transformer_golden,
+    "discriminator": discriminator_golden, "perceptual": perceptual_golden, "ssim": ssim_golden,
+}  # fmt: skip
 
 
 def make(name):

@@ -1,0 +1,128 @@
+"""Published PyTorch checkpoints of the RQ models in our names and layout, and back.
+
+Of kakaobrain/rq-vae-transformer: RQ-VAE, RQ-Transformer and discriminator; of CompVis/taming-transformers: VQGAN, which
+is an RQ-VAE of depth 1.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rq_jax.torch_import.checkpoints import Checkpoint, find_kind, unpack
+from rq_jax.torch_import.official_config import left_out_settings, official_config
+from rq_jax.torch_import.rules import Rule, Table, export_state, import_state
+from rq_jax.torch_import.settings import (
+    Settings,
+    discriminator_settings,
+    has_discriminator,
+    rqtransformer_settings,
+    rqvae_settings,
+    sample_settings,
+    vqgan_settings,
+)
+from rq_jax.torch_import.tables import discriminator_table, rqtransformer_table, rqvae_table, vqgan_table
+
+__all__ = [
+    "KINDS",
+    "Checkpoint",
+    "Rule",
+    "Table",
+    "discriminator_settings",
+    "discriminator_table",
+    "discriminator_variables",
+    "find_kind",
+    "has_discriminator",
+    "left_out_settings",
+    "official_config",
+    "official_state",
+    "rqtransformer_settings",
+    "rqtransformer_table",
+    "rqtransformer_variables",
+    "rqvae_settings",
+    "rqvae_table",
+    "rqvae_variables",
+    "sample_settings",
+    "unpack",
+    "vqgan_settings",
+    "vqgan_table",
+    "vqgan_variables",
+]
+
+
+class Kind(NamedTuple):
+    """How a kind of official checkpoint becomes one of our models: its name, and three functions of this package."""
+
+    model: str
+    settings: Callable[[Mapping[str, Any]], dict[str, Any]]
+    table: Callable[[Settings], Table]
+    variables: Callable[[Mapping[str, Any], Settings], dict[str, Any]]
+
+
+def rqvae_variables(state: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Variables of an RQ-VAE, {"params": ..., "codebook": ...} in float32, from an official state dict.
+
+    The padding row of each codebook and the copies of a shared codebook are dropped.
+
+    Args:
+      state: all tensors by official name; each is read when its turn comes.
+      settings: from `rqvae_settings`.
+
+    Raises:
+      ValueError: naming all tensors that are missing, unexpected, misshapen or of a wrong type, and copies that differ.
+    """
+    variables = import_state(state, rqvae_table(settings))
+    codebook = variables["codebook"]
+    # Codebooks of unequal size are a tuple; the last part of their paths is the depth.
+    variables["codebook"] = {k: tuple(v.values()) if isinstance(v, dict) else v for k, v in codebook.items()}
+    return variables
+
+
+def vqgan_variables(state: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Variables of an RQ-VAE from the state dict of a VQGAN; arguments and errors as in `rqvae_variables`."""
+    variables = import_state(state, vqgan_table(settings))
+    codebook_KE = variables["codebook"]["codebook_KE"]
+    # A codebook that is learned by gradient keeps no moving average: ours starts as if each code had been used once.
+    variables["codebook"] |= {"counts_K": np.ones(len(codebook_KE), np.float32), "sums_KE": codebook_KE.copy()}
+    return variables
+
+
+def rqtransformer_variables(state: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Variables of an RQ-Transformer, {"params": ...} in float32, from an official state dict.
+
+    The collection "codebook" is the tokenizer's and for the caller to add. Arguments and errors as in
+    `rqvae_variables`, with settings from `rqtransformer_settings`.
+    """
+    return import_state(state, rqtransformer_table(settings))
+
+
+def discriminator_variables(state: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Variables of a discriminator, {"params": ..., "batch_stats": ...}; settings from `discriminator_settings`."""
+    return import_state(state, discriminator_table(settings))
+
+
+def official_state(name: str, variables: dict[str, Any], settings: Settings) -> dict[str, np.ndarray]:
+    """The official state dict of one of our models; the inverse of the functions above.
+
+    Args:
+      name: "rqvae", "rqtransformer" (without its collection "codebook") or "discriminator".
+      variables: of the model; they are emptied, so that nothing is held twice.
+      settings: as `models.create` takes them.
+
+    Raises:
+      ValueError: the original has no such model, or no place for some of the variables.
+    """
+    if "codebook" in variables:
+        codebook = variables["codebook"]
+        for key, value in codebook.items():
+            if isinstance(value, (tuple, list)):
+                codebook[key] = {str(depth): array for depth, array in enumerate(value)}
+    return export_state(variables, KINDS[name].table(settings))
+
+
+KINDS = {
+    "rqvae": Kind("rqvae", rqvae_settings, rqvae_table, rqvae_variables),
+    "vqgan": Kind("rqvae", vqgan_settings, vqgan_table, vqgan_variables),
+    "rqtransformer": Kind("rqtransformer", rqtransformer_settings, rqtransformer_table, rqtransformer_variables),
+    "discriminator": Kind("discriminator", discriminator_settings, discriminator_table, discriminator_variables),
+}

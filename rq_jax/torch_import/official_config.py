@@ -1,0 +1,106 @@
+"""Our settings as an official config: the way back of `settings`."""
+
+from typing import Any
+
+from rq_jax.torch_import.settings import (
+    BLOCK,
+    BOTTLENECK,
+    CODER,
+    DISCRIMINATOR,
+    GELUS,
+    RQTRANSFORMER,
+    Settings,
+    depth_heads,
+    image_shape,
+    latent_grid,
+)
+
+# Settings of ours that the original does not have, and the only value of them that it can express.
+_OURS_ALONE = {
+    # Its encoder can double the channels, but the convolution after it does not take them.
+    "rqvae": (("norm_groups", 32), ("use_double_z", False)),
+    "rqtransformer": (("use_null_cond", False),),
+    "discriminator": (),
+}
+# The same, but the weights mean what they mean here.
+_NOT_SAID = {
+    "rqvae": (("codebook_update", "sequential"), ("use_kmeans_init", False), ("dtype", "float32")),
+    "rqtransformer": (("dtype", "float32"),),
+    "discriminator": (("dtype", "float32"),),
+}
+
+
+def official_config(name: str, settings: Settings, sample: Settings | None = None) -> dict[str, Any]:
+    """The config with which the original builds the same model; the inverse of `rqvae_settings` and its like.
+
+    Args:
+      name: of our model.
+      settings: all of them, as `models.create` takes them.
+      sample: defaults of `sampling.generate`, for a transformer.
+
+    Raises:
+      ValueError: the original has no such model, or cannot express one of the settings.
+    """
+    if name not in _OURS_ALONE:
+        raise ValueError(f"model '{name}': the original has none; allowed are {', '.join(_OURS_ALONE)}")
+    for setting, only in _OURS_ALONE[name]:
+        if settings[setting] != only:
+            raise ValueError(f"model.{setting}: {settings[setting]} cannot be exported; the original has {only} alone")
+    return {
+        "rqvae": _rqvae_config,
+        "rqtransformer": _rqtransformer_config,
+        "discriminator": lambda settings, _: _nested("gan.disc.arch", DISCRIMINATOR, settings),
+    }[name](settings, sample or {})
+
+
+def left_out_settings(name: str, settings: Settings) -> dict[str, Any]:
+    """Settings that an official config leaves out: they steer training, or the precision of the computation."""
+    return {key: settings[key] for key, only in _NOT_SAID[name] if settings[key] != only}
+
+
+def _rqvae_config(settings: Settings, sample: Settings) -> dict[str, Any]:
+    del sample
+    for multiplier in (1, *settings["width_multipliers"]):
+        if settings["width"] * multiplier % 32:
+            raise ValueError(
+                f"model.width: {settings['width']} cannot be exported; the original normalises 32 groups of channels, "
+                f"and the {settings['width'] * multiplier} of a level are no multiple of it"
+            )
+    config = _nested("arch", (*CODER, *BOTTLENECK), settings)
+    height, grid, (h, w, _) = image_shape(settings)[0], latent_grid(settings), settings["code_shape"]
+    latent_dim = settings["code_dim"] // ((grid[0] // h) * (grid[1] // w))
+    hparams = {"bottleneck_type": "rq", "embed_dim": latent_dim, "latent_shape": (*grid, latent_dim)}
+    # Attention is where the height of a level is in the list: so it is there, with the height as the resolution.
+    coder = {"resolution": height, "attn_resolutions": settings["attention_resolutions"]}
+    coder["out_ch"] = settings["in_channels"]
+    config["arch"]["type"] = "rq-vae"
+    config["arch"]["hparams"] |= hparams
+    config["arch"]["ddconfig"] |= coder
+    return config
+
+
+def _rqtransformer_config(settings: Settings, sample: Settings) -> dict[str, Any]:
+    config = _nested("arch", RQTRANSFORMER, settings)
+    arch = config["arch"]
+    sizes = settings["codebook_size"]
+    arch |= {"type": "rq-transformer", "vocab_size": sizes, "input_embed_dim": settings["code_dim"]}
+    config["dataset"] = {"vocab_size": sizes}
+    gelu = next(theirs for theirs, ours in GELUS.items() if ours == settings["gelu"])
+    heads = {"body": settings["num_heads"], "head": depth_heads(settings)}
+    for stack, num_heads in heads.items():
+        block = {official: settings[name] for name, official, _ in BLOCK}
+        arch[stack]["block"] = {**block, "gelu": gelu, "n_head": num_heads}
+    names = (("temp", "temperature", 1.0), ("top_k", "top_k", None), ("top_p", "top_p", None))
+    config["sampling"] = {theirs: sample.get(ours, default) for theirs, ours, default in names}
+    return config
+
+
+def _nested(prefix: str, rows: tuple[tuple, ...], settings: Settings) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for name, official, *_ in rows:
+        *parents, last = f"{prefix}.{official}".split(".")
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = settings[name]
+    return config

@@ -1,0 +1,361 @@
+"""Official configs in our settings.
+
+What the classes of the original read is in the tables below, or refused by name; the rest steers its trainer, or is
+read by nothing in the released source (`use_padding_idx`, `masked_dropout`, `code_hier`, `ema`, `ar_hierarchy`,
+`use_padding_emb`, `scaled_head_emb_vqvae`), and is ignored here too.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Settings = Mapping[str, Any]
+
+_MISSING, _NUMBER = object(), (int, float)
+
+# Our name, official name, default; without a default the official config must have it.
+CODER = (
+    ("in_channels", "ddconfig.in_channels"),
+    ("width", "ddconfig.ch"),
+    ("width_multipliers", "ddconfig.ch_mult", (1, 2, 4, 8)),
+    ("num_res_blocks", "ddconfig.num_res_blocks"),
+    ("z_channels", "ddconfig.z_channels"),
+    ("use_double_z", "ddconfig.double_z", True),
+    ("use_resample_conv", "ddconfig.resamp_with_conv", True),
+    ("dropout", "ddconfig.dropout", 0.0),
+)
+BOTTLENECK = (
+    ("code_shape", "hparams.code_shape"),
+    ("codebook_size", "hparams.n_embed", 512),
+    ("use_shared_codebook", "hparams.shared_codebook", False),
+    ("codebook_decay", "hparams.decay", 0.99),
+    # The class itself would restart, but official runs fill in this default before they build it.
+    ("use_restart", "hparams.restart_unused_codes", False),
+    ("use_remat", "checkpointing", False),
+)
+RQTRANSFORMER = (
+    ("code_shape", "block_size"),
+    ("model_dim", "embed_dim"),
+    ("spatial_layers", "body.n_layer"),
+    ("depth_layers", "head.n_layer"),
+    ("cond_vocab_size", "vocab_size_cond", 0),
+    ("cond_length", "block_size_cond", 0),
+    ("use_tokenizer_input", "input_emb_vqvae", False),
+    ("use_tokenizer_depth_input", "head_emb_vqvae", False),
+    ("use_cumulative_depth", "cumsum_depth_ctx", False),
+    ("use_shared_token_embedding", "shared_tok_emb", False),
+    ("use_shared_classifier", "shared_cls_emb", False),
+    ("embedding_dropout", "embd_pdrop", 0.0),
+)
+# Of the blocks of either stack; ours are the same in both.
+BLOCK = (
+    ("use_attention_bias", "attn_bias", True),
+    ("use_mlp_bias", "mlp_bias", True),
+    ("gelu", "gelu", "v1"),
+    ("attention_dropout", "attn_pdrop", 0.0),
+    ("residual_dropout", "resid_pdrop", 0.1),
+)
+GELUS = {"v1": "exact", "v2": "sigmoid"}
+# As kakaobrain/rq-vae-transformer:create_discriminator_with_optimizer_scheduler, which passes over `spectral_norm`.
+DISCRIMINATOR = (
+    ("in_channels", "in_channels"),
+    ("width", "ndf"),
+    ("num_layers", "num_layers"),
+    ("use_actnorm", "use_actnorm", False),
+)
+_VQGAN_DISCRIMINATOR = (
+    ("in_channels", "disc_in_channels", 3),
+    ("width", "disc_ndf", 64),
+    ("num_layers", "disc_num_layers", 3),
+    ("use_actnorm", "use_actnorm", False),
+)
+# Fields that would change what the autoencoder computes, and the only value that ours has.
+_FIXED = (("hparams.bottleneck_type", "rq"), ("ddconfig.give_pre_end", False))
+_VQGAN_FIXED = (
+    ("remap", None),
+    ("ddconfig.give_pre_end", False),
+    # Of later models that share the config; the classes of VQGAN and RQ-VAE themselves pass over them.
+    ("ddconfig.tanh_out", False),
+    ("ddconfig.use_linear_attn", False),
+    ("ddconfig.attn_type", "vanilla"),
+)
+
+
+def rqvae_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `models.create("rqvae", ...)` from an official config or its `arch` section.
+
+    Raises:
+      ValueError: a config of another model, a missing key, or a structure that we do not have.
+    """
+    arch = _arch(config, "rq-vae")
+    _check_fixed(arch, _FIXED)
+    settings = arch.read((*CODER, *BOTTLENECK))
+    settings["codebook_size"] = _one_if_equal(settings["codebook_size"])
+    latent_dim, latent_shape = arch.get("hparams.embed_dim", 64), arch.get("hparams.latent_shape")
+    for name, value in (("latent_shape", latent_shape), ("code_shape", settings["code_shape"])):
+        _check_shape(f"arch.hparams.{name}", value)
+    if latent_shape[-1] != latent_dim:
+        raise ValueError(f"arch.hparams.latent_shape: {latent_shape} must end in embed_dim, {latent_dim}")
+    (H, W, _), (h, w, _) = latent_shape, settings["code_shape"]
+    if H % h or W % w:
+        raise ValueError(f"arch.hparams.code_shape: {(h, w)} must divide the grid of latent_shape, {(H, W)}")
+    settings |= _image_settings(arch, settings, (H, W))
+    return {**settings, "code_dim": (H // h) * (W // w) * latent_dim}
+
+
+def vqgan_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `models.create("rqvae", ...)` from a config of VQGAN (CompVis/taming-transformers).
+
+    VQGAN is an RQ-VAE of depth 1. Its codebook is learned by gradient, ours by moving average; codes that a batch does
+    not use are left where they are, as there.
+
+    Raises:
+      ValueError: another class than VQModel, a missing key, or a structure that we do not have.
+    """
+    target = str(config["model"].get("target") or "VQModel")
+    if target.split(".")[-1] != "VQModel":
+        raise ValueError(f"model.target: '{target}' has another quantizer or another use; allowed is VQModel")
+    params = _Section(config["model"].get("params"), "model.params.")
+    _check_fixed(params, _VQGAN_FIXED)
+    settings = params.read((("codebook_size", "n_embed"), ("code_dim", "embed_dim"), *CODER))
+    settings |= {"use_shared_codebook": True, "use_restart": False}
+    side = params.read((("image_size", "ddconfig.resolution"),))["image_size"] // downsampling(settings)
+    settings |= _image_settings(params, settings, (side, side))
+    return {**settings, "code_shape": (side, side, 1)}
+
+
+def rqtransformer_settings(config: Mapping[str, Any], tokenizer: Settings | None = None) -> dict[str, Any]:
+    """Settings of `models.create("rqtransformer", ...)` from an official config or its `arch` section.
+
+    Args:
+      config: of the transformer.
+      tokenizer: settings of its tokenizer, which must agree. Whether that has one codebook or one per depth is not in
+        the transformer's config: without it `use_shared_codebook` is in the result only where sizes that differ
+        settle it.
+
+    Raises:
+      ValueError: a config of another model, a missing key, a structure that we do not have, or another tokenizer.
+    """
+    arch = _arch(config, "rq-transformer")
+    settings = arch.read(RQTRANSFORMER)
+    _check_shape("arch.block_size", settings["code_shape"])
+    sizes = arch.get("vocab_size", None) or _Section(config).get("dataset.vocab_size", None)
+    if sizes is None:
+        raise ValueError("arch.vocab_size: missing, like dataset.vocab_size; set it to the size of the codebook")
+    _check_kind("arch.vocab_size", "codebook_size", sizes)
+    settings["codebook_size"] = _one_if_equal(sizes)
+    if isinstance(settings["codebook_size"], tuple):
+        settings["use_shared_codebook"] = False
+    settings |= arch.read((("code_dim", "input_embed_dim", *_default_code_dim(settings)),))
+    for name in ("cond_vocab_size", "cond_length"):
+        settings[name] = max(settings[name], 1)  # 0 also stands for the single start token
+    settings |= _block_settings(arch, settings)
+    return settings if tokenizer is None else _with_tokenizer(settings, tokenizer)
+
+
+def discriminator_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of `models.create("discriminator", ...)` from an official config, of RQ-VAE or of VQGAN.
+
+    Args:
+      config: the whole of it, or the section `gan.disc.arch`.
+
+    Raises:
+      ValueError: a key is missing.
+    """
+    if is_vqgan(config):
+        params = _Section(config).get("model.params.lossconfig.params", {})
+        return _Section(params, "model.params.lossconfig.params.").read(_VQGAN_DISCRIMINATOR)
+    section = discriminator_section(config)
+    return _Section(config if section is None else section, "gan.disc.arch.").read(DISCRIMINATOR)
+
+
+def discriminator_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The section of an official config that describes the discriminator, or None."""
+    return _Section(config).get("gan.disc.arch", None)
+
+
+def has_discriminator(config: Mapping[str, Any]) -> bool:
+    """Whether an official config describes a discriminator."""
+    return is_vqgan(config) or discriminator_section(config) is not None
+
+
+def is_vqgan(config: Mapping[str, Any]) -> bool:
+    """Whether a config is one of VQGAN."""
+    return isinstance(config.get("model"), Mapping)
+
+
+def sample_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How the original samples by default: keywords of `sampling.generate`, as far as an official config says it."""
+    get = _Section(config).get
+    found = {"temperature": get("sampling.temp", None)}
+    for name in ("top_k", "top_p"):
+        value = get(f"sampling.{name}", get(f"experiment.sample.{name}", None))
+        found[name] = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    return {name: value for name, value in found.items() if value is not None}
+
+
+# --- what both directions and the tables of tensors need ----------------------------------------------------
+
+
+def image_shape(settings: Settings) -> tuple[int, int]:
+    """(H, W) of the pictures."""
+    size = settings["image_size"]
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def latent_grid(settings: Settings) -> tuple[int, int]:
+    """Height and width of the latents."""
+    H, W = image_shape(settings)
+    return H // downsampling(settings), W // downsampling(settings)
+
+
+def codebook_sizes(settings: Settings) -> tuple[int, ...]:
+    """K of each depth."""
+    sizes, depth = settings["codebook_size"], settings["code_shape"][-1]
+    return (sizes,) * depth if isinstance(sizes, int) else tuple(sizes)
+
+
+def depth_heads(settings: Settings) -> int:
+    """Heads of the depth stack."""
+    return settings.get("depth_num_heads") or settings["num_heads"]
+
+
+def downsampling(settings: Settings) -> int:
+    """How many pixels of a side are one latent."""
+    return 2 ** (len(settings["width_multipliers"]) - 1)
+
+
+# --- inner pieces -------------------------------------------------------------------------------------------
+
+
+class _Section(NamedTuple):
+    """A section of an official config; `get` and `read` give tuples for lists, and None is absent, as there."""
+
+    values: Any
+    prefix: str = ""
+
+    def get(self, name: str, default: Any = _MISSING) -> Any:
+        """The value under a dotted name; without a default it must be there."""
+        value = self.values
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if value is None and default is _MISSING:
+            raise ValueError(f"{self.prefix}{name}: missing; take the config that came with the checkpoint")
+        value = default if value is None else value
+        return tuple(value) if isinstance(value, list) else value
+
+    def read(self, rows: tuple[tuple, ...]) -> dict[str, Any]:
+        """Settings of ours from the rows of a table."""
+        settings = {}
+        for name, *official in rows:
+            settings[name] = self.get(*official)
+            _check_kind(f"{self.prefix}{official[0]}", name, settings[name])
+        return settings
+
+
+def _check_kind(official: str, name: str, value: Any) -> None:
+    """Refuse a value of another type than our setting has; lists stand for one value per depth or level."""
+    kind = bool if name.startswith("use_") else _NUMBER if name.endswith(("dropout", "decay")) else int
+    parts = value if isinstance(value, tuple) else (value,)
+    fits = all(isinstance(part, kind) and isinstance(part, bool) == (kind is bool) for part in parts)
+    needs_list = name in ("code_shape", "width_multipliers")
+    if not fits or (needs_list and not isinstance(value, tuple)):
+        wanted = "list of integers" if needs_list else {bool: "true or false", int: "integer"}.get(kind, "number")
+        raise ValueError(f"{official}: {value!r} is no {wanted}")
+
+
+def _arch(config: Mapping[str, Any], kind: str) -> _Section:
+    arch = _Section(config).get("arch", config)
+    found = str(_Section(arch).get("type", kind)).lower()
+    if found != kind:
+        raise ValueError(f"arch.type: '{found}' is another model; a config of '{kind}' is needed here")
+    return _Section(arch, "arch.")
+
+
+def _check_fixed(section: _Section, rows: tuple[tuple[str, Any], ...]) -> None:
+    for name, only in rows:
+        if section.get(name, only) != only:
+            raise ValueError(f"{section.prefix}{name}: '{section.get(name)}' is not supported; allowed is '{only}'")
+
+
+def _check_shape(name: str, value: Any) -> None:
+    integers = isinstance(value, tuple) and all(isinstance(n, int) and n > 0 for n in value)
+    if not integers or len(value) != 3:
+        raise ValueError(f"{name}: {value} must be three positive integers")
+
+
+def _one_if_equal(sizes: Any) -> Any:
+    return sizes[0] if isinstance(sizes, tuple) and len(set(sizes)) == 1 else sizes
+
+
+def _image_settings(section: _Section, settings: Settings, grid: tuple[int, int]) -> dict[str, Any]:
+    """Size of the pictures and where attention is.
+
+    Pictures are as large as the latent grid says. The original puts attention by the fraction of `resolution` that a
+    level has, whatever the pictures; ours goes by the height of the level.
+    """
+    factor, prefix = downsampling(settings), f"{section.prefix}ddconfig."
+    names = ("resolution", "out_ch", "attn_resolutions")
+    resolution, out_channels, chosen = (section.get(f"ddconfig.{name}") for name in names)
+    if not isinstance(resolution, int) or resolution < 1 or resolution % factor:
+        raise ValueError(f"{prefix}resolution: {resolution} must be a positive multiple of {factor}")
+    if out_channels != settings["in_channels"]:
+        raise ValueError(f"{prefix}out_ch: {out_channels} must be in_channels, {settings['in_channels']}")
+    H, W = (factor * n for n in grid)
+    if not isinstance(chosen, tuple):
+        raise ValueError(f"{prefix}attn_resolutions: {chosen!r} is no list of integers")
+    levels = range(len(settings["width_multipliers"]))
+    heights = tuple(H // 2**level for level in levels if resolution // 2**level in chosen)
+    return {"image_size": H if H == W else (H, W), "attention_resolutions": heights}
+
+
+def _default_code_dim(settings: Settings) -> tuple[int, ...]:
+    """None where code vectors are read; else their length does not matter."""
+    reads_codebook = settings["use_tokenizer_input"] or settings["use_tokenizer_depth_input"]
+    return () if reads_codebook else (settings["model_dim"],)
+
+
+def _block_settings(arch: _Section, settings: Settings) -> dict[str, Any]:
+    """Of the blocks of both stacks; a stack without layers says nothing."""
+    stacks = [name for name, ours in (("body", "spatial"), ("head", "depth")) if settings[f"{ours}_layers"]]
+    blocks, heads = {}, {stack: arch.get(f"{stack}.block.n_head") for stack in stacks}
+    for stack in stacks:
+        if arch.get(f"{stack}.block.embed_dim", settings["model_dim"]) != settings["model_dim"]:
+            width = arch.get(f"{stack}.block.embed_dim")
+            raise ValueError(f"arch.{stack}.block.embed_dim: {width} must be arch.embed_dim, {settings['model_dim']}")
+    for name, official, default in BLOCK:
+        values = [arch.get(f"{stack}.block.{official}", default) for stack in stacks]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"arch.head.block.{official}: {values[1]} must equal the {values[0]} of arch.body.block, ours has one "
+                "for both; where it is a rate of dropout, set them equal, only training is another"
+            )
+        blocks[name] = values[0] if values else default
+    if blocks["gelu"] not in GELUS:
+        raise ValueError(f"arch.body.block.gelu: '{blocks['gelu']}' is unknown; allowed are 'v1' and 'v2'")
+    blocks["gelu"] = GELUS[blocks["gelu"]]
+    blocks["num_heads"] = heads.get("body", heads.get("head", 1))
+    if "head" in heads and heads["head"] != blocks["num_heads"]:
+        blocks["depth_num_heads"] = heads["head"]
+    return blocks
+
+
+def _with_tokenizer(settings: dict[str, Any], tokenizer: Settings) -> dict[str, Any]:
+    """What the tokenizer decides; what the config says of it must agree."""
+    said = {
+        "block_size": (tuple(settings["code_shape"]), tuple(tokenizer["code_shape"])),
+        "vocab_size": (codebook_sizes(settings), codebook_sizes(tokenizer)),
+    }
+    if not _default_code_dim(settings):
+        said["input_embed_dim"] = settings["code_dim"], tokenizer["code_dim"]
+    for name, (ours, theirs) in said.items():
+        if ours != theirs:
+            raise ValueError(f"arch.{name}: {ours} differs from the tokenizer's {theirs}; give the one of this pair")
+    taken = {name: tokenizer[name] for name in ("code_dim", "use_shared_codebook")}
+    return {**settings, **taken}
+
+
+def token_offsets(settings: Settings) -> np.ndarray:
+    """Where the table of each depth begins among separate token embeddings."""
+    return np.cumsum((0, *codebook_sizes(settings)[:-1]))

@@ -1,0 +1,159 @@
+"""Writes the formats that rq_jax.state_file reads, from their description and without torch."""
+
+import dataclasses
+import io
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+FACTS = {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Global:
+    """A name such as "torch FloatStorage", written and never looked up."""
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """What a pickle calls, with what, and the attributes that it sets on the result."""
+
+    function: Global
+    args: Any = ()
+    attributes: Any = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Storage:
+    """The elements behind tensors; `view` is (key, offset, number of elements), which early torch had."""
+
+    kind: str
+    data: np.ndarray
+    key: str = "0"
+    count: int | None = None
+    view: tuple[str, int, int] | None = None
+
+    @property
+    def pid(self) -> tuple[Any, ...]:
+        count = self.data.size if self.count is None else self.count
+        return "storage", Global(f"torch {self.kind}Storage"), self.key, "cpu", count
+
+
+ORDERED_DICT = Call(Global("collections OrderedDict"))
+
+
+def rebuild(storage: Storage, shape: Any, strides: Any, offset: Any = 0, *more: Any) -> Call:
+    """A tensor of torch 0.4 and later."""
+    args = (storage, offset, shape, strides, False, ORDERED_DICT, *more)
+    return Call(Global("torch._utils _rebuild_tensor_v2"), args)
+
+
+def tensor(data: np.ndarray, kind: str, key: str = "0") -> Call:
+    """A C-contiguous tensor with a storage of its own."""
+    strides = tuple(stride // data.itemsize for stride in data.strides)
+    return rebuild(Storage(kind, data.reshape(-1), key), data.shape, strides)
+
+
+def encode(value: Any, storages: dict[str, Storage], protocol: int = 2, legacy: bool = False) -> bytes:
+    """A pickle; the storages that it refers to are added to `storages`."""
+    out, memo = io.BytesIO(), {}
+
+    def save(*values: Any) -> None:
+        for value in values:
+            if id(value) in memo:
+                out.write(pickle.LONG_BINGET + struct.pack("<I", memo[id(value)][0]))
+                continue
+            save_new(value)
+            if isinstance(value, Global | Call | tuple | str):
+                remember(value)
+
+    def remember(value: Any) -> None:
+        index, memo[id(value)] = len(memo), (len(memo), value)  # the value too: ids of dead objects come again
+        short = pickle.BINPUT + bytes([index]) if index < 256 else pickle.LONG_BINPUT + struct.pack("<I", index)
+        out.write(pickle.MEMOIZE if protocol >= 4 else short)
+
+    def save_new(value: Any) -> None:
+        match value:
+            case None | bool():
+                out.write({None: pickle.NONE, True: pickle.NEWTRUE, False: pickle.NEWFALSE}[value])
+            case int() if 0 <= value < 256:
+                out.write(pickle.BININT1 + bytes([value]))
+            case int() if abs(value) < 1 << 31:
+                out.write(pickle.BININT + struct.pack("<i", value))
+            case int():
+                data = pickle.encode_long(value)
+                out.write(pickle.LONG1 + bytes([len(data)]) + data)
+            case float():
+                out.write(pickle.BINFLOAT + struct.pack(">d", value))
+            case str():
+                data = value.encode()
+                out.write(pickle.BINUNICODE + struct.pack("<I", len(data)) + data)
+            case bytes():
+                out.write(pickle.SHORT_BINBYTES + bytes([len(value)]) + value)
+            case tuple():
+                out.write(pickle.MARK)
+                save(*value)
+                out.write(pickle.TUPLE)
+            case list():
+                out.write(pickle.EMPTY_LIST)
+                remember(value)
+                out.write(pickle.MARK)
+                save(*value)
+                out.write(pickle.APPENDS)
+            case dict():
+                out.write(pickle.EMPTY_DICT)
+                remember(value)
+                out.write(pickle.MARK)
+                save(*(part for item in value.items() for part in item))
+                out.write(pickle.SETITEMS)
+            case Global(name=name) if protocol >= 4:
+                save(*name.split())
+                out.write(pickle.STACK_GLOBAL)
+            case Global(name=name):
+                out.write(pickle.GLOBAL + name.replace(" ", "\n").encode() + b"\n")
+            case Call(function=function, args=args, attributes=attributes):
+                save(function, args)
+                out.write(pickle.REDUCE)
+                if attributes is not None:
+                    save(attributes)
+                    out.write(pickle.BUILD)
+            case Storage():
+                storages.setdefault(value.key, value)
+                save((*value.pid, value.view) if legacy else value.pid)
+                out.write(pickle.BINPERSID)
+            case _:
+                raise TypeError(type(value))
+
+    out.write(pickle.PROTO + bytes([protocol]))
+    save(value)
+    return out.getvalue() + pickle.STOP
+
+
+def write_zip(path: Path, value: Any, protocol: int = 2, **members: bytes) -> Path:
+    """What torch.save writes since 1.6; members by name beside the usual ones."""
+    storages: dict[str, Storage] = {}
+    data = encode(value, storages, protocol) if not isinstance(value, bytes) else value
+    contents = {"data.pkl": data, "version": b"3\n", "byteorder": b"little"}
+    contents |= {f"data/{key}": storage.data.tobytes() for key, storage in storages.items()} | members
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+        for name, content in contents.items():
+            file.writestr(f"{path.stem}/{name}", content)
+    return path
+
+
+def write_stream(path: Path, value: Any, protocol: int = 2, facts: Any = FACTS) -> Path:
+    """What torch.save wrote before 1.6."""
+    storages: dict[str, Storage] = {}
+    data = encode(value, storages, protocol, legacy=True) if not isinstance(value, bytes) else value
+    head = b"".join(encode(part, {}, protocol) for part in (MAGIC, PROTOCOL, facts))
+    tail = encode(list(storages), {}, protocol)
+    tail += b"".join(struct.pack("<q", s.data.size) + s.data.tobytes() for s in storages.values())
+    path.write_bytes(head + data + tail)
+    return path

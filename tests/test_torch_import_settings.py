@@ -1,0 +1,447 @@
+"""Official configs become our settings, and ours official configs."""
+
+import dataclasses
+
+import pytest
+from official_states import DISCRIMINATOR, TRANSFORMER, VQGAN, rqvae_config, without
+
+from rq_jax import models, torch_import
+
+
+def test_rqvae_settings():
+    config = {"dataset": {"type": "x"}, "arch": rqvae_config({"code_shape": [4, 2, 3]}, checkpointing=True)}
+    assert torch_import.rqvae_settings(config) == {
+        "image_size": 16,
+        "code_shape": (4, 2, 3),
+        "code_dim": 48,
+        "codebook_size": 7,
+        "in_channels": 3,
+        "width": 4,
+        "width_multipliers": (1, 2),
+        "num_res_blocks": 1,
+        "attention_resolutions": (8,),
+        "z_channels": 5,
+        "use_double_z": False,
+        "use_resample_conv": True,
+        "dropout": 0.1,
+        "use_shared_codebook": True,
+        "codebook_decay": 0.98,
+        "use_restart": True,
+        "use_remat": True,
+    }
+
+
+def test_rqvae_settings_that_are_absent_take_the_defaults_of_the_original():
+    config = rqvae_config()
+    for section, names in (
+        ("hparams", ("bottleneck_type", "shared_codebook", "decay", "restart_unused_codes", "n_embed")),
+        ("ddconfig", ("double_z", "dropout")),
+    ):
+        config[section] = {key: value for key, value in config[section].items() if key not in names}
+    settings = torch_import.rqvae_settings(config)
+    assert not settings["use_shared_codebook"] and not settings["use_restart"]
+    assert settings["codebook_decay"] == 0.99
+    assert (settings["codebook_size"], settings["use_double_z"], settings["dropout"]) == (512, True, 0.0)
+
+
+def test_rqtransformer_settings():
+    block = {"n_head": 2, "gelu": "v2", "attn_bias": False, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
+    arch = TRANSFORMER | {"embd_pdrop": 0.4, "shared_cls_emb": False, "vocab_size": None}
+    arch |= {"body": {"n_layer": 3, "block": block}, "head": {"n_layer": 2, "block": block | {"n_head": 4}}}
+    assert torch_import.rqtransformer_settings({"arch": arch, "dataset": {"vocab_size": [7, 7, 7]}}) == {
+        "codebook_size": 7,
+        "code_shape": (2, 5, 3),
+        "code_dim": 6,
+        "model_dim": 8,
+        "num_heads": 2,
+        "depth_num_heads": 4,
+        "spatial_layers": 3,
+        "depth_layers": 2,
+        "cond_vocab_size": 11,
+        "cond_length": 4,
+        "use_tokenizer_input": True,
+        "use_tokenizer_depth_input": True,
+        "use_cumulative_depth": True,
+        "use_shared_token_embedding": True,
+        "use_shared_classifier": False,
+        "use_attention_bias": False,
+        "use_mlp_bias": True,
+        "gelu": "sigmoid",
+        "embedding_dropout": 0.4,
+        "attention_dropout": 0.2,
+        "residual_dropout": 0.3,
+    }
+
+
+def test_rqtransformer_settings_that_are_absent_take_the_defaults_of_the_original():
+    kept = ("block_size", "vocab_size", "embed_dim", "body", "head")
+    settings = torch_import.rqtransformer_settings({key: TRANSFORMER[key] for key in kept})
+    switches = {name for name, value in settings.items() if name.startswith("use_") and value}
+    assert switches == {"use_attention_bias", "use_mlp_bias"}
+    assert (settings["cond_vocab_size"], settings["cond_length"], settings["gelu"]) == (1, 1, "exact")
+    assert (settings["embedding_dropout"], settings["residual_dropout"]) == (0.0, 0.1)
+    models.create("rqtransformer", **settings)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (TRANSFORMER, "arch.type: 'rq-transformer' is another model; a config of 'rq-vae' is needed"),
+        (without(rqvae_config(), "hparams", "code_shape"), "arch.hparams.code_shape: missing"),
+        (
+            rqvae_config({"bottleneck_type": "vq"}),
+            "arch.hparams.bottleneck_type: 'vq' is not supported; allowed is 'rq'",
+        ),
+        (rqvae_config(ddconfig={"give_pre_end": True}), "arch.ddconfig.give_pre_end: 'True' is not supported"),
+        (rqvae_config(ddconfig={"resolution": 17}), "arch.ddconfig.resolution: 17 must be a positive multiple of 2"),
+        (rqvae_config(ddconfig={"resolution": "16"}), "arch.ddconfig.resolution: 16 must be a positive multiple of 2"),
+        (rqvae_config(ddconfig={"attn_resolutions": 8}), "arch.ddconfig.attn_resolutions: 8 is no list of integers"),
+        (rqvae_config(ddconfig={"ch_mult": 2}), "arch.ddconfig.ch_mult: 2 is no list of integers"),
+        (rqvae_config(ddconfig={"ch": "32"}), "arch.ddconfig.ch: '32' is no integer"),
+        (rqvae_config({"n_embed": 7.5}), "arch.hparams.n_embed: 7.5 is no integer"),
+        (rqvae_config({"decay": "slow"}), "arch.hparams.decay: 'slow' is no number"),
+        (rqvae_config({"shared_codebook": 1}), "arch.hparams.shared_codebook: 1 is no true or false"),
+        (rqvae_config({"code_shape": [8, 8]}), r"arch.hparams.code_shape: \(8, 8\) must be three positive integers"),
+        (rqvae_config({"latent_shape": 8}), "arch.hparams.latent_shape: 8 must be three positive integers"),
+        (rqvae_config(ddconfig={"out_ch": 1}), "arch.ddconfig.out_ch: 1 must be in_channels, 3"),
+        (
+            rqvae_config({"latent_shape": [8, 8, 5]}),
+            r"arch.hparams.latent_shape: \(8, 8, 5\) must end in embed_dim, 6",
+        ),
+        (
+            rqvae_config({"latent_shape": [8, 4, 6]}),
+            r"arch.hparams.code_shape: \(8, 8\) must divide the grid of latent_shape, \(8, 4\)",
+        ),
+    ],
+)
+def test_rqvae_config_errors(config, message):
+    with pytest.raises(ValueError, match=message):
+        torch_import.rqvae_settings(config)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (rqvae_config(), "arch.type: 'rq-vae' is another model; a config of 'rq-transformer' is needed"),
+        (without(TRANSFORMER, "vocab_size"), "arch.vocab_size: missing"),
+        (TRANSFORMER | {"vocab_size": "7"}, "arch.vocab_size: '7' is no integer"),
+        (TRANSFORMER | {"block_size": [2, 5]}, r"arch.block_size: \(2, 5\) must be three positive integers"),
+        (without(TRANSFORMER, "input_embed_dim"), "arch.input_embed_dim: missing"),
+        (without(TRANSFORMER, "body", "n_layer"), "arch.body.n_layer: missing"),
+        (without(TRANSFORMER, "head", "block", "n_head"), "arch.head.block.n_head: missing"),
+        (
+            TRANSFORMER | {"body": {"n_layer": 1, "block": {"n_head": 2, "embed_dim": 6}}},
+            "arch.body.block.embed_dim: 6 must be arch.embed_dim, 8",
+        ),
+        (
+            TRANSFORMER | {"head": {"n_layer": 1, "block": {"n_head": 2, "mlp_bias": False}}},
+            "arch.head.block.mlp_bias: False must equal the True of arch.body.block",
+        ),
+        (
+            TRANSFORMER | {k: {"n_layer": 1, "block": {"n_head": 2, "gelu": "v3"}} for k in ("body", "head")},
+            "arch.body.block.gelu: 'v3' is unknown; allowed are 'v1' and 'v2'",
+        ),
+    ],
+)
+def test_rqtransformer_config_errors(config, message):
+    with pytest.raises(ValueError, match=message):
+        torch_import.rqtransformer_settings(config)
+
+
+# --- structures that the released configs do not have -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "latent_shape, resolution, chosen, image_size, heights",
+    [
+        ([8, 8, 6], 16, [8], 16, (8,)),
+        ([8, 4, 6], 16, [8], (16, 8), (8,)),
+        ([8, 4, 6], 32, [16], (16, 8), (8,)),  # half of the resolution is half of the height
+        ([4, 8, 6], 32, [32, 5], (8, 16), (8,)),
+        ([4, 4, 6], 16, [16, 8], 8, (8, 4)),
+        ([8, 8, 6], 16, [], 16, ()),
+    ],
+)
+def test_pictures_follow_the_latent_grid_and_attention_the_resolution(
+    latent_shape, resolution, chosen, image_size, heights
+):
+    hparams = {"latent_shape": latent_shape, "code_shape": [*latent_shape[:2], 3]}
+    config = rqvae_config(hparams, {"resolution": resolution, "attn_resolutions": chosen})
+    settings = torch_import.rqvae_settings(config)
+    assert (settings["image_size"], settings["attention_resolutions"]) == (image_size, heights)
+    models.create("rqvae", **settings)
+
+
+def test_stacks_without_layers_need_no_blocks():
+    arch = TRANSFORMER | {"body": {"n_layer": 0}, "head": {"n_layer": 0}}
+    settings = torch_import.rqtransformer_settings(arch)
+    assert settings["num_heads"] == 1 and settings["gelu"] == "exact" and "depth_num_heads" not in settings
+    arch = TRANSFORMER | {"body": {"n_layer": 0}, "head": {"n_layer": 1, "block": {"n_head": 4, "gelu": "v2"}}}
+    settings = torch_import.rqtransformer_settings(arch)
+    assert (settings["num_heads"], settings["gelu"]) == (4, "sigmoid")
+
+
+def test_fields_that_nothing_reads_are_ignored():
+    arch = {"ema": True, "ar_hierarchy": True, "use_padding_emb": True, "scaled_head_emb_vqvae": True, "whatever": 1}
+    assert torch_import.rqtransformer_settings(TRANSFORMER | arch) == torch_import.rqtransformer_settings(TRANSFORMER)
+    hparams = {"use_padding_idx": True, "masked_dropout": 0.5, "loss_type": "l1", "latent_loss_weight": 3}
+    config = rqvae_config(hparams, {"tanh_out": True, "attn_type": "none"}, code_hier=2, ema=0.9)
+    assert torch_import.rqvae_settings(config) == torch_import.rqvae_settings(rqvae_config())
+
+
+# --- the tokenizer of a transformer -------------------------------------------------------------------------
+
+TOKENIZER = {"code_shape": (2, 5, 3), "codebook_size": 7, "code_dim": 6, "use_shared_codebook": False}
+
+
+def test_the_tokenizer_says_whether_its_codebook_is_shared():
+    settings = torch_import.rqtransformer_settings(TRANSFORMER, TOKENIZER)
+    assert settings["use_shared_codebook"] is False
+    assert settings | {"use_shared_codebook": True} == torch_import.rqtransformer_settings(
+        TRANSFORMER, TOKENIZER | {"use_shared_codebook": True, "code_shape": [2, 5, 3]}
+    )
+
+
+def test_a_transformer_that_reads_no_code_vectors_takes_their_length_from_the_tokenizer():
+    arch = TRANSFORMER | {"input_emb_vqvae": False, "head_emb_vqvae": False}
+    assert torch_import.rqtransformer_settings(arch, TOKENIZER | {"code_dim": 5})["code_dim"] == 5
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"code_shape": (2, 5, 4), "codebook_size": 7},
+            r"arch.block_size: \(2, 5, 3\) differs from the tokenizer's \(2, 5, 4\)",
+        ),
+        ({"codebook_size": 8}, r"arch.vocab_size: \(7, 7, 7\) differs from the tokenizer's \(8, 8, 8\)"),
+        ({"codebook_size": (7, 7, 8)}, r"arch.vocab_size: \(7, 7, 7\) differs from the tokenizer's \(7, 7, 8\)"),
+        ({"code_dim": 5}, "arch.input_embed_dim: 6 differs from the tokenizer's 5; give the one of this pair"),
+    ],
+)
+def test_a_tokenizer_of_another_pair_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        torch_import.rqtransformer_settings(TRANSFORMER, TOKENIZER | change)
+
+
+# --- discriminator, VQGAN, sampling -------------------------------------------------------------------------
+
+
+def test_discriminator_settings():
+    expected = {"in_channels": 3, "width": 5, "num_layers": 2, "use_actnorm": False}
+    nested = {"gan": {"disc": {"arch": DISCRIMINATOR}}}
+    for config in (DISCRIMINATOR, nested, VQGAN, nested | {"arch": rqvae_config()}):
+        assert torch_import.discriminator_settings(config) == expected
+    defaults = {"model": {"params": {"lossconfig": {"params": {"disc_start": 1}}}}}
+    assert torch_import.discriminator_settings(defaults) == expected | {"width": 64, "num_layers": 3}
+    with pytest.raises(ValueError, match="gan.disc.arch.ndf: missing"):
+        torch_import.discriminator_settings({"gan": {"disc": {"arch": without(DISCRIMINATOR, "ndf")}}})
+
+
+def test_vqgan_settings():
+    settings = torch_import.vqgan_settings(VQGAN)
+    model = models.create("rqvae", **settings)
+    assert (model.code_shape, model.code_dim, model.codebook_size) == ((8, 8, 1), 6, 7)
+    assert (model.image_size, model.width, model.z_channels) == (16, 4, 5)
+    assert not model.use_restart  # else fine-tuning would replace each code that its first batch does not use
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            {"target": "taming.models.vqgan.GumbelVQ"},
+            "model.target: 'taming.models.vqgan.GumbelVQ' has another quantizer",
+        ),
+        ({"params": without(VQGAN["model"]["params"], "n_embed")}, "model.params.n_embed: missing"),
+        (
+            {"params": VQGAN["model"]["params"] | {"remap": "used.npy"}},
+            "model.params.remap: 'used.npy' is not supported",
+        ),
+        ({"params": None}, "model.params.n_embed: missing"),
+    ],
+)
+def test_vqgan_config_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        torch_import.vqgan_settings({"model": VQGAN["model"] | change})
+
+
+@pytest.mark.parametrize("name, value", [("tanh_out", True), ("use_linear_attn", True), ("attn_type", "none")])
+def test_relatives_of_vqgan_are_refused_by_name(name, value):
+    params = VQGAN["model"]["params"]
+    config = {"model": {"params": params | {"ddconfig": params["ddconfig"] | {name: value}}}}
+    with pytest.raises(ValueError, match=f"model.params.ddconfig.{name}: '{value}' is not supported; allowed is"):
+        torch_import.vqgan_settings(config)
+
+
+def test_sample_settings():
+    assert torch_import.sample_settings({}) == {}
+    config = {"experiment": {"sample": {"top_k": 250, "top_p": 1.0}}}
+    assert torch_import.sample_settings(config) == {"top_k": 250, "top_p": 1.0}
+    config |= {"sampling": {"temp": 0.9, "top_k": [5], "top_p": [0.5, 0.6, 0.7]}}
+    assert torch_import.sample_settings(config) == {"temperature": 0.9, "top_k": 5, "top_p": (0.5, 0.6, 0.7)}
+
+
+# --- which model, and where its tensors are -----------------------------------------------------------------
+
+
+def test_find_kind():
+    gan = {"gan": {"disc": {"arch": DISCRIMINATOR}}}
+    for config, kind in (
+        (rqvae_config(), "rqvae"),
+        ({"arch": rqvae_config() | {"type": "RQ-VAE"}, **gan}, "rqvae"),
+        ({"arch": TRANSFORMER}, "rqtransformer"),
+        (gan, "discriminator"),
+        (VQGAN, "vqgan"),
+    ):
+        assert torch_import.find_kind(config) == kind
+    with pytest.raises(ValueError, match="arch.type: 'dalle' is unknown; allowed are rq-vae, rq-transformer"):
+        torch_import.find_kind({"arch": {"type": "dalle"}})
+    with pytest.raises(ValueError, match="config: has neither arch.type, nor gan.disc.arch, nor model.params; give"):
+        torch_import.find_kind({"optimizer": {}})
+
+
+def test_unpack():
+    whole = {"state_dict": {"a": 1}, "discriminator": {"module.b": 2}, "optimizer": 3, "epoch": 4}
+    assert torch_import.unpack(whole, "rqvae") == ({"a": 1}, {"b": 2}, ["optimizer", "epoch"])
+    assert torch_import.unpack(whole | {"state_dict_ema": {"a": 5}}, "rqvae").dropped == [
+        "optimizer",
+        "epoch",
+        "state_dict_ema",
+    ]
+    ema = torch_import.unpack(whole | {"state_dict_ema": {"module.a": 5}}, "rqvae", use_ema=True)
+    assert ema == ({"a": 5}, {"b": 2}, ["state_dict", "optimizer", "epoch"])
+    assert torch_import.unpack({"module.a": 1, "module.b": 2}, "rqvae").state == {"a": 1, "b": 2}
+    assert torch_import.unpack({"module.a": 1, "b": 2}, "rqvae").state == {"module.a": 1, "b": 2}
+    assert torch_import.unpack({"main.0.weight": 1}, "discriminator") == ({"main.0.weight": 1}, None, [])
+    assert torch_import.unpack(whole, "discriminator") == ({"b": 2}, None, ["state_dict", "optimizer", "epoch"])
+
+
+@pytest.mark.parametrize(
+    "file, use_ema, message",
+    [
+        ([1, 2], False, "state: holds a list, not tensors by name"),
+        ({}, False, "state: its state dict is empty or none"),
+        ({"state_dict": None}, False, "state: its state dict is empty or none"),
+        (
+            {"state_dict": {"a": 1}, "epoch": 2},
+            True,
+            "state: has no state_dict_ema, it has state_dict, epoch; leave out --ema",
+        ),
+        ({"state_dict_ema": {"a": 1}}, False, "state: has no state_dict, it has state_dict_ema; add --ema for"),
+    ],
+)
+def test_unpack_errors(file, use_ema, message):
+    with pytest.raises(ValueError, match=message):
+        torch_import.unpack(file, "rqvae", use_ema)
+
+
+def test_unpack_vqgan():
+    tensors = {"encoder.a": 1, "loss.discriminator.main.0.weight": 2, "colorize": 5}
+    tensors |= {"loss.perceptual_loss.lin0": 3, "loss.perceptual_loss.lin1": 4}
+    found = torch_import.unpack({"state_dict": tensors, "epoch": 1}, "vqgan")
+    assert found == (
+        {"encoder.a": 1},
+        {"main.0.weight": 2},
+        ["epoch", "colorize", "loss.perceptual_loss.* (2 tensors)"],
+    )
+    with pytest.raises(ValueError, match="quantize.proj.weight: this is a Gumbel quantizer"):
+        torch_import.unpack(tensors | {"quantize.proj.weight": 6}, "vqgan")
+
+
+# --- the way back -------------------------------------------------------------------------------------------
+
+
+def all_settings(name, settings):
+    """With the defaults of the model."""
+    model = models.create(name, **settings)
+    fields = [field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name")]
+    return {field: getattr(model, field) for field in fields}
+
+
+def groups_of_32(hparams=None, ddconfig=None):
+    return rqvae_config(hparams, {"ch": 32} | (ddconfig or {}))
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("rqvae", groups_of_32()),
+        ("rqvae", groups_of_32({"shared_codebook": False, "n_embed": [7, 9, 8], "decay": [0.9, 0.8, 0.7]})),
+        ("rqvae", groups_of_32({"code_shape": [4, 2, 1]}, {"in_channels": 1, "out_ch": 1, "resamp_with_conv": False})),
+        (
+            "rqvae",
+            groups_of_32(
+                {"latent_shape": [8, 4, 6], "code_shape": [4, 4, 2]}, {"resolution": 64, "attn_resolutions": [32]}
+            ),
+        ),
+        ("rqtransformer", TRANSFORMER),
+        ("rqtransformer", TRANSFORMER | {"vocab_size": [7, 9, 8], "shared_tok_emb": False, "shared_cls_emb": False}),
+        ("rqtransformer", TRANSFORMER | {"head": {"n_layer": 2, "block": {"n_head": 4}}, "embd_pdrop": 0.4}),
+        ("rqtransformer", TRANSFORMER | {"head": {"n_layer": 0}, "vocab_size_cond": 0, "block_size_cond": 0}),
+        (
+            "rqtransformer",
+            TRANSFORMER
+            | {
+                stack: {"n_layer": 1, "block": {"n_head": 2, "gelu": "v2", "mlp_bias": False, "resid_pdrop": 0.3}}
+                for stack in ("body", "head")
+            },
+        ),
+        ("discriminator", DISCRIMINATOR | {"use_actnorm": True, "num_layers": 3}),
+    ],
+)
+def test_official_config_is_the_way_back(name, config):
+    settings = torch_import.KINDS[name].settings(config)
+    if name == "rqtransformer":
+        settings.setdefault("use_shared_codebook", True)
+    back = torch_import.official_config(name, all_settings(name, settings))
+    assert torch_import.find_kind(back) == name
+    again = torch_import.KINDS[name].settings(back)
+    if name == "rqtransformer":
+        again.setdefault("use_shared_codebook", True)
+    assert models.create(name, **again) == models.create(name, **settings)
+
+
+def test_defaults_of_sampling_are_in_the_official_config():
+    settings = all_settings("rqtransformer", torch_import.rqtransformer_settings(TRANSFORMER))
+    config = torch_import.official_config("rqtransformer", settings, {"temperature": 0.8, "top_k": 5, "top_p": None})
+    assert torch_import.sample_settings(config) == {"temperature": 0.8, "top_k": 5}
+
+
+@pytest.mark.parametrize(
+    "name, settings, change, message",
+    [
+        (
+            "rqvae",
+            groups_of_32(),
+            {"norm_groups": 8},
+            "model.norm_groups: 8 cannot be exported; the original has 32 alone",
+        ),
+        ("rqvae", groups_of_32(), {"use_double_z": True}, "model.use_double_z: True cannot be exported"),
+        (
+            "rqvae",
+            rqvae_config(),
+            {},
+            "model.width: 4 cannot be exported; the original normalises 32 groups of channels",
+        ),
+        ("rqtransformer", TRANSFORMER, {"use_null_cond": True}, "model.use_null_cond: True cannot be exported"),
+    ],
+)
+def test_what_the_original_cannot_express_is_refused_by_name(name, settings, change, message):
+    settings = all_settings(name, torch_import.KINDS[name].settings(settings) | change)
+    with pytest.raises(ValueError, match=message):
+        torch_import.official_config(name, settings)
+
+
+def test_a_model_that_the_original_does_not_have_is_refused():
+    with pytest.raises(
+        ValueError, match="model 'dqvae': the original has none; allowed are rqvae, rqtransformer, disc"
+    ):
+        torch_import.official_config("dqvae", {})
+
+
+def test_what_the_config_cannot_say_is_told():
+    settings = all_settings("rqvae", torch_import.rqvae_settings(groups_of_32()))
+    assert torch_import.left_out_settings("rqvae", settings) == {}
+    changes = {"codebook_update": "pooled", "use_kmeans_init": True, "dtype": "bfloat16"}
+    assert torch_import.left_out_settings("rqvae", settings | changes) == changes
