@@ -29,9 +29,22 @@ SECTIONS = (
 # Below this share of the codebook in use, a depth is called collapsed.
 COLLAPSED_USAGE = 0.05
 NUM_SHOWN = 12
+ADVERSARIAL_SCALARS = (
+    "generator_loss", "discriminator_loss", "discriminator_gradient_norm", "d_weight", "logits_fake", "logits_real",
+)  # fmt: skip
 LOSS_DURATIONS = ("perceptual_start", "adversarial_start", "adversarial_warmup")
 
 logger = logging.getLogger(__name__)
+
+
+class Phase(NamedTuple):
+    """The terms that have begun: constants of the step's program, so that a term costs nothing before its start.
+
+    A conditional inside one program would cost more than both its branches on a CPU, where XLA runs them on one core.
+    """
+
+    perceptual: bool = False
+    adversary: bool = False
 
 
 class Adversary(NamedTuple):
@@ -47,12 +60,12 @@ class Losses:
     Attributes:
       reconstruction: "mse" or "l1".
       commitment_weight, perceptual_weight: of the two terms; 0 leaves the perceptual one out.
-      perceptual_start_steps: steps before the perceptual term begins; none of its cost is paid until then.
+      perceptual_start_steps: steps before the perceptual term begins.
       adversarial_weight: of the generator's term beside its adaptive weight, and of the discriminator's loss; 0: no
         adversary.
       discriminator_loss: "hinge" or "vanilla"; generator_loss: "vanilla" or another that `losses` has.
       max_adaptive_weight: limit of the adaptive weight.
-      adversarial_start_steps: steps before the adversary begins; neither network feels it until then.
+      adversarial_start_steps: steps before the adversary begins; until then the discriminator does not learn either.
       adversarial_warmup_steps: over which the generator's term rises linearly to its whole weight; the discriminator
         learns at its own rate from the start.
     """
@@ -100,23 +113,22 @@ class Losses:
                 )
 
     def of_images(
-        self, images: jax.Array, reconstruction: jax.Array, step: jax.Array, distance: Callable[..., jax.Array] | None
+        self, images: jax.Array, reconstruction: jax.Array, distance: Callable[..., jax.Array] | None
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The terms that compare images, summed and apart; `distance` (B,) is the perceptual one."""
+        """The terms that compare images, summed and apart; `distance` (B,) is the perceptual one; None: not yet."""
         total = losses.reconstruction_loss(images, reconstruction, self.reconstruction)
         parts = {"reconstruction_loss": total}
         if self.perceptual_weight:
-
-            def perceptual_loss(reconstruction):
-                return distance(images, reconstruction).mean()
-
-            if self.perceptual_start_steps:
-                started = step >= self.perceptual_start_steps
-                term = jax.lax.cond(started, perceptual_loss, lambda _: jnp.float32(0), reconstruction)
-            else:
-                term = perceptual_loss(reconstruction)
+            term = jnp.float32(0) if distance is None else distance(images, reconstruction).mean()
             parts["perceptual_loss"], total = term, total + self.perceptual_weight * term
         return total, parts
+
+    def phase(self, step: int) -> "Phase":
+        """Which terms have begun at a step."""
+        return Phase(
+            perceptual=self.perceptual_weight > 0 and step >= self.perceptual_start_steps,
+            adversary=self.adversarial_weight > 0 and step >= self.start_steps,
+        )
 
     def ramp(self, step: jax.Array) -> jax.Array:
         """Share of the generator's adversarial term at a step from the start on: above 0, then 1."""
@@ -131,13 +143,17 @@ def make_train_step(
     perceptual: vgg_lpips.Perceptual | None = None,
     adversary: Adversary | None = None,
 ):
-    """One update of encoder, decoder, codebook and discriminator: (state, batch, VGG's variables) -> (state, metrics).
+    """One update of all networks and the codebook: (state, batch, phase, variables of VGG16) -> (state, metrics).
+
+    The phase is static: a run has a program for each of at most three phases.
 
     The autoencoder is run once. What the losses say of the reconstruction is summed up in one gradient with respect to
     that image, which then goes backward through it.
     """
 
-    def train_step(state: train_state.TrainState, batch: dict[str, jax.Array], perceptual_variables: Any = None):
+    def train_step(
+        state: train_state.TrainState, batch: dict[str, jax.Array], phase: Phase, perceptual_variables: Any = None
+    ):
         images, rngs = batch["image"], state.rng_of_step("restart", "dropout")
 
         def autoencode(params):
@@ -151,19 +167,21 @@ def make_train_step(
         kernel_gradient = functools.partial(last_kernel_gradient, state.params, mutated.pop("intermediates"))
 
         def image_loss(reconstruction):
-            distance = functools.partial(perceptual.distance, perceptual_variables) if perceptual else None
-            return loss.of_images(images, reconstruction, state.step, distance)
+            distance = functools.partial(perceptual.distance, perceptual_variables) if phase.perceptual else None
+            return loss.of_images(images, reconstruction, distance)
 
         (total, parts), image_gradient = jax.value_and_grad(image_loss, has_aux=True)(reconstruction)
         total, updated = total + loss.commitment_weight * commitment, {}
         parts["commitment_loss"] = commitment
-        if adversary is not None:
+        if phase.adversary:
             own_gradient, updated, adversarial = adversarial_step(
                 adversary, loss, state, images, reconstruction, image_gradient, kernel_gradient
             )
             image_gradient += own_gradient
             total += adversarial.pop("weighted_generator_loss")
             parts |= adversarial
+        elif adversary is not None:
+            parts |= dict.fromkeys(ADVERSARIAL_SCALARS, jnp.float32(0))
         (grads,) = go_back((image_gradient, jnp.float32(loss.commitment_weight)))
         state, update = train_state.apply_gradients(
             state, optimizer, grads, [total, *parts.values()], mutated, ema_decay, **updated
@@ -203,48 +221,40 @@ def adversarial_step(
         variables = {"params": params, **statistics}
         return adversary.model.apply(variables, images, train=True, mutable=["batch_stats"])
 
-    def active():
-        variables = initialize_actnorm(adversary.model, state.discriminator, reconstruction)
-        params, statistics = variables["params"], {"batch_stats": variables["batch_stats"]}
-        score_fake = functools.partial(score, statistics=statistics)
-        fake, go_back, once = jax.vjp(score_fake, params, reconstruction, has_aux=True)
-        generator_loss, logit_gradient = jax.value_and_grad(losses.generator_loss)(fake, loss.generator_loss)
-        generator_gradient = go_back(logit_gradient)[1]
-        fake_loss, logit_gradient = jax.value_and_grad(losses.discriminator_loss_fake)(fake, loss.discriminator_loss)
-        fake_grads = go_back(logit_gradient)[0]
-        statistics = update_statistics_again(statistics, once)
+    variables = initialize_actnorm(adversary.model, state.discriminator, reconstruction)
+    params, statistics = variables["params"], {"batch_stats": variables["batch_stats"]}
+    score_fake = functools.partial(score, statistics=statistics)
+    fake, go_back, once = jax.vjp(score_fake, params, reconstruction, has_aux=True)
+    generator_loss, logit_gradient = jax.value_and_grad(losses.generator_loss)(fake, loss.generator_loss)
+    generator_gradient = go_back(logit_gradient)[1]
+    fake_loss, logit_gradient = jax.value_and_grad(losses.discriminator_loss_fake)(fake, loss.discriminator_loss)
+    fake_grads = go_back(logit_gradient)[0]
+    statistics = update_statistics_again(statistics, once)
 
-        def real_loss(params):
-            real, after = score(params, images, statistics)
-            return losses.discriminator_loss_real(real, loss.discriminator_loss), (real, after)
+    def real_loss(params):
+        real, after = score(params, images, statistics)
+        return losses.discriminator_loss_real(real, loss.discriminator_loss), (real, after)
 
-        (real_loss, (real, statistics)), real_grads = jax.value_and_grad(real_loss, has_aux=True)(params)
-        # As rq-vae-transformer:Trainer.train, the discriminator's own loss carries the weight too.
-        grads = jax.tree.map(lambda a, b: loss.adversarial_weight * (a + b), fake_grads, real_grads)
-        updates, opt_state = adversary.optimizer.transform.update(grads, state.discriminator_opt_state, params)
-        d_weight = losses.adaptive_weight(
-            kernel_gradient(image_gradient), kernel_gradient(generator_gradient), loss.max_adaptive_weight
-        )
-        weight = loss.ramp(state.step) * loss.adversarial_weight * d_weight
-        discriminator = {"params": optax.apply_updates(params, updates), **statistics}
-        updated = {"discriminator": discriminator, "discriminator_opt_state": opt_state}
-        scalars = {
-            "generator_loss": generator_loss,
-            "weighted_generator_loss": weight * generator_loss,
-            "discriminator_loss": fake_loss + real_loss,
-            "discriminator_gradient_norm": optax.tree.norm(grads),
-            "d_weight": d_weight,
-            "logits_fake": fake.mean(),
-            "logits_real": real.mean(),
-        }
-        return weight * generator_gradient, updated, scalars
-
-    def idle():
-        gradient, _, scalars = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(active))
-        updated = {name: getattr(state, name) for name in ("discriminator", "discriminator_opt_state")}
-        return gradient, updated, scalars
-
-    return jax.lax.cond(state.step >= loss.start_steps, active, idle) if loss.start_steps else active()
+    (real_loss, (real, statistics)), real_grads = jax.value_and_grad(real_loss, has_aux=True)(params)
+    # As rq-vae-transformer:Trainer.train, the discriminator's own loss carries the weight too.
+    grads = jax.tree.map(lambda a, b: loss.adversarial_weight * (a + b), fake_grads, real_grads)
+    updates, opt_state = adversary.optimizer.transform.update(grads, state.discriminator_opt_state, params)
+    d_weight = losses.adaptive_weight(
+        kernel_gradient(image_gradient), kernel_gradient(generator_gradient), loss.max_adaptive_weight
+    )
+    weight = loss.ramp(state.step) * loss.adversarial_weight * d_weight
+    discriminator = {"params": optax.apply_updates(params, updates), **statistics}
+    updated = {"discriminator": discriminator, "discriminator_opt_state": opt_state}
+    scalars = {
+        "generator_loss": generator_loss,
+        "weighted_generator_loss": weight * generator_loss,
+        "discriminator_loss": fake_loss + real_loss,
+        "discriminator_gradient_norm": optax.tree.norm(grads),
+        "d_weight": d_weight,
+        "logits_fake": fake.mean(),
+        "logits_real": real.mean(),
+    }
+    return weight * generator_gradient, updated, scalars
 
 
 def largest_codebook(model) -> int:
@@ -445,14 +455,21 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
         run["model"], run["optimizer"], loss, run["settings"].ema_decay, perceptual, run["adversary"]
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    step = jax.jit(train_step, static_argnums=2, donate_argnums=0, out_shardings=(shardings, None))
     frozen = perceptual.variables if loss.perceptual_weight else None
+    counted = None
+
+    def step_in_phase(state, batch):
+        nonlocal counted  # on the host: reading the step of every state would wait for the device
+        counted = int(state.step) if counted is None else counted + 1
+        return step(state, batch, loss.phase(counted), frozen)
+
     state = train_loop.run(
         workdir=workdir,
         config=config.to_dict(),
         title="stage 1",
         state=state,
-        train_step=lambda state, batch: step(state, batch, frozen),
+        train_step=step_in_phase,
         dataset=run["dataset"],
         mesh=run["mesh"],
         settings=run["settings"],

@@ -69,7 +69,8 @@ def step(golden):
     adversary = train_vae.Adversary(models.create("discriminator", **settings_d), optimizer)
     before = train_state.create_state(variables, optimizer, jax.random.key(0), False, (variables_d, optimizer))
     train_step = train_vae.make_train_step(model, optimizer, loss, 0.0, None, adversary)
-    return before, *jax.jit(train_step)(before, {"image": nhwc(io["images"])})
+    train_step = jax.jit(train_step, static_argnums=2)
+    return before, *train_step(before, {"image": nhwc(io["images"])}, loss.phase(0))
 
 
 def nhwc(images):

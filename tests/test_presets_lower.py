@@ -58,12 +58,14 @@ def lower_step(make_step, variables, batch, program, *more, discriminator=None):
 def lower_tokenizer(program: str):
     program = json.loads(program)
     model, discriminator = models.create(**program["model"]), models.create("discriminator", **program["discriminator"])
-    settings = {name: value for name, value in program["loss"].items() if not name.endswith("_epochs")}
+    loss = train_vae.Losses(**{key: value for key, value in program["loss"].items() if not key.endswith("_epochs")})
     adversary = train_vae.Adversary(discriminator, make_optimizer(program))
     vgg = vgg_lpips.Perceptual("shapes", vgg_lpips.abstract_variables())
-    make_step = functools.partial(
-        train_vae.make_train_step, model, loss=train_vae.Losses(**settings), perceptual=vgg, adversary=adversary
-    )
+
+    def make_step(**settings):
+        step = train_vae.make_train_step(model, loss=loss, perceptual=vgg, adversary=adversary, **settings)
+        return lambda state, batch, frozen: step(state, batch, train_vae.Phase(True, True), frozen)
+
     batch = {"image": jax.ShapeDtypeStruct((ROWS, *model.image_shape, model.in_channels), jnp.float32)}
     variables, judge = models.abstract_variables(model), models.abstract_variables(discriminator)
     return lower_step(make_step, variables, batch, program, vgg.variables, discriminator=judge)

@@ -56,7 +56,8 @@ def make_step(start, pictures, mesh=None, state=None, **settings):
     variables, batch = start
     state = helpers.start_state(variables, config, optimizer) if state is None else state
     state, shardings = helpers.place(state, mesh)
-    new, metrics = jax.jit(step, out_shardings=(shardings, None))(state, sharding.put_batch(mesh, batch))
+    step = jax.jit(step, static_argnums=2, out_shardings=(shardings, None))
+    new, metrics = step(state, sharding.put_batch(mesh, batch), train_vae.Phase())
     return helpers.host(new), jax.device_get(metrics), new
 
 
@@ -158,18 +159,26 @@ def test_loss_settings_choose_and_weigh_the_image_terms(start):
     reconstruction = images + rng.normal(size=images.shape)
     difference, distances_B = reconstruction - images, rng.uniform(size=len(images))
     for kind, expected in (("mse", np.mean(difference**2)), ("l1", np.mean(np.abs(difference)))):
-        total, parts = train_vae.Losses(kind).of_images(images, reconstruction, 0, None)
+        total, parts = train_vae.Losses(kind).of_images(images, reconstruction, None)
         np.testing.assert_allclose(total, expected, rtol=1e-5)
         assert parts == {"reconstruction_loss": total}
         loss = train_vae.Losses(kind, perceptual_weight=0.6)
-        total, parts = loss.of_images(images, reconstruction, 0, lambda a, b: distances_B)
+        total, parts = loss.of_images(images, reconstruction, lambda a, b: distances_B)
         np.testing.assert_allclose(parts["perceptual_loss"], distances_B.mean(), rtol=1e-5)
         np.testing.assert_allclose(total, expected + 0.6 * distances_B.mean(), rtol=1e-5)
-        late = train_vae.Losses(kind, perceptual_weight=0.6, perceptual_start_steps=3)
-        for step, share in ((2, 0.0), (3, 0.6)):
-            total, parts = late.of_images(images, reconstruction, step, lambda a, b: distances_B)
-            np.testing.assert_allclose(parts["perceptual_loss"], distances_B.mean() * (step >= 3), rtol=1e-5)
-            np.testing.assert_allclose(total, expected + share * distances_B.mean(), rtol=1e-5)
+        total, parts = loss.of_images(images, reconstruction, None)  # before its start
+        np.testing.assert_allclose(total, expected, rtol=1e-5)
+        assert parts.keys() == {"reconstruction_loss", "perceptual_loss"} and parts["perceptual_loss"] == 0
+
+
+def test_terms_begin_at_their_steps():
+    loss = train_vae.Losses(
+        perceptual_weight=1.0, perceptual_start_steps=2, adversarial_weight=0.7, adversarial_start_steps=3
+    )
+    assert [loss.phase(step) for step in (0, 1, 2, 3, 4)] == [
+        (False, False), (False, False), (True, False), (True, True), (True, True),
+    ]  # fmt: skip
+    assert train_vae.Losses().phase(9) == train_vae.Phase()
 
 
 def test_commitment_weight_weighs_the_pull_on_the_encoder(start, pictures, base):

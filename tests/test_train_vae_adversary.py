@@ -76,7 +76,8 @@ def make_step(pictures, mesh=None, perceptual=None, change=lambda state: state, 
         run["model"], run["optimizer"], run["loss"], config.loop.ema_decay, perceptual, run["adversary"]
     )
     frozen = perceptual.variables if perceptual else None
-    new, metrics = jax.jit(step, out_shardings=(shardings, None))(state, sharding.put_batch(mesh, batch), frozen)
+    step = jax.jit(step, static_argnums=2, out_shardings=(shardings, None))
+    new, metrics = step(state, sharding.put_batch(mesh, batch), run["loss"].phase(int(state.step)), frozen)
     return state, helpers.host(new), jax.device_get(metrics)
 
 
@@ -175,7 +176,7 @@ def test_one_forward_pass_of_the_discriminator_serves_both_networks(pictures):
     step = train_vae.make_train_step(
         run["model"], run["optimizer"], run["loss"], config.loop.ema_decay, None, run["adversary"]
     )
-    text = jax.jit(step).lower(state, batch).as_text()
+    text = jax.jit(step, static_argnums=2).lower(state, batch, run["loss"].phase(0)).as_text()
     assert text.count("tensor<4x4x3x6xf32>) -> tensor<8x8x8x6xf32>") == 2
 
 
