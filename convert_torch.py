@@ -25,6 +25,9 @@ from rq_jax import checkpoint, models, state_file, torch_import, train_loop
 STAGE2, DISCRIMINATOR, TEXT_TOKENIZER = "rqtransformer", "discriminator", "text_tokenizer.json"
 
 
+logger = logging.getLogger(__name__)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         raise ValueError(message)  # one line, as for every other mistake
@@ -118,6 +121,8 @@ def import_checkpoint(args: argparse.Namespace) -> None:
     for name in ("tokenizer", "text_tokenizer"):
         if getattr(args, name) and kind != STAGE2:
             raise ValueError(f"--{name}: {getattr(args, name)} is for stage 2, and this is a config of '{kind}'")
+    if args.text_tokenizer and not args.tokenizer:
+        raise ValueError(f"--text_tokenizer: {args.text_tokenizer} needs --tokenizer beside it; give both")
     with whole(args.out) as partial:
         # What the configs refuse they refuse before the weights are read.
         pair = bind_tokenizer(partial, config, args) if kind == STAGE2 else None
@@ -153,8 +158,6 @@ def bind_tokenizer(directory: Path, config: Mapping[str, Any], args: argparse.Na
     Raises:
       ValueError, FileNotFoundError: no tokenizer, or one that is of another pair.
     """
-    if not args.tokenizer:
-        raise ValueError("--tokenizer: missing, stage 2 needs it; convert the stage 1 of its pair, give that directory")
     tokenizer = checkpoint.load_tokenizer(args.tokenizer)
     theirs = settings_of(tokenizer.model)
     settings = torch_import.rqtransformer_settings(config, theirs)
@@ -164,6 +167,16 @@ def bind_tokenizer(directory: Path, config: Mapping[str, Any], args: argparse.Na
     data = {"name": "folder", "data_dir": None, "image_size": theirs["image_size"], "channels": theirs["in_channels"]}
     sections = {"data": data, "sample": torch_import.sample_settings(config)}
     return Pair(settings, sections, tokenizer.variables["codebook"]["codebook_KE"])
+
+
+def unknown_codebook(model: Any) -> dict[str, Any]:
+    """The codebook of a transformer without its tokenizer: NaN, as in a fresh one, so that nobody overlooks it."""
+    logger.warning(
+        "--tokenizer: not given; the codebook, which is the tokenizer's, is NaN and the directory makes no pictures; "
+        "convert the stage 1 of its pair first and give that directory"
+    )
+    shapes = models.abstract_variables(model)["codebook"]
+    return jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), shapes)
 
 
 def settings_of(model: Any) -> dict[str, Any]:
@@ -210,6 +223,8 @@ def next_command(model: Mapping[str, Any], kind: str, args: argparse.Namespace) 
     if kind != STAGE2:
         command = "python train_transformer.py --config=configs/rqtransformer.py:<preset> --workdir=<directory>"
         return f"{command} --config.tokenizer={args.out}"
+    if not args.tokenizer:
+        return "convert it again with --tokenizer, for a model that makes pictures"
     command = f"python sample.py --checkpoint={args.out} --out=samples"
     if model["cond_length"] == 1:
         return command

@@ -252,7 +252,7 @@ def test_a_text_model_takes_its_text_tokenizer(tmp_path, stage1, capsys):
 @pytest.mark.parametrize(
     "config, flags, message",
     [
-        (STAGE2, [], "--tokenizer: missing, stage 2 needs it; convert the stage 1 of its pair"),
+        (STAGE2, ["--text_tokenizer=x"], "--text_tokenizer: x needs --tokenizer beside it; give both"),
         (STAGE2, ["--tokenizer=nowhere"], "'nowhere' is no run directory: it has no config.json"),
         (STAGE1, ["--tokenizer=x"], "--tokenizer: x is for stage 2, and this is a config of 'rqvae'"),
         (VQGAN, ["--text_tokenizer=x"], "--text_tokenizer: x is for stage 2, and this is a config of 'vqgan'"),
@@ -271,6 +271,16 @@ def test_mistakes_are_told_in_one_line_and_leave_nothing_behind(tmp_path, config
         convert(tmp_path, config, transformer_state(STAGE2["arch"]), *flags, out="new/out")
     assert "\n" not in str(error.value)
     assert left_over(tmp_path) == []
+
+
+def test_a_transformer_without_its_tokenizer_has_an_unknown_codebook(tmp_path, stage2, caplog, capsys):
+    convert(tmp_path, STAGE2_CLASS, transformer_state(STAGE2_CLASS["arch"]))
+    assert "--tokenizer: not given; the codebook, which is the tokenizer's, is NaN" in caplog.text
+    assert "next: convert it again with --tokenizer" in capsys.readouterr().out
+    loaded = checkpoint.load_model(tmp_path / "out")
+    assert loaded.tokenizer is None and np.isnan(loaded.variables["codebook"]["codebook_KE"]).all()
+    with_tokenizer = checkpoint.load_model(stage2)
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables["params"], with_tokenizer.variables["params"])
 
 
 def test_a_tokenizer_of_another_pair(tmp_path, stage1):
