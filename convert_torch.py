@@ -125,14 +125,16 @@ def import_checkpoint(args: argparse.Namespace) -> None:
         raise ValueError(f"--text_tokenizer: {args.text_tokenizer} needs --tokenizer beside it; give both")
     with whole(args.out) as partial:
         # What the configs refuse they refuse before the weights are read.
-        pair = bind_tokenizer(partial, config, args) if kind == STAGE2 else None
+        pair = bind_tokenizer(partial, config, args) if args.tokenizer else None
         settings = pair.settings if pair else torch_import.KINDS[kind].settings(config)
         file = torch_import.unpack(state_file.read_state(args.state), kind, args.ema)
         main = convert(torch_import.KINDS[kind], file.state, settings)
         if pair:
             main.config.update(pair.sections)
-            if models.create(**main.config["model"]).uses_codebook:
-                main.variables["codebook"] = {"codebook_KE": pair.codebook}
+        if kind == STAGE2:
+            model = models.create(**main.config["model"])
+            if model.uses_codebook:
+                main.variables["codebook"] = {"codebook_KE": pair.codebook} if pair else unknown_codebook(model)
         written, dropped = {".": main}, file.dropped
         if file.discriminator is not None and not torch_import.has_discriminator(config):
             dropped = [*dropped, f"{DISCRIMINATOR} (the config does not describe it)"]
