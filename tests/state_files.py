@@ -1,17 +1,28 @@
-"""Writes the formats that rq_jax.state_file reads, from their description and without torch."""
+"""The formats that rq_jax.state_file reads, written from their description and without torch; checks of what is read."""
 
 import dataclasses
 import io
+import json
 import pickle
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import pytest
+
+from rq_jax.state_file import StateFileError, Tensor, read_state
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 FACTS = {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+KINDS = {
+    "Double": np.float64, "Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Long": np.int64,
+    "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_,
+    "ComplexFloat": np.complex64, "ComplexDouble": np.complex128,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,3 +168,51 @@ def write_stream(path: Path, value: Any, protocol: int = 2, facts: Any = FACTS) 
     tail += b"".join(struct.pack("<q", s.data.size) + s.data.tobytes() for s in storages.values())
     path.write_bytes(head + data + tail)
     return path
+
+
+def write_members(path: Path, **members: bytes) -> Path:
+    """A zip with these members."""
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in members.items():
+            file.writestr(name, content)
+    return path
+
+
+def write_safetensors(path: Path, header: Any, data: bytes = b"") -> Path:
+    """A .safetensors with this header, as a value or as bytes."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def entry(dtype: str = "F32", shape: Any = (1,), start: int = 0, stop: int = 4) -> dict[str, Any]:
+    """A line of the header of a .safetensors."""
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+def assert_same(found: Any, expected: Any, where: str = "top") -> None:
+    """Equal trees, with a Tensor for each array: values, shape and type."""
+    if isinstance(expected, np.ndarray):
+        assert isinstance(found, Tensor), where
+        array = np.asarray(found)
+        assert (found.shape, np.shape(found), array.shape) == (expected.shape,) * 3, where
+        assert found.dtype == array.dtype == expected.dtype and found.nbytes == array.nbytes, where
+        assert array.tobytes() == expected.tobytes() and array.flags.c_contiguous, where
+    elif isinstance(expected, dict):
+        assert type(found) is dict and list(found) == list(expected), where
+        for key, value in expected.items():
+            assert_same(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert type(found) is type(expected) and len(found) == len(expected), where
+        for i, value in enumerate(expected):
+            assert_same(found[i], value, f"{where}.{i}")
+    else:
+        assert type(found) is type(expected) and found == expected, where
+
+
+def assert_refused(path: Any, pattern: str, read: Callable[[Any], Any] = read_state) -> None:
+    """One line that begins with the name of the file."""
+    with pytest.raises(StateFileError, match=pattern) as error:
+        read(path)
+    message = str(error.value)
+    assert message.startswith(f"'{path}': ") and "\n" not in message and len(message) < 500

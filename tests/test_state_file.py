@@ -1,7 +1,5 @@
-"""Weights and configs from elsewhere: what is read, what is refused in one line. Hostile files have a file of their own."""
+"""PyTorch's two formats and the tensors in them: what is read, what is refused in one line."""
 
-import collections
-import json
 import os
 import struct
 import zipfile
@@ -10,50 +8,26 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from state_files import ORDERED_DICT, Call, Global, Storage, rebuild, tensor, write_stream, write_zip
+from state_files import (
+    KINDS,
+    ORDERED_DICT,
+    Call,
+    Global,
+    Storage,
+    assert_refused,
+    assert_same,
+    rebuild,
+    tensor,
+    write_members,
+    write_stream,
+    write_zip,
+)  # fmt: skip
 
 import rq_jax.state_file
-from rq_jax.state_file import StateFileError, Tensor, read_config, read_state
+from rq_jax.state_file import StateFileError, read_config, read_state
 
-KINDS = {
-    "Double": np.float64, "Float": np.float32, "Half": np.float16, "BFloat16": ml_dtypes.bfloat16, "Long": np.int64,
-    "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_,
-    "ComplexFloat": np.complex64, "ComplexDouble": np.complex128,
-}  # fmt: skip
-RNG = np.random.default_rng(5)
-DATA = RNG.normal(size=(3, 5, 2)).astype(np.float32)
+DATA = np.random.default_rng(5).normal(size=(3, 5, 2)).astype(np.float32)
 both = pytest.mark.parametrize("write", [write_zip, write_stream])
-
-
-def assert_same(found, expected, where="top"):
-    """Equal trees, with a Tensor for each array: values, shape and type."""
-    if isinstance(expected, np.ndarray):
-        assert isinstance(found, Tensor), where
-        array = np.asarray(found)
-        assert (found.shape, np.shape(found), array.shape) == (expected.shape,) * 3, where
-        assert found.dtype == array.dtype == expected.dtype and found.nbytes == array.nbytes, where
-        assert array.tobytes() == expected.tobytes() and array.flags.c_contiguous, where
-    elif isinstance(expected, dict):
-        assert type(found) is dict and list(found) == list(expected), where
-        for key, value in expected.items():
-            assert_same(found[key], value, f"{where}.{key}")
-    elif isinstance(expected, list | tuple):
-        assert type(found) is type(expected) and len(found) == len(expected), where
-        for i, value in enumerate(expected):
-            assert_same(found[i], value, f"{where}.{i}")
-    else:
-        assert type(found) is type(expected) and found == expected, where
-
-
-def assert_refused(path, pattern, read=read_state):
-    """One line that begins with the name of the file."""
-    with pytest.raises(StateFileError, match=pattern) as error:
-        read(path)
-    message = str(error.value)
-    assert message.startswith(f"'{path}': ") and "\n" not in message and len(message) < 500
-    return message
 
 
 # --- torch.save ---------------------------------------------------------------------------------------------
@@ -247,138 +221,6 @@ def test_a_file_that_changes_or_goes_is_refused(file):
         np.asarray(x)
 
 
-# --- arrays -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz(tmp_path, save):
-    arrays = {
-        **{kind: (DATA * 3).astype(dtype) for kind, dtype in KINDS.items() if kind != "BFloat16"},
-        "a/b": DATA[0], "fortran": np.asfortranarray(DATA), "number": np.float32(3), "empty": DATA[:0],
-        "big endian": DATA.astype(">f4"), "unsigned": np.arange(3, dtype=np.uint32), "x.npy": DATA[1],
-    }  # fmt: skip
-    save(tmp_path / "a.npz", **arrays)
-    expected = {
-        name: np.asarray(array).astype(np.asarray(array).dtype.newbyteorder("=")) for name, array in arrays.items()
-    }
-    assert_same(read_state(tmp_path / "a.npz"), {name: array.copy("C") for name, array in expected.items()})
-
-
-def npy(header: str, data: bytes = b"", version: bytes = b"\1\0") -> bytes:
-    return (
-        b"\x93NUMPY" + version + struct.pack("<H" if version == b"\1\0" else "<I", len(header)) + header.encode() + data
-    )
-
-
-def write_members(path: Path, **members: bytes) -> Path:
-    with zipfile.ZipFile(path, "w") as file:
-        for name, content in members.items():
-            file.writestr(name, content)
-    return path
-
-
-def test_npz_of_other_writers(tmp_path):
-    old = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (3L, 2L), }", DATA[:, 0].tobytes(), b"\2\0")
-    bare = npy("{'descr': '|u1', 'fortran_order': True, 'shape': ()}\n", b"\7")
-    path = write_members(tmp_path / "a.npz", **{"old.npy": old, "bare.npy": bare})
-    assert_same(read_state(path), {"old": DATA[:, 0].copy(), "bare": np.array(7, np.uint8)})
-
-
-@pytest.mark.parametrize(
-    ("member", "pattern"),
-    [
-        (npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"x" * 8), r"of type '\|O'; allowed are bool"),
-        (npy("{'descr': '<V2', 'fortran_order': False, 'shape': (1,), }", b"xx"), r"bfloat16 as float32"),
-        (npy("{'descr': '<f3', 'fortran_order': False, 'shape': (1,), }", b"xxx"), "of type '<f3'"),
-        (npy("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (1,), }", b"xxxx"), "a structure"),
-        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", b"xxxx"), r"of shape \(2,\) in 4 bytes"),
-        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1 1,), }", b"xxxx"), "impossible shape"),
-        (npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({'9' * 19},), }}"), "impossible shape"),
-        (npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({'0,' * 40}), }}"), "impossible shape"),
-        (
-            npy("{'descr': '<f4', 'fortran_order': False, 'shape': (0, 999999999999999999, 999999999999999999), }"),
-            "impossible",
-        ),
-        (npy(" " * 20_000), "header that is too long"),
-        (npy("", version=b"\4\0"), "is no array of NumPy"),
-        (b"PK", "is no array of NumPy"),
-    ],
-)
-def test_npz_of_what_is_no_array(tmp_path, member, pattern):
-    assert_refused(write_members(tmp_path / "a.npz", **{"x.npy": member}), pattern)
-
-
-def test_npz_whose_bytes_were_damaged(tmp_path):
-    np.savez(tmp_path / "a.npz", x=DATA)
-    data = bytearray((tmp_path / "a.npz").read_bytes())
-    data[data.index(DATA.tobytes())] ^= 1
-    (tmp_path / "a.npz").write_bytes(data)
-    with pytest.raises(StateFileError, match="'x' does not match its checksum"):
-        np.asarray(read_state(tmp_path / "a.npz")["x"])
-
-
-def write_safetensors(path: Path, header, data: bytes = b"") -> Path:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    return path
-
-
-def entry(dtype="F32", shape=(1,), start=0, stop=4):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
-
-
-def test_safetensors(tmp_path):
-    from safetensors.numpy import save_file
-
-    arrays = {
-        kind: (DATA * 3).astype(dtype) for kind, dtype in KINDS.items() if kind not in ("ComplexDouble", "BFloat16")
-    }
-    arrays |= {"number": np.array(3, np.float32), "empty": DATA[:0], "ü": np.arange(3, dtype=np.uint16)}
-    save_file(arrays, tmp_path / "a.safetensors", {"format": "pt"})
-    found = read_state(tmp_path / "a.safetensors")
-    assert_same({name: found[name] for name in arrays}, arrays)
-    assert set(found) == set(arrays)
-
-
-@pytest.mark.parametrize(
-    ("code", "dtype"), [("BF16", "bfloat16"), ("F8_E4M3", "float8_e4m3fn"), ("F8_E5M2", "float8_e5m2")]
-)
-def test_safetensors_of_short_floats(tmp_path, code, dtype):
-    data = DATA.astype(getattr(ml_dtypes, dtype))
-    path = write_safetensors(tmp_path / "a", {"x": entry(code, data.shape, 0, data.nbytes)}, data.tobytes())
-    assert_same(read_state(path), {"x": data})
-
-
-def test_a_safetensors_whose_length_looks_like_a_pickle(tmp_path):
-    header = json.dumps({"x": entry()}).encode().ljust(0x280)
-    assert_same(read_state(write_safetensors(tmp_path / "a", header, DATA[0, 0, :1].tobytes())), {"x": DATA[0, 0, :1]})
-
-
-@pytest.mark.parametrize(
-    ("header", "pattern"),
-    [
-        ({"x": entry("F4")}, "of type 'F4'; allowed are F64, F32"),
-        ({"x": entry(stop=5)}, r"of shape \(1,\) in \[0, 5\)"),
-        ({"x": entry(start=4, stop=8)}, r"in \[4, 8\)"),
-        ({"x": entry(shape=(0,), stop=0)}, "overlap or leave gaps"),
-        ({"x": entry(), "y": entry()}, "overlap or leave gaps"),
-        ({"x": entry(shape=(-1,), stop=-4)}, "impossible shape or place"),
-        ({"x": entry(shape=(True,))}, "impossible shape or place"),
-        ({"x": entry(shape=(1.0,))}, "impossible shape or place"),
-        ({"x": entry(shape=(1,) * 40)}, "impossible shape or place"),
-        ({"x": entry(shape=(2**61, 0), stop=0)}, "impossible tensor"),
-        ({"x": {**entry(), "more": 1}}, "damaged entry 'x'"),
-        ({"x": [1]}, "damaged entry 'x'"),
-        ({"x": {"dtype": "F32"}}, "damaged entry 'x'"),
-        (b'{"x":1,"x":2}', "a name stands there twice"),
-        (b"{", "header that is damaged"),
-        (b'{"\xff"}', "header that is damaged"),
-    ],
-)
-def test_safetensors_that_are_damaged(tmp_path, header, pattern):
-    assert_refused(write_safetensors(tmp_path / "a", header, b"1234"), pattern)
-
-
 # --- files that are something else --------------------------------------------------------------------------
 
 
@@ -442,158 +284,3 @@ def test_torch_zips_that_are_not_as_torch_writes_them(tmp_path):
         for name in old.namelist():
             new.writestr(name, old.read(name))
     assert_refused(tmp_path / "e", "compressed; torch.save stores")
-
-
-# --- configs ------------------------------------------------------------------------------------------------
-
-
-def test_yaml_and_json_are_the_same(tmp_path):
-    config = {"arch": {"type": "rq-vae", "shape": [8, 8, 4], "decay": 0.99, "large": 1e-4, "n": None, "yes": True}}
-    (tmp_path / "a.json").write_text(json.dumps(config))
-    (tmp_path / "b.yaml").write_text(json.dumps(config))
-    text = "# c\narch:\n  type: rq-vae\n  shape: [8, 8, 4]\n  decay: .99\n  large: 1e-4\n  n: null\n  'yes': true\n"
-    (tmp_path / "c.yaml").write_text(text)
-    (tmp_path / "d.yaml").write_text("\ufeff{arch: {type: rq-vae, shape: [8, 8, 4], decay: .99, large: 1e-4, n: , 'yes': true}}")
-    for name in ("a.json", "b.yaml", "c.yaml", "d.yaml"):
-        assert read_config(tmp_path / name) == config, name
-
-
-@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1E5", 1e5), ("-2.5e3", -2500.0), (".5e1", 5.0), ("1e", "1e"), ("e5", "e5"), ("1.5", 1.5), ("'1e-4'", "1e-4"), ("12", 12)])  # fmt: skip
-def test_numbers_are_read_as_in_omegaconf(tmp_path, text, value):
-    (tmp_path / "a.yaml").write_text(f"x: {text}")
-    found = read_config(tmp_path / "a.yaml")["x"]
-    assert (found, type(found)) == (value, type(value))
-
-
-def test_aliases_and_merge_keys_are_read(tmp_path):
-    (tmp_path / "a.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: *a\n")
-    assert read_config(tmp_path / "a.yaml") == {"a": {"x": 1, "y": 2}, "b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 2}}
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "pattern"),
-    [
-        ("a.yaml", b"- 1\n- 2", "no dict at its top but a list"),
-        ("a.yaml", b"text", "no dict at its top but a str"),
-        ("a.yaml", b"a: [1", "is no valid YAML .*; give a config in YAML or JSON"),
-        ("a.yaml", b"a: 1\n---\nb: 2", "is no valid YAML"),
-        ("a.yaml", b"a: *b", "is no valid YAML"),
-        ("a.yaml", b"\xff\xff", "no text in UTF-8"),
-        ("a.yaml", b"a: \x01", "is no valid YAML"),
-        ("a.yaml", b"a: 2001-99-99", "is no valid YAML"),
-        ("a.yaml", b"a: !!bool x", "is no valid YAML"),
-        ("a.json", b"{'a': 1}", "is no valid JSON"),
-        ("a.json", b"a: 1", "is no valid JSON"),
-        ("a.json", b"[1]", "no dict at its top but a list"),
-    ],
-)
-def test_configs_that_are_none(tmp_path, name, data, pattern):
-    (tmp_path / name).write_bytes(data)
-    assert_refused(tmp_path / name, pattern, read_config)
-
-
-# --- damage -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def samples(tmp_path_factory) -> dict[str, bytes]:
-    """A small file of each format."""
-    folder = tmp_path_factory.mktemp("samples")
-    shared = tensor(DATA, "Float", "4")
-    value = {
-        "a": shared,
-        "b": [shared, tensor(DATA.astype(np.int16), "Short", "5")],
-        "n": (1, 2.5, "x"),
-        "d": {3: None},
-    }
-    np.savez(folder / "npz", a=DATA, b=DATA[0].T)
-    np.savez_compressed(folder / "packed", a=DATA, b=DATA[0].T)
-    header = {"__metadata__": {"a": "b"}, "a": entry("F32", DATA.shape, 0, 120), "b": entry("I8", (2,), 120, 122)}
-    files = [
-        write_zip(folder / "zip", value),
-        write_stream(folder / "stream", value),
-        write_stream(folder / "stream4", value, 4),
-    ]
-    files += [
-        folder / "npz.npz",
-        folder / "packed.npz",
-        write_safetensors(folder / "safe", header, DATA.tobytes() + b"xy"),
-    ]
-    return {path.name: path.read_bytes() for path in files}
-
-
-def edited(data: bytes, edits) -> bytes:
-    """Bytes changed, cut off, put in and doubled, at places that are fractions of the length."""
-    changed = bytearray(data)
-    for kind, place, length, value in edits:
-        at = int(place * len(changed))
-        match kind:
-            case "flip" if changed:
-                changed[min(at, len(changed) - 1)] ^= value or 1
-            case "cut":
-                del changed[at : at + length]
-            case "truncate":
-                del changed[at:]
-            case "insert":
-                changed[at:at] = bytes([value]) * length
-            case "double":
-                changed[at:at] = changed[at : at + 8 * length]
-    return bytes(changed)
-
-
-EDITS = st.lists(
-    st.tuples(
-        st.sampled_from(["flip", "flip", "flip", "cut", "truncate", "insert", "double"]),
-        st.floats(0, 1, exclude_max=True), st.integers(1, 40), st.integers(0, 255),
-    ),
-    min_size=1, max_size=4,
-)  # fmt: skip
-
-
-def materialise(value):
-    match value:
-        case Tensor():
-            assert np.asarray(value).shape == value.shape
-        case dict():
-            for child in value.values():
-                materialise(child)
-        case list() | tuple():
-            for child in value:
-                materialise(child)
-
-
-@pytest.mark.parametrize("name", ["zip", "stream", "stream4", "npz.npz", "packed.npz", "safe"])
-def test_a_damaged_file_is_read_or_refused_and_nothing_else(tmp_path, samples, name):
-    outcomes = collections.Counter()
-
-    @settings(derandomize=True, max_examples=200, deadline=None, database=None)
-    @given(EDITS)
-    def check(edits):
-        (tmp_path / "x").write_bytes(edited(samples[name], edits))
-        try:
-            materialise(read_state(tmp_path / "x"))
-            outcomes["read"] += 1
-        except StateFileError as error:
-            assert "\n" not in str(error)
-            outcomes["refused"] += 1
-
-    (tmp_path / "x").write_bytes(samples[name])
-    materialise(read_state(tmp_path / "x"))
-    check()
-    assert outcomes["refused"] > 50  # else the damage is none
-
-
-@settings(derandomize=True, max_examples=200, deadline=None, database=None)
-@given(st.booleans(), EDITS)
-def test_a_damaged_config_is_read_or_refused_and_nothing_else(tmp_path_factory, is_json, edits):
-    path = tmp_path_factory.getbasetemp() / f"damaged.{'json' if is_json else 'yaml'}"
-    text = (
-        '{"a": [1, 2.5e3, "x"], "b": {"c": null, "d": true}}'
-        if is_json
-        else "a: &a [1, 2.5e3, x]\nb: {c: *a, <<: {d: 1}}\n"
-    )
-    path.write_bytes(edited(text.encode(), edits) or b" ")
-    try:
-        assert isinstance(read_config(path), dict)
-    except StateFileError as error:
-        assert "\n" not in str(error)

@@ -376,7 +376,7 @@ def test_a_model_directory_gives_weights_and_discriminator(whole_run, pictures, 
 
 
 def test_fine_tuning_runs_and_resumes_from_itself(whole_run, pictures, tmp_path):
-    settings = {"init_from": str(whole_run[0]), "optim__learning_rate": 1e-9, "loop__total_steps": 1}
+    settings = {"init_from": str(whole_run[0]), "optim__learning_rate": 1e-9, "loop__total_steps": 2}
     config = helpers.vae_config(pictures, **{**RUN, **settings})
     state = train_vae.train_and_evaluate(config, str(tmp_path))
     helpers.assert_close(helpers.host(state)["params"], helpers.host(whole_run[1])["ema_params"], 1e-4)

@@ -32,6 +32,10 @@ _OTHERS = {
 def read_state(path: str | os.PathLike[str]) -> Any:
     """What a file of weights holds, with a `Tensor` for every array; the format is found by content, not by suffix.
 
+    Objects of any other class are refused wherever they stand, such as the callbacks in checkpoints by Lightning:
+    load such a file once where you trust it, and torch.save its state_dict alone. Ordered and default dicts become
+    dicts, a torch.Size a tuple, types and devices their names; parameters and tensors look alike.
+
     Args:
       path: of a file by torch.save (zip or the older pickle stream), an .npz or a .safetensors.
 

@@ -20,7 +20,7 @@ _NPY_DTYPE = re.compile(r"[<>|=]?(b1|[iu][1248]|f[248]|c(8|16))")
 _MAX_RATIO = 100
 _ALWAYS_ALLOWED_NBYTES = 64 << 20
 
-_MAX_HEADER = 8 << 20
+_MAX_HEADER = 4 << 20
 _SAFETENSORS_DTYPES = {
     "F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1",
     "U64": "u8", "U32": "u4", "U16": "u2", "U8": "u1", "BOOL": "?", "C64": "c8",
@@ -41,15 +41,15 @@ def read_npz(source: File, file: BinaryIO, members: dict[str, Member]) -> dict[s
     """
     if not members:
         raise source.error("is a zip that holds nothing; give one by torch.save or np.savez")
+    nbytes = sum(member.nbytes for member in members.values())
+    if nbytes > max(_ALWAYS_ALLOWED_NBYTES, _MAX_RATIO * source.size):
+        raise source.error(
+            f"packs {nbytes} bytes into {source.size}; at most {_MAX_RATIO} to one is read; save it with np.savez"
+        )
     arrays = {}
     for name, member in members.items():
         if not name.endswith(".npy"):
             raise source.error(f"is a zip that holds {name!r}; one by torch.save holds data.pkl, an .npz only .npy")
-        if member.nbytes > max(_ALWAYS_ALLOWED_NBYTES, _MAX_RATIO * member.packed_nbytes):
-            raise source.error(
-                f"holds {name!r} with {member.nbytes} bytes packed into {member.packed_nbytes}; at most {_MAX_RATIO} "
-                "to one is read; save it with np.savez"
-            )
         key = name.removesuffix(".npy")
         arrays[key] = _npy(source, file, member, locate(source, file, member, key))
     return arrays

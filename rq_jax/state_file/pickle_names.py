@@ -141,7 +141,7 @@ def _encode(spend: Spend, args: tuple[Any, ...]) -> bytes:
     """bytes, as protocol 2 writes them."""
     match args:
         case (str(text), "latin1" | "latin-1"):
-            spend(len(text))
+            spend(len(text) // 32)
             try:
                 return text.encode("latin-1")
             except UnicodeEncodeError:

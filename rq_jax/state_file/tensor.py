@@ -151,15 +151,18 @@ def _inflate(storage: Storage, file: BinaryIO, skip: int, buffer: np.ndarray) ->
 def inflate(source: File, file: BinaryIO, offset: int, nbytes: int) -> Iterator[bytes]:
     """Uncompressed pieces of at most 1 MB of a raw deflate stream of `nbytes` bytes."""
     stream, end = zlib.decompressobj(-zlib.MAX_WBITS), offset + nbytes
-    while not stream.eof and (offset < end or stream.unconsumed_tail):
+    while not stream.eof:
         packed = stream.unconsumed_tail
-        if not packed:
+        if not packed and offset < end:
             packed = source.read(file, offset, min(_CHUNK, end - offset))
             offset += len(packed)
         try:
-            yield stream.decompress(packed, _CHUNK)
+            piece = stream.decompress(packed, _CHUNK)
         except zlib.error as error:
             raise source.error(f"is damaged ({error}); {DAMAGED}") from None
+        if not piece and not packed:
+            return  # cut off; a piece can still come when all is read
+        yield piece
 
 
 class Tensor:

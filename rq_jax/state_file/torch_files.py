@@ -5,19 +5,17 @@ Stream: pickles of a magic number, a protocol, facts about the machine, the obje
 then for each key the number of elements as int64 and the elements.
 """
 
-import io
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from rq_jax.state_file.pickle_names import StorageType, torch_dtype
-from rq_jax.state_file.pickles import read_pickle
+from rq_jax.state_file.pickles import MAX_BYTES, read_pickle
 from rq_jax.state_file.tensor import DAMAGED, File, Storage, Tensor
 from rq_jax.state_file.zip_members import Member, locate
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
-_MAX_PICKLE = 32 << 20
 
 
 def read_torch_zip(source: File, file: BinaryIO, members: dict[str, Member]) -> Any:
@@ -42,7 +40,9 @@ def read_torch_zip(source: File, file: BinaryIO, members: dict[str, Member]) -> 
     def content(name: str, limit: int) -> bytes:
         storage = find(f"{root}{name}")
         if storage.nbytes > limit:
-            raise source.error(f"has a {name} of {storage.nbytes} bytes; at most {limit} are read")
+            raise source.error(
+                f"has a {name} of {storage.nbytes} bytes; at most {limit} are read; save the state_dict alone"
+            )
         return source.read(file, storage.offset, storage.nbytes)
 
     def find(name: str) -> Storage:
@@ -63,7 +63,7 @@ def read_torch_zip(source: File, file: BinaryIO, members: dict[str, Member]) -> 
 
     if f"{root}byteorder" in members:
         _check_order(source, content("byteorder", 100) == b"little")
-    return read_pickle(source, io.BytesIO(content("data.pkl", _MAX_PICKLE)), load_storage)
+    return read_pickle(source, content("data.pkl", MAX_BYTES), 0, load_storage)[0]
 
 
 def read_torch_stream(source: File, file: BinaryIO) -> Any:
@@ -76,15 +76,15 @@ def read_torch_stream(source: File, file: BinaryIO) -> Any:
     Raises:
       StateFileError: it is no such stream, or holds what is not read.
     """
-    stream = io.BufferedReader(file)
-    magic, protocol = read_pickle(source, stream), None
+    data = source.read(file, 0, min(source.size, MAX_BYTES))
+    (magic, end), protocol = read_pickle(source, data), None
     if magic == _MAGIC:
-        protocol = read_pickle(source, stream)
+        protocol, end = read_pickle(source, data, end)
     if protocol != _PROTOCOL:
         raise source.error(
             "is a pickle, but not by torch.save; load it where it was made and use torch.save or np.savez"
         )
-    machine = read_pickle(source, stream)
+    machine, end = read_pickle(source, data, end)
     _check_order(source, isinstance(machine, dict) and machine.get("little_endian", True) is True)
     storages: dict[str, Storage] = {}
     sizes: dict[str, int] = {}  # of an element
@@ -104,13 +104,12 @@ def read_torch_stream(source: File, file: BinaryIO) -> Any:
                 return Tensor(old, dtype, (length,), (1,), offset)
         raise source.error(f"holds a damaged view of its storage {key!r}; {DAMAGED}")
 
-    value = read_pickle(source, stream, load_storage)
-    keys = read_pickle(source, stream)
+    value, end = read_pickle(source, data, end, load_storage)
+    keys, offset = read_pickle(source, data, end)
     if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or len(set(keys)) != len(keys):
         raise source.error(f"has a damaged list of storages; {DAMAGED}")
     if set(keys) != set(storages):
         raise source.error(f"lists {len(keys)} storages and uses {len(storages)} others; {DAMAGED}")
-    offset = stream.tell()
     for key in keys:
         storage = storages[key]
         count = int.from_bytes(source.read(file, offset, 8), "little")

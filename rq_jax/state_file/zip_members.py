@@ -10,7 +10,7 @@ from typing import BinaryIO, NamedTuple
 from rq_jax.state_file.tensor import DAMAGED, File, Storage
 
 _MAX_DIRECTORY = 8 << 20
-_MAX_MEMBERS = 100_000
+_MAX_MEMBERS = 50_000
 
 _END, _END64, _LOCATOR64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
 _ENTRY, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
