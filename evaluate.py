@@ -1,4 +1,4 @@
-"""Measure tokenizers on held-out pictures: PSNR, SSIM, perceptual distance and code usage, and a picture of them all.
+"""Measure tokenizers on held-out pictures: PSNR, SSIM, sharpness, perceptual distance, code usage, and a picture.
 
 python evaluate.py --checkpoint=runs/vae [--checkpoint=runs/other] --out=evaluation [--split=validation]
 """
@@ -17,7 +17,9 @@ from rq_jax.data import make_dataset
 from rq_jax.pretrained import vgg_lpips
 from rq_jax.progress import Progress
 
-NUM_SHOWN = 12
+NUM_SHOWN, SHOWN_SIZE = 8, 128
+# The figures of full depth that the table shows; sharpness: energy of the finest detail over that of the originals.
+FIGURES = ("psnr", "ssim", "sharpness", "distance")
 # Of the config section `data`: what decides which pictures there are.
 DATA_SETTINGS = ("name", "data_dir", "train_split", "validation_split", "eval_transform", "image_size", "channels")
 
@@ -71,7 +73,7 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
     def figures(variables, frozen, images, mask):
         codes = model.apply(variables, images, method="encode_to_codes")
         by_depth = model.apply(variables, images, method="reconstruct_by_depth")
-        values = {"psnr": metrics.psnr(images, by_depth)}
+        values = {"psnr": metrics.psnr(images, by_depth), "detail": metrics.laplacian_energy(by_depth)}
         if min(model.image_shape) >= metrics.SSIM_WINDOW:
             values["ssim"] = metrics.ssim(images, by_depth)
         if perceptual is not None:
@@ -80,6 +82,7 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
         kept = jnp.where(mask[:, None, None, None], codes, K)  # what only fills the batch counts for no code
         counts_DK = metrics.code_counts(kept, K + 1)[:, :K]
         sums = {name: jnp.sum(value * mask, axis=-1) for name, value in values.items()}
+        sums["detail_of_originals"] = jnp.sum(metrics.laplacian_energy(images) * mask)
         return {**sums, "counts": counts_DK, "count": jnp.sum(mask)}, by_depth[-1]
 
     K = int(np.max(model.codebook_size))
@@ -95,7 +98,9 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
                 shown = batch["image"][real], np.asarray(reconstruction)[real]
             progress.update(int(batch["mask"].sum()))
     count, counts_DK = int(total.pop("count")), np.asarray(total.pop("counts"))
+    detail, detail_of_originals = total.pop("detail"), total.pop("detail_of_originals")
     result = {name: [float(value) / count for value in values] for name, values in total.items()}
+    result["sharpness"] = [float(value) for value in detail / detail_of_originals]
     sizes = np.broadcast_to(model.codebook_size, D)
     result["code_usage"] = [float(np.mean(counts_DK[d, : sizes[d]] > 0)) for d in range(D)]
     result["code_perplexity"] = [float(metrics.code_perplexity(counts_DK[d])) for d in range(D)]
@@ -130,11 +135,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "jax": jax.__version__, "device": jax.devices()[0].device_kind, "results": results,
     }  # fmt: skip
     out = Path(args.out)
-    scale = max(1, 96 // first.model.image_shape[0])
+    scale = max(1, SHOWN_SIZE // first.model.image_shape[0])
     pictures.save_png(out / "reconstructions.png", pictures.labelled_grid(rows, scale=scale))
     (out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
     for directory, figures in results.items():
-        shown = [f"{name} {figures[name][-1]:.4g}" for name in ("psnr", "ssim", "distance") if name in figures]
+        shown = [f"{name} {figures[name][-1]:.4g}" for name in FIGURES if name in figures]
         print(f"{directory}: {', '.join(shown)} over {figures['images']} pictures")
     print(f"pictures: {out / 'reconstructions.png'}")
     print(json.dumps(record))

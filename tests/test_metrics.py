@@ -101,3 +101,18 @@ def test_ssim_needs_a_picture_as_large_as_its_window(shape):
     H, W = shape[-3:-1]
     assert str(error.value) == f"images: {H}x{W} is smaller than the window of SSIM; it takes at least 11x11"
     assert metrics.SSIM_WINDOW == 11
+
+
+def test_laplacian_energy():
+    x, y = np.meshgrid(np.linspace(-0.9, 0.9, 7), np.linspace(-0.8, 0.8, 5))
+    slope = np.stack([x, y, 0.5 * (x + y)], axis=-1).astype(np.float32)  # straight: no detail at all
+    dot = slope.copy()
+    dot[2, 3, 0] += 0.5
+    stacked = jnp.asarray(np.stack([slope, dot]))
+    inner = 3 * 5 * 3  # the dot and its four neighbours are all inside
+    np.testing.assert_allclose(
+        metrics.laplacian_energy(stacked), [0, (2.0**2 + 4 * 0.5**2) / inner], rtol=1e-4, atol=1e-9
+    )
+    np.testing.assert_array_equal(  # what is beyond the range is not shown
+        metrics.laplacian_energy(jnp.full((5, 7, 1), 3.0).at[2, 3].set(1.0)), 0.0
+    )
