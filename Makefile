@@ -3,13 +3,14 @@
 PY ?= python3
 VENV = .venv
 RUNS ?= runs/demo
+BENCH ?= runs/bench
 PYTHON = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
 # What was compiled once is read back, so that a second start is quick.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all bench lint clean
 
 setup: $(INSTALLED)
 
@@ -42,6 +43,16 @@ test: setup
 
 test-all: setup
 	$(PYTHON) -m pytest -n 2 -m "not gpu"
+
+# Three minutes on two CPU cores, a JSON record for each command; larger sweeps are the same commands with other lists.
+bench: setup
+	$(PYTHON) benchmark.py sample --model=tiny --batch=1,8 --code_shape=8x8x4 --against=16x16x1 --codebook_size=1024 \
+	  --runs=3 --out=$(BENCH)/sample.json --plot=$(BENCH)/sample.png
+	$(PYTHON) benchmark.py decode --tokenizer=demo --codebook_size=512 --batch=1,8 --out=$(BENCH)/decode.json
+	$(PYTHON) benchmark.py quantize --num_vectors=2048 --codebook_size=4096 --out=$(BENCH)/quantize.json
+	$(PYTHON) benchmark.py train --stage=1 --steps=2 --runs=3 --out=$(BENCH)/train_vae.json
+	$(PYTHON) benchmark.py train --stage=2 --steps=2 --runs=3 --out=$(BENCH)/train_transformer.json
+	$(PYTHON) benchmark.py data --out=$(BENCH)/data.json
 
 lint: setup
 	$(PYTHON) -m ruff check .

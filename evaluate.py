@@ -148,6 +148,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
+    train_loop.keep_compiled_programs()
     with train_loop.one_line_errors():
         run(parse_args())
 

@@ -68,6 +68,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--top_p", type=_numbers(float), help="as --temperature")
     add("--guidance", type=float, help="scale of classifier-free guidance, for models trained with it")
     add(
+        "--weights",
+        choices=("float32", "bfloat16", "int8"),
+        help="of the transformer, at rest in memory (default: bfloat16 on an accelerator, float32 on CPU)",
+    )
+    add(
         "--neighbours",
         type=int,
         default=0,
@@ -127,7 +132,8 @@ def _class_number(text: str, names: list[str]) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse numbers out of range."""
+    """Refuse numbers out of range; settle what depends on the device."""
+    args.weights = args.weights or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     for name in ("num_images", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}: {getattr(args, name)} must be at least 1")
@@ -163,14 +169,6 @@ def read_prefix(args: argparse.Namespace) -> np.ndarray | None:
     return codes.reshape(len(codes), positions, -1)[:, : args.prefix_positions]
 
 
-def at_rest(model: Any, variables: Any) -> Any:
-    """Parameters as sampling keeps them: bfloat16 where the model computes in it on an accelerator."""
-    if model.dtype != "bfloat16" or jax.default_backend() == "cpu":
-        return jax.device_put(variables)
-    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
-    return jax.device_put({**variables, "params": params})
-
-
 def draw(
     loaded: checkpoint.LoadedModel,
     args: argparse.Namespace,
@@ -178,14 +176,17 @@ def draw(
     conds: np.ndarray | None,
 ) -> Iterator:
     """Yields (image ids, codes, uint8 images) batch by batch; while one is fetched the next is already drawn."""
-    tokenizer = loaded.tokenizer
-    variables, decoder = at_rest(loaded.model, loaded.variables), jax.device_put(tokenizer.variables)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    variables = jax.jit(model.at_rest, static_argnums=1)(loaded.variables, args.weights)
+    # Pictures are rounded to 8 bits: on an accelerator the decoder computes in bfloat16, with a float32 quantiser.
+    decoder = tokenizer.model if jax.default_backend() == "cpu" else tokenizer.model.clone(dtype="bfloat16")
+    decoder_variables = jax.device_put(tokenizer.variables)
     rng, prefix = jax.random.key(args.seed), read_prefix(args)
     last, pending = args.first_index + args.num_images, None
 
     @jax.jit
     def decode(variables, codes):
-        images = tokenizer.model.apply(variables, codes, method="decode_codes")
+        images = decoder.apply(variables, codes, method="decode_codes").astype(jnp.float32)
         return jnp.round(jnp.clip(0.5 * images + 0.5, 0, 1) * 255).astype(jnp.uint8)
 
     def fetch(ids, codes, images):
@@ -196,11 +197,11 @@ def draw(
         # A last batch that is not full draws images nobody asked for, so that nothing is compiled twice.
         ids = np.arange(first, first + args.batch_size)
         codes = sampling.generate(
-            loaded.model, variables, rng, args.batch_size,
+            model, variables, rng, args.batch_size,
             None if conds is None else conds[ids % len(conds)],
             image_ids=ids, prefix=None if prefix is None else prefix[ids % len(prefix)], **settings,
         )  # fmt: skip
-        batch = ids, codes, decode(decoder, codes)
+        batch = ids, codes, decode(decoder_variables, codes)
         if pending is not None:
             yield fetch(*pending)
         pending = batch
@@ -274,6 +275,7 @@ def run(args: argparse.Namespace) -> Path:
 
 def main() -> None:
     """Command line."""
+    train_loop.keep_compiled_programs()
     with train_loop.one_line_errors():
         run(parse_args())
 

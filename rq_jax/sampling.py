@@ -1,14 +1,20 @@
 """Sampling from an RQ-Transformer: the filter, one compiled program for a batch of code grids, and re-ranking.
 
-The model enters as an argument: it is only asked for its methods `init_cache`, `spatial`, `depth` and `classify`.
+The model enters as an argument: it is only asked for its methods `at_rest`, `init_cache`, `spatial`, `depth` and
+`classify`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+_PARTS = 128  # of the codes, see `_draw`; neighbours fall into different ones, so that vector registers can add them up
+# The cache grows in so many stretches at most, of so many positions at least.
+_MAX_STRETCHES, _MIN_STRETCH = 4, 16
 
 
 def filter_logits(
@@ -39,29 +45,91 @@ def filter_logits(
     K = logits.shape[-1]
     # +inf becomes a number that stays finite when it is divided by a small temperature.
     logits = jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=1e30, neginf=-jnp.inf)
-    best = jax.nn.one_hot(jnp.argmax(logits, -1), K)
     # A row without any finite logit has no distribution; its first index is a code all the same.
-    greedy = (jnp.asarray(temperature) == 0) | jnp.all(logits == -jnp.inf, -1, keepdims=True)
-    logits = logits / jnp.where(greedy, 1.0, temperature)
+    greedy = (jnp.asarray(temperature) == 0) | (jnp.max(logits, -1, keepdims=True) == -jnp.inf)
+    scaled = logits / jnp.where(greedy, 1.0, temperature)
     top_k = jnp.minimum(K if top_k is None else top_k, K)
     top_p = jnp.asarray(1.0 if top_p is None else top_p, jnp.float32)
     filters = jnp.any(top_k < K) | jnp.any(top_p < 1)
-    probabilities = jax.lax.cond(filters, _cut, lambda x, k, p: jax.nn.softmax(x, -1), logits, top_k, top_p)
-    return jnp.where(greedy, best, probabilities)
+    probabilities = jax.lax.cond(filters, _cut, lambda x, k, p: jax.nn.softmax(x, -1), scaled, top_k, top_p)
+
+    def choose(probabilities: jax.Array) -> jax.Array:
+        return jnp.where(greedy, jax.nn.one_hot(jnp.argmax(logits, -1), K), probabilities)
+
+    return jax.lax.cond(jnp.any(greedy), choose, lambda x: x, probabilities)
 
 
 def _cut(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Top-k, softmax, top-p on sorted values. In its own branch: without a filter nothing is sorted."""
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-    sorted_logits = jnp.take_along_axis(logits, order, -1)
-    kth = jnp.take_along_axis(sorted_logits, jnp.broadcast_to(top_k - 1, (*logits.shape[:-1], 1)), -1)
-    sorted_probabilities = jax.nn.softmax(jnp.where(sorted_logits >= kth, sorted_logits, -jnp.inf), -1)
-    sums = jnp.cumsum(sorted_probabilities, -1)
-    reached = (sums >= top_p) & (top_p < 1)  # at 1 nothing is cut: rounding of the sum must not cut the tail
-    keep = jnp.concatenate([jnp.ones_like(reached[..., :1]), ~reached[..., :-1]], -1)
-    kept = jnp.where(keep, sorted_probabilities, 0.0)
-    ranks = jnp.argsort(order, axis=-1)
-    return jnp.take_along_axis(kept / kept.sum(-1, keepdims=True), ranks, -1)
+    """Top-k, softmax, top-p, without sorting: each keeps what is at or above a threshold, which is searched for."""
+    K, shape = logits.shape[-1], (*logits.shape[:-1], 1)
+    top_k, top_p = jnp.broadcast_to(top_k, shape), jnp.broadcast_to(top_p, shape)
+    kth = _threshold(logits, lambda _: 1.0, jnp.where(top_k < K, top_k, jnp.inf))
+    probabilities = jax.nn.softmax(jnp.where(logits >= kth, logits, -jnp.inf), -1)
+    # At 1 nothing is cut: rounding of the sum must not cut the tail.
+    last = _threshold(probabilities, lambda value: value, jnp.where(top_p < 1, top_p, jnp.inf))
+    kept = jnp.where(probabilities >= last, probabilities, 0.0)
+    # Of the items at the threshold only the first are kept, as many as the sum needs.
+    tied = kept == last
+    needed = jnp.maximum(1, jnp.ceil((top_p - jnp.sum(kept, -1, where=~tied, keepdims=True)) / last))
+    too_many = (top_p < 1) & (jnp.sum(tied, -1, keepdims=True) > needed)
+
+    def keep_first(kept: jax.Array) -> jax.Array:
+        return jnp.where(too_many & tied & (jnp.cumsum(tied, -1) > needed), 0.0, kept)
+
+    kept = jax.lax.cond(jnp.any(too_many), keep_first, lambda kept: kept, kept)
+    return kept / jnp.sum(kept, -1, keepdims=True)
+
+
+def _threshold(values: jax.Array, weight: Callable[[jax.Array], Any], target: jax.Array) -> jax.Array:
+    """The largest of the values such that the weights of all values from it on sum to at least the target.
+
+    By bisection of the floats as ordered integers, until at most one value is left between the two ends.
+
+    Args:
+      values: (..., K).
+      weight: of a value; at least 0, and no smaller for a larger value.
+      target: (..., 1); where it is more than the sum of all weights the answer is the smallest value, at once.
+
+    Returns:
+      (..., 1).
+    """
+    keys = _ordered(values)
+    low, high = jnp.min(keys, -1, keepdims=True), jnp.max(keys, -1, keepdims=True) + 1
+
+    def sum_from(key: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(keys >= key, weight(values), 0.0), -1, keepdims=True)
+
+    def is_open(state: Any) -> jax.Array:
+        low, high, sum_low, sum_high = state  # the sum from `low` on reaches the target, that from `high` on does not
+        several = sum_low - sum_high > 1.5 * weight(_from_ordered(low))
+        return (high - low > 1) & several & (target <= sum_low)
+
+    def halve(state: Any) -> Any:
+        low, high, sum_low, sum_high = state
+        middle = low + (high - low) // 2
+        total = sum_from(middle)
+        up = total >= target
+        return (
+            jnp.where(up, middle, low),
+            jnp.where(up, high, middle),
+            jnp.where(up, total, sum_low),
+            jnp.where(up, sum_high, total),
+        )
+
+    state = low, high, sum_from(low), jnp.zeros(low.shape)
+    low = jax.lax.while_loop(lambda state: jnp.any(is_open(state)), halve, state)[0]
+    return jnp.min(values, -1, keepdims=True, initial=jnp.inf, where=keys >= low)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """Float32 as uint32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)  # -0 becomes 0
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _from_ordered(keys: jax.Array) -> jax.Array:
+    bits = jnp.where(keys >> 31 == 1, keys & jnp.uint32((1 << 31) - 1), ~keys)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def check_filter(temperature: Any, top_k: Any, top_p: Any) -> None:
@@ -150,53 +218,91 @@ def generate(
 @functools.partial(jax.jit, static_argnums=0)
 def _generate(model, variables, rng, image_ids_B, cond_BU, settings, guidance, prefix_BPD):
     (h, w, D), B = model.code_shape, image_ids_B.shape[0]
+    T, P = h * w, prefix_BPD.shape[1]
+    if P == T:
+        return prefix_BPD.reshape(B, h, w, D)
+    variables = model.at_rest(variables)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, image_ids_B)
+    # All random numbers at once, two for each code: a generator inside the loop would cost more than the classifier.
+    uniforms_TD2B = jnp.moveaxis(jax.vmap(lambda key: jax.random.uniform(key, (T, D, 2)))(keys_B), 0, -1)
     if guidance is not None:  # both halves in one batch
         cond_BU = jnp.concatenate([cond_BU, jnp.full_like(cond_BU, model.cond_vocab_size)])
-        prefix_BPD = jnp.concatenate([prefix_BPD, prefix_BPD])
 
     def apply(method, *args):
         return model.apply(variables, *args, method=method)
 
-    def draw_position(context, cache, position):
+    def for_all(codes):
+        """Codes of the images, for both halves of the batch under guidance."""
+        return codes if guidance is None else jnp.concatenate([codes, codes])
+
+    def draw_position(context, cache, uniforms_D2B):
         """Codes (B, D) of one position: the depth stack, one code after the other."""
         codes_Bd = jnp.zeros((B, 0), jnp.int32)
         for d in range(D):
-            known = codes_Bd if guidance is None else jnp.concatenate([codes_Bd, codes_Bd])
-            hidden, cache = apply("depth", context, known, cache)
+            hidden, cache = apply("depth", context, for_all(codes_Bd), cache)
             logits = apply("classify", hidden, d)
             if guidance is not None:
                 with_cond, without = jnp.split(logits, 2)
                 logits = without + guidance * (with_cond - without)
-            draws_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, position * D + d)
-            code_B = _draw(draws_B, filter_logits(logits, *(values_D[d] for values_D in settings)))
+            code_B = _draw(uniforms_D2B[d], filter_logits(logits, *(values_D[d] for values_D in settings)))
             codes_Bd = jnp.concatenate([codes_Bd, code_B[:, None]], axis=1)
         return codes_Bd, cache
 
-    def step(carry, position):
-        codes_BD, cache = carry
-        tokens = codes_BD if guidance is None else jnp.concatenate([codes_BD, codes_BD])
-        context, _, cache = apply("spatial", tokens[:, None], None, cache)
-        codes_BD, cache = draw_position(context[:, 0], cache, position)
-        return (codes_BD, cache), codes_BD
+    def step(carry, uniforms_D2B):
+        context, cache = carry
+        codes_BD, cache = draw_position(context, cache, uniforms_D2B)
+        context, _, cache = apply("spatial", for_all(codes_BD)[:, None], None, cache)
+        return (context[:, 0], cache), codes_BD
 
-    P = prefix_BPD.shape[1]
-    cache = apply("init_cache", cond_BU.shape[0])
-    # The last prefix position is the first step's input only if there is a step left to make.
-    context, _, cache = apply("spatial", prefix_BPD[:, : h * w - 1], cond_BU, cache)
-    prefix_BPD = prefix_BPD[:B]
-    if P == h * w:
-        return prefix_BPD.reshape(B, h, w, D)
-    first_BD, cache = draw_position(context[:, -1], cache, P)
-    _, rest_TBD = jax.lax.scan(step, (first_BD, cache), jnp.arange(P + 1, h * w))
-    codes = jnp.concatenate([prefix_BPD, first_BD[:, None], rest_TBD.swapaxes(0, 1)], axis=1)
+    U, rows = model.cond_length, cond_BU.shape[0]
+    cache = apply("init_cache", rows, None, U + P)
+    context, _, cache = apply("spatial", for_all(prefix_BPD), cond_BU, cache)
+    carry, drawn = (context[:, -1], cache), []
+    # The step after the last position is a step for nothing: one program less to compile is worth more.
+    for start, end in _stretches(P, T, _size(cache.spatial) / (U + P) * (U + T) / _size(variables["params"])):
+        context, cache = carry
+        # When the stretch ends the cache holds the condition and all positions before `end`.
+        carry = context, cache._replace(spatial=cache.spatial.resize(U + end))
+        carry, codes_TBD = jax.lax.scan(step, carry, uniforms_TD2B[start:end])
+        drawn.append(codes_TBD)
+    codes = jnp.concatenate([prefix_BPD, jnp.concatenate(drawn).swapaxes(0, 1)], axis=1)
     return codes.reshape(B, h, w, D)
 
 
-def _draw(keys_B: jax.Array, probabilities_BK: jax.Array) -> jax.Array:
-    """One code an image by the Gumbel trick; codes of probability 0 are never drawn."""
-    noise_BK = jax.vmap(lambda key: jax.random.gumbel(key, probabilities_BK.shape[-1:]))(keys_B)
-    return jnp.argmax(jnp.log(probabilities_BK) + noise_BK, axis=-1).astype(jnp.int32)
+def _stretches(start: int, end: int, cache_share: float) -> list[tuple[int, int]]:
+    """Positions [start, end) in stretches of one static cache length each, which the attention reads in full.
+
+    The larger the whole cache beside the weights, the more stretches: each is compiled.
+    """
+    stride = max(_MIN_STRETCH, -(-end // min(_MAX_STRETCHES, 1 + int(4 * cache_share))))
+    bounds = [start, *(bound for bound in range(stride, end, stride) if bound > start), end]
+    return list(zip(bounds, bounds[1:], strict=False))
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _draw(uniforms_2B: jax.Array, probabilities_BK: jax.Array) -> jax.Array:
+    """One code an image, by inverting the cumulative sum in two steps: first one of 128 interleaved parts of the codes,
+    then the code in it.
+
+    Two uniform numbers a code, where Gumbel noise takes K. Codes of probability 0 are never drawn.
+    """
+    padding = -probabilities_BK.shape[-1] % _PARTS
+    parts_BRP = jnp.pad(probabilities_BK, ((0, 0), (0, padding))).reshape(len(probabilities_BK), -1, _PARTS)
+    part_B = _pick(uniforms_2B[0], jnp.sum(parts_BRP, axis=1))
+    inside_BR = jnp.take_along_axis(parts_BRP, part_B[:, None, None], axis=2)[..., 0]
+    return _pick(uniforms_2B[1], inside_BR) * _PARTS + part_B
+
+
+def _pick(uniform_B: jax.Array, weights_BN: jax.Array) -> jax.Array:
+    """Index of one of N weights, drawn in proportion to them."""
+    sums_BN = jnp.cumsum(weights_BN, axis=-1)
+    beyond = (sums_BN > uniform_B[:, None] * sums_BN[:, -1:]) & (weights_BN > 0)
+    # Rounding may leave no weight beyond the mark, when it lies at the very end.
+    last = jnp.where(jnp.any(beyond, axis=-1, keepdims=True), beyond, weights_BN > 0)
+    return jnp.argmax(last, axis=-1).astype(jnp.int32)
 
 
 def _per_depth(name: str, value: Any, depth: int, dtype: Any) -> jax.Array:

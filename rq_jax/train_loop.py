@@ -297,10 +297,17 @@ def main(train_and_evaluate: Callable[[Any, str], Any]) -> None:
         del argv
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file that it writes
         logger.setLevel(logging.INFO)
+        keep_compiled_programs()
         with one_line_errors():
             train_and_evaluate(config.value, workdir.value)
 
     app.run(run, flags_parser=parse)
+
+
+def keep_compiled_programs() -> None:
+    """Read back what another process compiled: in `JAX_COMPILATION_CACHE_DIR` if set, else ~/.cache/rq_jax/jax."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rq_jax" / "jax"))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-MATHEMATICS = {"nn", "quantize", "grains", "losses", "metrics", "sampling"}
+MATHEMATICS = {"nn", "quantize", "grains", "losses", "metrics", "roofline", "sampling"}
 NETWORKS = {"models": {"nn", "quantize", "grains", "sampling"}, "pretrained": {"nn", "state_file"}}
 MACHINERY = {
     "checkpoint",
@@ -21,6 +21,7 @@ MACHINERY = {
     "progress",
     "sharding",
     "state_file",
+    "timing",
     "torch_import",
     "train_loop",
     "train_state",
@@ -107,7 +108,7 @@ def layering_errors(root: Path) -> list[str]:
         for line, name, at_load in imports_of(path):
             top, target = name.split(".")[0], room_of(name)
             check(path, line, not name.startswith("."), "relative import")
-            check(path, line, top not in script_names | {"configs", "tests"}, f"rq_jax imports {name}")
+            check(path, line, top not in script_names | {"benchmarks", "configs", "tests"}, f"rq_jax imports {name}")
             if target not in (None, "__init__", room):
                 check(path, line, target in MAY_IMPORT.get(room, ()), f"{room} imports {target}")
                 machinery.get(room, set()).add(target)
@@ -127,10 +128,13 @@ def layering_errors(root: Path) -> list[str]:
             allowed = name.split(".")[0] in {"ml_collections", *sys.stdlib_module_names}
             allowed |= (name + ".").startswith("configs.common.")
             check(path, line, allowed, f"configs imports {name}")
-    for path in scripts(root):
+    benchmarks = list(sources(root, "benchmarks"))  # what benchmark.py is made of; it times the scripts' own steps
+    for path in [*scripts(root), *benchmarks]:
+        forbidden = {"tests"} if path in benchmarks else script_names | {"benchmarks", "tests"}
+        forbidden -= {"benchmarks"} if path.name == "benchmark.py" else set()
         for line, name, _ in imports_of(path):
-            check(path, line, name.split(".")[0] not in script_names | {"tests"}, f"script imports {name}")
-    for path in [*sources(root, "rq_jax", "configs"), *scripts(root)]:
+            check(path, line, name.split(".")[0] not in forbidden, f"script imports {name}")
+    for path in [*sources(root, "rq_jax", "configs"), *scripts(root), *benchmarks]:
         for line, name, _ in imports_of(path):
             loads_foreign = name.split(".")[0] in FOREIGN_FRAMEWORKS or name.startswith(LOADS_TENSORFLOW)
             check(path, line, not loads_foreign, f"imports {name}")
@@ -170,6 +174,12 @@ def test_the_house_is_in_order():
         ("configs/rqvae.py", "from configs import rqtransformer", "configs imports configs.rqtransformer"),
         ("configs/rqvae.py", "from rq_jax import models", "configs imports rq_jax.models"),
         ("sample.py", "from train_vae import main", "script imports train_vae.main"),
+        ("sample.py", "import benchmarks.train", "script imports benchmarks.train"),
+        ("benchmark.py", "import train_vae", "script imports train_vae"),
+        ("benchmarks/train.py", "import tests.helpers", "script imports tests.helpers"),
+        ("benchmarks/train.py", "import torch", "imports torch"),
+        ("rq_jax/timing.py", "import benchmarks", "rq_jax imports benchmarks"),
+        ("rq_jax/roofline.py", "from rq_jax import models", "roofline imports models"),
         ("sample.py", "import torch.nn", "imports torch.nn"),
         ("sample.py", "def f():\n  from tensorflow import io", "imports tensorflow.io"),
         ("rq_jax/progress.py", "def f():\n  from clu import metric_writers", "imports clu.metric_writers"),
@@ -205,6 +215,8 @@ def test_a_circle_is_found(tmp_path):
         ("rq_jax/data/own/own_dataset_builder.py", "import tensorflow_datasets as tfds"),
         ("configs/rqvae.py", "import ml_collections\nfrom configs import common\nimport configs.common"),
         ("sample.py", "import absl.app\nfrom clu import metrics\nfrom rq_jax import models, pictures"),
+        ("benchmark.py", "from benchmarks import train"),
+        ("benchmarks/train.py", "import train_vae\nfrom configs import rqvae\nfrom rq_jax import models, timing"),
         ("tests/test_oracle.py", "import torch"),
     ],
 )

@@ -199,7 +199,7 @@ def test_cached_pieces_equal_the_whole(pieces):
         start += piece
         assert int(cache.length) == start
     np.testing.assert_allclose(jnp.concatenate(outputs, 1), expected, rtol=1e-4, atol=1e-5)
-    assert not cache.keys_LBSNA[:, :, 5:].any() and cache.keys_LBSNA[:, :, :5].all()
+    assert all(not keys[:, :, 5:].any() and keys[:, :, :5].all() for keys in cache.keys)
 
 
 def test_rows_beyond_the_length_are_never_read():
@@ -208,8 +208,8 @@ def test_rows_beyond_the_length_are_never_read():
     _, cache = run(module, variables, X[:, :2], cache)
     expected, _ = run(module, variables, X[:, 2:3], cache)
     stale = cache._replace(
-        keys_LBSNA=cache.keys_LBSNA.at[:, :, 2:].set(9.0),
-        values_LBSNA=cache.values_LBSNA.at[:, :, 2:].set(9.0),
+        keys=tuple(rows.at[:, :, 2:].set(9.0) for rows in cache.keys),
+        values=tuple(rows.at[:, :, 2:].set(9.0) for rows in cache.values),
     )
     np.testing.assert_array_equal(run(module, variables, X[:, 2:3], stale)[0], expected)
 

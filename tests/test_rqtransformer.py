@@ -291,8 +291,8 @@ def test_bfloat16_has_float32_logits_close_to_those_of_float32():
     assert output.logits.dtype == jnp.float32 and output.hidden.dtype == jnp.bfloat16
     assert 0 < float(jnp.abs(output.logits - expected).max()) < 0.1 * float(jnp.abs(expected).max())
     cache = half.apply(variables, B, method="init_cache")
-    assert cache.spatial.keys_LBSNA.dtype == jnp.bfloat16
-    assert half.apply(variables, B, jnp.float32, method="init_cache").depth.keys_LBSNA.dtype == jnp.float32
+    assert cache.spatial.keys[0].dtype == jnp.bfloat16
+    assert half.apply(variables, B, jnp.float32, method="init_cache").depth.keys[0].dtype == jnp.float32
 
 
 def test_a_null_condition_is_one_more_token():

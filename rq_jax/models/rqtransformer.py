@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import quantize
-from rq_jax.nn.attention import KVCache, LayerNorm, Stack, empty_cache, init_weight, project
+from rq_jax.models.at_rest import at_rest
+from rq_jax.nn.attention import KVCache, LayerNorm, Stack, cast_weight, empty_cache, init_weight, project
 
 
 class RQTransformerOutput(NamedTuple):
@@ -209,7 +210,7 @@ class RQTransformer(nn.Module):
             slots = slots + self._cast(self.depth_position_DM)
         else:
             d = codes.shape[-1]
-            slots = context[..., None, :] if d == 0 else self._embed_depths(codes)[..., -1:, :]
+            slots = context[..., None, :] if d == 0 else self._embed_depths(codes, d - 1)
             slots = slots + self._cast(self.depth_position_DM[d])
         hidden, depth_cache = self.depth_stack(slots.reshape(-1, *slots.shape[-2:]), cache and cache.depth, train)
         hidden = hidden.reshape(slots.shape)
@@ -223,30 +224,34 @@ class RQTransformer(nn.Module):
         Where the codebooks differ in size, logits beyond K_d are -inf.
         """
         weight, bias = self.classifier, self.classifier_bias
-        normed = self.classifier_norm(hidden)
-        if self.use_shared_classifier:
-            logits = self._project(normed, weight, bias)
-        elif depth is None:
-            product = jnp.einsum("...dm,dmk->...dk", normed, self._cast(weight), preferred_element_type=jnp.float32)
-            logits = product + bias
-        else:
-            logits = self._project(normed, weight[depth], bias[depth])
+        if not self.use_shared_classifier and depth is None:
+            return jnp.stack([self.classify(hidden[..., d, :], d) for d in range(self.code_shape[-1])], axis=-2)
+        if not self.use_shared_classifier:
+            weight, bias = jax.tree.map(lambda stacked: stacked[depth], (weight, bias))
+        logits = self._project(self.classifier_norm(hidden), weight, bias)
         if len(set(self.codebook_sizes)) == 1:
             return logits
         sizes = jnp.array(self.codebook_sizes)
         limit = sizes[:, None] if depth is None else sizes[depth]
         return jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)
 
-    def init_cache(self, batch: int, dtype: Any = None) -> TransformerCache:
-        """An empty cache for `batch` pictures; its dtype is that of the computation unless said."""
+    def init_cache(self, batch: int, dtype: Any = None, rows: int | None = None) -> TransformerCache:
+        """An empty cache for `batch` pictures; its dtype is that of the computation unless said.
+
+        `rows` of the spatial stack: all its U + T - 1 tokens unless said (the last position is never read back);
+        `TransformerCache.spatial.resize` makes room for more.
+        """
         (h, w, D), dtype = self.code_shape, self._dtype if dtype is None else dtype
         depth_heads = self._depth_heads
-        # The last position is never read back, so that the spatial stack sees U + T - 1 tokens.
-        rows = self.cond_length + h * w - 1
+        rows = self.cond_length + h * w - 1 if rows is None else rows
         return TransformerCache(
             empty_cache(self.spatial_layers, batch, rows, self.num_heads, self.model_dim // self.num_heads, dtype),
             empty_cache(self.depth_layers, batch, D, depth_heads, self.model_dim // depth_heads, dtype),
         )
+
+    def at_rest(self, variables: dict[str, Any], dtype: str = "float32") -> dict[str, Any]:
+        """The variables as sampling reads them fastest; see `models.at_rest.at_rest`."""
+        return at_rest(variables, dtype)
 
     # --- embeddings ---
 
@@ -263,13 +268,14 @@ class RQTransformer(nn.Module):
         positions = jax.lax.dynamic_slice_in_dim(self.position_TM, start, codes_BTD.shape[1])
         return embedded + self._cast(positions)
 
-    def _embed_depths(self, codes: jax.Array) -> jax.Array:
-        """Depth inputs (..., d, M) that follow each of the codes (..., d)."""
+    def _embed_depths(self, codes: jax.Array, start: int = 0) -> jax.Array:
+        """Depth inputs (..., d - start, M) that follow each of the codes (..., d) from `start` on."""
         if not self.use_tokenizer_depth_input:
-            return self._embed_tokens(codes)
+            return self._embed_tokens(codes)[..., start:, :]
         vectors = quantize.lookup(codes, self.codebook)
         if self.use_cumulative_depth:
             vectors = jnp.cumsum(vectors, axis=-2)
+        vectors = vectors[..., start:, :]
         return project(self._cast(vectors), self._cast(self.depth_input_EM)) + self._cast(self.depth_input_bias_M)
 
     def _embed_tokens(self, codes: jax.Array) -> jax.Array:
@@ -341,7 +347,7 @@ class RQTransformer(nn.Module):
         return tuple(jnp.full((K, E), jnp.nan) for K in sizes)
 
     def _project(self, x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-        product = project(x, self._cast(weight), dtype=jnp.float32)
+        product = project(x, cast_weight(weight, self._dtype), dtype=jnp.float32)
         return product + bias.astype(jnp.float32)
 
     def _cast(self, x: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ leading axis L.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,31 +19,94 @@ init_weight = nn.initializers.normal(0.02)
 
 
 class KVCache(NamedTuple):
-    """Keys and values (L, B, S, N, A) of all layers; the first `length` (int32 scalar) of the S rows are filled."""
+    """Keys and values of each layer, (B, N, S, A); the first `length` (int32 scalar) of the S rows are filled.
 
-    keys_LBSNA: jax.Array
-    values_LBSNA: jax.Array
+    One array a layer: each is written in place, and no program slices a layer out of a larger one. Heads stand before
+    rows, as the products read them.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
     length: jax.Array
 
+    def resize(self, size: int) -> "KVCache":
+        """The same cache with `size` rows, at least as many as are filled."""
 
-def empty_cache(
-    num_layers: int, batch: int, size: int, num_heads: int, head_dim: int, dtype: jnp.dtype
-) -> KVCache:
+        def fit(rows_BNSA: jax.Array) -> jax.Array:
+            return jnp.pad(rows_BNSA[:, :, :size], ((0, 0), (0, 0), (0, max(0, size - rows_BNSA.shape[2])), (0, 0)))
+
+        return KVCache(tuple(map(fit, self.keys)), tuple(map(fit, self.values)), self.length)
+
+
+def empty_cache(num_layers: int, batch: int, size: int, num_heads: int, head_dim: int, dtype: jnp.dtype) -> KVCache:
     """A cache of `size` rows, none of them filled."""
-    rows = jnp.zeros((num_layers, batch, size, num_heads, head_dim), dtype)
+    rows = tuple(jnp.zeros((batch, num_heads, size, head_dim), dtype) for _ in range(num_layers))
     return KVCache(rows, rows, np.int32(0))  # a number that is known while a program is traced
 
 
-def project(x: jax.Array, weight: jax.Array, num_axes: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
+class Int8Weight(NamedTuple):
+    """A weight at rest in 8 bits: int8 values in the weight's shape, float32 scales in that of its output axes."""
+
+    values: jax.Array
+    scales: jax.Array
+
+    @classmethod
+    def create(cls, weight: jax.Array, num_axes: int = 1, num_stacked: int = 0) -> "Int8Weight":
+        """Symmetric rounding by output channel: `num_axes` axes are contracted, after `num_stacked` leading ones."""
+        contracted = tuple(range(num_stacked, num_stacked + num_axes))
+        weight = jnp.asarray(weight, jnp.float32)
+        scales = jnp.max(jnp.abs(weight), axis=contracted) / 127
+        steps = weight / jnp.expand_dims(jnp.maximum(scales, jnp.finfo(jnp.float32).tiny), contracted)
+        return cls(jnp.round(steps).astype(jnp.int8), scales)
+
+    def __getitem__(self, index: Any) -> "Int8Weight":
+        """One of stacked weights."""
+        return Int8Weight(self.values[index], self.scales[index])
+
+
+Weight = jax.Array | Int8Weight
+
+
+def cast_weight(weight: Weight, dtype: jnp.dtype) -> Weight:
+    """The weight in the dtype of the computation, unless it rests in fewer bits than that: `project` takes it as it is.
+
+    Widening it first would write a whole second weight to memory at every step.
+    """
+    narrow = isinstance(weight, Int8Weight) or jnp.dtype(weight.dtype).itemsize < jnp.dtype(dtype).itemsize
+    return weight if narrow else jnp.asarray(weight, dtype)
+
+
+def project(x: jax.Array, weight: Weight, num_axes: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
     """Contract the last `num_axes` axes of x with the first of the weight; the result may have another dtype.
 
     As one product of two matrices: what XLA makes of the same einsum on CPU is two to three times slower, most of all
-    its gradient.
+    its gradient. Weights of fewer bits than x multiply in their own dtype (int8 in that of x) with float32 sums.
     """
-    rows, columns = x.shape[:-num_axes], weight.shape[num_axes:]
-    length = math.prod(weight.shape[:num_axes])
-    product = jnp.dot(x.reshape(-1, length), weight.reshape(length, -1), preferred_element_type=dtype)
-    return product.reshape(*rows, *columns)
+    values, scales = weight if isinstance(weight, Int8Weight) else (weight, None)
+    rows, columns = x.shape[:-num_axes], values.shape[num_axes:]
+    length = math.prod(values.shape[:num_axes])
+    x_RL, values_LC = x.reshape(-1, length), values.reshape(length, -1)
+    dtype = x.dtype if dtype is None else dtype
+    if scales is not None:
+        product = jnp.dot(x_RL, values_LC.astype(x.dtype), preferred_element_type=jnp.float32) * scales.reshape(-1)
+    else:
+        product = _product(x_RL, values_LC, dtype)
+    return product.astype(dtype).reshape(*rows, *columns)
+
+
+def _product(x_RL: jax.Array, weight_LC: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    if weight_LC.dtype == x_RL.dtype == jnp.float32:
+        return jnp.dot(x_RL, weight_LC, preferred_element_type=dtype)
+    R = x_RL.shape[0]
+    # XLA's product of a single row with a bfloat16 matrix is eight times slower on CPU than that of two rows.
+    x_RL = jnp.pad(x_RL, ((0, int(R == 1)), (0, 0))).astype(weight_LC.dtype)
+    return jnp.dot(x_RL, weight_LC, preferred_element_type=dtype)[:R]
+
+
+def unstack(layers: Any) -> tuple[Any, ...]:
+    """Stacked parameters (L, ...) of a `Stack` as one tree a layer."""
+    leaves, structure = jax.tree.flatten(layers)
+    return tuple(jax.tree.unflatten(structure, layer) for layer in zip(*leaves, strict=True))
 
 
 class LayerNorm(nn.Module):
@@ -76,16 +139,16 @@ class Block(nn.Module):
 
         Args:
           x_BSM: inputs of the new positions.
-          cached: keys and values (B, S', N, A) of earlier positions, or None.
+          cached: keys and values (B, N, S', A) with room for the new ones, or None.
           length: how many of the cached rows are filled.
 
         Returns:
-          Outputs (B, S, M); the keys and values of the new positions where a cache is kept, else None.
+          Outputs (B, S, M); the keys and values with those of the new positions, where a cache is kept, else None.
         """
-        attended, new = self._attend(LayerNorm(self.dtype, name="norm1")(x_BSM), cached, length)
+        attended, cached = self._attend(LayerNorm(self.dtype, name="norm1")(x_BSM), cached, length)
         x_BSM = x_BSM + self._drop(self.residual_dropout, attended)
         hidden = self._mlp(LayerNorm(self.dtype, name="norm2")(x_BSM))
-        return x_BSM + self._drop(self.residual_dropout, hidden), new
+        return x_BSM + self._drop(self.residual_dropout, hidden), cached
 
     def _attend(self, x_BSM, cached, length):
         S, M, N = *x_BSM.shape[1:], self.num_heads
@@ -93,23 +156,26 @@ class Block(nn.Module):
         qkv = project(x_BSM, self._weight("qkv_M3NA", (M, 3, N, A)))
         if self.use_attention_bias:
             qkv += self._bias("qkv_bias_3NA", (3, N, A))
-        query, key, value = (qkv[..., i, :, :] for i in range(3))
-        scores = _scores(query, key)
-        scores = jnp.where(jnp.tril(jnp.ones((S, S), bool)), scores, -jnp.inf)
+        query, key, value = (jnp.swapaxes(qkv[..., i, :, :], 1, 2) for i in range(3))  # (B, N, S, A)
+        seen = jnp.tril(jnp.ones((S, S), bool))
         if cached is not None:
-            # The cache stays as it is and the new keys stand beside it: no layer writes a second copy of it.
-            old_key, old_value = cached
-            filled = jnp.arange(old_key.shape[1]) < length
-            scores = jnp.concatenate([jnp.where(filled, _scores(query, old_key), -jnp.inf), scores], axis=-1)
-            all_values = jnp.concatenate([old_value.astype(self.dtype), value], axis=1)
-        else:
-            all_values = value
-        weights = self._drop(self.attention_dropout, nn.softmax(scores, axis=-1)).astype(self.dtype)
-        mixed = jnp.einsum("bnst,btna->bsna", weights, all_values)
+            cached = tuple(_write_rows(rows, new, length) for rows, new in zip(cached, (key, value), strict=True))
+            # A length that is known while the program is traced leaves out the rows that nobody has written.
+            rows = cached[0].shape[2] if isinstance(length, jax.core.Tracer) else length + S
+            key, value = (array[:, :, :rows].astype(self.dtype) for array in cached)
+            seen = jnp.arange(rows) <= length + jnp.arange(S)[:, None]
+        mixed = self._mix(query, key, value, seen)
         out = project(mixed, self._weight("out_NAM", (N, A, M)), num_axes=2)
         if self.use_attention_bias:
             out += self._bias("out_bias_M", (M,))
-        return out, None if cached is None else (key, value)
+        return out, cached
+
+    def _mix(self, query, key, value, seen):
+        """Attention (B, S, N, A) of queries (B, N, S, A) to keys and values (B, N, T, A) where `seen` (S, T)."""
+        scores = jnp.einsum("bnsa,bnta->bnst", query, key, preferred_element_type=jnp.float32)
+        scores = jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf)
+        weights = self._drop(self.attention_dropout, nn.softmax(scores, axis=-1)).astype(self.dtype)
+        return jnp.einsum("bnst,bnta->bsna", weights, value)
 
     def _mlp(self, x_BSM):
         M = x_BSM.shape[-1]
@@ -128,7 +194,7 @@ class Block(nn.Module):
         return out
 
     def _weight(self, name, shape):
-        return self.param(name, init_weight, shape).astype(self.dtype)
+        return cast_weight(self.param(name, init_weight, shape), self.dtype)
 
     def _bias(self, name, shape):
         return self.param(name, nn.initializers.zeros, shape).astype(self.dtype)
@@ -157,14 +223,7 @@ class Stack(nn.Module):
         """Run new positions (B, S, M) through all layers, after those in the cache where one is given."""
         if self.num_layers == 0:
             return x_BSM, cache and cache._replace(length=cache.length + x_BSM.shape[1])
-        block = nn.remat(Block, prevent_cse=False) if self.use_remat and train else Block
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
-            length=self.num_layers,
-        )(
+        settings = dict(
             num_heads=self.num_heads,
             use_attention_bias=self.use_attention_bias,
             use_mlp_bias=self.use_mlp_bias,
@@ -173,25 +232,34 @@ class Stack(nn.Module):
             residual_dropout=self.residual_dropout,
             train=train,
             dtype=self.dtype,
-            name="blocks",
         )
+        stored = self.variables.get("params", {}).get("blocks")
+        if cache is not None or isinstance(stored, tuple):
+            return self._run_unrolled(Block(**settings, parent=None), x_BSM, stored, cache)
+        block = nn.remat(Block, prevent_cse=False) if self.use_remat and train else Block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=self.num_layers,
+        )(**settings, name="blocks")
+        return layers(x_BSM, None, None)[0], None
+
+    def _run_unrolled(self, block, x_BSM, layers, cache):
+        """Layer after layer: a scan inside the loop over positions would copy the weights of each before their use."""
+        layers = layers if isinstance(layers, tuple) else unstack(layers)
         if cache is None:
-            return layers(x_BSM, None, None)[0], None
-        x_BSM, (keys, values) = layers(x_BSM, (cache.keys_LBSNA, cache.values_LBSNA), cache.length)
-        return x_BSM, KVCache(
-            _write_rows(cache.keys_LBSNA, keys, cache.length),
-            _write_rows(cache.values_LBSNA, values, cache.length),
-            cache.length + x_BSM.shape[1],
-        )
+            for layer in layers:
+                x_BSM, _ = block.apply({"params": layer}, x_BSM, None, None)
+            return x_BSM, None
+        rows = []
+        for layer, *cached in zip(layers, cache.keys, cache.values, strict=True):
+            x_BSM, new = block.apply({"params": layer}, x_BSM, cached, cache.length)
+            rows.append(new)
+        keys, values = zip(*rows, strict=True)
+        return x_BSM, KVCache(keys, values, cache.length + x_BSM.shape[1])
 
 
-def _scores(query, key):
-    scale = query.shape[-1] ** -0.5
-    return (
-        jnp.einsum("bsna,btna->bnst", query, key.astype(query.dtype), preferred_element_type=jnp.float32)
-        * scale
-    )
-
-
-def _write_rows(rows_LBSNA, new, start):
-    return jax.lax.dynamic_update_slice(rows_LBSNA, new.astype(rows_LBSNA.dtype), (0, 0, start, 0, 0))
+def _write_rows(rows_BNSA, new, start):
+    return jax.lax.dynamic_update_slice(rows_BNSA, new.astype(rows_BNSA.dtype), (0, 0, start, 0))

@@ -1,0 +1,260 @@
+"""Sampling and decoding with random weights: the throughput models of the paper (section 4.3, figure 4)."""
+
+import argparse
+import functools
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import weights
+from configs import rqtransformer, rqvae
+from rq_jax import models, roofline, sampling, timing
+
+# Presets of configs/rqtransformer.py; at code depth 1 the layers of their depth stack join the spatial one.
+MODELS = {
+    "tiny": "throughput_small",
+    "small": "throughput_small",
+    "medium": "throughput_medium",
+    "large": "throughput_large",
+    "huge": "throughput_huge",
+    "3.8B": "imagenet256_3800m",
+    "vqgan_large": "throughput_vqgan_large",
+    "vqgan_huge": "throughput_vqgan_huge",
+}
+TINY = {"spatial_layers": 8, "depth_layers": 4}
+CODE_SHAPE, CODEBOOK_SIZE = (8, 8, 4), 16384
+# The baselines of the paper exist in one shape and with one codebook.
+VQGAN = {"vqgan_large": ((16, 16, 1), 1024), "vqgan_huge": ((16, 16, 1), 16384)}
+# Presets of configs/rqvae.py by downsampling, for pictures of 256x256.
+TOKENIZERS = {32: "imagenet256", 16: "imagenet256_f16", 8: "imagenet256_f8"}
+IMAGE_SIZE, CODE_DIM, NUM_CLASSES = 256, 256, 1000
+PAPER_IMAGES = 1000  # at least so many a run
+
+Config = dict[str, Any]
+
+
+def show_shape(code_shape: tuple[int, ...]) -> str:
+    """Height x width x depth."""
+    return "x".join(map(str, code_shape))
+
+
+def code_shapes(args: argparse.Namespace) -> list[tuple[int, ...] | None]:
+    """The code shapes of a sweep; None where nothing was said.
+
+    Raises:
+      ValueError: shapes given in two ways.
+    """
+    if args.code_shape and (args.downsampling or args.depth):
+        shown = ",".join(map(show_shape, args.code_shape))
+        raise ValueError(f"--code_shape: {shown} is given beside --downsampling or --depth; give one of the two")
+    if args.downsampling or args.depth:
+        sides = [IMAGE_SIZE // factor for factor in args.downsampling or [32]]
+        return [(side, side, depth) for side in sides for depth in args.depth or [4]]
+    return args.code_shape or [None]
+
+
+def groups(args: argparse.Namespace) -> list[list[Config]]:
+    """What is measured side by side: each configuration of the sweep, with its counterparts of --against.
+
+    Raises:
+      ValueError: settings that do not fit together.
+    """
+    sampling.check_filter(args.temperature, args.top_k, args.top_p)
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance: {args.guidance} must be a finite number")
+    if args.protocol and args.batches:
+        raise ValueError(f"--batches: {args.batches} is decided by --protocol={args.protocol}; leave it out")
+    settings = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p", "protocol")}
+    decode, dtypes, found = args.decode or args.protocol is not None, args.dtype or default_dtypes(), []
+    axes = args.model, code_shapes(args), args.codebook_size or [None], dtypes, args.weights or [None], args.batch
+    for model, shape, codebook_size, dtype, at_rest, batch in itertools.product(*axes):
+        batches = -(-PAPER_IMAGES // batch) if args.protocol else args.batches or (2 if decode else 1)
+        group = []
+        for flag, wanted in (("--code_shape", shape), *(("--against", other) for other in args.against)):
+            code_shape, K = shape_and_codebook(model, wanted, codebook_size, flag)
+            tokenizer = tokenizer_preset(args, code_shape, decode, flag)
+            config = {
+                "model": model, "code_shape": code_shape, "codebook_size": K, "dtype": dtype,
+                "weights": at_rest or dtype, **settings, "decode": decode, "tokenizer": tokenizer,
+                "batches": batches, "batch": batch,
+            }  # fmt: skip
+            make_transformer(config)  # raises where settings do not fit, before anything compiles
+            group.append(config)
+        found.append(group)
+    return found
+
+
+def default_dtypes() -> list[str]:
+    """What the device is made for."""
+    return ["float32"] if jax.default_backend() == "cpu" else ["bfloat16"]
+
+
+def shape_and_codebook(
+    model: str, code_shape: tuple[int, ...] | None, codebook_size: int | None, flag: str
+) -> tuple[tuple[int, ...], int]:
+    """Both, also where they are not said; the baselines have theirs alone. The flag is the shape's."""
+    if model not in VQGAN:
+        return code_shape or CODE_SHAPE, codebook_size or CODEBOOK_SIZE
+    own_shape, own_size = VQGAN[model]
+    if code_shape not in (None, own_shape):
+        raise ValueError(
+            f"{flag}: {show_shape(code_shape)} is not that of '{model}'; allowed is {show_shape(own_shape)}"
+        )
+    if codebook_size not in (None, own_size):
+        raise ValueError(f"--codebook_size: {codebook_size} is not that of '{model}'; allowed is {own_size}")
+    return VQGAN[model]
+
+
+def tokenizer_preset(args: argparse.Namespace, code_shape: tuple[int, ...], needed: bool, flag: str) -> str | None:
+    """The tokenizer that was named, or else, where one is needed, the one that makes codes of this shape."""
+    if args.tokenizer or not needed:
+        return args.tokenizer
+    preset = TOKENIZERS.get(IMAGE_SIZE // code_shape[0])
+    if preset is None:
+        raise ValueError(
+            f"{flag}: {show_shape(code_shape)} is no grid that a tokenizer of {IMAGE_SIZE}x{IMAGE_SIZE} pictures "
+            f"makes (downsampling {', '.join(map(str, TOKENIZERS))}); give --tokenizer"
+        )
+    return preset
+
+
+def make_transformer(config: Config) -> Any:
+    """The model of a configuration; its code vectors are as long as the tokenizer's."""
+    settings = dict(rqtransformer.get_config(MODELS[config["model"]]).model)
+    settings |= TINY if config["model"] == "tiny" else {}
+    if config["code_shape"][-1] == 1:
+        settings["spatial_layers"] += settings["depth_layers"]
+        settings["depth_layers"] = 0
+    settings |= {name: config[name] for name in ("code_shape", "codebook_size", "dtype")}
+    settings["code_dim"] = make_tokenizer(config).code_dim if config["tokenizer"] else CODE_DIM
+    return models.create(**settings | {"use_null_cond": config["guidance"] is not None})
+
+
+def make_tokenizer(config: Config, dtype: str | None = None) -> Any:
+    """The preset's tokenizer with the code shape and the codebook of a configuration."""
+    settings = dict(rqvae.get_config(config["tokenizer"]).model)
+    settings |= {name: config[name] for name in ("code_shape", "codebook_size")}
+    return models.create(**settings | ({} if dtype is None else {"dtype": dtype}))
+
+
+@functools.lru_cache(maxsize=2)  # a sweep over batches draws them once, also where two shapes take turns
+def draw_variables(model: Any, dtype: str) -> Any:
+    """Random variables as sampling keeps them, with weights at rest in this dtype."""
+    return jax.jit(model.at_rest, static_argnums=1)(weights.draw(models.abstract_variables(model)), dtype)
+
+
+def compile_sampler(config: Config, model: Any) -> timing.Compiled:
+    """Number of a batch -> its codes. The filter's values are arguments, as they are for `sampling.generate`."""
+    variables, B = draw_variables(model, config["weights"]), config["batch"]
+    filters = {"temperature": config["temperature"], "top_k": config["top_k"] or config["codebook_size"]}
+    filters |= {"top_p": 1.0 if config["top_p"] is None else config["top_p"], "guidance": config["guidance"]}
+    rng, cond = jax.random.key(0), jnp.arange(B)[:, None] % NUM_CLASSES
+
+    def draw(variables, rng, image_ids, cond, filters):
+        return sampling.generate(model, variables, rng, B, cond, image_ids=image_ids, **filters)
+
+    compiled = timing.compile_program(draw, variables, rng, np.arange(B), cond, filters)
+    return compiled._replace(call=lambda i: compiled.call(variables, rng, i * B + np.arange(B), cond, filters))
+
+
+def compile_decoder(config: Config, model: Any) -> timing.Compiled:
+    """Codes -> 8-bit pictures, as sample.py makes them, of random weights."""
+    variables = weights.draw(models.abstract_variables(model))
+
+    def decode(variables, codes):
+        images = model.apply(variables, codes, method="decode_codes")
+        return jnp.round(jnp.clip(0.5 * images + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+    codes = jax.ShapeDtypeStruct((config["batch"], *config["code_shape"]), jnp.int32)
+    compiled = timing.compile_program(decode, variables, codes)
+    return compiled._replace(call=functools.partial(compiled.call, variables))
+
+
+def build(config: Config, args: argparse.Namespace) -> timing.Program:
+    """The sampler of a configuration, with the decoder behind it where that is asked for."""
+    model, batches = make_transformer(config), config["batches"]
+    draw, decode = compile_sampler(config, model), None
+    stages = roofline.sampling_work(model, config["batch"], config["weights"], config["guidance"] is not None)
+    compile_seconds, memory = {"sampling": draw.seconds}, draw.memory
+    if config["decode"]:
+        tokenizer = make_tokenizer(config)
+        decode = compile_decoder(config, tokenizer)
+        stages["decoding"] = roofline.decoder_work(tokenizer, config["batch"])
+        compile_seconds["decoding"] = decode.seconds
+        memory = {name: max(memory[name], decode.memory[name]) for name in memory}
+    parts: list[dict[str, float]] = []
+    count = config["batch"] * batches
+
+    def details(seconds: float) -> dict[str, Any]:
+        cache_bytes = config["batch"] * roofline.cache_size(model, model.dtype)
+        more = {"compile_parts": compile_seconds, "cache_bytes": cache_bytes}
+        if config["protocol"]:
+            timed = parts[args.warmups :]
+            medians = {name: float(np.median([part[name] for part in timed])) for name in timed[0]}
+            more["ms_per_image"] = {name: 1e3 * value / count for name, value in {"total": seconds, **medians}.items()}
+        return more
+
+    call = functools.partial(draw_apart, draw.call, decode.call, batches, parts) if config["protocol"] else None
+    return timing.Program(
+        call or functools.partial(draw_overlapped, draw.call, decode and decode.call, batches),
+        count,
+        sum(compile_seconds.values()),
+        memory,
+        {name: work * batches for name, work in stages.items()},
+        details=details,
+    )
+
+
+def draw_overlapped(draw: Callable[[int], Any], decode: Callable[[Any], Any] | None, batches: int) -> Any:
+    """As sample.py: while a batch is fetched, the next is already drawn."""
+    pending = None
+    for i in range(batches):
+        arrays = draw(i) if decode is None else decode(draw(i))
+        if pending is not None:
+            jax.device_get(pending)
+        pending = arrays
+    return jax.device_get(pending)
+
+
+def draw_apart(
+    draw: Callable[[int], Any], decode: Callable[[Any], Any], batches: int, parts: list[dict[str, float]]
+) -> None:
+    """As the paper's protocol: one after the other, each waited for; its seconds by part go into `parts`."""
+    seconds = {"sampling": 0.0, "decoding": 0.0}
+    for i in range(batches):
+        start = timing.clock()
+        codes = jax.block_until_ready(draw(i))
+        middle = timing.clock()
+        jax.block_until_ready(decode(codes))
+        seconds["sampling"] += middle - start
+        seconds["decoding"] += timing.clock() - middle
+    parts.append(seconds)
+
+
+def decode_groups(args: argparse.Namespace) -> list[list[Config]]:
+    """Configurations of the decoder alone."""
+    axes = code_shapes(args), args.codebook_size or [CODEBOOK_SIZE], args.dtype or default_dtypes(), args.batch
+    found = []
+    for shape, codebook_size, dtype, batch in itertools.product(*axes):
+        shape = shape or CODE_SHAPE
+        config = {
+            "tokenizer": tokenizer_preset(args, shape, True, "--code_shape"), "code_shape": shape,
+            "codebook_size": codebook_size, "dtype": dtype, "batch": batch,
+        }  # fmt: skip
+        make_tokenizer(config, dtype)
+        found.append([config])
+    return found
+
+
+def build_decode(config: Config, args: argparse.Namespace) -> timing.Program:
+    """The decoder of a configuration."""
+    model, shape = make_tokenizer(config, config["dtype"]), (config["batch"], *config["code_shape"])
+    compiled = compile_decoder(config, model)
+    codes = jax.random.randint(jax.random.key(2), shape, 0, config["codebook_size"])
+    stages = {"decoding": roofline.decoder_work(model, config["batch"])}
+    return timing.Program(lambda: compiled.call(codes), config["batch"], compiled.seconds, compiled.memory, stages)

@@ -1,0 +1,52 @@
+"""Weights at rest: what sampling keeps in memory, in float32, bfloat16 or int8, one array a layer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rq_jax.nn.attention import Int8Weight, unstack
+
+DTYPES = ("float32", "bfloat16", "int8")
+# The weights that are read at every code; for each how many of its axes are contracted, and how many stack others.
+_READ = {
+    "qkv_M3NA": (1, 0),
+    "out_NAM": (2, 0),
+    "up_MF": (1, 0),
+    "down_FM": (1, 0),
+    "classifier_MK": (1, 0),
+    "classifier_DMK": (1, 1),
+}
+
+
+def at_rest(variables: Any, dtype: str = "float32") -> dict[str, Any]:
+    """Variables of an `RQTransformer` as `sampling.generate` reads them fastest.
+
+    Layers are no longer stacked, and the weights of the blocks and of the classifier rest in `dtype`: they are what a
+    sampler waits for, since it reads all of them for each code. Everything else stays float32. "int8" has one scale
+    for each output channel. Sums are float32 always. The model takes either form in all its methods.
+
+    Args:
+      variables: as trained, or at rest already.
+      dtype: "float32" (leaves weights as they are), "bfloat16" or "int8".
+
+    Raises:
+      ValueError: another dtype, or weights that are int8 already.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: '{dtype}' is unknown; allowed are {', '.join(DTYPES)}")
+
+    def narrow(path: Any, weight: Any) -> Any:
+        num_axes, num_stacked = _READ.get(path[-1].key, (0, 0))
+        if num_axes == 0 or dtype == "float32":
+            return weight
+        if isinstance(weight, Int8Weight):
+            raise ValueError(f"dtype: '{dtype}' asked of weights that are int8 already; start from the trained ones")
+        return weight.astype(jnp.bfloat16) if dtype == "bfloat16" else Int8Weight.create(weight, num_axes, num_stacked)
+
+    params = dict(variables["params"])
+    for name, stack in params.items():
+        if isinstance(stack, dict) and isinstance(stack.get("blocks"), dict):
+            params[name] = {**stack, "blocks": unstack(stack["blocks"])}
+    params = jax.tree_util.tree_map_with_path(narrow, params, is_leaf=lambda x: isinstance(x, Int8Weight))
+    return {**variables, "params": params}

@@ -1,0 +1,276 @@
+"""What makes sampling fast changes nothing: the draw, the threshold search, the growing cache, weights at rest."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from goldens import make_goldens as oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
+from test_rqtransformer import CLASS, CONDS, TEXT, UNEQUAL, B, D, T, build, h, run, w
+
+from rq_jax import losses, roofline, sampling
+from rq_jax.models.at_rest import at_rest
+from rq_jax.nn.attention import Int8Weight
+from rq_jax.sampling import filter_logits, generate
+
+RNG = jax.random.key(11)
+WIDE = {"codebook_size": 300, "model_dim": 16}  # more than two parts of 128 codes
+
+# --- the whole against a plain sampler ------------------------------------------------------------
+
+
+def pick(uniform, weights):
+    """The first index whose cumulative sum is beyond the mark."""
+    return int(np.searchsorted(np.cumsum(weights), uniform * weights.sum(), side="right"))
+
+
+def plain_generate(model, variables, cond, ids, **values):
+    """Code after code from the whole forward pass, with loops for the filter and the draw, in float64."""
+    (h, w, D), codebook_size = model.code_shape, max(model.codebook_sizes)
+    codes = np.zeros((len(ids), h * w, D), np.int32)
+    for i, image_id in enumerate(ids):
+        uniforms = jax.random.uniform(jax.random.fold_in(RNG, image_id), (h * w, D, 2))
+        for t in range(h * w):
+            for d in range(D):
+                one_cond = None if cond is None else cond[i : i + 1]
+                logits = run(model, variables, jnp.asarray(codes[i].reshape(1, h, w, D)), one_cond).logits
+                row = oracle.filter_row(np.asarray(logits).reshape(h * w, D, -1)[t, d], **values)
+                table = np.pad(row, (0, -codebook_size % 128)).reshape(-1, 128)
+                part = pick(float(uniforms[t, d, 0]), table.sum(0))
+                codes[i, t, d] = 128 * pick(float(uniforms[t, d, 1]), table[:, part]) + part
+    return codes.reshape(-1, h, w, D)
+
+
+@pytest.mark.parametrize(
+    ("switches", "cond", "values"),
+    [
+        (WIDE, None, {}),
+        ({**WIDE, **CLASS}, CONDS["class"], {"temperature": 0.8, "top_k": 40, "top_p": 0.9}),
+        (TEXT, CONDS["text"], {"top_p": 0.7}),
+        (UNEQUAL, None, {"top_k": 3}),
+    ],
+)
+def test_codes_are_those_of_a_plain_sampler(switches, cond, values):
+    model, variables = build(**switches)
+    ids = np.array([3, 0])
+    expected = plain_generate(model, variables, cond, ids, **values)
+    codes = generate(model, variables, RNG, 2, cond, image_ids=ids, **values)
+    np.testing.assert_array_equal(codes, expected)
+    assert len(np.unique(codes)) > 3
+
+
+# --- the draw -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codebook_size", [5, 128, 301])
+def test_draws_follow_the_probabilities(codebook_size):
+    rng, n = np.random.default_rng(0), 200_000
+    probabilities = rng.exponential(size=codebook_size) * (rng.random(codebook_size) < 0.6)
+    probabilities[-1] = 0.5
+    probabilities /= probabilities.sum()
+    uniforms = jax.random.uniform(jax.random.key(1), (2, n))
+    draw = jax.jit(jax.vmap(lambda u, p: sampling._draw(u[:, None], p[None])[0], in_axes=(1, None)))
+    codes = np.asarray(draw(uniforms, jnp.asarray(probabilities, jnp.float32)))
+    counts, expected = np.bincount(codes, minlength=codebook_size), n * probabilities
+    assert not counts[probabilities == 0].any()
+    likely = expected > 5
+    chi_square = np.sum((counts - expected)[likely] ** 2 / expected[likely])
+    assert chi_square < likely.sum() + 5 * np.sqrt(2 * likely.sum())
+
+
+@given(st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_a_code_of_probability_zero_is_never_drawn(seed):
+    rng = np.random.default_rng(seed)
+    weights = (rng.random((1, 300)) ** 8 * (rng.random((1, 300)) < 0.05)).astype(np.float32)
+    weights[0, rng.integers(300)] = 1e-3
+    for uniform in (0.0, rng.random(), np.nextafter(np.float32(1), np.float32(0))):
+        code = int(_draw(jnp.full((2, 1), uniform, jnp.float32), weights)[0])
+        assert weights[0, code] > 0
+
+
+_draw = jax.jit(sampling._draw)
+
+# --- the threshold search -------------------------------------------------------------------------
+
+
+@functools.cache
+def compiled_filter():
+    return jax.jit(filter_logits)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["normal", "ties", "peaked", "masked", "wide", "equal"]))
+@settings(max_examples=120, deadline=None)
+def test_the_filter_is_that_of_sorting(seed, kind):
+    """Against loops over sorted values, wherever rounding cannot decide."""
+    rng, codebook_size = np.random.default_rng(seed), 200
+    logits = rng.normal(size=codebook_size) * 10 ** rng.uniform(-2, 1)
+    if kind == "ties":
+        logits = np.round(2 * rng.normal(size=codebook_size)) / 2
+    elif kind == "peaked":
+        logits[rng.integers(codebook_size, size=3)] += 20
+    elif kind == "masked":
+        logits[rng.random(codebook_size) < 0.7] = -np.inf
+        logits[7] = 0.3
+    elif kind == "wide":
+        logits = logits * 10 ** rng.uniform(0, 30, codebook_size)
+    elif kind == "equal":
+        logits[:] = -3.25
+    logits = logits.astype(np.float32)
+    top_k, top_p = int(rng.integers(1, codebook_size + 5)), float(np.float32(rng.random()))
+    expected = oracle.filter_row(logits, 1.0, top_k, top_p)
+    actual = np.asarray(compiled_filter()(logits, 1.0, top_k, top_p))
+    np.testing.assert_array_equal(
+        np.asarray(compiled_filter()(logits, 1.0, top_k, 1.0)) > 0, oracle.filter_row(logits, 1.0, top_k) > 0
+    )
+    before = oracle.filter_row(logits, 1.0, top_k)
+    sums = np.cumsum(np.sort(before)[::-1])
+    if np.abs(sums - top_p).min() < 1e-5:
+        assert abs((actual > 0).sum() - (expected > 0).sum()) <= 1 + (np.abs(sums - top_p) < 1e-5).sum()
+    else:
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-7)
+
+
+def test_nothing_is_sorted_and_no_noise_is_made_inside_the_loop():
+    model, variables = build(**WIDE, **CLASS)
+    program = jax.jit(lambda v, k, p: generate(model, v, RNG, B, CONDS["class"], top_k=k, top_p=p))
+    compiled = program.lower(variables, 5, 0.9).compile()
+    counts = roofline.count_compiled(compiled.as_text())
+    assert "sort" not in counts.ops and not counts.loop_ops.get("rng-bit-generator", 0)
+    whole = jax.make_jaxpr(program)(variables, 5, 0.9).jaxpr
+    loops = [equation for equation in equations(whole) if equation.primitive.name == "scan"]
+    assert loops and "random_bits" in names(whole)
+    assert not any({"random_bits", "threefry2x32", "sort"} & names(loop.params["jaxpr"].jaxpr) for loop in loops)
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
+
+
+def names(jaxpr):
+    return {equation.primitive.name for equation in equations(jaxpr)}
+
+
+# --- the growing cache ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["none", "text"])
+def test_a_cache_that_grows_in_stretches_changes_no_code(kind, monkeypatch):
+    model, variables = build(**({} if kind == "none" else TEXT))
+    monkeypatch.setattr(sampling, "_MIN_STRETCH", 100)
+    draw = lambda **more: jax.jit(lambda: generate(model, variables, RNG, B, CONDS[kind], **more))()  # noqa: E731
+    whole = draw()
+    monkeypatch.setattr(sampling, "_MIN_STRETCH", 2)
+    monkeypatch.setattr(sampling, "_MAX_STRETCHES", 5)
+    sampling._generate.clear_cache()
+    np.testing.assert_array_equal(draw(), whole)
+    np.testing.assert_array_equal(draw(prefix=whole.reshape(B, T, D)[:, :7]), whole)
+    sampling._generate.clear_cache()
+
+
+def test_stretches_cover_every_position_once():
+    for start, end, share in ((0, 64, 0.0), (0, 64, 0.36), (0, 64, 5.0), (17, 64, 5.0), (63, 64, 5.0), (0, 1, 5.0)):
+        parts = sampling._stretches(start, end, share)
+        assert [p for a, b in parts for p in range(a, b)] == list(range(start, end))
+    assert sampling._stretches(0, 64, 0.0) == [(0, 64)]
+    assert sampling._stretches(0, 64, 0.36) == [(0, 32), (32, 64)]
+    assert sampling._stretches(0, 64, 5.0) == [(0, 16), (16, 32), (32, 48), (48, 64)]
+    assert sampling._stretches(20, 64, 5.0) == [(20, 32), (32, 48), (48, 64)]
+
+
+# --- weights at rest ------------------------------------------------------------------------------
+
+
+@functools.cache
+def resting(dtype, **switches):
+    """A model whose logits spread as a trained model's do, with its variables as drawn and at rest."""
+    model, variables = build(model_dim=64, code_shape=(h, w, D), codebook_size=61, **switches)
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0.2 * x if "blocks" in str(path) or "classifier" in str(path) else x, variables["params"]
+    )
+    variables = {**variables, "params": params}
+    return model, variables, model.at_rest(variables, dtype)
+
+
+@pytest.mark.parametrize("switches", [(), (("use_shared_classifier", False),), (("use_attention_bias", False),)])
+def test_float32_at_rest_is_the_model_itself(switches):
+    model, variables, rest = resting("float32", **dict(switches))
+    codes = jax.random.randint(jax.random.key(0), (B, h, w, D), 0, 61)
+    np.testing.assert_allclose(run(model, rest, codes).logits, run(model, variables, codes).logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(generate(model, rest, RNG, B), generate(model, variables, RNG, B))
+    again = model.at_rest(rest)
+    assert jax.tree.structure(again) == jax.tree.structure(rest)
+
+
+@pytest.mark.parametrize(("dtype", "distance", "loss_change"), [("bfloat16", 0.01, 1e-3), ("int8", 0.02, 5e-3)])
+@pytest.mark.parametrize("switches", [(), (("use_shared_classifier", False),)])
+def test_narrow_weights_keep_the_distribution(dtype, distance, loss_change, switches):
+    model, variables, rest = resting(dtype, **dict(switches))
+    codes = generate(model, variables, RNG, 64)
+    logits, narrow = run(model, variables, codes).logits, run(model, rest, codes).logits
+    assert narrow.dtype == jnp.float32
+    first, first_narrow = jax.nn.softmax(logits[0, 0, 0, 0]), jax.nn.softmax(narrow[0, 0, 0, 0])
+    assert 0 < float(jnp.abs(first - first_narrow).sum() / 2) < distance
+    loss, narrow_loss = losses.cross_entropy(logits, codes).mean(), losses.cross_entropy(narrow, codes).mean()
+    assert abs(float(narrow_loss / loss) - 1) < loss_change
+    # The sampler computes with the same rounded weights.
+    drawn = generate(model, rest, RNG, 64)
+    assert (np.asarray(drawn[:, 0, 0, 0]) == np.asarray(codes[:, 0, 0, 0])).mean() > 0.9
+    greedy = generate(model, rest, RNG, 4, temperature=0.0)
+    again = run(model, rest, greedy).logits
+    margin = jnp.take_along_axis(again, greedy[..., None], -1)[..., 0] - again.max(-1)
+    assert float(margin.min()) > (-1e-4 if dtype == "int8" else -0.05)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_what_is_read_at_every_code_is_narrow_and_nothing_else(dtype):
+    model, variables, rest = resting(dtype)
+    blocks = rest["params"]["spatial_stack"]["blocks"]
+    assert isinstance(blocks, tuple) and len(blocks) == model.spatial_layers
+    flat = dict(jax.tree_util.tree_leaves_with_path(rest["params"]))
+    assert {str(x.dtype) for x in flat.values()} == {"float32", "bfloat16" if dtype == "bfloat16" else "int8"}
+    weight = blocks[1]["up_MF"]
+    if dtype == "int8":
+        assert weight.scales.shape == (256,) and weight.values.shape == (64, 256)
+        weight = weight.values * weight.scales
+    original = variables["params"]["spatial_stack"]["blocks"]["up_MF"][1]
+    np.testing.assert_allclose(weight, original, atol=float(jnp.abs(original).max()) / 100)
+    assert blocks[0]["norm1"]["scale"].dtype == jnp.float32
+
+
+def test_int8_rounds_each_output_channel_by_itself():
+    weight = np.random.default_rng(0).normal(size=(2, 3, 5, 7)) * np.array([1, 10, 0, 1000, 1, 1, 1])
+    stored = Int8Weight.create(weight, num_axes=2, num_stacked=1)
+    assert stored.values.shape == weight.shape and stored.scales.shape == (2, 7)
+    np.testing.assert_allclose(stored.scales, np.abs(weight).max((1, 2)) / 127, rtol=1e-6)
+    error = np.abs(stored.values * stored.scales[:, None, None] - weight)
+    assert (error <= 0.5001 * np.asarray(stored.scales)[:, None, None]).all()
+
+
+def test_an_unknown_dtype_at_rest_is_refused():
+    with pytest.raises(ValueError, match="^dtype: 'int4' is unknown; allowed are float32, bfloat16, int8$"):
+        at_rest(build()[1], "int4")
+    rest = at_rest(build()[1], "int8")
+    assert jax.tree.structure(at_rest(rest)) == jax.tree.structure(rest)
+    with pytest.raises(ValueError, match="^dtype: 'bfloat16' asked of weights that are int8 already; start from"):
+        at_rest(rest, "bfloat16")
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_single_rows_with_bfloat16_weights(rows):
+    """One image alone takes another product than several; both give its codes."""
+    model, _, rest = resting("bfloat16")
+    logits = run(model, rest, generate(model, rest, RNG, rows, temperature=0.0)).logits
+    assert bool(jnp.isfinite(logits).all())
+    np.testing.assert_array_equal(
+        generate(model, rest, RNG, rows, temperature=0.0)[0], generate(model, rest, RNG, 3, temperature=0.0)[0]
+    )
+
+
