@@ -14,7 +14,7 @@ from test_rqtransformer import CLASS, CONDS, TEXT, UNEQUAL, B, D, T, build, h, r
 
 from rq_jax import losses, roofline, sampling
 from rq_jax.models.at_rest import at_rest
-from rq_jax.nn.attention import Int8Weight
+from rq_jax.nn.attention import RestingWeight
 from rq_jax.sampling import filter_logits, generate
 
 RNG = jax.random.key(11)
@@ -237,9 +237,8 @@ def test_what_is_read_at_every_code_is_narrow_and_nothing_else(dtype):
     flat = dict(jax.tree_util.tree_leaves_with_path(rest["params"]))
     assert {str(x.dtype) for x in flat.values()} == {"float32", "bfloat16" if dtype == "bfloat16" else "int8"}
     weight = blocks[1]["up_MF"]
-    if dtype == "int8":
-        assert weight.scales.shape == (256,) and weight.values.shape == (64, 256)
-        weight = weight.values * weight.scales
+    assert weight.values.shape == (256, 64)
+    weight = (weight.values * (1 if dtype == "bfloat16" else weight.scales[:, None])).T
     original = variables["params"]["spatial_stack"]["blocks"]["up_MF"][1]
     np.testing.assert_allclose(weight, original, atol=float(jnp.abs(original).max()) / 100)
     assert blocks[0]["norm1"]["scale"].dtype == jnp.float32
@@ -247,11 +246,11 @@ def test_what_is_read_at_every_code_is_narrow_and_nothing_else(dtype):
 
 def test_int8_rounds_each_output_channel_by_itself():
     weight = np.random.default_rng(0).normal(size=(2, 3, 5, 7)) * np.array([1, 10, 0, 1000, 1, 1, 1])
-    stored = Int8Weight.create(weight, num_axes=2, num_stacked=1)
-    assert stored.values.shape == weight.shape and stored.scales.shape == (2, 7)
+    stored = RestingWeight.create(weight, "int8", num_axes=2, num_stacked=1)
+    assert stored.values.shape == (2, 7, 15) and stored.scales.shape == (2, 7)
     np.testing.assert_allclose(stored.scales, np.abs(weight).max((1, 2)) / 127, rtol=1e-6)
-    error = np.abs(stored.values * stored.scales[:, None, None] - weight)
-    assert (error <= 0.5001 * np.asarray(stored.scales)[:, None, None]).all()
+    error = np.abs(stored.values * stored.scales[..., None] - np.moveaxis(weight.reshape(2, 15, 7), 1, -1))
+    assert (error <= 0.5001 * np.asarray(stored.scales)[..., None]).all()
 
 
 def test_an_unknown_dtype_at_rest_is_refused():
@@ -259,7 +258,7 @@ def test_an_unknown_dtype_at_rest_is_refused():
         at_rest(build()[1], "int4")
     rest = at_rest(build()[1], "int8")
     assert jax.tree.structure(at_rest(rest)) == jax.tree.structure(rest)
-    with pytest.raises(ValueError, match="^dtype: 'bfloat16' asked of weights that are int8 already; start from"):
+    with pytest.raises(ValueError, match="^dtype: 'bfloat16' asked of weights that are narrow already; start from"):
         at_rest(rest, "bfloat16")
 
 

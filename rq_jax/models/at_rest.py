@@ -3,9 +3,8 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from rq_jax.nn.attention import Int8Weight, unstack
+from rq_jax.nn.attention import RestingWeight, unstack
 
 DTYPES = ("float32", "bfloat16", "int8")
 # The weights that are read at every code; for each how many of its axes are contracted, and how many stack others.
@@ -31,7 +30,7 @@ def at_rest(variables: Any, dtype: str = "float32") -> dict[str, Any]:
       dtype: "float32" (leaves weights as they are), "bfloat16" or "int8".
 
     Raises:
-      ValueError: another dtype, or weights that are int8 already.
+      ValueError: another dtype, or weights that are narrow already.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype: '{dtype}' is unknown; allowed are {', '.join(DTYPES)}")
@@ -40,13 +39,13 @@ def at_rest(variables: Any, dtype: str = "float32") -> dict[str, Any]:
         num_axes, num_stacked = _READ.get(path[-1].key, (0, 0))
         if num_axes == 0 or dtype == "float32":
             return weight
-        if isinstance(weight, Int8Weight):
-            raise ValueError(f"dtype: '{dtype}' asked of weights that are int8 already; start from the trained ones")
-        return weight.astype(jnp.bfloat16) if dtype == "bfloat16" else Int8Weight.create(weight, num_axes, num_stacked)
+        if isinstance(weight, RestingWeight):
+            raise ValueError(f"dtype: '{dtype}' asked of weights that are narrow already; start from the trained ones")
+        return RestingWeight.create(weight, dtype, num_axes, num_stacked)
 
     params = dict(variables["params"])
     for name, stack in params.items():
         if isinstance(stack, dict) and isinstance(stack.get("blocks"), dict):
             params[name] = {**stack, "blocks": unstack(stack["blocks"])}
-    params = jax.tree_util.tree_map_with_path(narrow, params, is_leaf=lambda x: isinstance(x, Int8Weight))
+    params = jax.tree_util.tree_map_with_path(narrow, params, is_leaf=lambda x: isinstance(x, RestingWeight))
     return {**variables, "params": params}

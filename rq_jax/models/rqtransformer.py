@@ -9,7 +9,7 @@ import numpy as np
 
 from rq_jax import quantize
 from rq_jax.models.at_rest import at_rest
-from rq_jax.nn.attention import KVCache, LayerNorm, Stack, cast_weight, empty_cache, init_weight, project
+from rq_jax.nn.attention import KVCache, LayerNorm, Stack, empty_cache, init_weight, project, stored_weight
 
 
 class RQTransformerOutput(NamedTuple):
@@ -110,11 +110,13 @@ class RQTransformer(nn.Module):
         self.classifier_norm = LayerNorm(self._dtype)
         per_depth = () if self.use_shared_classifier else (D,)
         suffix = "" if self.use_shared_classifier else "D"
-        self.classifier = self.param(f"classifier_{suffix}MK", init_weight, (*per_depth, M, K))
+        self.classifier = stored_weight(self, f"classifier_{suffix}MK", (*per_depth, M, K), self._dtype)
         self.classifier_bias = self.param(f"classifier_bias_{suffix}K", zeros, (*per_depth, K))
         if self.cond_length > 1:
             self.cond_classifier_norm = LayerNorm(self._dtype)
-            self.cond_classifier_MV = self.param("cond_classifier_MV", init_weight, (M, self.cond_vocab_size))
+            self.cond_classifier_MV = stored_weight(
+                self, "cond_classifier_MV", (M, self.cond_vocab_size), self._dtype
+            )
             self.cond_classifier_bias_V = self.param("cond_classifier_bias_V", zeros, (self.cond_vocab_size,))
 
     # --- the forward pass ---
@@ -347,7 +349,7 @@ class RQTransformer(nn.Module):
         return tuple(jnp.full((K, E), jnp.nan) for K in sizes)
 
     def _project(self, x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-        product = project(x, cast_weight(weight, self._dtype), dtype=jnp.float32)
+        product = project(x, weight, dtype=jnp.float32)
         return product + bias.astype(jnp.float32)
 
     def _cast(self, x: jax.Array) -> jax.Array:

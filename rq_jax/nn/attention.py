@@ -17,6 +17,10 @@ import numpy as np
 # plausible intent of the unreleased trainer and trains better than torch's default.
 init_weight = nn.initializers.normal(0.02)
 
+# Stacks of so many layers are unrolled: a scan's copies of weights and activations take a tenth of a small model's step
+# on CPU. What it saves is compile time, of large models.
+_MAX_UNROLLED = 8
+
 
 class KVCache(NamedTuple):
     """Keys and values of each layer, (B, N, S, A); the first `length` (int32 scalar) of the S rows are filled.
@@ -44,63 +48,68 @@ def empty_cache(num_layers: int, batch: int, size: int, num_heads: int, head_dim
     return KVCache(rows, rows, np.int32(0))  # a number that is known while a program is traced
 
 
-class Int8Weight(NamedTuple):
-    """A weight at rest in 8 bits: int8 values in the weight's shape, float32 scales in that of its output axes."""
+class RestingWeight(NamedTuple):
+    """A weight as it rests for sampling: bfloat16, or int8 with a float32 scale for each output channel.
 
-    values: jax.Array
-    scales: jax.Array
+    Output axes stand before the contracted ones, which are one axis L: products of few rows with such a matrix read
+    half the bytes and are up to 1.7 times faster on CPU than those with bfloat16 in the order of training.
+    """
+
+    values: jax.Array  # (*outputs, L)
+    scales: jax.Array | None  # outputs
 
     @classmethod
-    def create(cls, weight: jax.Array, num_axes: int = 1, num_stacked: int = 0) -> "Int8Weight":
-        """Symmetric rounding by output channel: `num_axes` axes are contracted, after `num_stacked` leading ones."""
-        contracted = tuple(range(num_stacked, num_stacked + num_axes))
-        weight = jnp.asarray(weight, jnp.float32)
-        scales = jnp.max(jnp.abs(weight), axis=contracted) / 127
-        steps = weight / jnp.expand_dims(jnp.maximum(scales, jnp.finfo(jnp.float32).tiny), contracted)
+    def create(cls, weight: jax.Array, dtype: str, num_axes: int = 1, num_stacked: int = 0) -> "RestingWeight":
+        """Round a weight whose `num_axes` axes after `num_stacked` leading ones are contracted."""
+        stacked, columns = weight.shape[:num_stacked], weight.shape[num_stacked + num_axes :]
+        flat = jnp.asarray(weight, jnp.float32).reshape(*stacked, -1, *columns)
+        values = jnp.moveaxis(flat, num_stacked, -1)
+        if dtype == "bfloat16":
+            return cls(values.astype(jnp.bfloat16), None)
+        scales = jnp.max(jnp.abs(values), axis=-1) / 127
+        steps = values / jnp.maximum(scales, jnp.finfo(jnp.float32).tiny)[..., None]
         return cls(jnp.round(steps).astype(jnp.int8), scales)
 
-    def __getitem__(self, index: Any) -> "Int8Weight":
-        """One of stacked weights."""
-        return Int8Weight(self.values[index], self.scales[index])
+
+Weight = jax.Array | RestingWeight
 
 
-Weight = jax.Array | Int8Weight
+def stored_weight(module: nn.Module, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Weight:
+    """A weight of the module in the dtype of the computation; one at rest as it is.
 
-
-def cast_weight(weight: Weight, dtype: jnp.dtype) -> Weight:
-    """The weight in the dtype of the computation, unless it rests in fewer bits than that: `project` takes it as it is.
-
-    Widening it first would write a whole second weight to memory at every step.
+    Widening that one would write a whole second weight to memory at every step.
     """
-    narrow = isinstance(weight, Int8Weight) or jnp.dtype(weight.dtype).itemsize < jnp.dtype(dtype).itemsize
-    return weight if narrow else jnp.asarray(weight, dtype)
+    if module.has_variable("params", name):
+        stored = module.get_variable("params", name)
+        if isinstance(stored, RestingWeight):
+            return stored
+    return jnp.asarray(module.param(name, init_weight, shape), dtype)
 
 
 def project(x: jax.Array, weight: Weight, num_axes: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
     """Contract the last `num_axes` axes of x with the first of the weight; the result may have another dtype.
 
     As one product of two matrices: what XLA makes of the same einsum on CPU is two to three times slower, most of all
-    its gradient. Weights of fewer bits than x multiply in their own dtype (int8 in that of x) with float32 sums.
+    its gradient. Weights at rest multiply in bfloat16 (int8 in the dtype of x) with float32 sums.
     """
-    values, scales = weight if isinstance(weight, Int8Weight) else (weight, None)
-    rows, columns = x.shape[:-num_axes], values.shape[num_axes:]
-    length = math.prod(values.shape[:num_axes])
-    x_RL, values_LC = x.reshape(-1, length), values.reshape(length, -1)
-    dtype = x.dtype if dtype is None else dtype
-    if scales is not None:
-        product = jnp.dot(x_RL, values_LC.astype(x.dtype), preferred_element_type=jnp.float32) * scales.reshape(-1)
-    else:
-        product = _product(x_RL, values_LC, dtype)
-    return product.astype(dtype).reshape(*rows, *columns)
+    dtype, rows = x.dtype if dtype is None else dtype, x.shape[:-num_axes]
+    if isinstance(weight, RestingWeight):
+        product = _resting_product(x.reshape(math.prod(rows), -1), weight)
+        return product.astype(dtype).reshape(*rows, *weight.values.shape[:-1])
+    length = math.prod(weight.shape[:num_axes])
+    product = jnp.dot(x.reshape(-1, length), weight.reshape(length, -1), preferred_element_type=dtype)
+    return product.reshape(*rows, *weight.shape[num_axes:])
 
 
-def _product(x_RL: jax.Array, weight_LC: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    if weight_LC.dtype == x_RL.dtype == jnp.float32:
-        return jnp.dot(x_RL, weight_LC, preferred_element_type=dtype)
-    R = x_RL.shape[0]
+def _resting_product(x_RL: jax.Array, weight: RestingWeight) -> jax.Array:
+    R, L = x_RL.shape
+    matrix_CL = weight.values.reshape(-1, L)
+    if weight.scales is not None:
+        matrix_CL = matrix_CL.astype(x_RL.dtype)
     # XLA's product of a single row with a bfloat16 matrix is eight times slower on CPU than that of two rows.
-    x_RL = jnp.pad(x_RL, ((0, int(R == 1)), (0, 0))).astype(weight_LC.dtype)
-    return jnp.dot(x_RL, weight_LC, preferred_element_type=dtype)[:R]
+    x_RL = jnp.pad(x_RL, ((0, int(R == 1)), (0, 0))).astype(matrix_CL.dtype)
+    product = jax.lax.dot_general(x_RL, matrix_CL, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)[:R]
+    return product if weight.scales is None else product * weight.scales.reshape(-1)
 
 
 def unstack(layers: Any) -> tuple[Any, ...]:
@@ -194,7 +203,7 @@ class Block(nn.Module):
         return out
 
     def _weight(self, name, shape):
-        return cast_weight(self.param(name, init_weight, shape), self.dtype)
+        return stored_weight(self, name, shape, self.dtype)
 
     def _bias(self, name, shape):
         return self.param(name, nn.initializers.zeros, shape).astype(self.dtype)
@@ -243,6 +252,7 @@ class Stack(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=self.num_layers,
+            unroll=self.num_layers if self.num_layers <= _MAX_UNROLLED else 1,
         )(**settings, name="blocks")
         return layers(x_BSM, None, None)[0], None
 
