@@ -243,6 +243,10 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError(
             f"--checkpoint: '{args.checkpoint}' carries no tokenizer; give the directory of a stage-2 run"
         )
+    if args.neighbours and not (loaded.config.get("data") or {}).get("name"):
+        raise ValueError(
+            f"--neighbours: {args.neighbours} needs the training pictures, this model names none; leave it out"
+        )
     conds, names = conditions(loaded, args)
     settings = dict(loaded.config.get("sample", {}))
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance")}

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from rq_jax import losses, models, quantize, sampling, torch_import
+from rq_jax import losses, models, pictures, quantize, sampling, torch_import
 
 TOLERANCE = 1e-5
 TOKENIZER = "rqvae-8x8x4"
@@ -111,6 +111,18 @@ def test_rqvae_losses(tokenizer, apply):
     assert_close(commitment, io["loss_latent"])
     assert_close(reconstruction, io["loss_recon"])
     assert_close(reconstruction + 0.25 * commitment, io["loss_total"])
+    # The original's validation counts a mean once for each picture and channel.
+    B, channels = images.shape[0], images.shape[-1]
+    assert_close(B * channels * reconstruction, io["valid_loss_recon"])
+    assert_close(B * commitment, io["valid_loss_latent"])
+    assert_close(B * channels * reconstruction + 0.25 * B * commitment, io["valid_loss_total"])
+
+
+def test_rqvae_pictures(tokenizer, apply):
+    io, images = tokenizer.io, nhwc(tokenizer.io["images"])
+    assert_close(0.5 * images + 0.5, nhwc(io["recon_imgs_real"]))
+    shown = pictures.to_uint8(apply("__call__", images).reconstruction)
+    np.testing.assert_allclose(shown / 255, nhwc(io["recon_imgs_recon"]), atol=0.501 / 255)
 
 
 def test_rqvae_distances(tokenizer):

@@ -116,6 +116,26 @@ def test_pictures_codes_and_settings_are_written(trained, tmp_path):
         assert np.abs(drawn.image(i) - np.clip(127.5 * image + 127.5, 0, 255)).max() <= 1
 
 
+def test_neighbours_of_a_model_without_a_data_set_are_refused_before_anything_is_drawn(trained, tmp_path):
+    converted = shutil.copytree(trained.stage2["unconditional"], tmp_path / "converted")
+    config = checkpoint.read_config(converted)
+    config.pop("data")
+    checkpoint.write_config(converted, config)
+    models_by_kind = dataclasses.replace(trained, stage2={"unconditional": converted})
+    with pytest.raises(ValueError, match="^--neighbours: 2 needs the training pictures, this model names none"):
+        draw(models_by_kind, tmp_path / "out", "--neighbours=2")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
+def test_narrow_weights_draw_and_are_recorded(trained, tmp_path, weights):
+    exact, narrow = (draw(trained, tmp_path / name, f"--weights={name}", kind="class", num=8) for name in ("float32", weights))
+    assert (exact.settings["weights"], narrow.settings["weights"]) == ("float32", weights)
+    assert (exact.codes[:, 0, 0, 0] == narrow.codes[:, 0, 0, 0]).mean() > 0.7
+    with pytest.raises(ValueError, match="--weights: invalid choice: 'int4'"):
+        draw(trained, tmp_path / "out", "--weights=int4")
+
+
 def test_defaults_of_the_filter_are_the_checkpoints(trained, tmp_path):
     greedy = shutil.copytree(trained.stage2["unconditional"], tmp_path / "greedy")
     config = checkpoint.read_config(greedy)
