@@ -38,12 +38,12 @@ demo: setup
 	  --num_images=100 --batch_size=50 --seed=0 --neighbours=3
 	@echo "Pictures: $(RUNS)/samples (samples), $(RUNS)/rqvae/pictures (reconstructions)"
 
-# A file's tests stay in one process, which compiles once what they share.
+# Neighbouring tests stay in one process, which compiles once what they share, until the other has nothing left.
 test: setup
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-all: setup
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not gpu"
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
 
 # Three minutes on two CPU cores, a JSON record for each command; larger sweeps are the same commands with other lists.
 bench: setup
