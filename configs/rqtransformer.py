@@ -227,6 +227,7 @@ def base() -> ConfigDict:
         "attention_dropout": 0.0,
         "residual_dropout": 0.1,
         "use_null_cond": False,
+        "use_flash_attention": False,
         "use_remat": True,
         "dtype": "bfloat16",
     }

@@ -40,6 +40,7 @@ RELEASED = {
 COUNTS = {
     "rqvae": {
         "demo": 275_763,
+        "emoji": 1_118_803,
         "emoji64": 17_358_147,
         "imagenet256_50epochs": 104_402_051,
         "ffhq256_paper": 100_732_035,
@@ -110,7 +111,8 @@ KEYS = {
         "model": "name codebook_size code_shape code_dim model_dim num_heads depth_num_heads spatial_layers depth_layers"
         " cond_vocab_size cond_length use_tokenizer_input use_tokenizer_depth_input use_cumulative_depth"
         " use_shared_token_embedding use_shared_classifier use_attention_bias use_mlp_bias gelu"
-        " embedding_dropout attention_dropout residual_dropout use_null_cond use_remat dtype",
+        " embedding_dropout attention_dropout residual_dropout use_null_cond"
+        " use_flash_attention use_remat dtype",
         "loss": "use_soft_labels use_stochastic_codes temperature image_weight text_weight cond_dropout",
         "sample": "temperature top_k top_p",
     },
@@ -307,7 +309,7 @@ def test_paper_variants_differ_in_what_the_paper_says():
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("preset", ["imagenet", "demo,quick", "demo,quicktest,quicktest", ""])
 def test_unknown_preset(file, preset):
-    message = f'unknown preset "{preset}": use one of demo, emoji64, .*; append ",quicktest" to shrink it'
+    message = f'unknown preset "{preset}": use one of demo, emoji.*; append ",quicktest" to shrink it'
     with pytest.raises(ValueError, match=message) as error:
         get(file, preset)
     assert "\n" not in str(error.value)

@@ -291,6 +291,21 @@ def test_remat_changes_no_output_and_no_gradient():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype, bound", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
+def test_flash_attention_changes_no_output_and_no_gradient(dtype, bound):
+    (module, variables), (flash, same) = stack(dtype=dtype), stack(use_flash_attention=True, dtype=dtype)
+    assert jax.tree.structure(same) == jax.tree.structure(variables)
+
+    def loss(variables, module):
+        return (run(module, variables, jnp.asarray(X, dtype), train=True)[0].astype(jnp.float32) ** 2).sum()
+
+    plain, fused = (jax.tree.leaves(jax.value_and_grad(loss)(variables, m)) for m in (module, flash))
+    for a, b in zip(plain, fused, strict=True):
+        assert float(jnp.abs(a - b).max()) <= bound * float(jnp.abs(a).max())
+    jaxprs = [str(jax.make_jaxpr(lambda v, m=m: loss(v, m))(variables)) for m in (module, flash)]
+    assert jaxprs[0] != jaxprs[1]
+
+
 def test_bfloat16_is_close_and_its_softmax_is_float32():
     module, variables = stack()
     half, _ = stack(dtype=jnp.bfloat16)

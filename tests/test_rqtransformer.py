@@ -257,8 +257,9 @@ def test_separate_token_embeddings_stand_below_one_another():
     assert float(jnp.abs(changed[:, 0, 0, 3] - expected[:, 0, 0, 3]).max()) > 1e-3
 
 
-def test_remat_changes_no_output_and_no_gradient():
-    (model, variables), (remat, same) = build(), build(use_remat=True)
+@pytest.mark.parametrize("switch, dropout", [("use_remat", 0.1), ("use_flash_attention", 0.0)])
+def test_remat_and_flash_attention_change_no_output_and_no_gradient(switch, dropout):
+    (model, variables), (other, same) = (build(residual_dropout=dropout, **{switch: on}) for on in (False, True))
     assert shapes(same) == shapes(variables)
 
     @functools.partial(jax.jit, static_argnums=1)
@@ -270,7 +271,7 @@ def test_remat_changes_no_output_and_no_gradient():
 
         return jax.value_and_grad(loss)(params)
 
-    for a, b in zip(*(jax.tree.leaves(gradients(variables["params"], m)) for m in (model, remat)), strict=True):
+    for a, b in zip(*(jax.tree.leaves(gradients(variables["params"], m)) for m in (model, other)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 

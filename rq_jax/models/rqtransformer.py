@@ -44,6 +44,8 @@ class RQTransformer(nn.Module):
       use_attention_bias, use_mlp_bias, gelu ("exact" or "sigmoid"): of all blocks.
       embedding_dropout, attention_dropout, residual_dropout: in [0, 1).
       use_null_cond: one more condition token, `cond_vocab_size`, that stands for "no condition" (guidance).
+      use_flash_attention: fused attention where all positions are known (cuDNN in bfloat16 on a GPU, else XLA's own
+        form), without attention_dropout; worth it for long code grids.
       use_remat: recompute blocks in the backward pass.
       dtype: of the computation, "float32" or "bfloat16"; softmax, norms and logits are float32.
     """
@@ -71,6 +73,7 @@ class RQTransformer(nn.Module):
     attention_dropout: float = 0.0
     residual_dropout: float = 0.1
     use_null_cond: bool = False
+    use_flash_attention: bool = False
     use_remat: bool = False
     dtype: str = "float32"
 
@@ -101,6 +104,7 @@ class RQTransformer(nn.Module):
             gelu=self.gelu,
             attention_dropout=self.attention_dropout,
             residual_dropout=self.residual_dropout,
+            use_flash_attention=self.use_flash_attention,
             use_remat=self.use_remat,
             dtype=self._dtype,
         )
@@ -407,3 +411,8 @@ class RQTransformer(nn.Module):
         for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name}: {getattr(self, name)} is outside [0, 1)")
+        if self.use_flash_attention and self.attention_dropout:
+            raise ValueError(
+                f"model.use_flash_attention: True leaves no room for attention_dropout {self.attention_dropout}; "
+                "set one of them to 0 or False"
+            )

@@ -139,6 +139,7 @@ class Block(nn.Module):
     gelu: str = "exact"
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
+    use_flash_attention: bool = False
     train: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -165,15 +166,18 @@ class Block(nn.Module):
         qkv = project(x_BSM, self._weight("qkv_M3NA", (M, 3, N, A)))
         if self.use_attention_bias:
             qkv += self._bias("qkv_bias_3NA", (3, N, A))
-        query, key, value = (jnp.swapaxes(qkv[..., i, :, :], 1, 2) for i in range(3))  # (B, N, S, A)
-        seen = jnp.tril(jnp.ones((S, S), bool))
-        if cached is not None:
-            cached = tuple(_write_rows(rows, new, length) for rows, new in zip(cached, (key, value), strict=True))
-            # A length that is known while the program is traced leaves out the rows that nobody has written.
-            rows = cached[0].shape[2] if isinstance(length, jax.core.Tracer) else length + S
-            key, value = (array[:, :, :rows].astype(self.dtype) for array in cached)
-            seen = jnp.arange(rows) <= length + jnp.arange(S)[:, None]
-        mixed = self._mix(query, key, value, seen)
+        if cached is None and self.use_flash_attention:
+            mixed = _flash_attention(*(qkv[..., i, :, :] for i in range(3)))
+        else:
+            query, key, value = (jnp.swapaxes(qkv[..., i, :, :], 1, 2) for i in range(3))  # (B, N, S, A)
+            seen = jnp.tril(jnp.ones((S, S), bool))
+            if cached is not None:
+                cached = tuple(_write_rows(rows, new, length) for rows, new in zip(cached, (key, value), strict=True))
+                # A length that is known while the program is traced leaves out the rows that nobody has written.
+                rows = cached[0].shape[2] if isinstance(length, jax.core.Tracer) else length + S
+                key, value = (array[:, :, :rows].astype(self.dtype) for array in cached)
+                seen = jnp.arange(rows) <= length + jnp.arange(S)[:, None]
+            mixed = self._mix(query, key, value, seen)
         out = project(mixed, self._weight("out_NAM", (N, A, M)), num_axes=2)
         if self.use_attention_bias:
             out += self._bias("out_bias_M", (M,))
@@ -212,6 +216,13 @@ class Block(nn.Module):
         return nn.Dropout(rate, deterministic=not self.train)(x)
 
 
+def _flash_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Causal attention (B, S, N, A) without a matrix of scores in memory where cuDNN has it: 16 bits on a GPU."""
+    fused = jax.default_backend() == "gpu" and query.dtype.itemsize == 2
+    implementation = "cudnn" if fused else "xla"
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=implementation)
+
+
 class Stack(nn.Module):
     """`num_layers` blocks under one scan; zero layers are the identity. Attributes as in `Block`."""
 
@@ -222,6 +233,7 @@ class Stack(nn.Module):
     gelu: str = "exact"
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
+    use_flash_attention: bool = False
     use_remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
@@ -239,6 +251,7 @@ class Stack(nn.Module):
             gelu=self.gelu,
             attention_dropout=self.attention_dropout,
             residual_dropout=self.residual_dropout,
+            use_flash_attention=self.use_flash_attention,
             train=train,
             dtype=self.dtype,
         )
