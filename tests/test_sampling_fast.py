@@ -213,6 +213,10 @@ def test_float32_at_rest_is_the_model_itself(switches):
     np.testing.assert_array_equal(generate(model, rest, RNG, B), generate(model, variables, RNG, B))
     again = model.at_rest(rest)
     assert jax.tree.structure(again) == jax.tree.structure(rest)
+    down = rest["params"]["spatial_stack"]["blocks"][1]["down_FM"]
+    if jax.default_backend() == "cpu":
+        np.testing.assert_array_equal(down.values.T, variables["params"]["spatial_stack"]["blocks"]["down_FM"][1])
+    assert not isinstance(model.clone(dtype="bfloat16").at_rest(variables)["params"]["spatial_stack"]["blocks"][1]["down_FM"], RestingWeight)
 
 
 @pytest.mark.parametrize(("dtype", "distance", "loss_change"), [("bfloat16", 0.01, 1e-3), ("int8", 0.02, 5e-3)])

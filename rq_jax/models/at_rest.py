@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rq_jax.nn.attention import RestingWeight, unstack
 
@@ -18,7 +19,12 @@ _READ = {
 }
 
 
-def at_rest(variables: Any, dtype: str = "float32") -> dict[str, Any]:
+# A product of few float32 rows with one of these is 1.3 to 1.7 times faster on CPU with the weight first and its output
+# axis first in it.
+_WEIGHT_FIRST = ("down_FM",)
+
+
+def at_rest(variables: Any, dtype: str = "float32", compute_dtype: Any = None) -> dict[str, Any]:
     """Variables of an `RQTransformer` as `sampling.generate` reads them fastest.
 
     Layers are no longer stacked, and the weights of the blocks and of the classifier rest in `dtype`: they are what a
@@ -27,7 +33,8 @@ def at_rest(variables: Any, dtype: str = "float32") -> dict[str, Any]:
 
     Args:
       variables: as trained, or at rest already.
-      dtype: "float32" (leaves weights as they are), "bfloat16" or "int8".
+      dtype: "float32" (all values stay as they are), "bfloat16" or "int8".
+      compute_dtype: of the model; where it is float32 on a CPU, some weights are laid out for its products.
 
     Raises:
       ValueError: another dtype, or weights that are narrow already.
@@ -35,11 +42,16 @@ def at_rest(variables: Any, dtype: str = "float32") -> dict[str, Any]:
     if dtype not in DTYPES:
         raise ValueError(f"dtype: '{dtype}' is unknown; allowed are {', '.join(DTYPES)}")
 
-    def narrow(path: Any, weight: Any) -> Any:
-        num_axes, num_stacked = _READ.get(path[-1].key, (0, 0))
-        if num_axes == 0 or dtype == "float32":
+    lay_out = compute_dtype == jnp.float32 and jax.default_backend() == "cpu"
+
+    def rest(path: Any, weight: Any) -> Any:
+        name = path[-1].key
+        num_axes, num_stacked = _READ.get(name, (0, 0))
+        if num_axes == 0 or dtype == "float32" and not (lay_out and name in _WEIGHT_FIRST):
             return weight
         if isinstance(weight, RestingWeight):
+            if dtype == "float32":
+                return weight
             raise ValueError(f"dtype: '{dtype}' asked of weights that are narrow already; start from the trained ones")
         return RestingWeight.create(weight, dtype, num_axes, num_stacked)
 
@@ -47,5 +59,5 @@ def at_rest(variables: Any, dtype: str = "float32") -> dict[str, Any]:
     for name, stack in params.items():
         if isinstance(stack, dict) and isinstance(stack.get("blocks"), dict):
             params[name] = {**stack, "blocks": unstack(stack["blocks"])}
-    params = jax.tree_util.tree_map_with_path(narrow, params, is_leaf=lambda x: isinstance(x, RestingWeight))
+    params = jax.tree_util.tree_map_with_path(rest, params, is_leaf=lambda x: isinstance(x, RestingWeight))
     return {**variables, "params": params}

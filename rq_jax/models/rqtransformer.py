@@ -257,7 +257,7 @@ class RQTransformer(nn.Module):
 
     def at_rest(self, variables: dict[str, Any], dtype: str = "float32") -> dict[str, Any]:
         """The variables as sampling reads them fastest; see `models.at_rest.at_rest`."""
-        return at_rest(variables, dtype)
+        return at_rest(variables, dtype, self._dtype)
 
     # --- embeddings ---
 
