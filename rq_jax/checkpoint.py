@@ -143,16 +143,37 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
-def save_model(directory: str | os.PathLike, config: dict[str, Any], variables: dict[str, Any]) -> None:
-    """Write a model directory: the weights as safetensors, names joined by "/", then the config; first host only."""
+def save_model(
+    directory: str | os.PathLike, config: dict[str, Any], variables: dict[str, Any], dtype: str | None = None
+) -> None:
+    """Write a model directory: the weights as safetensors, names joined by "/", then the config; first host only.
+
+    Args:
+      directory: made where it is missing.
+      config: resolved, as JSON takes it.
+      variables: of the model.
+      dtype: "float16" to ship half of the bytes, which `load_model` widens again; None: as the variables are.
+
+    Raises:
+      ValueError: another dtype, or a value that float16 cannot hold.
+    """
     from safetensors.numpy import save_file
 
+    if dtype not in (None, "float16"):
+        raise ValueError(f"dtype: '{dtype}' is unknown; give 'float16', or leave it out to keep that of the variables")
     if jax.process_index() != 0:
         return
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in _named_leaves(variables)}
+    if dtype == "float16":
+        for name, array in arrays.items():
+            largest = float(np.max(np.abs(array), initial=0.0))
+            if not largest <= float(np.finfo(np.float16).max):
+                raise ValueError(f"dtype: '{name}' has a value of {largest}, beyond float16; leave dtype out")
+        arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{_WEIGHTS}.partial"
-    save_file({name: np.asarray(leaf, order="C") for name, leaf in _named_leaves(variables)}, partial)
+    save_file(arrays, partial)
     os.replace(partial, directory / _WEIGHTS)
     write_config(directory, config)
     shutil.copymode(directory / _CONFIG, directory / _WEIGHTS)  # safetensors gives its files to their owner alone

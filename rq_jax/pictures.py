@@ -226,6 +226,23 @@ def encode_png(array: Any) -> bytes:
     return buffer.getvalue()
 
 
+def read_image(path: str | os.PathLike) -> np.ndarray:
+    """A picture file as uint8 (H, W, C): C is 1 where the file is grey, else 3.
+
+    Raises:
+      ValueError: the file is no picture, or a damaged one.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            grey = image.mode in ("1", "L")
+            array = np.asarray(image.convert("L" if grey else "RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"'{path}' is no picture that can be read ({error}); remove or replace it") from None
+    return array[..., None] if grey else array
+
+
 def save_png(path: str | os.PathLike, array: Any) -> None:
     """Writes one picture as PNG, whole or not at all, making the directory where it is missing.
 

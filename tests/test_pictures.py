@@ -232,3 +232,16 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     with pytest.raises(OSError, match="No space left"):
         pictures.write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_picture_comes_back_as_it_was_saved(tmp_path, channels):
+    image = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
+    pictures.save_png(tmp_path / "a.png", image)
+    np.testing.assert_array_equal(pictures.read_image(tmp_path / "a.png"), image)
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    with pytest.raises(ValueError, match=r"a.png' is no picture that can be read \(.*\); remove or replace it$"):
+        pictures.read_image(tmp_path / "a.png")

