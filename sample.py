@@ -51,6 +51,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--classes",
         help="numbers or names, separated by commas; image i takes the i-th in turn (default: all)",
     )
+    add(
+        "--classes_of",
+        help="train, validation or a split's own name: image i takes the class of its i-th picture, in turn",
+    )
     add("--prompt", action="append", help="a text, given once or more; image i takes the i-th in turn")
     add("--prefix", help="codes.npz of an earlier run whose first positions are kept, image by image")
     add(
@@ -99,7 +103,12 @@ def conditions(
     """
     model, names = loaded.model, loaded.config.get("class_names")
     kind = "unconditional" if not model.is_conditional else "class" if model.cond_length == 1 else "text"
-    for flag, value, wanted in (("--classes", args.classes, "class"), ("--prompt", args.prompt, "text")):
+    flags = (
+        ("--classes", args.classes, "class"),
+        ("--classes_of", args.classes_of, "class"),
+        ("--prompt", args.prompt, "text"),
+    )
+    for flag, value, wanted in flags:
         if value and kind != wanted:
             raise ValueError(
                 f"{flag}: {value} is for a {wanted}-conditional model, this one is {kind}; leave it out"
@@ -115,10 +124,28 @@ def conditions(
         return tokenizer(args.prompt), args.prompt
     V = model.cond_vocab_size
     names = names or [str(i) for i in range(V)]
-    chosen = (
-        [_class_number(text.strip(), names) for text in args.classes.split(",")] if args.classes else range(V)
-    )
+    if args.classes_of:
+        chosen = _labels(loaded.config, args.classes_of)
+    elif args.classes:
+        chosen = [_class_number(text.strip(), names) for text in args.classes.split(",")]
+    else:
+        chosen = range(V)
     return np.array(chosen)[:, None], [names[i] for i in chosen]
+
+
+def _labels(config: dict[str, Any], split: str) -> list[int]:
+    """Labels of a split of the data set that the model was trained on, in order."""
+    from rq_jax.data import make_dataset
+
+    data = config.get("data") or {}
+    if not data.get("name") or not data.get("label_key"):
+        raise ValueError(f"--classes_of: {split} needs the data set of the model, which names none; give --classes")
+    allowed = (
+        "name", "data_dir", "train_split", "validation_split", "label_key", "eval_transform", "image_size", "channels",
+    )  # fmt: skip
+    settings = {name: value for name, value in data.items() if name in allowed}
+    dataset = make_dataset(**settings, split=split, train=False, batch_size=256)
+    return [int(label) for batch in dataset.iterator() for label in batch["label"][batch["mask"]]]
 
 
 def _class_number(text: str, names: list[str]) -> int:
@@ -140,6 +167,8 @@ def check(args: argparse.Namespace) -> None:
     for name in ("first_index", "seed", "prefix_positions", "neighbours"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name}: {getattr(args, name)} must be at least 0")
+    if args.classes and args.classes_of:
+        raise ValueError(f"--classes: {args.classes} and --classes_of: {args.classes_of} exclude one another")
     if bool(args.prefix) != bool(args.prefix_positions):
         raise ValueError(
             f"--prefix: {args.prefix} and --prefix_positions: {args.prefix_positions} belong together"

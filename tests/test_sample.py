@@ -17,6 +17,7 @@ from PIL import Image
 import sample
 import train_transformer
 from rq_jax import checkpoint, models, pictures, sampling
+from rq_jax.data import make_dataset
 from rq_jax.data.text import load_tokenizer, train_tokenizer
 
 (h, w, D), K, V = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE, len(helpers.CLASSES)
@@ -280,6 +281,21 @@ def test_grid_says_what_each_image_is(trained, tmp_path, monkeypatch):
     np.testing.assert_array_equal(seen["images"], np.stack([drawn.image(i) for i in (1, 2, 3)]))
 
 
+def test_classes_of_a_split_are_its_labels_in_turn(trained, tmp_path):
+    drawn = draw(trained, tmp_path / "out", "--classes_of=validation", kind="class", num=7, batch=7)
+    data = make_dataset(name="folder", data_dir=str(trained.pictures), split="validation", label_key="folder", train=False, image_size=16, batch_size=5)  # fmt: skip
+    labels = next(iter(data.iterator()))["label"]
+    assert len(labels) == data.num_examples == 5 and len(set(labels)) > 1
+    np.testing.assert_array_equal(drawn.cond[:, 0], [*labels, *labels[:2]])
+    assert drawn.settings["classes_of"] == "validation"
+    converted = shutil.copytree(trained.stage2["class"], tmp_path / "converted")
+    config = json.loads((converted / "config.json").read_text())
+    (converted / "config.json").write_text(json.dumps({**config, "data": {}}))
+    arguments = sample.parse_args([f"--checkpoint={converted}", f"--out={tmp_path / 'none'}", "--classes_of=train"])
+    with pytest.raises(ValueError, match="^--classes_of: train needs the data set of the model, which names none; give --cl"):
+        sample.run(arguments)
+
+
 # --- neighbours --------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +342,9 @@ REFUSED = {
     "class number": ("class", ["--classes=1,5"], "--classes: '5' is no class; allowed are 0..4 and ape, bee, cat, dog, elk"),
     "class name": ("class", ["--classes=fox"], "--classes: 'fox' is no class"),
     "negative class": ("class", ["--classes=-1"], "--classes: '-1' is no class"),
+    "classes of a split, twice": ("class", ["--classes=1", "--classes_of=train"], "--classes: 1 and --classes_of: train exclude"),
+    "classes of a split of none": ("unconditional", ["--classes_of=train"], "--classes_of: train is for a class-conditional"),
+    "classes of no split": ("class", ["--classes_of=tset"], "tset"),
     "prefix alone": ("unconditional", ["--prefix=codes.npz"], "--prefix: codes.npz and --prefix_positions: 0 belong together"),
     "positions alone": ("unconditional", ["--prefix_positions=2"], "--prefix: None and --prefix_positions: 2 belong together"),
     "missing prefix": ("unconditional", ["--prefix=gone.npz", "--prefix_positions=2"], "--prefix: 'gone.npz' is no .npz file"),
