@@ -179,6 +179,27 @@ def save_model(
     shutil.copymode(directory / _CONFIG, directory / _WEIGHTS)  # safetensors gives its files to their owner alone
 
 
+def ship(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
+    """Write the best weights of a run, and of its tokenizer, as model directories in half precision, with their logs.
+
+    Args:
+      workdir: of a run of either stage.
+      directory: made where it is missing. What the config says of a path to the tokenizer is left out: it lies beside.
+
+    Raises:
+      FileNotFoundError: no run, or no checkpoint in it.
+    """
+    workdir, directory = Path(workdir), Path(directory)
+    loaded = load_model(workdir)
+    for found, name in ((loaded, "."), (loaded.tokenizer, _TOKENIZER)):
+        if found is None:
+            continue
+        config = {**found.config, "tokenizer": None} if "tokenizer" in found.config else found.config
+        save_model(directory / name, config, found.variables, "float16")
+    if (workdir / "metrics.jsonl").is_file():
+        shutil.copyfile(workdir / "metrics.jsonl", directory / "metrics.jsonl")
+
+
 def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
     """Load a model for evaluation, sampling or stage 2.
 
