@@ -136,14 +136,15 @@ def test_the_filter_is_that_of_sorting(seed, kind):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-7)
 
 
-def test_the_program_sorts_nothing_makes_no_noise_in_the_loop_and_copies_no_cache():
-    model, variables = build(**WIDE, **CLASS)
+@pytest.mark.parametrize(("dtype", "short"), [("float32", "f32"), ("bfloat16", "bf16")])
+def test_the_program_sorts_nothing_makes_no_noise_in_the_loop_and_copies_no_cache(dtype, short):
+    model, variables = build(**WIDE, **CLASS, dtype=dtype)
     program = jax.jit(lambda v, k, p: generate(model, v, RNG, B, CONDS["class"], top_k=k, top_p=p))
     compiled = program.lower(variables, 5, 0.9).compile()
     counts = roofline.count_compiled(compiled.as_text())
     assert "sort" not in counts.ops and not counts.loop_ops.get("rng-bit-generator", 0)
     copied = set(re.findall(r"= (\S+?)(?:\{[^}]*\})? copy\(", compiled.as_text()))
-    assert copied and not {f"f32[{B},4,{rows},4]" for rows in range(1 + D, 2 + T)} & copied  # no cache is, at any step
+    assert copied and not {f"{short}[{B},4,{rows},4]" for rows in range(1 + D, 2 + T)} & copied  # no cache is, at any step
     plain = jax.jit(lambda v: generate(model, v, RNG, B, CONDS["class"])).lower(variables).compile()
     work = sum(stage.flops for stage in roofline.sampling_work(model, B, "float32").values())
     assert roofline.count_compiled(plain.as_text()).flops == pytest.approx(work, rel=0.1)

@@ -178,7 +178,8 @@ class Block(nn.Module):
                 cached = tuple(_write_rows(rows, new, length) for rows, new in zip(cached, (key, value), strict=True))
                 # A length that is known while the program is traced leaves out the rows that nobody has written.
                 rows = cached[0].shape[2] if isinstance(length, jax.core.Tracer) else length + S
-                key, value = (array[:, :, :rows].astype(self.dtype) for array in cached)
+                # Without the barrier XLA fuses the write with what reads it, and on CPU copies a bfloat16 cache a step.
+                key, value = (array[:, :, :rows].astype(self.dtype) for array in jax.lax.optimization_barrier(cached))
                 seen = jnp.arange(rows) <= length + jnp.arange(S)[:, None]
             mixed = self._mix(query, key, value, seen)
         out = project(mixed, self._weight("out_NAM", (N, A, M)), num_axes=2)
