@@ -9,11 +9,9 @@ A run directory is self-contained:
     tokenizer/           stage 2 only: the tokenizer as a model directory
     discriminator/       converted checkpoints only: the discriminator of stage 1 as a model directory
 
-A model directory holds `config.json` and `model.safetensors`: weights alone, for shipping and for the tokenizer.
+A model directory holds weights alone, see `model_dir`.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -24,8 +22,33 @@ import jax
 import numpy as np
 
 from rq_jax import models
+from rq_jax.model_dir import (
+    CONFIG,
+    WEIGHTS,
+    fingerprint,
+    named_leaves,
+    read_config,
+    read_weights,
+    save_model,
+    write_config,
+)
 
-_CONFIG, _WEIGHTS, _TOKENIZER = "config.json", "model.safetensors", "tokenizer"
+__all__ = [
+    "Checkpointer",
+    "LoadedModel",
+    "bind_tokenizer",
+    "fingerprint",
+    "has_checkpoint",
+    "load_model",
+    "load_tokenizer",
+    "read_config",
+    "save_model",
+    "ship",
+    "start_from",
+    "write_config",
+]
+
+_TOKENIZER = "tokenizer"
 _DISCRIMINATOR = "discriminator"
 _CHECKPOINTS, _BEST = "checkpoints", "best"
 
@@ -110,75 +133,6 @@ class Checkpointer:
             self._best.close()
 
 
-def write_config(directory: str | os.PathLike, config: dict[str, Any]) -> None:
-    """Write the resolved config beside the checkpoints, atomically; of several hosts the first writes."""
-    if jax.process_index() != 0:
-        return
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{_CONFIG}.partial"
-    partial.write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(partial, directory / _CONFIG)
-
-
-def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The resolved config of a run or model directory.
-
-    Raises:
-      FileNotFoundError: the directory is no run and no model directory.
-      ValueError: its config.json is not one of ours.
-    """
-    path = Path(directory) / _CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"'{directory}' is no run directory: it has no {_CONFIG}; give the --workdir of a training run"
-        )
-    try:
-        config = json.loads(path.read_text())
-        named = isinstance(config["model"]["name"], str)
-    except (ValueError, KeyError, TypeError, IndexError):
-        named = False
-    if not named:
-        raise ValueError(f"'{directory}' is no run directory: its {_CONFIG} names no model of ours")
-    return config
-
-
-def save_model(
-    directory: str | os.PathLike, config: dict[str, Any], variables: dict[str, Any], dtype: str | None = None
-) -> None:
-    """Write a model directory: the weights as safetensors, names joined by "/", then the config; first host only.
-
-    Args:
-      directory: made where it is missing.
-      config: resolved, as JSON takes it.
-      variables: of the model.
-      dtype: "float16" to ship half of the bytes, which `load_model` widens again; None: as the variables are.
-
-    Raises:
-      ValueError: another dtype, or a value that float16 cannot hold.
-    """
-    from safetensors.numpy import save_file
-
-    if dtype not in (None, "float16"):
-        raise ValueError(f"dtype: '{dtype}' is unknown; give 'float16', or leave it out to keep that of the variables")
-    if jax.process_index() != 0:
-        return
-    arrays = {name: np.asarray(leaf, order="C") for name, leaf in _named_leaves(variables)}
-    if dtype == "float16":
-        for name, array in arrays.items():
-            largest = float(np.max(np.abs(array), initial=0.0))
-            if not largest <= float(np.finfo(np.float16).max):
-                raise ValueError(f"dtype: '{name}' has a value of {largest}, beyond float16; leave dtype out")
-        arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{_WEIGHTS}.partial"
-    save_file(arrays, partial)
-    os.replace(partial, directory / _WEIGHTS)
-    write_config(directory, config)
-    shutil.copymode(directory / _CONFIG, directory / _WEIGHTS)  # safetensors gives its files to their owner alone
-
-
 def ship(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
     """Write the best weights of a run, and of its tokenizer, as model directories in half precision, with their logs.
 
@@ -218,12 +172,12 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
     config = read_config(directory)
     model = models.create(**config["model"])
     template = models.abstract_variables(model)
-    if (directory / _WEIGHTS).is_file():
+    if (directory / WEIGHTS).is_file():
         if step is not None:
             raise FileNotFoundError(
                 f"'{directory}' is a model directory without steps, but step is {step}; leave it out"
             )
-        variables = _read_weights(directory / _WEIGHTS, template)
+        variables = read_weights(directory / WEIGHTS, template)
     else:
         variables = _read_checkpoint(directory, step, ema, template)
     tokenizer = load_model(directory / _TOKENIZER) if (directory / _TOKENIZER).is_dir() else None
@@ -269,7 +223,7 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
       ValueError: other arrays than those of `state`, or an optimizer is to be kept where there is none.
     """
     directory, hint = Path(directory).absolute(), "set config.model to the settings in its config.json"
-    is_run = not (directory / _WEIGHTS).is_file()
+    is_run = not (directory / WEIGHTS).is_file()
     if keep_optimizer and not is_run:
         raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")
     if not keep_optimizer:
@@ -294,15 +248,6 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
     return state.replace(**placed)
 
 
-def fingerprint(variables: dict[str, Any]) -> str:
-    """16 hexadecimal digits that depend on every name, shape and value of the variables."""
-    digest = hashlib.sha256()
-    for name, leaf in sorted(_named_leaves(variables)):
-        digest.update(f"{name}{leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf, np.float32))
-    return digest.hexdigest()[:16]
-
-
 def bind_tokenizer(workdir: str | os.PathLike, tokenizer: LoadedModel) -> str:
     """Put a copy of the tokenizer into a stage-2 run directory, or check that it is the one already there.
 
@@ -313,7 +258,7 @@ def bind_tokenizer(workdir: str | os.PathLike, tokenizer: LoadedModel) -> str:
       ValueError: the run was started with another tokenizer.
     """
     directory, new = Path(workdir) / _TOKENIZER, fingerprint(tokenizer.variables)
-    if not (directory / _CONFIG).is_file():
+    if not (directory / CONFIG).is_file():
         save_model(directory, tokenizer.config, tokenizer.variables)
         return new
     old = fingerprint(load_model(directory).variables)
@@ -361,7 +306,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # saved as its numbers
         return jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
 
-    return {name: shape(leaf) for name, leaf in _named_leaves(tree)}
+    return {name: shape(leaf) for name, leaf in named_leaves(tree)}
 
 
 def _steps(root: Path) -> list[int]:
@@ -435,29 +380,3 @@ def _find_discriminator(directory: Path, template: dict[str, Any]) -> dict[str, 
 def _place_like(leaf: Any, like: jax.Array) -> jax.Array:
     """A copy of a leaf where `like` lies; states are donated, so that no two leaves may share memory."""
     return jax.device_put(jax.numpy.array(leaf), like.sharding)
-
-
-def _read_weights(path: Path, template: dict[str, Any]) -> dict[str, Any]:
-    from safetensors.numpy import load_file
-
-    arrays = load_file(path)
-    expected = {name: leaf.shape for name, leaf in _named_leaves(template)}
-    found = {name: array.shape for name, array in arrays.items()}
-    if expected != found:
-        name = min(name for name in expected | found if expected.get(name) != found.get(name))
-        raise ValueError(
-            f"'{path}': '{name}' has shape {found.get(name)}, the config needs {expected.get(name)}"
-        )
-
-    def take(keys: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        return arrays.pop(_name(keys)).astype(leaf.dtype, copy=False)  # nothing is held twice
-
-    return jax.tree_util.tree_map_with_path(take, template)
-
-
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _name(path: Any) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)

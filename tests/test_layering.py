@@ -17,6 +17,7 @@ NETWORKS = {"models": {"nn", "quantize", "grains", "sampling"}, "pretrained": {"
 MACHINERY = {
     "checkpoint",
     "data",
+    "model_dir",
     "pictures",
     "progress",
     "sharding",

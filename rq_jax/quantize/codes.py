@@ -1,0 +1,228 @@
+"""Codes of vectors and vectors of codes: residual quantisation, lookup, soft codes and stochastic draws."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from rq_jax.quantize.blocks import best_codes
+
+Codebook = jax.Array | tuple[jax.Array, ...]
+
+
+class ResidualCodes(NamedTuple):
+    """Codes (..., D) int32, partial sums (..., D, E) after each depth, and the last of them (..., E)."""
+
+    codes: jax.Array
+    partial_sums: jax.Array
+    quantized: jax.Array
+
+
+# --- search and lookup ---
+
+
+def nearest_codes(x_NE: jax.Array, codebook_KE: jax.Array) -> jax.Array:
+    """Index of the nearest codebook row in squared L2 distance, in true float32; the first index on ties.
+
+    Args:
+      x_NE: vectors (N, E).
+      codebook_KE: codebook (K, E).
+
+    Returns:
+      Codes (N,), int32 in [0, K).
+
+    Raises:
+      ValueError: the vectors and the codebook differ in length E.
+
+    >>> nearest_codes(jnp.array([[0.9], [2.1]]), jnp.array([[0.0], [1.0], [2.0]])).tolist()
+    [1, 2]
+    """
+    check_vector_length(x_NE, codebook_KE)
+    return best_codes(x_NE, codebook_KE)
+
+
+def residual_quantize(x: jax.Array, codebook: Codebook, depth: int) -> ResidualCodes:
+    """Quantise greedily, depth by depth, what the sum of the code vectors so far leaves over (equations 2 to 4).
+
+    Args:
+      x: vectors (..., E).
+      codebook: shared (K, E), stacked (D, K, E) or a tuple of D arrays (K_d, E).
+      depth: D, a Python int; for a stacked codebook or a tuple, its length.
+
+    Returns:
+      `ResidualCodes`. No straight-through gradient: `quantized` is differentiable in the codebook only.
+
+    Raises:
+      ValueError: depth below 1 or unlike the codebook's, or vectors of another length than the codebook's.
+    """
+    residual, total = x.astype(jnp.float32), 0.0
+    codes, sums = [], []
+    for table_KE in tables_of(codebook, depth, x):
+        code, vector = quantize_once(residual, table_KE)
+        residual, total = residual - vector, total + vector
+        codes.append(code)
+        sums.append(total)
+    return ResidualCodes(jnp.stack(codes, -1), jnp.stack(sums, -2), total)
+
+
+def lookup(codes: jax.Array, codebook: Codebook) -> jax.Array:
+    """Code vectors of `codes`, not summed over depth.
+
+    Args:
+      codes: int (..., D); a codebook per depth may be longer than D, its first D tables are then used.
+      codebook: shared (K, E), stacked (D, K, E) or a tuple of arrays (K_d, E).
+
+    Returns:
+      Vectors (..., D, E). Under a JAX transformation codes outside [0, K_d) give NaN.
+
+    Raises:
+      ValueError: a concrete code outside [0, K_d), or more depths than codebooks.
+
+    >>> lookup(jnp.array([2, 0]), jnp.array([[0.0], [1.0], [2.0]])).tolist()
+    [[2.0], [0.0]]
+    """
+    depth = codes.shape[-1]
+    tables = codebook if is_shared(codebook) else codebook[:depth]
+    sizes = codebook_sizes(tables, depth)
+    check_codes(codes, sizes)
+    tables = tables_of(tables, depth)
+    return jnp.stack([_take(table_KE, codes[..., d]) for d, table_KE in enumerate(tables)], -2)
+
+
+def check_codes(codes: Any, sizes: Sequence[int], what: str = "codes") -> None:
+    """Refuse concrete codes (..., D) outside [0, K_d): inside a compiled program a gather could only hide them.
+
+    Raises:
+      ValueError: naming the first offending value, its depth and the allowed range.
+    """
+    if isinstance(codes, jax.core.Tracer):
+        return
+    codes = np.asarray(codes)
+    bad = (codes < 0) | (codes >= np.asarray(sizes))
+    if bad.any():
+        where = tuple(np.argwhere(bad)[0])
+        d = int(where[-1])
+        raise ValueError(f"{what}: {codes[where]} at depth {d} is outside [0, {sizes[d]}), the codebook of that depth")
+
+
+def codebook_sizes(codebook: Codebook, depth: int) -> tuple[int, ...]:
+    """Number of codes K_d at each of `depth` depths."""
+    return tuple(table_KE.shape[0] for table_KE in tables_of(codebook, depth))
+
+
+# --- soft codes and stochastic draws ---
+
+
+def soft_codes(
+    x: jax.Array, codebook: Codebook, depth: int, temperature: float, rng: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Softmax over minus the squared distances at each depth, with the codes of the same pass (section 3.3, eq. 12).
+
+    Args:
+      x: vectors (..., E).
+      codebook, depth: as in `residual_quantize`.
+      temperature: positive; 0.5 in all released configurations. Distances are not divided by E.
+      rng: key; given, codes are drawn from the soft codes, otherwise they are the nearest ones.
+
+    Returns:
+      Soft codes (..., D, K), float32, padded with 0 to the largest K; codes (..., D), int32.
+    """
+    codes, residuals = draw_codes(x, codebook, depth, temperature, rng)
+    return soft_labels(residuals, codebook, temperature), codes
+
+
+def draw_codes(
+    x: jax.Array, codebook: Codebook, depth: int, temperature: float, rng: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The draw of `soft_codes` without its (..., D, K) array.
+
+    Returns:
+      Codes (..., D), int32, and the residuals (..., D, E) that each depth saw, from which `soft_labels` rebuilds the
+      soft codes, chunk by chunk if need be.
+
+    Raises:
+      ValueError: as `residual_quantize`, or a concrete temperature that is not positive.
+    """
+    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
+        raise ValueError(f"temperature: {temperature} must be above 0; for the nearest codes use residual_quantize")
+    residual = x.astype(jnp.float32)
+    codes, residuals = [], []
+    for d, table_KE in enumerate(tables_of(codebook, depth, x)):
+        rng_depth = None if rng is None else jax.random.fold_in(rng, d)
+        code, vector = quantize_once(residual, table_KE, temperature, rng_depth)
+        codes.append(code)
+        residuals.append(residual)
+        residual = residual - vector
+    return jnp.stack(codes, -1), jnp.stack(residuals, -2)
+
+
+def soft_labels(residuals: jax.Array, codebook: Codebook, temperature: float) -> jax.Array:
+    """Soft codes (..., D, K) from the residuals (..., D, E) of `draw_codes`; padded with 0 to the largest K."""
+    tables = tables_of(codebook, residuals.shape[-2])
+    largest = max(table_KE.shape[0] for table_KE in tables)
+    soft = []
+    for d, table_KE in enumerate(tables):
+        probabilities = jax.nn.softmax(_scores(residuals[..., d, :], table_KE) / temperature, axis=-1)
+        padding = [(0, 0)] * (probabilities.ndim - 1) + [(0, largest - table_KE.shape[0])]
+        soft.append(jnp.pad(probabilities, padding))
+    return jnp.stack(soft, -2)
+
+
+# --- a code grid coarser than the latent grid ---
+
+
+def fold_patches(latents: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """Fold (B, H, W, C) onto a coarser grid: (B, h, w, r*s*C), in the order row offset, column offset, channel."""
+    return rearrange(latents, "b (h r) (w s) c -> b h w (r s c)", h=grid[0], w=grid[1])
+
+
+def unfold_patches(vectors: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """The inverse of `fold_patches`: (B, h, w, r*s*C) back onto the finer grid (H, W)."""
+    r, s = grid[0] // vectors.shape[1], grid[1] // vectors.shape[2]
+    return rearrange(vectors, "b h w (r s c) -> b (h r) (w s) c", r=r, s=s)
+
+
+# --- inner pieces ---
+
+
+def is_shared(codebook: Codebook) -> bool:
+    return not isinstance(codebook, (tuple, list)) and codebook.ndim == 2
+
+
+def tables_of(codebook: Codebook, depth: int, x: jax.Array | None = None) -> list[jax.Array]:
+    """One (K_d, E) table per depth."""
+    if depth < 1:
+        raise ValueError(f"depth: {depth} must be at least 1")
+    tables = [codebook] * depth if is_shared(codebook) else list(codebook)
+    if len(tables) != depth:
+        raise ValueError(f"depth: {depth} does not match the {len(tables)} codebooks given; they must be as many")
+    if x is not None:
+        check_vector_length(x, tables[0])
+    return tables
+
+
+def check_vector_length(x: jax.Array, codebook_KE: jax.Array) -> None:
+    if x.shape[-1] != codebook_KE.shape[-1]:
+        raise ValueError(f"vectors of length {x.shape[-1]} do not fit a codebook of length {codebook_KE.shape[-1]}")
+
+
+def quantize_once(
+    x: jax.Array, codebook_KE: jax.Array, temperature: float | None = None, rng: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Codes (...) and code vectors (..., E) of vectors (..., E): nearest, or drawn where a key is given."""
+    codes_N = best_codes(x.reshape(-1, x.shape[-1]), codebook_KE, temperature, rng)
+    codes = codes_N.reshape(x.shape[:-1])
+    return codes, _take(codebook_KE, codes)
+
+
+def _take(codebook_KE: jax.Array, codes: jax.Array) -> jax.Array:
+    return jnp.asarray(codebook_KE).at[codes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def _scores(x: jax.Array, codebook_KE: jax.Array) -> jax.Array:
+    """Minus the squared distance plus |x|^2, (..., K): what is left out is the same for all codes of a vector."""
+    products = jnp.einsum("...e,ke->...k", x, codebook_KE, precision=jax.lax.Precision.HIGHEST)
+    return 2.0 * products - jnp.sum(codebook_KE**2, axis=-1)

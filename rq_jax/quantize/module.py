@@ -1,0 +1,139 @@
+"""The Flax module on top of the functions."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rq_jax.quantize.codes import Codebook, ResidualCodes, quantize_once, residual_quantize
+from rq_jax.quantize.update import CodebookState, kmeans, quantize_and_update, restart_candidates
+
+
+class ResidualQuantizer(nn.Module):
+    """Residual quantiser with a straight-through gradient and a codebook learned by moving average.
+
+    Its state lives in the variable collection "codebook": `codebook_KE`, `counts_K`, `sums_KE`; each is one array for
+    a shared codebook, an array with a leading axis D for separate ones of equal size, a tuple of D arrays otherwise.
+    Training calls need `mutable=["codebook"]`; restart and k-means draw from the rng stream "restart" and do not happen
+    without it.
+
+    Attributes:
+      codebook_size: K, or D sizes K_d (separate codebooks only).
+      code_dim: E, length of a code vector.
+      depth: D, codes per vector; 1 is plain vector quantisation.
+      use_shared_codebook: one table for all depths.
+      decay: of the moving average, or one per depth (separate codebooks only).
+      use_restart: unused codes restart from random vectors of the batch.
+      codebook_update: "sequential" or "pooled", see `quantize_and_update`.
+      use_kmeans_init: the first training call places the codes by k-means.
+    """
+
+    codebook_size: int | tuple[int, ...]
+    code_dim: int
+    depth: int
+    use_shared_codebook: bool = True
+    decay: float | tuple[float, ...] = 0.99
+    use_restart: bool = True
+    codebook_update: str = "sequential"
+    use_kmeans_init: bool = False
+
+    def setup(self):
+        sizes, self.decays = check_settings(self)
+        init = nn.initializers.normal(1.0)
+
+        def draw(rng: jax.Array) -> list[jax.Array]:
+            keys = jax.random.split(rng, len(sizes))
+            return [init(key, (size, self.code_dim), jnp.float32) for key, size in zip(keys, sizes, strict=True)]
+
+        def tables():
+            return self._join(draw(self.make_rng("params")))
+
+        self.codebook_KE = self.variable("codebook", "codebook_KE", tables)
+        self.counts_K = self.variable("codebook", "counts_K", lambda: self._join([jnp.zeros(K) for K in sizes]))
+        self.sums_KE = self.variable("codebook", "sums_KE", lambda: self.codebook_KE.value)
+
+    def __call__(self, x: jax.Array, train: bool = False) -> ResidualCodes:
+        """Quantise vectors (..., E); in training also update the codebook.
+
+        Returns:
+          `ResidualCodes`; the gradient of `quantized` passes straight through to `x`.
+        """
+        detached = jax.lax.stop_gradient(x.astype(jnp.float32))
+        if train and not self.is_initializing():
+            result, states = self._train(detached)
+            for variable, values in zip(self._variables, zip(*states, strict=True), strict=True):
+                variable.value = self._join(list(values))
+        else:
+            result = residual_quantize(detached, self.codebook, self.depth)
+        return result._replace(quantized=x + jax.lax.stop_gradient(result.quantized - x))
+
+    @property
+    def codebook(self) -> Codebook:
+        """The codebook as the pure functions take it."""
+        value = self.codebook_KE.value
+        return tuple(value) if isinstance(value, (tuple, list)) else value
+
+    @property
+    def _variables(self):
+        return self.codebook_KE, self.counts_K, self.sums_KE
+
+    def _train(self, x: jax.Array) -> tuple[ResidualCodes, list[CodebookState]]:
+        split = [[v.value] if self.use_shared_codebook else list(v.value) for v in self._variables]
+        states = [CodebookState(*arrays) for arrays in zip(*split, strict=True)]
+        candidates = None
+        if self.has_rng("restart"):
+            rng_restart, rng_kmeans = jax.random.split(self.make_rng("restart"))
+            if self.use_restart:
+
+                def candidates(d: int, x_NE: jax.Array, K: int) -> jax.Array:
+                    return restart_candidates(jax.random.fold_in(rng_restart, d), x_NE, K)
+
+            if self.use_kmeans_init:
+                states = self._place_codes(rng_kmeans, x, states)
+        return quantize_and_update(x, states, self.depth, self.decays, self.codebook_update, candidates)
+
+    def _place_codes(self, rng: jax.Array, x: jax.Array, states: list[CodebookState]) -> list[CodebookState]:
+        """K-means on the residuals of each depth, only while nothing has ever been counted."""
+
+        def place() -> list[CodebookState]:
+            residual, placed = x.reshape(-1, x.shape[-1]), []
+            for d, state in enumerate(states):
+                placed.append(kmeans(jax.random.fold_in(rng, d), residual, state.counts_K.shape[0]))
+                residual = residual - quantize_once(residual, placed[-1].codebook_KE)[1]
+            return placed
+
+        untouched = jnp.stack([jnp.all(state.counts_K == 0) for state in states]).all()
+        return jax.lax.cond(untouched, place, lambda: states)
+
+    def _join(self, arrays: list[jax.Array]) -> Any:
+        if self.use_shared_codebook:
+            return arrays[0]
+        equal = len({array.shape for array in arrays}) == 1
+        return jnp.stack(arrays) if equal else tuple(arrays)
+
+
+def check_settings(q: Any) -> tuple[list[int], list[float]]:
+    """Sizes and decays of the distinct codebooks of a quantiser's settings; one-line errors where they do not fit."""
+    for name in ("codebook_size", "decay"):
+        value = getattr(q, name)
+        if isinstance(value, Sequence):
+            if q.use_shared_codebook:
+                raise ValueError(
+                    f"{name}: {tuple(value)} has one entry per depth, but the codebook is shared; give one number"
+                )
+            if len(value) != q.depth:
+                raise ValueError(
+                    f"{name}: {tuple(value)} has {len(value)} entries for code depth {q.depth}; give one per depth"
+                )
+    if q.codebook_update not in ("sequential", "pooled"):
+        raise ValueError(f"codebook_update: '{q.codebook_update}' is unknown; allowed are 'sequential' and 'pooled'")
+    num_tables = 1 if q.use_shared_codebook else q.depth
+    sizes = list(q.codebook_size) if isinstance(q.codebook_size, Sequence) else [q.codebook_size] * num_tables
+    decays = list(q.decay) if isinstance(q.decay, Sequence) else [q.decay] * num_tables
+    if min(sizes) < 1 or q.depth < 1:
+        raise ValueError(f"codebook_size {q.codebook_size} and code depth {q.depth} must be at least 1")
+    if not all(0.0 <= decay <= 1.0 for decay in decays):
+        raise ValueError(f"codebook_decay: {q.decay} is outside [0, 1]")
+    return sizes, decays
