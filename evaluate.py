@@ -138,63 +138,71 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
     return {"images": count, **result}, *shown
 
 
+def extract_features(
+    args: argparse.Namespace, samples: np.ndarray, data: dict[str, Any], tokenizers: dict[str, Any]
+) -> tuple[str, np.ndarray, dict[str, np.ndarray]]:
+    """(name of the features, those of the held-out pictures, by name those of the sets that are compared with them)."""
+    net, size = efficientnet_lite.load(args.features), args.batch_size
+    extract, variables = jax.jit(net.features), jax.device_put(net.variables)
+
+    def of(title: str, batches: Any, count: int, change: Any = lambda batch: batch) -> np.ndarray:
+        found = []
+        with Progress(count, unit="image", title=title) as progress:
+            for batch in batches:
+                found.append(np.asarray(extract(variables, change(batch["image"])))[batch["mask"]])
+                progress.update(int(batch["mask"].sum()))
+        return np.concatenate(found)
+
+    def of_split(name: str, title: str, **change: Any) -> np.ndarray:
+        dataset = make_dataset(**data, split=name, train=False, batch_size=size)
+        return of(title, dataset.iterator(), dataset.num_examples, **change)
+
+    indices = np.arange(-(-len(samples) // size) * size).reshape(-1, size)
+    batches = ({"image": samples[np.minimum(i, len(samples) - 1)], "mask": i < len(samples)} for i in indices)
+    sets = {
+        "samples": of("features of samples", batches, len(samples)),
+        "training pictures": of_split("train", "of training pictures"),
+    }
+    for directory, loaded in tokenizers.items():
+        reconstruct = jax.jit(lambda v, x, model=loaded.model: model.apply(v, x).reconstruction)
+        change = functools.partial(reconstruct, jax.device_put(loaded.variables))
+        sets[f"reconstructions by {directory}"] = of_split(args.split, "of reconstructions", change=change)
+    return net.name, of_split(args.split, "of held-out pictures"), sets
+
+
 def measure_samples(
     args: argparse.Namespace, samples: np.ndarray, data: dict[str, Any], tokenizers: dict[str, Any]
 ) -> tuple[dict[str, Any], np.ndarray]:
     """(figures of the samples with their marks, the sheet of nearest training pictures)."""
-    net = efficientnet_lite.load(args.features)
-    extract, variables = jax.jit(net.features), jax.device_put(net.variables)
-    open_split = functools.partial(make_dataset, **data, train=False, batch_size=args.batch_size)
-
-    def features_of(title: str, images: Any, count: int, change: Any = lambda batch: batch) -> np.ndarray:
-        found = []
-        with Progress(count, unit="image", title=title) as progress:
-            for batch, mask in images:
-                found.append(np.asarray(extract(variables, change(batch)))[mask])
-                progress.update(int(mask.sum()))
-        return np.concatenate(found)
-
-    def of_split(name: str, title: str, change: Any = lambda batch: batch) -> np.ndarray:
-        dataset = open_split(split=name)
-        batches = ((batch["image"], batch["mask"]) for batch in dataset.iterator())
-        return features_of(title, batches, dataset.num_examples, change)
-
-    size = args.batch_size
-    padded = np.concatenate([samples, np.repeat(samples[-1:], -len(samples) % size, axis=0)])
-    real = np.arange(len(padded)) < len(samples)
-    batches = ((padded[i : i + size], real[i : i + size]) for i in range(0, len(padded), size))
-    sets = {
-        "samples": features_of("features of samples", batches, len(samples)),
-        "training pictures": of_split("train", "of training pictures"),
-    }
-    held_out = of_split(args.split, "of held-out pictures")
-    for directory, loaded in tokenizers.items():
-        reconstruct = jax.jit(lambda v, x, model=loaded.model: model.apply(v, x).reconstruction)
-        change = functools.partial(reconstruct, jax.device_put(loaded.variables))
-        sets[f"reconstructions by {directory}"] = of_split(args.split, "of reconstructions", change)
+    name, held_out, sets = extract_features(args, samples, data, tokenizers)
     smallest = min(len(held_out), *map(len, sets.values()))
     subset = min(smallest, MAX_SUBSET) if args.subset_size is None else args.subset_size
     distances = {}
-    for name, found in sets.items():
+    for set_name, found in sets.items():
         values = metrics.kernel_distances(found, held_out, subset, args.num_subsets)
-        distances[name] = {"mean": float(values.mean()), "std": float(values.std())}
-    squares = lambda x: np.sum(x * x, axis=-1)  # noqa: E731
-    to_training = {}
-    for name, found in (("samples", sets["samples"]), ("held-out pictures", held_out)):
-        training = sets["training pictures"]
-        to_training[name] = squares(found)[:, None] + squares(training) - 2 * found @ training.T
+        distances[set_name] = {"mean": float(values.mean()), "std": float(values.std())}
+    to_training = {
+        set_name: _squared_distances(found, sets["training pictures"])
+        for set_name, found in (("samples", sets["samples"]), ("held-out pictures", held_out))
+    }
     nearest = np.argsort(to_training["samples"][:NUM_SHEET], axis=-1, kind="stable")[:, :NUM_NEIGHBOURS]
+    training = make_dataset(**data, split="train", train=False, batch_size=args.batch_size)
     rows = {"sample": samples[:NUM_SHEET]}
     for i, indices in enumerate(nearest.T, start=1):
-        rows[f"nearest {i}"] = open_split(split="train").examples([int(index) for index in indices])["image"]
+        rows[f"nearest {i}"] = training.examples([int(index) for index in indices])["image"]
     figures = {
-        "images": len(samples), "features": net.name, "subset_size": subset, "num_subsets": args.num_subsets,
+        "images": len(samples), "features": name, "subset_size": subset, "num_subsets": args.num_subsets,
         "kernel_distance": distances,
         "median_squared_distance_to_nearest_training_picture": {
-            name: float(np.median(values.min(axis=-1))) for name, values in to_training.items()
+            set_name: float(np.median(values.min(axis=-1))) for set_name, values in to_training.items()
         },
     }  # fmt: skip
     return figures, pictures.labelled_grid(rows, scale=max(1, SHEET_SIZE // samples.shape[1]))
+
+
+def _squared_distances(x_NA: np.ndarray, y_MA: np.ndarray) -> np.ndarray:
+    """(N, M)."""
+    return np.sum(x_NA**2, axis=-1)[:, None] + np.sum(y_MA**2, axis=-1) - 2 * x_NA @ y_MA.T
 
 
 def check(args: argparse.Namespace) -> None:

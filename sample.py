@@ -19,6 +19,10 @@ from rq_jax.progress import Progress
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
 NUM_IN_GRID = 100
+# Of the config section `data`: what decides which pictures there are, and their classes.
+DATA_SETTINGS = (
+    "name", "data_dir", "train_split", "validation_split", "label_key", "eval_transform", "image_size", "channels",
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -135,17 +139,19 @@ def conditions(
 
 def _labels(config: dict[str, Any], split: str) -> list[int]:
     """Labels of a split of the data set that the model was trained on, in order."""
-    from rq_jax.data import make_dataset
-
     data = config.get("data") or {}
     if not data.get("name") or not data.get("label_key"):
         raise ValueError(f"--classes_of: {split} needs the data set of the model, which names none; give --classes")
-    allowed = (
-        "name", "data_dir", "train_split", "validation_split", "label_key", "eval_transform", "image_size", "channels",
-    )  # fmt: skip
-    settings = {name: value for name, value in data.items() if name in allowed}
-    dataset = make_dataset(**settings, split=split, train=False, batch_size=256)
-    return [int(label) for batch in dataset.iterator() for label in batch["label"][batch["mask"]]]
+    batches = _open_split(config, split).iterator()
+    return [int(label) for batch in batches for label in batch["label"][batch["mask"]]]
+
+
+def _open_split(config: dict[str, Any], split: str) -> Any:
+    """A split of the data set that the model was trained on, once through."""
+    from rq_jax.data import make_dataset
+
+    settings = {name: value for name, value in config["data"].items() if name in DATA_SETTINGS}
+    return make_dataset(**settings, split=split, train=False, batch_size=256)
 
 
 def _class_number(text: str, names: list[str]) -> int:
@@ -239,14 +245,8 @@ def draw(
 
 def neighbour_sheet(loaded: checkpoint.LoadedModel, images: np.ndarray, num_neighbours: int) -> np.ndarray:
     """Samples beside the training pictures nearest to them in mean squared pixel distance."""
-    from rq_jax.data import make_dataset
-
-    allowed = ("name", "data_dir", "train_split", "eval_transform", "image_size", "channels")
-    data = {name: value for name, value in loaded.config["data"].items() if name in allowed}
-    dataset = make_dataset(**data, split="train", train=False, batch_size=256)
-    training = np.concatenate(
-        [pictures.to_uint8(batch["image"][batch["mask"]]) for batch in dataset.iterator()]
-    )
+    batches = _open_split(loaded.config, "train").iterator()
+    training = np.concatenate([pictures.to_uint8(batch["image"][batch["mask"]]) for batch in batches])
     columns = []
     for image in images:
         distances = np.mean((training.astype(np.float32) - image.astype(np.float32)) ** 2, axis=(1, 2, 3))
