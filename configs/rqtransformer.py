@@ -130,7 +130,7 @@ PRESETS: dict[str, common.Overrides] = {
         "optim.learning_rate": 1e-3,
         "optim.weight_decay": 0.05,
         "optim.warmup_steps": 200,
-        "loop.total_steps": 5000,
+        "loop.total_steps": 8000,
         "loop.log_every_steps": 50,
         "loop.evaluate_every_steps": 1000,
         "loop.checkpoint_every_steps": 500,
