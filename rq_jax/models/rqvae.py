@@ -231,8 +231,12 @@ class RQVAE(nn.Module):
         depth = expected[-1] if depth is None else depth
         if not 1 <= depth <= expected[-1]:
             raise ValueError(f"depth: {depth} is outside 1..{expected[-1]}, the code depth of this model")
-        vectors = quantize.lookup(codes[..., :depth], self.quantizer.codebook).sum(-2)
+        vectors = self.code_vectors(codes[..., :depth]).sum(-2)
         return self.decode(quantize.unfold_patches(vectors, self.latent_grid))
+
+    def code_vectors(self, codes: jax.Array) -> jax.Array:
+        """Codebook vectors (..., D, E) of codes (..., D)."""
+        return quantize.lookup(codes, self.quantizer.codebook)
 
     def soft_codes(
         self, images: jax.Array, temperature: float, rng: jax.Array | None = None
