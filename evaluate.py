@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = _Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--checkpoint", action="append", default=[], help="run or model directory of stage 1; several are compared")
-    add("--samples", help="what sample.py wrote, or any folder of pictures of one size")
+    add("--samples", action="append", default=[], help="what sample.py wrote, or pictures; several are compared")
     add("--out", required=True, help="directory of the results")
     add("--step", type=int, help="checkpoint to load (default: the newest)")
     add("--no_ema", action="store_true", help="weights as trained, not their average")
@@ -143,7 +143,7 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
 
 
 def extract_features(
-    args: argparse.Namespace, samples: np.ndarray | None, data: dict[str, Any], tokenizers: dict[str, Any]
+    args: argparse.Namespace, samples: dict[str, np.ndarray], data: dict[str, Any], tokenizers: dict[str, Any]
 ) -> tuple[str, np.ndarray, dict[str, np.ndarray]]:
     """(name of the features, those of the held-out pictures, by name those of the sets that are compared with them).
 
@@ -167,11 +167,12 @@ def extract_features(
         dataset = make_dataset(**data, split=name, train=False, batch_size=size)
         return of(title, dataset.iterator(), dataset.num_examples, **change)
 
-    sets = {}
-    if samples is not None:
-        indices = np.arange(-(-len(samples) // size) * size).reshape(-1, size)
-        batches = ({"image": samples[np.minimum(i, len(samples) - 1)], "mask": i < len(samples)} for i in indices)
-        sets["samples"] = of("features of samples", batches, len(samples))
+    def of_array(images: np.ndarray, title: str) -> np.ndarray:
+        indices = np.arange(-(-len(images) // size) * size).reshape(-1, size)
+        batches = ({"image": images[np.minimum(i, len(images) - 1)], "mask": i < len(images)} for i in indices)
+        return of(title, batches, len(images))
+
+    sets = {f"samples {directory}": of_array(images, "features of samples") for directory, images in samples.items()}
     sets["training pictures"] = of_split("train", "of training pictures")
     for directory, loaded in tokenizers.items():
         reconstruct = jax.jit(functools.partial(loaded.model.apply, method="reconstruct_by_depth"))
@@ -200,26 +201,29 @@ def measure_kernel_distances(
 
 
 def find_neighbours(
-    args: argparse.Namespace, samples: np.ndarray, data: dict[str, Any], features: dict[str, np.ndarray]
+    args: argparse.Namespace,
+    samples: dict[str, np.ndarray],
+    data: dict[str, Any],
+    held_out: np.ndarray,
+    sets: dict[str, np.ndarray],
 ) -> dict[str, Any]:
-    """How near samples lie to training pictures, beside how near held-out pictures do; writes the sheet."""
-    to_training = {
-        set_name: _squared_distances(features[set_name], features["training pictures"])
-        for set_name in ("samples", "held-out pictures")
-    }
-    nearest = np.argsort(to_training["samples"][:NUM_SHEET], axis=-1, kind="stable")[:, :NUM_NEIGHBOURS]
+    """How near samples lie to training pictures, beside how near held-out pictures do; a sheet for each directory."""
     training = make_dataset(**data, split="train", train=False, batch_size=args.batch_size)
-    rows = {"sample": samples[:NUM_SHEET]}
-    for i, indices in enumerate(nearest.T, start=1):
-        rows[f"nearest {i}"] = training.examples([int(index) for index in indices])["image"]
-    sheet = Path(args.out) / "neighbours.png"
-    pictures.save_png(sheet, pictures.labelled_grid(rows, scale=max(1, SHEET_SIZE // samples.shape[1])))
-    print(f"nearest training pictures: {sheet}")
+    compared = {f"samples {directory}": sets[f"samples {directory}"] for directory in samples}
+    compared["held-out pictures"] = held_out
+    distances = {name: _squared_distances(found, sets["training pictures"]) for name, found in compared.items()}
+    for i, (directory, images) in enumerate(samples.items()):
+        order = np.argsort(distances[f"samples {directory}"][:NUM_SHEET], axis=-1, kind="stable")
+        rows = {"sample": images[:NUM_SHEET]}
+        for rank, nearest in enumerate(order.T[:NUM_NEIGHBOURS], start=1):
+            rows[f"nearest {rank}"] = training.examples([int(index) for index in nearest])["image"]
+        sheet = Path(args.out) / f"neighbours{i if i else ''}.png"
+        pictures.save_png(sheet, pictures.labelled_grid(rows, scale=max(1, SHEET_SIZE // images.shape[1])))
+        print(f"nearest training pictures of samples {directory}: {sheet}")
+    median = {name: float(np.median(distances_NM.min(axis=-1))) for name, distances_NM in distances.items()}
     return {
-        "images": len(samples),
-        "median_squared_distance_to_nearest_training_picture": {
-            set_name: float(np.median(values.min(axis=-1))) for set_name, values in to_training.items()
-        },
+        "images": {directory: len(images) for directory, images in samples.items()},
+        "median_squared_distance_to_nearest_training_picture": median,
     }
 
 
@@ -228,7 +232,7 @@ def _squared_distances(x_NA: np.ndarray, y_MA: np.ndarray) -> np.ndarray:
     return np.sum(x_NA**2, axis=-1)[:, None] + np.sum(y_MA**2, axis=-1) - 2 * x_NA @ y_MA.T
 
 
-def choose_subset(args: argparse.Namespace, samples: np.ndarray | None, data: dict[str, Any]) -> int:
+def choose_subset(args: argparse.Namespace, samples: dict[str, np.ndarray], data: dict[str, Any]) -> int:
     """How many pictures of each set stand behind one kernel distance.
 
     Raises:
@@ -238,7 +242,7 @@ def choose_subset(args: argparse.Namespace, samples: np.ndarray | None, data: di
         make_dataset(**data, split=name, train=False, batch_size=args.batch_size).num_examples
         for name in ("train", args.split)
     ]
-    smallest = min(sizes if samples is None else [*sizes, len(samples)])
+    smallest = min(*sizes, *map(len, samples.values()))
     subset = min(smallest, MAX_SUBSET) if args.subset_size is None else args.subset_size
     if not 2 <= subset <= smallest:
         raise ValueError(f"--subset_size: {subset} is outside 2..{smallest}, the size of the smallest set")
@@ -267,12 +271,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shapes = {name: (*loaded.model.image_shape, loaded.model.in_channels) for name, loaded in tokenizers.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"--checkpoint: pictures of several shapes {shapes}; compare tokenizers of one shape")
-    samples = read_samples(args.samples) if args.samples else None
-    shape = samples.shape[1:] if args.samples else next(iter(shapes.values()))
-    if set(shapes.values()) - {shape}:
-        raise ValueError(f"--samples: pictures of shape {shape} do not fit the tokenizer's {shapes}; compare one shape")
+    samples = {directory: read_samples(directory) for directory in args.samples}
+    shapes |= {directory: images.shape[1:] for directory, images in samples.items()}
+    shape = next(iter(shapes.values()))
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"--samples: pictures of several shapes {shapes}; compare one shape")
     data = data_settings(args, shape, next(iter(tokenizers.values()), None))
-    wants_distances = args.kernel_distance or samples is not None
+    wants_distances = args.kernel_distance or bool(samples)
     subset = choose_subset(args, samples, data) if wants_distances else None
     record = {
         "data": {**data, "split": args.split}, "jax": jax.__version__, "device": jax.devices()[0].device_kind,
@@ -282,8 +287,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if wants_distances:
         name, held_out, sets = extract_features(args, samples, data, tokenizers)
         record["kernel_distance"] = measure_kernel_distances(args, subset, name, held_out, sets)
-        if samples is not None:
-            record["samples"] = find_neighbours(args, samples, data, {**sets, "held-out pictures": held_out})
+        if samples:
+            record["samples"] = find_neighbours(args, samples, data, held_out, sets)
     (Path(args.out) / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record))
     return record

@@ -40,6 +40,7 @@ RELEASED = {
 COUNTS = {
     "rqvae": {
         "demo": 275_763,
+        "ablation": 275_763,
         "emoji": 1_118_803,
         "emoji64": 17_358_147,
         "imagenet256_50epochs": 104_402_051,
@@ -60,6 +61,7 @@ COUNTS = {
     },
     "rqtransformer": {
         "demo": 1_484_288,
+        "ablation": 1_484_288,
         "emoji": 4_704_064,
         "emoji64": 29_295_488,
         "ffhq256_350m_paper": 355_393_536,

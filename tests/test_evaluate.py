@@ -40,7 +40,9 @@ def root(tmp_path_factory):
 def evaluated(root, *checkpoints, out="out", **settings):
     argv = [f"--checkpoint={root / name}" for name in checkpoints] + [f"--out={root / out}"]
     settings = {"batch_size": 4, **settings}
-    argv += [f"--{name}" if value is True else f"--{name}={value}" for name, value in settings.items()]
+    for name, value in settings.items():
+        values = value if isinstance(value, list) else [value]
+        argv += [f"--{name}" if one is True else f"--{name}={one}" for one in values]
     return evaluate.run(evaluate.parse_args(argv))
 
 
@@ -160,7 +162,7 @@ def test_samples_have_their_distance_beside_the_marks(sampled):
     by_depth = np.asarray(loaded.model.apply(loaded.variables, pictures_of(sampled, "validation"), method="reconstruct_by_depth"))  # fmt: skip
     rebuilt = [Means().features({}, images) for images in by_depth]
     distances = found["kernel_distance"]["of"]
-    expected = {"samples": training[::-1], "training pictures": training, f"reconstructions by {sampled / 'first'}": rebuilt}
+    expected = {f"samples {sampled / 'samples'}": training[::-1], "training pictures": training, f"reconstructions by {sampled / 'first'}": rebuilt}
     assert distances.keys() == expected.keys()
     for name, features in expected.items():
         sets = features if isinstance(features, list) else [features]
@@ -169,8 +171,8 @@ def test_samples_have_their_distance_beside_the_marks(sampled):
         np.testing.assert_allclose(mean, values.mean(-1), rtol=0.05, atol=2e-4)
         np.testing.assert_allclose(std, values.std(-1), rtol=0.05, atol=2e-4)
     nearest = found["samples"]["median_squared_distance_to_nearest_training_picture"]
-    assert abs(nearest["samples"]) < 1e-4 < nearest["held-out pictures"]
-    assert found["samples"]["images"] == len(training) and found["kernel_distance"]["features"] == "means"
+    assert abs(nearest[f"samples {sampled / 'samples'}"]) < 1e-4 < nearest["held-out pictures"]
+    assert found["samples"]["images"] == {str(sampled / "samples"): len(training)} and found["kernel_distance"]["features"] == "means"
     assert found == json.loads((sampled / "sampled" / "evaluation.json").read_text())
     assert {path.name for path in (sampled / "sampled").iterdir()} == {"evaluation.json", "neighbours.png", "reconstructions.png"}
 
@@ -179,6 +181,19 @@ def test_reconstructions_have_a_distance_without_samples(sampled):
     found = evaluated(sampled, "first", out="marks", kernel_distance=True, num_subsets=2, no_perceptual=True)
     assert found["kernel_distance"]["of"].keys() == {"training pictures", f"reconstructions by {sampled / 'first'}"}
     assert "samples" not in found and not (sampled / "marks" / "neighbours.png").exists()
+
+
+def test_several_samples_are_compared(sampled):
+    for i, image in enumerate(pictures_of(sampled, "validation")):
+        pictures.save_png(sampled / "held" / f"{i}.png", pictures.to_uint8(image))
+    found = evaluated(sampled, "first", out="several", samples=[sampled / "samples", sampled / "held"], no_perceptual=True)
+    mean = {name: distance["mean"] for name, distance in found["kernel_distance"]["of"].items()}
+    held, drawn = f"samples {sampled / 'held'}", f"samples {sampled / 'samples'}"
+    assert mean[held] < mean[drawn] == pytest.approx(mean["training pictures"], abs=0.01)
+    assert found["samples"]["images"][str(sampled / "held")] == 5
+    nearest = found["samples"]["median_squared_distance_to_nearest_training_picture"]
+    assert nearest[held] == pytest.approx(nearest["held-out pictures"], rel=0.05)
+    assert (sampled / "several" / "neighbours.png").exists() and (sampled / "several" / "neighbours1.png").exists()
 
 
 def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, monkeypatch):
@@ -199,7 +214,7 @@ def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, 
         ({"subset_size": 1}, "^--subset_size: 1 is outside 2..5, the size of the smallest set$"),
         ({"subset_size": 99}, "^--subset_size: 99 is outside 2..5, the size of the smallest set$"),
         ({"num_subsets": 0}, "^--num_subsets: 0 must be at least 1$"),
-        ({"checkpoint": "wide"}, r"^--samples: pictures of shape \(16, 16, 3\) do not fit the tokenizer's .*; compare one"),
+        ({"checkpoint": "wide"}, r"^--samples: pictures of several shapes .*\(16, 16, 3\)\}; compare one shape$"),
         ({"data_name": ""}, "^--data_name: unset, and --samples names no data set; give one$"),
     ],
 )
