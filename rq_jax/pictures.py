@@ -154,25 +154,43 @@ def curves(metrics_jsonl_path: str | os.PathLike, names: Sequence[str], out_path
       FileNotFoundError: no such log.
       ValueError: no names, or a name that the log does not hold.
     """
-    from matplotlib.figure import Figure
-
     if not names:
         raise ValueError("names is empty: give at least one metric to draw")
     logged = read_metrics(metrics_jsonl_path)
     unknown = [name for name in names if name not in logged]
     if unknown:
         raise ValueError(f"{metrics_jsonl_path} holds no {unknown}: choose from {sorted(logged)}")
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
+    panels({name: {"": (*logged[name], None)} for name in names}, "step", out_path)
+
+
+def panels(
+    lines: Mapping[str, Mapping[str, tuple[Sequence, Sequence, Sequence | None]]],
+    xlabel: str,
+    out_path: str | os.PathLike,
+) -> None:
+    """Draws lines, a panel for each title, as PNG.
+
+    Args:
+      lines: title -> label -> (x, y, half the length of the error bars or None); labels that are empty or start with
+        "_" stay out of the legend.
+      xlabel: what x is.
+      out_path: PNG file to write.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(lines))
     # A Figure of its own, not pyplot: no global state and no window.
-    figure = Figure(figsize=(4.5 * columns, 3.0 * rows), layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel, name in zip(panels, names, strict=False):
-        steps, values = logged[name]
-        panel.plot(steps, values, marker="." if len(steps) == 1 else None)
-        panel.set(title=name, xlabel="step")
+    figure = Figure(figsize=(4.5 * columns, 3.0 * -(-len(lines) // columns)), layout="constrained")
+    axes = list(figure.subplots(-(-len(lines) // columns), columns, squeeze=False).flat)
+    for panel, (title, of_panel) in zip(axes, lines.items(), strict=False):
+        for label, (x, y, error) in of_panel.items():
+            is_short = len(x) < 20
+            panel.errorbar(x, y, error, label=label or "_", marker="." if is_short else None, capsize=2)
+        panel.set(title=title, xlabel=xlabel)
         panel.grid(alpha=0.3)
-    for panel in panels[len(names) :]:
+        if any(of_panel):
+            panel.legend(fontsize="small")
+    for panel in axes[len(lines) :]:
         panel.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)

@@ -156,7 +156,7 @@ def sampled(root, monkeypatch):
 
 
 def test_samples_have_their_distance_beside_the_marks(sampled):
-    found = evaluated(sampled, "first", samples=sampled / "samples", out="sampled", subset_size=4, num_subsets=3, no_perceptual=True)  # fmt: skip
+    found = evaluated(sampled, "first", samples=sampled / "samples", out="sampled", kernel_distance="by_depth", subset_size=4, num_subsets=3, no_perceptual=True)  # fmt: skip
     held_out, training = (Means().features({}, pictures_of(sampled, split)) for split in ("validation", "train"))
     loaded = checkpoint.load_tokenizer(sampled / "first")
     by_depth = np.asarray(loaded.model.apply(loaded.variables, pictures_of(sampled, "validation"), method="reconstruct_by_depth"))  # fmt: skip
@@ -178,8 +178,9 @@ def test_samples_have_their_distance_beside_the_marks(sampled):
 
 
 def test_reconstructions_have_a_distance_without_samples(sampled):
-    found = evaluated(sampled, "first", out="marks", kernel_distance=True, num_subsets=2, no_perceptual=True)
+    found = evaluated(sampled, "first", out="marks", kernel_distance="full", num_subsets=2, no_perceptual=True)
     assert found["kernel_distance"]["of"].keys() == {"training pictures", f"reconstructions by {sampled / 'first'}"}
+    assert len(found["kernel_distance"]["of"][f"reconstructions by {sampled / 'first'}"]["mean"]) == 1  # from all codes
     assert "samples" not in found and not (sampled / "marks" / "neighbours.png").exists()
 
 
@@ -204,7 +205,7 @@ def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, 
     assert list(rows) == ["sample", "nearest 1", "nearest 2", "nearest 3"]
     np.testing.assert_allclose(rows["sample"], rows["nearest 1"], atol=0.01)
     record = json.loads((sampled / "alone" / "evaluation.json").read_text())
-    assert "results" not in record and record["kernel_distance"]["subset_size"] == len(pictures_of(sampled, "validation"))
+    assert "results" not in record and record["kernel_distance"]["subset_size"] == len(pictures_of(sampled, "validation")) // 2
 
 
 @pytest.mark.parametrize(

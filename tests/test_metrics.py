@@ -39,6 +39,13 @@ def test_code_usage_and_perplexity():
     )
 
 
+def test_overall_code_usage():
+    counts_DK = np.array([[4, 0, 0, 0], [0, 2, 0, 0], [0, 9, 0, 0]])
+    assert metrics.overall_code_usage(counts_DK, (4, 4, 4), shared=True) == 2 / 4
+    assert metrics.overall_code_usage(counts_DK, (4, 4, 4), shared=False) == 3 / 12
+    assert metrics.overall_code_usage(counts_DK, (1, 2, 3), shared=False) == 3 / 6  # the rest of a row is no code
+
+
 def test_unigram_cross_entropy():
     counts = jnp.array([[3.0, 1, 0, 0], [0, 0, 0, 0]])
     codes = jnp.array([[0, 2], [1, 3], [3, 0]])

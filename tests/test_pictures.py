@@ -191,6 +191,18 @@ def test_curves_draw_a_panel_for_each_metric(log, tmp_path):
     assert sizes[2] == (sizes[1][0], 2 * sizes[1][1]) and sizes[4] == (2 * sizes[1][0], 3 * sizes[1][1])
 
 
+def test_panels_draw_lines_with_error_bars_and_a_legend(tmp_path):
+    def drawn(lines):
+        pictures.panels({"PSNR": lines}, "code depth", tmp_path / "panels.png")
+        return np.asarray(Image.open(tmp_path / "panels.png").convert("L")).astype(int)
+
+    x, y = [1, 2, 3], [1.0, 3.0, 2.0]
+    plain, barred, named = drawn({"": (x, y, None)}), drawn({"": (x, y, [0.5] * 3)}), drawn({"D 4": (x, y, None)})
+    assert plain.shape == barred.shape == named.shape
+    assert (plain != barred).any() and (plain != named).any()
+    assert (drawn({"": (["a", "b", "c"], y, None)}) != plain).any()  # names instead of numbers
+
+
 def test_curves_refuse_what_the_log_does_not_hold(log, tmp_path):
     message = f"{log} holds no ['psnr']: choose from ['eval/psnr', 'loss', 'odd']"
     with pytest.raises(ValueError, match=re.escape(message)):

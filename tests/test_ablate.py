@@ -1,0 +1,171 @@
+"""ablate.py: its commands, notes, tables and pictures, with the scripts that it runs replaced by what they write."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ablate
+from configs import ablations, rqtransformer, rqvae
+from rq_jax import pictures
+
+SIDE = 16
+
+
+class Scripts:
+    """Stands in for the scripts: writes what they would, figures that a test can foresee."""
+
+    def __init__(self, root):
+        self.root, self.lines = root, []
+
+    def __call__(self, script, *options):
+        given = [tuple(str(option).removeprefix("--").partition("=")[::2]) for option in options]
+        self.lines.append((script, given))
+        values = dict(given)
+        if script in ("train_vae.py", "train_transformer.py"):
+            out = self.root / values["workdir"]
+            out.mkdir(parents=True, exist_ok=True)
+            scalars = {"loss": 2.0 + int(values["config.seed"]), "validation_loss": 3.0, "validation_nats/depth1": 1.0, "validation_nats/depth2": 5.0}  # fmt: skip
+            (out / "metrics.jsonl").write_text(json.dumps({"step": 7, **scalars}) + "\n")
+        elif script == "sample.py":
+            for i in range(ablate.NUM_SAMPLES):
+                pictures.save_png(self.root / values["out"] / "images" / f"{i:06d}.png", np.zeros((SIDE, SIDE, 3), np.uint8))
+        else:
+            self.write_evaluation(self.root / values["out"], given)
+        return f"python {script}"
+
+    def write_evaluation(self, out, given):
+        tokenizers, samples = ([value for name, value in given if name == kind] for kind in ("checkpoint", "samples"))
+        seed = lambda place: int(re.search(r"seed(\d+)", place)[1])  # noqa: E731
+        by_depth = lambda place: [20.0 + seed(place), 25.0 + seed(place)]  # noqa: E731
+        names = ("psnr", "ssim", "distance", "sharpness", "code_usage", "code_perplexity", "code_norm")
+        results = {
+            place: {"images": 447, "codes_used": 0.5, "fingerprint": "x", **{name: by_depth(place) for name in names}}
+            for place in tokenizers
+            if "seed" in place
+        }
+        of = {"training pictures": {"mean": 0.1, "std": 0.0}}
+        of |= {f"reconstructions by {place}": {"mean": [0.3, 0.2], "std": [0.0, 0.0]} for place in tokenizers}
+        of |= {f"samples {place}": {"mean": 1.0 + seed(place), "std": 0.0} for place in samples}
+        nearest = {f"samples {place}": 0.5 for place in samples} | {"held-out pictures": 0.6}
+        record = {
+            "results": results, "kernel_distance": {"of": of},
+            "samples": {"median_squared_distance_to_nearest_training_picture": nearest},
+        }  # fmt: skip
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "evaluation.json").write_text(json.dumps(record))
+        pictures.save_png(out / "reconstructions.png", np.zeros((SIDE, SIDE, 3), np.uint8))
+
+
+@pytest.fixture
+def scripts(tmp_path, monkeypatch):
+    scripts = Scripts(tmp_path)
+    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    monkeypatch.setattr(ablate, "command", scripts)
+    return scripts
+
+
+def made(table, *options):
+    return ablate.run(ablate.parse_args([table, *options]))
+
+
+@pytest.mark.parametrize("table", ablations.TABLES)
+def test_every_table_is_made(scripts, tmp_path, table):
+    record = made(table, "--seeds=0,2")
+    assert json.loads((tmp_path / "results" / f"{table}.json").read_text()) == json.loads(json.dumps(record))
+    assert [row["row"] for row in record["rows"]] == list(ablations.TABLES[table])
+    for row in record["rows"]:
+        assert row["seeds"] == [0, 2] and len(row["runs"]) == 2
+        assert {"command", "seconds", "commit", "settings"} <= row["runs"][0].keys()
+    text = (tmp_path / "results" / f"{table}.md").read_text()
+    assert all(line.count("|") == text.splitlines()[0].count("|") for line in text.splitlines())
+    assert Image.open(tmp_path / "results" / f"{table}.png").width > 0
+    assert str(tmp_path) not in json.dumps(record)  # a record that is committed names no path of a machine
+
+
+def test_figures_have_mean_and_spread(scripts):
+    row = made("updates", "--seeds=0,1,2")["rows"][0]
+    assert row["figures"]["psnr"] == {"mean": [21.0, 26.0], "std": [1.0, 1.0], "values": [[20.0, 25.0], [21.0, 26.0], [22.0, 27.0]]}  # fmt: skip
+    assert row["figures"]["codes_used"]["mean"] == 0.5 and "fingerprint" not in row["figures"]
+    assert made("updates", "--seeds=4", "--workdir=other")["rows"][0]["figures"]["psnr"]["std"] is None
+
+
+def test_cells(scripts, tmp_path):
+    made("updates", "--seeds=0,1,2")
+    lines = (tmp_path / "results" / "updates.md").read_text().splitlines()
+    assert lines[0].startswith("|  | PSNR, dB | SSIM |") and lines[2].startswith("| D 4, K 512 | 26 ± 1 |")
+    made("coarse_to_fine", "--seeds=3")
+    lines = (tmp_path / "results" / "coarse_to_fine.md").read_text().splitlines()
+    assert [line.split("|")[1:3] for line in lines[2:4]] == [[" D 4, K 512, depth 1 ", " 23 "], [" D 4, K 512, depth 2 ", " 28 "]]
+
+
+def test_what_is_finished_is_not_run_again(scripts):
+    trained = lambda: [dict(given)["workdir"] for script, given in scripts.lines if script == "train_vae.py"]  # noqa: E731
+    made("updates", "--seeds=0")
+    assert len(trained()) == 4
+    made("updates", "--seeds=0,1")
+    assert len(trained()) == 8 == len(set(trained()))
+    made("depth", "--seeds=0")  # has one row in common with the other table
+    assert len(trained()) == 14 == len(set(trained()))
+
+
+def test_an_interrupted_run_has_no_seconds(scripts, tmp_path):
+    (tmp_path / "runs" / "ablations" / "no_restart-seed0").mkdir(parents=True)
+    seconds = {row["row"]: row["runs"][0]["seconds"] for row in made("updates", "--seeds=0")["rows"]}
+    assert seconds.pop("no restart") is None and None not in seconds.values()
+
+
+def test_another_run_in_the_directory_is_refused(scripts):
+    made("updates", "--seeds=0", "--quicktest")
+    with pytest.raises(ValueError, match=r"^--workdir: 'runs/ablations/d_4_k_512-seed0' is a run of .*; give another --workdir$"):
+        made("updates", "--seeds=0")
+
+
+def test_transformers_share_the_tokenizer_of_the_first_seed(scripts):
+    record = made("soft_labels", "--seeds=1,2")
+    tokenizers = {dict(given)["config.tokenizer"] for script, given in scripts.lines if script == "train_transformer.py"}
+    assert tokenizers == {"runs/ablations/d_4_k_512-seed0"}
+    figures = record["rows"][0]["figures"]
+    assert figures["kernel_distance"]["values"] == [2.0, 3.0] and figures["loss"]["values"] == [3.0, 4.0]
+    assert figures["validation_nats"]["mean"] == [1.0, 5.0]
+    assert record["marks"]["kernel distance of reconstructions"] == 0.2
+
+
+def test_filters_draw_from_the_model_that_is_named(scripts):
+    made("filter", "--seeds=0", "--checkpoint=elsewhere")
+    drawn = [dict(given) for script, given in scripts.lines if script == "sample.py"]
+    assert {given["checkpoint"] for given in drawn} == {"elsewhere"} and drawn[0]["top_p"] == "0.3"
+    assert scripts.lines[-1][1][0] == ("checkpoint", "elsewhere/tokenizer")
+
+
+@pytest.mark.parametrize("seeds", ["", "a", "1,", "-1"])
+def test_seeds_refused(seeds):
+    with pytest.raises(ValueError, match="^--seeds: .* is no list of whole numbers; give for example 0,1,2$"):
+        ablate.parse_args(["depth", f"--seeds={seeds}"])
+
+
+@pytest.mark.parametrize("config, rows", [(rqvae, ablations.TOKENIZERS), (rqtransformer, ablations.TRANSFORMERS)])
+def test_rows_change_settings_that_exist(config, rows):
+    for changes in rows.values():
+        config.get_config("ablation").update_from_flattened_dict(changes)  # raises where a key does not exist
+
+
+def test_a_command_that_fails_ends_the_table(monkeypatch, tmp_path):
+    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    (tmp_path / "broken.py").write_text("raise SystemExit(3)\n")
+    with pytest.raises(SystemExit) as raised:
+        ablate.command("broken.py")
+    assert raised.value.code == 3
+    (tmp_path / "fine.py").write_text("")
+    assert ablate.command("fine.py", "--shape=(8, 8)") == 'python fine.py "--shape=(8, 8)"'
+
+
+@pytest.mark.slow
+def test_a_table_for_real(tmp_path):
+    path = Path(tmp_path)
+    record = made("soft_labels", "--seeds=0", "--quicktest", f"--workdir={path / 'runs'}", f"--out={path / 'out'}")
+    assert record["rows"][0]["runs"][0]["steps"] == 4
+    assert np.isfinite(record["rows"][0]["figures"]["kernel_distance"]["mean"])
