@@ -168,7 +168,7 @@ def test_captioned_grid_wants_one_caption_per_image():
 @pytest.fixture
 def log(tmp_path):
     steps = (1, 2, 3, 5)
-    records = [{"step": s, "loss": 1 / s, "eval/psnr": 20.0 + s, "odd": "nan"} for s in steps]
+    records = [{"step": s, "loss": 1 / s, "eval/psnr": 20.0 + s, "odd": "nan", "rate": 2.0 * s} for s in steps]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"step": 6, "lo')
     return path
@@ -177,12 +177,12 @@ def log(tmp_path):
 def test_read_metrics_leaves_out_a_line_without_an_end(log):
     metrics = pictures.read_metrics(log)
     assert metrics["loss"] == ([1, 2, 3, 5], [1.0, 1 / 2, 1 / 3, 1 / 5])
-    assert list(metrics) == ["loss", "eval/psnr", "odd"] and np.isnan(metrics["odd"][1]).all()
+    assert list(metrics) == ["loss", "eval/psnr", "odd", "rate"] and np.isnan(metrics["odd"][1]).all()
 
 
 def test_curves_draw_a_panel_for_each_metric(log, tmp_path):
     sizes = {}
-    for names in (["loss"], ["loss", "eval/psnr"], ["loss", "odd", "eval/psnr", "loss"]):
+    for names in (["loss"], ["loss", "eval/psnr"], ["loss", "odd", "eval/psnr", "rate"]):
         pictures.curves(log, names, tmp_path / "new" / "curves.png")
         picture = np.asarray(Image.open(tmp_path / "new" / "curves.png").convert("RGB")).astype(int)
         sizes[len(names)] = picture.shape[:2]
@@ -204,7 +204,7 @@ def test_panels_draw_lines_with_error_bars_and_a_legend(tmp_path):
 
 
 def test_curves_refuse_what_the_log_does_not_hold(log, tmp_path):
-    message = f"{log} holds no ['psnr']: choose from ['eval/psnr', 'loss', 'odd']"
+    message = f"{log} holds no ['psnr']: choose from ['eval/psnr', 'loss', 'odd', 'rate']"
     with pytest.raises(ValueError, match=re.escape(message)):
         pictures.curves(log, ["loss", "psnr"], tmp_path / "curves.png")
     with pytest.raises(ValueError, match="names is empty: give at least one metric to draw"):
