@@ -5,7 +5,8 @@ python evaluate.py --checkpoint=runs/vae --samples=samples --out=evaluation
 
 Samples, as sample.py writes them, are measured by their kernel distance to the held-out pictures, beside two marks:
 that of the training pictures (the floor) and those of reconstructions; with a sheet of the nearest training pictures.
-With --kernel_distance=full or by_depth the marks are measured without samples.
+With --kernel_distance=full or by_depth the marks are measured without samples. --likelihood=runs/rqt measures how much
+better a transformer knows its training pictures than held-out ones.
 """
 
 import argparse
@@ -18,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, metrics, pictures, train_loop
+from rq_jax import checkpoint, losses, metrics, pictures, train_loop
 from rq_jax.data import make_dataset
+from rq_jax.pictures import write_atomic
 from rq_jax.pretrained import efficientnet_lite, vgg_lpips
 from rq_jax.progress import Progress
 
@@ -30,6 +32,7 @@ MAX_SUBSET = 1000  # of pictures behind one kernel distance
 FIGURES = ("psnr", "ssim", "sharpness", "distance")
 # Of the config section `data`: what decides which pictures there are.
 DATA_SETTINGS = ("name", "data_dir", "train_split", "validation_split", "eval_transform", "image_size", "channels")
+CONDITION_SETTINGS = ("label_key", "text_key", "text_length")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,6 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", action="append", default=[], help="run or model directory of stage 1; several are compared")
     add("--samples", action="append", default=[], help="what sample.py wrote, or pictures; several are compared")
+    add("--likelihood", help="run or model directory of stage 2: nats per code of training and of held-out pictures")
     add("--out", required=True, help="directory of the results")
     add("--step", type=int, help="checkpoint to load (default: the newest)")
     add("--no_ema", action="store_true", help="weights as trained, not their average")
@@ -65,9 +69,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def data_settings(
-    args: argparse.Namespace, shape: tuple[int, int, int], loaded: checkpoint.LoadedModel | None
+    args: argparse.Namespace, shape: tuple[int, int, int], loaded: checkpoint.LoadedModel | None, directory: str
 ) -> dict[str, Any]:
-    """The settings that choose the pictures to measure on, of shape (H, W, C).
+    """The settings that choose the pictures to measure on, of shape (H, W, C); `loaded`, of `directory`, fills them.
 
     Raises:
       ValueError: no data set is named.
@@ -79,8 +83,7 @@ def data_settings(
     if args.data_dir:
         data["data_dir"] = args.data_dir
     if "name" not in data:
-        source = f"'{args.checkpoint[0]}'" if args.checkpoint else "--samples"
-        raise ValueError(f"--data_name: unset, and {source} names no data set; give one")
+        raise ValueError(f"--data_name: unset, and '{directory}' names no data set; give one")
     return data | {"image_size": list(shape[:2]), "channels": shape[2]}  # a list, as JSON gives it back
 
 
@@ -145,6 +148,42 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
     result["codes_used"] = metrics.overall_code_usage(counts_DK, sizes, model.use_shared_codebook)
     result["code_perplexity"] = [float(metrics.code_perplexity(counts_DK[d])) for d in range(D)]
     return {"images": count, **result}, *shown
+
+
+def measure_likelihood(args: argparse.Namespace) -> dict[str, Any]:
+    """Nats per code by depth of training and of held-out pictures as they are, under a transformer; nearest codes.
+
+    Raises:
+      ValueError, FileNotFoundError: no stage-2 model, or one that names no data set.
+    """
+    loaded = checkpoint.load_model(args.likelihood, args.step, not args.no_ema)
+    if loaded.tokenizer is None:
+        raise ValueError(f"--likelihood: '{args.likelihood}' carries no tokenizer; give the directory of a stage-2 run")
+    tokenizer = loaded.tokenizer.model
+    data = data_settings(args, (*tokenizer.image_shape, tokenizer.in_channels), loaded, args.likelihood)
+    trained_on = loaded.config["data"]
+    data |= {name: trained_on[name] for name in CONDITION_SETTINGS if trained_on.get(name) is not None}
+    if "text_key" in data:
+        data["text_tokenizer"] = str(Path(args.likelihood) / "text_tokenizer.json")
+
+    @jax.jit
+    def nats(variables, tokenizer_variables, images, cond):
+        codes = tokenizer.apply(tokenizer_variables, images, method="encode_to_codes")
+        return losses.code_nats(loaded.model, variables, codes, cond)
+
+    variables, found = jax.device_put((loaded.variables, loaded.tokenizer.variables)), {}
+    for split in ("train", args.split):
+        dataset, values = make_dataset(**data, split=split, train=False, batch_size=args.batch_size), []
+        with Progress(dataset.num_examples, unit="image", title=f"likelihood of {split}") as progress:
+            for batch in dataset.iterator():
+                cond = batch["text"] if "text_key" in data else batch["label"][:, None] if "label_key" in data else None
+                values.append(np.asarray(nats(*variables, batch["image"], cond))[batch["mask"]])
+                progress.update(int(batch["mask"].sum()))
+        nats_ND = np.concatenate(values)
+        by_depth = nats_ND.mean(0).tolist()
+        found[split] = {"images": len(nats_ND), "nats": by_depth, "mean": float(np.mean(by_depth))}
+        print(f"nats per code, {split}: {found[split]['mean']:.4g}, by depth {', '.join(f'{x:.4g}' for x in by_depth)}")
+    return found
 
 
 def extract_features(
@@ -260,17 +299,29 @@ def check(args: argparse.Namespace) -> None:
     for name in ("batch_size", "num_subsets"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name}: {getattr(args, name)} must be at least 1")
-    if not args.checkpoint and not args.samples:
-        raise ValueError("--checkpoint: missing; give a tokenizer, --samples, or both")
+    if not (args.checkpoint or args.samples or args.likelihood):
+        raise ValueError("--checkpoint: missing; give a tokenizer, --samples, or --likelihood")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure every checkpoint and the samples, write pictures and `evaluation.json`, print a table and the JSON.
+    """Measure what is asked for, write pictures and `evaluation.json`, print a table and the JSON.
 
     Raises:
       ValueError, FileNotFoundError: bad arguments, checkpoint, samples or data.
     """
     check(args)
+    record: dict[str, Any] = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
+    if args.checkpoint or args.samples:
+        record |= measure_pictures(args)
+    if args.likelihood:
+        record["likelihood"] = measure_likelihood(args)
+    write_atomic(Path(args.out) / "evaluation.json", (json.dumps(record, indent=1) + "\n").encode())
+    print(json.dumps(record))
+    return record
+
+
+def measure_pictures(args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of every tokenizer and of the samples."""
     tokenizers = {
         directory: checkpoint.load_tokenizer(directory, args.step, not args.no_ema) for directory in args.checkpoint
     }
@@ -279,15 +330,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--checkpoint: pictures of several shapes {shapes}; compare tokenizers of one shape")
     samples = {directory: read_samples(directory) for directory in args.samples}
     shapes |= {directory: images.shape[1:] for directory, images in samples.items()}
-    shape = next(iter(shapes.values()))
+    first, shape = next(iter(shapes.items()))
     if len(set(shapes.values())) > 1:
         raise ValueError(f"--samples: pictures of several shapes {shapes}; compare one shape")
-    data = data_settings(args, shape, next(iter(tokenizers.values()), None))
+    data = data_settings(args, shape, tokenizers.get(first), first)
     wants_distances = bool(args.kernel_distance or samples)
     subset = choose_subset(args, samples, data) if wants_distances else None
-    record = {
-        "data": {**data, "split": args.split}, "jax": jax.__version__, "device": jax.devices()[0].device_kind,
-    }  # fmt: skip
+    record = {"data": {**data, "split": args.split}}
     if tokenizers:
         record |= compare_tokenizers(args, tokenizers, data)
     if wants_distances:
@@ -295,8 +344,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         record["kernel_distance"] = measure_kernel_distances(args, subset, name, held_out, sets)
         if samples:
             record["samples"] = find_neighbours(args, samples, data, held_out, sets)
-    (Path(args.out) / "evaluation.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
     return record
 
 

@@ -44,7 +44,6 @@ SECTIONS = (
 NUM_COUNTED = 20_000
 NUM_SHOWN = 36
 NOISE_SPREAD = 0.2  # of the codebook, above which soft codes of depth 1 say little
-CHUNK_ELEMENTS = 2**24  # of logits at a time on each device: 64 MB, and twice that for soft labels and gradients
 TEXT_TOKENIZER = "text_tokenizer.json"  # in the run directory
 
 logger = logging.getLogger(__name__)
@@ -95,25 +94,12 @@ class Losses:
         rng = rng if self.use_stochastic_codes else None
         return quantize.draw_codes(vectors, codebook, D, self.temperature, rng)
 
-    def by_depth(self, model, variables, hidden, codes, residuals, codebook, soft: bool) -> jax.Array:
-        """Cross-entropy in nats of each picture at each depth (B, D), mean over positions.
-
-        Logits and soft labels over all K codes are rebuilt chunk by chunk, in the backward pass too.
-        """
-        B, T, D = codes.shape[0], math.prod(codes.shape[1:3]), codes.shape[-1]
-        arrays = (hidden, codes, residuals) if soft else (hidden, codes)
-        arrays = jax.tree.map(lambda x: x.reshape(B, T, *x.shape[3:]), arrays)
-
-        def chunk_sums(chunk):
-            logits = model.apply(variables, chunk[0], method="classify")
-            if soft:
-                labels = quantize.soft_labels(chunk[2], codebook, self.temperature)
-                return losses.soft_cross_entropy(logits, labels).sum(1)
-            return losses.cross_entropy(logits, chunk[1]).sum(1)
-
-        limit = CHUNK_ELEMENTS * jax.device_count()  # the devices of the mesh share a chunk
-        num_chunks = losses.num_loss_chunks(B, T, D, max(model.codebook_sizes), limit)
-        return losses.sum_over_chunks(chunk_sums, arrays, num_chunks) / T
+    def by_depth(self, model, variables, hidden, codes, residuals, codebook) -> jax.Array:
+        """Cross-entropy in nats of each picture at each depth (B, D), mean over positions."""
+        classify = functools.partial(model.apply, variables, method="classify")
+        soft = (residuals, lambda chunk: quantize.soft_labels(chunk, codebook, self.temperature))
+        targets = soft if self.use_soft_labels else ()
+        return losses.cross_entropy_by_depth(classify, max(model.codebook_sizes), hidden, codes, *targets)
 
 
 def make_train_step(model, tokenizer, optimizer: train_state.Optimizer, loss: Losses, ema_decay: float):
@@ -137,8 +123,7 @@ def make_train_step(model, tokenizer, optimizer: train_state.Optimizer, loss: Lo
             apply = functools.partial(model.apply, variables, train=True)
             context, cond_logits, _ = apply(codes, cond, rngs={"dropout": rng_spatial}, method="spatial")
             hidden, _ = apply(context, codes, rngs={"dropout": rng_depth}, method="depth")
-            soft = loss.use_soft_labels
-            loss_D = loss.by_depth(model, variables, hidden, codes, residuals, codebook, soft).mean(0)
+            loss_D = loss.by_depth(model, variables, hidden, codes, residuals, codebook).mean(0)
             total, parts = loss.image_weight * loss_D.mean(), {"code_loss": loss_D}
             if loss.text_weight:
                 text_loss_BU = losses.cross_entropy(cond_logits, batch["cond"][:, 1:])
@@ -180,15 +165,13 @@ def summarize(means: dict[str, np.ndarray]) -> dict[str, float]:
 
 def make_evaluation(run: dict[str, Any], tokenizer_variables: Any, unigram_D: np.ndarray, config: ConfigDict):
     """State -> held-out loss of the nearest codes in nats per depth and bits per image, and a grid of samples."""
-    model, tokenizer, mesh, loss = run["model"], run["tokenizer"].model, run["mesh"], run["loss"]
+    model, tokenizer, mesh = run["model"], run["tokenizer"].model, run["mesh"]
     (h, w, D) = model.code_shape
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def measure(variables, tokenizer_variables, batch):
         codes = tokenizer.apply(tokenizer_variables, batch["image"], method="encode_to_codes")
-        context, _, _ = model.apply(variables, codes, batch.get("cond"), method="spatial")
-        hidden, _ = model.apply(variables, context, codes, method="depth")
-        nats_BD = loss.by_depth(model, variables, hidden, codes, None, None, soft=False)
+        nats_BD = losses.code_nats(model, variables, codes, batch.get("cond"))
         return {"nats": jnp.sum(nats_BD * batch["mask"][:, None], axis=0), "count": batch["mask"].sum()}
 
     decode = jax.jit(functools.partial(tokenizer.apply, method="decode_codes"))

@@ -1,11 +1,14 @@
 """Losses: arrays in, scalars out. All are float32 whatever the dtype of the networks."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+
+CHUNK_ELEMENTS = 2**24  # of logits at a time on each device: 64 MB, and twice that for soft labels and gradients
 
 
 def reconstruction_loss(images: jax.Array, reconstruction: jax.Array, kind: str = "mse") -> jax.Array:
@@ -126,6 +129,54 @@ def adaptive_weight(
     """
     a, b = (jnp.linalg.norm(grad.astype(jnp.float32).ravel()) for grad in (reconstruction_grad, generator_grad))
     return jax.lax.stop_gradient(jnp.clip(a / (b + 1e-4), 0.0, limit))
+
+
+def cross_entropy_by_depth(
+    classify: Callable[[jax.Array], jax.Array],
+    num_codes: int,
+    hidden: jax.Array,
+    codes: jax.Array,
+    residuals: jax.Array | None = None,
+    soft_labels: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    """Cross-entropy in nats of each picture at each depth (B, D), mean over positions.
+
+    Logits and soft labels over all K codes are rebuilt chunk by chunk, in the backward pass too.
+
+    Args:
+      classify: features (B, t, D, M) to logits (B, t, D, K).
+      num_codes: K, the largest where depths differ.
+      hidden: features (B, h, w, D, M).
+      codes: the targets (B, h, w, D).
+      residuals: (B, h, w, D, E), where the targets are soft.
+      soft_labels: residuals (B, t, D, E) to soft targets (B, t, D, K).
+    """
+    B, h, w, D = codes.shape
+    arrays = (hidden, codes) if residuals is None else (hidden, residuals)
+    arrays = jax.tree.map(lambda x: x.reshape(B, h * w, *x.shape[3:]), arrays)
+
+    def chunk_sums(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits = classify(chunk[0])
+        if residuals is None:
+            return cross_entropy(logits, chunk[1]).sum(1)
+        return soft_cross_entropy(logits, soft_labels(chunk[1])).sum(1)
+
+    limit = CHUNK_ELEMENTS * jax.device_count()  # the devices of the mesh share a chunk
+    return sum_over_chunks(chunk_sums, arrays, num_loss_chunks(B, h * w, D, num_codes, limit)) / (h * w)
+
+
+def code_nats(model: Any, variables: Any, codes: jax.Array, cond: jax.Array | None) -> jax.Array:
+    """Nats per code of each picture at each depth (B, D) under an RQ-Transformer, mean over positions.
+
+    Args:
+      model: an `RQTransformer`, with its variables.
+      codes: (B, h, w, D).
+      cond: (B, U) int32, None for an unconditional model.
+    """
+    context, _, _ = model.apply(variables, codes, cond, method="spatial")
+    hidden, _ = model.apply(variables, context, codes, method="depth")
+    classify = functools.partial(model.apply, variables, method="classify")
+    return cross_entropy_by_depth(classify, max(model.codebook_sizes), hidden, codes)
 
 
 def sum_over_chunks(function: Callable[..., Any], arrays: Any, num_chunks: int) -> Any:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import optax
 from jax.sharding import AxisType
 from PIL import Image
 
+import train_transformer
 from configs import rqtransformer, rqvae
 from rq_jax import checkpoint, models, sharding, train_state
 
@@ -105,6 +107,26 @@ def save_tokenizer(directory: Path, pictures: Path, seed: int = 0, **overrides) 
     model = models.create(**config.model)
     variables = jax.jit(functools.partial(models.init_variables, model))(jax.random.key(seed))
     checkpoint.save_model(directory, config.to_dict(), jax.tree.map(np.asarray, variables))
+    return directory
+
+
+def save_transformer(directory: Path, pictures: Path, tokenizer: Path, kind: str, bpe: Path | None = None) -> Path:
+    """A stage-2 model directory; kinds are those above and "guided". Its weights are large enough for a condition to change the codes."""
+    settings = {"tokenizer": str(tokenizer)}
+    if kind == "text":
+        settings["data__text_tokenizer"] = str(bpe)
+    if kind == "guided":
+        settings |= {"model__use_null_cond": True, "loss__cond_dropout": 0.1}
+    config = transformer_config(pictures, "class" if kind == "guided" else kind, **settings)
+    run = train_transformer.prepare(config)
+    variables = jax.jit(functools.partial(models.init_variables, run["model"]))(jax.random.key(2))
+    variables["codebook"] = {"codebook_KE": run["tokenizer"].variables["codebook"]["codebook_KE"]}
+    variables["params"] = jax.tree.map(lambda x: 6 * x, variables["params"])
+    written = {**config.to_dict(), "class_names": run["dataset"].class_names}
+    checkpoint.save_model(directory, written, jax.tree.map(np.asarray, variables))
+    if kind == "text":
+        shutil.copy(bpe, directory / train_transformer.TEXT_TOKENIZER)
+    checkpoint.bind_tokenizer(directory, run["tokenizer"])
     return directory
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import helpers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 import evaluate
 from rq_jax import checkpoint, metrics, pictures
 from rq_jax.data import make_dataset
+from rq_jax.data.text import train_tokenizer
 
 ROOT = Path(evaluate.__file__).parent
 D, K = helpers.CODE_SHAPE[-1], helpers.CODEBOOK_SIZE
@@ -217,7 +219,7 @@ def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, 
         ({"subset_size": 99}, "^--subset_size: 99 is outside 2..5, the size of the smallest set$"),
         ({"num_subsets": 0}, "^--num_subsets: 0 must be at least 1$"),
         ({"checkpoint": "wide"}, r"^--samples: pictures of several shapes .*\(16, 16, 3\)\}; compare one shape$"),
-        ({"data_name": ""}, "^--data_name: unset, and --samples names no data set; give one$"),
+        ({"data_name": ""}, "^--data_name: unset, and '.*samples' names no data set; give one$"),
     ],
 )
 def test_samples_refused(sampled, settings, message):
@@ -243,3 +245,37 @@ def test_command_line_errors_are_one_line(argv, tmp_path):
     )
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+# --- likelihood -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def transformers(root):
+    bpe = root / "bpe.json"
+    train_tokenizer((path.read_text() for path in sorted((root / "pictures").rglob("*.txt"))), 40, bpe)
+    return {kind: helpers.save_transformer(root / kind, root / "pictures", root / "first", kind, bpe) for kind in ("unconditional", "class", "text")}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["unconditional", "class", "text"])
+def test_likelihood_is_the_mean_over_the_pictures_that_are_there(root, transformers, kind):
+    found = evaluated(root, likelihood=transformers[kind], out=f"likelihood_{kind}")["likelihood"]
+    assert {split: one["images"] for split, one in found.items()} == {"train": 20, "validation": 5}
+    loaded = checkpoint.load_model(transformers[kind])
+    condition = {"unconditional": {}, "class": {"label_key": "folder"}, "text": {"text_key": "txt", "text_length": 6, "text_tokenizer": str(root / "bpe.json")}}[kind]  # fmt: skip
+    data = make_dataset(name="folder", data_dir=str(root / "pictures"), split="validation", train=False, image_size=16, batch_size=5, **condition)  # fmt: skip
+    batch = next(iter(data.iterator()))
+    cond = batch["label"][:, None] if kind == "class" else batch.get("text")
+    tokenizer = loaded.tokenizer
+    codes = tokenizer.model.apply(tokenizer.variables, batch["image"], method="encode_to_codes")
+    log_probabilities = np.asarray(jax.nn.log_softmax(loaded.model.apply(loaded.variables, codes, cond).logits))
+    nats = -np.take_along_axis(log_probabilities, np.asarray(codes)[..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(found["validation"]["nats"], nats.mean((0, 1, 2)), rtol=1e-4)
+    assert found["validation"]["mean"] == pytest.approx(nats.mean(), rel=1e-4)
+
+
+def test_likelihood_refused(root):
+    with pytest.raises(ValueError, match="^--likelihood: '.*first' carries no tokenizer; give the directory of a stage-2 run$"):
+        evaluated(root, likelihood=root / "first", out="refused")
+    with pytest.raises(ValueError, match="^--checkpoint: missing; give a tokenizer, --samples, or --likelihood$"):
+        evaluated(root, out="refused")

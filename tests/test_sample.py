@@ -1,7 +1,6 @@
 """sample.py: pictures, codes and settings on disk; the same image in any batch; conditions, prefixes, refusals."""
 
 import dataclasses
-import functools
 import json
 import shutil
 import subprocess
@@ -9,14 +8,12 @@ import sys
 from pathlib import Path
 
 import helpers
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import sample
-import train_transformer
-from rq_jax import checkpoint, models, pictures, sampling
+from rq_jax import checkpoint, pictures, sampling
 from rq_jax.data import make_dataset
 from rq_jax.data.text import load_tokenizer, train_tokenizer
 
@@ -28,25 +25,6 @@ KINDS = ("unconditional", "class", "text", "guided")
 def quick(tmp_path_factory):
     with helpers.quick_compilation(tmp_path_factory.mktemp("compiled")):
         yield
-
-
-def save_transformer(directory, pictures_dir, tokenizer, kind, bpe):
-    """A stage-2 model directory; its weights are large enough for a condition to change the codes."""
-    settings = {"tokenizer": str(tokenizer)}
-    if kind == "text":
-        settings["data__text_tokenizer"] = str(bpe)
-    if kind == "guided":
-        settings |= {"model__use_null_cond": True, "loss__cond_dropout": 0.1}
-    config = helpers.transformer_config(pictures_dir, "class" if kind == "guided" else kind, **settings)
-    run = train_transformer.prepare(config)
-    variables = jax.jit(functools.partial(models.init_variables, run["model"]))(jax.random.key(2))
-    variables["codebook"] = {"codebook_KE": run["tokenizer"].variables["codebook"]["codebook_KE"]}
-    variables["params"] = jax.tree.map(lambda x: 6 * x, variables["params"])
-    written = {**config.to_dict(), "class_names": run["dataset"].class_names}
-    checkpoint.save_model(directory, written, jax.tree.map(np.asarray, variables))
-    if kind == "text":
-        shutil.copy(bpe, directory / train_transformer.TEXT_TOKENIZER)
-    checkpoint.bind_tokenizer(directory, run["tokenizer"])
 
 
 @dataclasses.dataclass
@@ -65,7 +43,7 @@ def trained(tmp_path_factory):
     tokenizer = helpers.save_tokenizer(root / "tokenizer", pictures_dir)
     train_tokenizer((path.read_text() for path in sorted(pictures_dir.rglob("*.txt"))), 40, root / "bpe.json")
     for kind in KINDS:
-        save_transformer(root / kind, pictures_dir, tokenizer, kind, root / "bpe.json")
+        helpers.save_transformer(root / kind, pictures_dir, tokenizer, kind, root / "bpe.json")
     (root / "bpe.json").unlink()
     return Models({kind: root / kind for kind in KINDS}, tokenizer, pictures_dir)
 

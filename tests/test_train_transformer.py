@@ -257,7 +257,7 @@ def test_loss_at_paper_size_holds_a_fraction_of_its_logits():
 
     def mean_loss(params, hidden, codes, residuals, codebook):
         variables = {"params": params, "codebook": {"codebook_KE": codebook}}
-        return loss.by_depth(model, variables, hidden, codes, residuals, codebook, soft=True).mean()
+        return loss.by_depth(model, variables, hidden, codes, residuals, codebook).mean()
 
     def shape(dims, dtype, spec):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
