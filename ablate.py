@@ -9,6 +9,7 @@ evaluate.py; what an earlier call finished is not done again. Writes <table>.jso
 import argparse
 import json
 import re
+import resource
 import subprocess
 import sys
 import time
@@ -71,7 +72,7 @@ def directory_of(args: argparse.Namespace, row: str, seed: int) -> Path:
 
 
 def once(directory: Path, settings: Mapping[str, Any], run: Callable[[], Figures]) -> Figures:
-    """The note of a run: its settings, commit, seconds and what `run` returns; called only where it is not finished.
+    """The note of a run: its settings, commit, time and what `run` returns; called only where it is not finished.
 
     Raises:
       ValueError: the directory holds a finished run of other settings.
@@ -84,14 +85,21 @@ def once(directory: Path, settings: Mapping[str, Any], run: Callable[[], Figures
                 f"--workdir: '{directory}' is a run of {note['settings']}, not of {settings}; give another --workdir"
             )
         return note
-    is_whole, start = not path.parent.exists(), time.perf_counter()
+    is_whole, start, start_cores = not path.parent.exists(), time.perf_counter(), core_seconds()
     found = run()
     # A run that was interrupted took longer than this call.
-    found["seconds"] = round(time.perf_counter() - start, 1) if is_whole else None
+    took = {"seconds": time.perf_counter() - start, "core_seconds": core_seconds() - start_cores}
+    found |= {name: round(value, 1) if is_whole else None for name, value in took.items()}
     environment = timing.environment(ROOT)
     found |= {"settings": settings, **{name: environment[name] for name in ("commit", "dirty", "date")}}
     pictures.write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
     return found
+
+
+def core_seconds() -> float:
+    """Processor time of the scripts that have ended, over all cores: what else ran meanwhile hardly counts."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def train(args: argparse.Namespace, stage: int, row: str, seed: int, changes: Mapping[str, Any]) -> Figures:
@@ -247,16 +255,16 @@ def over_seeds(found: list[Figures]) -> dict[str, dict[str, Any]]:
 
 
 def markdown(columns: Mapping[str, str], rows: list[dict[str, Any]], by_depth: bool) -> str:
-    """The table, its last column the runs' seconds; with `by_depth` a line for each depth, else the full depth."""
+    """The table, its last column the time of a run; with `by_depth` a line for each depth, else the full depth."""
 
     def cell(figure: Mapping[str, Any], d: int) -> str:
         mean, std = (None if value is None else np.atleast_1d(value)[d] for value in (figure["mean"], figure["std"]))
         return f"{mean:.4g}" + ("" if std is None else f" ± {std:.2g}")
 
-    lines = ["| " + " | ".join(["", *columns, "seconds"]) + " |", "| --- " * (len(columns) + 2) + "|"]
+    lines = ["| " + " | ".join(["", *columns, "core-seconds"]) + " |", "| --- " * (len(columns) + 2) + "|"]
     for row in rows:
         depths = range(len(row["figures"]["psnr"]["mean"])) if by_depth else [-1]
-        seconds = [run["seconds"] for run in row["runs"]]
+        seconds = [run["core_seconds"] for run in row["runs"]]
         time_shown = f"{np.mean(seconds):.0f}" if None not in seconds else ""
         for d in depths:
             label = f"{row['row']}, depth {d + 1}" if by_depth else row["row"]

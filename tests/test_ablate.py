@@ -79,7 +79,7 @@ def test_every_table_is_made(scripts, tmp_path, table):
     assert [row["row"] for row in record["rows"]] == list(ablations.TABLES[table])
     for row in record["rows"]:
         assert row["seeds"] == [0, 2] and len(row["runs"]) == 2
-        assert {"command", "seconds", "commit", "settings"} <= row["runs"][0].keys()
+        assert {"command", "seconds", "core_seconds", "commit", "settings"} <= row["runs"][0].keys()
     text = (tmp_path / "results" / f"{table}.md").read_text()
     assert all(line.count("|") == text.splitlines()[0].count("|") for line in text.splitlines())
     assert Image.open(tmp_path / "results" / f"{table}.png").width > 0
@@ -114,7 +114,7 @@ def test_what_is_finished_is_not_run_again(scripts):
 
 def test_an_interrupted_run_has_no_seconds(scripts, tmp_path):
     (tmp_path / "runs" / "ablations" / "no_restart-seed0").mkdir(parents=True)
-    seconds = {row["row"]: row["runs"][0]["seconds"] for row in made("updates", "--seeds=0")["rows"]}
+    seconds = {row["row"]: row["runs"][0]["core_seconds"] for row in made("updates", "--seeds=0")["rows"]}
     assert seconds.pop("no restart") is None and None not in seconds.values()
 
 
