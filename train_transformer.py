@@ -454,7 +454,7 @@ def _codebook(tokenizer_variables: Any) -> quantize.Codebook:
     return tuple(value) if isinstance(value, (tuple, list)) else value
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainState:
+def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -> train_state.TrainState:
     """Train a transformer as `config` says, in `workdir`, going on from its newest checkpoint.
 
     Returns:
@@ -495,6 +495,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
         settings=run["settings"],
         summarize=summarize,
         evaluate=make_evaluation(run, tokenizer_variables, unigram_D, config),
+        strict=strict,
     )
     train_loop.finish(workdir, ["loss", "validation_loss"])
     return state

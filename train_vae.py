@@ -434,7 +434,7 @@ def init_state(config: ConfigDict, run: dict[str, Any]) -> train_state.TrainStat
     return jax.jit(init, out_shardings=shardings)(rng)
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainState:
+def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -> train_state.TrainState:
     """Train a tokenizer as `config` says, in `workdir`, going on from its newest checkpoint.
 
     Returns:
@@ -481,6 +481,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str) -> train_state.TrainSta
             loss,
             perceptual if run["use_perceptual_evaluation"] else None,
         ),
+        strict=strict,
     )
     names = ["loss", "validation_loss", *(f"psnr/depth{d + 1}" for d in range(run["model"].code_shape[-1]))]
     names += ["perceptual_loss"] * bool(loss.perceptual_weight)

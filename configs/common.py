@@ -75,6 +75,7 @@ def base() -> ConfigDict:
                 "evaluate_every_steps": 5000,
                 "checkpoint_every_steps": 5000,
                 "keep_checkpoints": 3,
+                "keep_every_steps": 0,
                 "ema_decay": 0.0,
             },
             "mesh": {"data": -1},
@@ -141,4 +142,5 @@ def quicktest(config: ConfigDict) -> dict[str, Any]:
         "loop.log_every_steps": 1,
         "loop.evaluate_every_steps": 2,
         "loop.checkpoint_every_steps": 2,
+        "loop.keep_every_steps": 0,
     }

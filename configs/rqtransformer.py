@@ -130,7 +130,6 @@ ABLATION = {
 PRESETS: dict[str, common.Overrides] = {
     # The bundled pictures, by category: one for a laptop, one for an accelerator.
     "demo": DEMO,
-    "ablation": ABLATION,
     # The transformer that ships in checkpoints/emoji: made for two CPU cores.
     "emoji": {
         **EMOJI,
@@ -157,6 +156,7 @@ PRESETS: dict[str, common.Overrides] = {
         "loop.total_steps": 20_000,
         "tokenizer_preset": "emoji64",
     },
+    "ablation": ABLATION,
     # Released configs, and where the paper says otherwise.
     "ffhq256_350m": FFHQ,
     "ffhq256_350m_paper": {

@@ -87,7 +87,6 @@ ABLATION = {
 PRESETS: dict[str, common.Overrides] = {
     # The bundled pictures: one for a laptop, one for an accelerator.
     "demo": DEMO,
-    "ablation": ABLATION,
     # The tokenizer that ships in checkpoints/emoji: made for two CPU cores.
     "emoji": {
         **EMOJI,
@@ -133,6 +132,7 @@ PRESETS: dict[str, common.Overrides] = {
         "optim.warmup_steps": 500,
         "loop.total_steps": 20_000,
     },
+    "ablation": ABLATION,
     # Released configs, and where the paper says otherwise.
     "imagenet256": IMAGENET,
     "imagenet256_50epochs": {**IMAGENET, "optim.warmup_epochs": 2.5, "loop.total_epochs": 50},  # again 5 %

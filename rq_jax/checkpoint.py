@@ -1,10 +1,9 @@
-"""Checkpoints of a run (Orbax, asynchronous, atomic) and the way back from a directory to a model.
+"""From a directory to a model.
 
 A run directory is self-contained:
 
     config.json          the resolved config
-    checkpoints/<step>/  params, ema_params, model_state, discriminator, training (optimizers, step, key),
-                         host (data position ...)
+    checkpoints/<step>/  the states of the run, see `checkpointer`
     best/<step>/         weights of the best evaluation, where early stopping is on
     tokenizer/           stage 2 only: the tokenizer as a model directory
     discriminator/       converted checkpoints only: the discriminator of stage 1 as a model directory
@@ -21,12 +20,23 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from rq_jax import models
+from rq_jax import manifest, models
+from rq_jax.checkpointer import (
+    BEST,
+    CHECKPOINTS,
+    DISCRIMINATOR,
+    Checkpointer,
+    SaveFailed,
+    check_fits,
+    newest_whole,
+    shapes_of,
+    split,
+    steps_of,
+)
 from rq_jax.model_dir import (
     CONFIG,
     WEIGHTS,
     fingerprint,
-    named_leaves,
     read_config,
     read_weights,
     save_model,
@@ -36,6 +46,7 @@ from rq_jax.model_dir import (
 __all__ = [
     "Checkpointer",
     "LoadedModel",
+    "SaveFailed",
     "bind_tokenizer",
     "fingerprint",
     "has_checkpoint",
@@ -49,8 +60,6 @@ __all__ = [
 ]
 
 _TOKENIZER = "tokenizer"
-_DISCRIMINATOR = "discriminator"
-_CHECKPOINTS, _BEST = "checkpoints", "best"
 
 
 class LoadedModel(NamedTuple):
@@ -60,77 +69,6 @@ class LoadedModel(NamedTuple):
     variables: dict[str, Any]
     config: dict[str, Any]
     tokenizer: "LoadedModel | None"
-
-
-class Checkpointer:
-    """Saves and restores the states of one run directory; used as a context manager, it waits for pending saves."""
-
-    def __init__(self, directory: str | os.PathLike, keep: int = 1):
-        """Keep the newest `keep` checkpoints of `directory`/checkpoints and the one best of `directory`/best."""
-        self._root = Path(directory).absolute()
-        self._manager = _manager(self._root / _CHECKPOINTS, keep)
-        self._best = None
-
-    @property
-    def latest_step(self) -> int | None:
-        """Step of the newest whole checkpoint, or None."""
-        return self._manager.latest_step()
-
-    def save(self, state: Any, host: dict[str, Any]) -> None:
-        """Start to save a `TrainState` under its step, with what the host knows (JSON). No-op if it is there."""
-        step = int(state.step)
-        if step == self.latest_step:
-            return
-        import orbax.checkpoint as ocp
-
-        items = {name: ocp.args.StandardSave(tree) for name, tree in _split(state).items()}
-        self._manager.save(step, args=ocp.args.Composite(**items, host=ocp.args.JsonSave(host)))
-
-    def save_best(self, state: Any) -> None:
-        """Save the weights alone as the best so far."""
-        import orbax.checkpoint as ocp
-
-        if self._best is None:
-            self._best = _manager(self._root / _BEST, 1)
-        step = int(state.step)
-        # Orbax skips a step that is not above the newest: one that a killed run left behind would stay the best.
-        for later in [old for old in self._best.all_steps() if old >= step]:
-            self._best.delete(later)
-        items = {
-            name: ocp.args.StandardSave(tree) for name, tree in _split(state).items() if name != "training"
-        }
-        self._best.save(step, args=ocp.args.Composite(**items))
-
-    def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest checkpoint in the structure and shardings of `state`, and what the host knew.
-
-        Raises:
-          ValueError: the checkpoint has other arrays than `state`.
-        """
-        import orbax.checkpoint as ocp
-
-        items, step = _split(state), self.latest_step
-        hint = "go on with the config that the run was started with or give a new --workdir"
-        _check_fits(self._manager.directory / str(step), items, hint)
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**args, host=ocp.args.JsonRestore()))
-        trees = {name: restored[name] for name in items}
-        training = trees.pop("training")
-        return state.replace(**training, **trees), restored["host"]
-
-    def wait(self) -> None:
-        """Until everything is on disk; raises what went wrong in the background."""
-        self._manager.wait_until_finished()
-        if self._best is not None:
-            self._best.wait_until_finished()
-
-    def __enter__(self) -> "Checkpointer":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._manager.close()
-        if self._best is not None:
-            self._best.close()
 
 
 def ship(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
@@ -201,7 +139,7 @@ def load_tokenizer(directory: str | os.PathLike, step: int | None = None, ema: b
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:
     """Whether a run directory holds a whole checkpoint to go on from."""
-    return bool(_steps(Path(directory) / _CHECKPOINTS))
+    return bool(steps_of(Path(directory) / CHECKPOINTS))
 
 
 def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = False) -> Any:
@@ -228,7 +166,7 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
         raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")
     if not keep_optimizer:
         variables = load_model(directory).variables
-        expected, found = _shapes(state.variables), _shapes(variables)
+        expected, found = shapes_of(state.variables), shapes_of(variables)
         if expected != found:
             name = min(name for name in expected | found if expected.get(name) != found.get(name))
             raise ValueError(
@@ -239,7 +177,7 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
         new = {"params": params, "model_state": variables}
         if state.discriminator is not None:
             found = _find_discriminator(directory, state.discriminator)
-            new |= {} if found is None else {_DISCRIMINATOR: found}
+            new |= {} if found is None else {DISCRIMINATOR: found}
     else:
         new = _read_run(directory, state, hint)
     if state.ema_params is not None:
@@ -270,62 +208,12 @@ def bind_tokenizer(workdir: str | os.PathLike, tokenizer: LoadedModel) -> str:
     return new
 
 
-def _manager(directory: Path, keep: int):
-    import orbax.checkpoint as ocp
-
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(directory, options=options)
-
-
-def _split(state: Any) -> dict[str, Any]:
-    """The items of a checkpoint; what is empty is no item."""
-    fields = {name: getattr(state, name) for name in ("params", "ema_params", "model_state", _DISCRIMINATOR)}
-    training = {name: getattr(state, name) for name in ("step", "opt_state", "rng", "skipped_steps")}
-    if state.discriminator_opt_state is not None:
-        training["discriminator_opt_state"] = state.discriminator_opt_state
-    return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)} | {"training": training}
-
-
-def _check_fits(path: Any, items: dict[str, Any], hint: str) -> None:
-    """Refuse a checkpoint with other arrays than the trees of `items`; the hint says what to do."""
-    import orbax.checkpoint as ocp
-
-    handler = ocp.StandardCheckpointHandler()
-    for item, tree in items.items():
-        expected = _shapes(tree)
-        found = _shapes(handler.metadata(path / item).tree) if (path / item).is_dir() else {}
-        if expected != found:
-            name = min(name for name in expected | found if expected.get(name) != found.get(name))
-            raise ValueError(
-                f"'{path}': '{item}/{name}' has shape {found.get(name)}, the config needs {expected.get(name)}; {hint}"
-            )
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    def shape(leaf: Any) -> tuple[int, ...]:
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)  # saved as its numbers
-        return jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
-
-    return {name: shape(leaf) for name, leaf in named_leaves(tree)}
-
-
-def _steps(root: Path) -> list[int]:
-    """The whole checkpoints in a directory; one that was being written has a longer name."""
-    return sorted(int(path.name) for path in root.glob("*") if path.name.isdigit())
-
-
 def _read_checkpoint(
     directory: Path, step: int | None, ema: bool, template: dict[str, Any]
 ) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    best, steps = _steps(directory / _BEST), _steps(directory / _CHECKPOINTS)
-    if step is None and (best or steps):
-        step = (best or steps)[-1]
-    if step not in best + steps:
-        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise FileNotFoundError(f"'{directory}' holds no {wanted}; there are steps {sorted(best + steps) or '(none)'}")
-    path = directory / (_BEST if step in best else _CHECKPOINTS) / str(step)
+    path = _find_checkpoint(directory, step)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), template)
     params = "ema_params" if ema and (path / "ema_params").is_dir() else "params"
@@ -338,17 +226,40 @@ def _read_checkpoint(
     return jax.tree.map(np.asarray, {"params": restored[params], **restored.get("model_state", {})})
 
 
+def _find_checkpoint(directory: Path, step: int | None) -> Path:
+    """The checkpoint of a step; without one the best, or else the newest, that is whole.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it is damaged, or all are.
+    """
+    roots = [directory / BEST, directory / CHECKPOINTS]
+    there = sorted(old for root in roots for old in steps_of(root))
+    if step not in there and not (step is None and there):
+        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise FileNotFoundError(f"'{directory}' holds no {wanted}; there are steps {there or '(none)'}")
+    if step is not None:
+        path = next(root for root in roots if step in steps_of(root)) / str(step)
+        if found := manifest.problems(path):
+            raise ValueError(f"'{path}' is damaged: {found[0]}; choose another of the steps {there}")
+        return path
+    for root in roots:
+        if (newest := newest_whole(root)) is not None:
+            return root / str(newest)
+    raise ValueError(f"'{directory}': no checkpoint is whole, of steps {there}; restore one from a copy or train again")
+
+
 def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
     """What a run's newest checkpoint holds of the fields of `state`, with schedules set back to their start."""
     import optax
     import orbax.checkpoint as ocp
 
     read_config(directory)
-    steps = _steps(directory / _CHECKPOINTS)
-    if not steps:
-        raise FileNotFoundError(f"'{directory}' holds no checkpoint; keep_optimizer needs one")
-    path, items = directory / _CHECKPOINTS / str(steps[-1]), _split(state)
-    _check_fits(path, items, f"init_from with keep_optimizer needs the same model, optimizer and average; {hint}")
+    newest = newest_whole(directory / CHECKPOINTS)
+    if newest is None:
+        raise FileNotFoundError(f"'{directory}' holds no whole checkpoint; keep_optimizer needs one")
+    path, items = directory / CHECKPOINTS / str(newest), split(state)
+    check_fits(path, items, f"init_from with keep_optimizer needs the same model, optimizer and average; {hint}")
     with ocp.StandardCheckpointer() as checkpointer:
         new = {name: checkpointer.restore(path / name, tree) for name, tree in items.items()}
     training = new.pop("training")
@@ -365,10 +276,10 @@ def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
 
 def _find_discriminator(directory: Path, template: dict[str, Any]) -> dict[str, Any] | None:
     """The discriminator beside a model's weights, or None."""
-    if (directory / _DISCRIMINATOR).is_dir():
-        return load_model(directory / _DISCRIMINATOR).variables
-    steps = _steps(directory / _CHECKPOINTS)
-    path = directory / _CHECKPOINTS / str(steps[-1]) / _DISCRIMINATOR if steps else None
+    if (directory / DISCRIMINATOR).is_dir():
+        return load_model(directory / DISCRIMINATOR).variables
+    newest = newest_whole(directory / CHECKPOINTS)
+    path = None if newest is None else directory / CHECKPOINTS / str(newest) / DISCRIMINATOR
     if path is None or not path.is_dir():
         return None
     import orbax.checkpoint as ocp

@@ -20,8 +20,10 @@ import jax
 import numpy as np
 
 from rq_jax import pictures, sharding
-from rq_jax.checkpoint import Checkpointer, write_config
+from rq_jax.checkpointer import Checkpointer
+from rq_jax.model_dir import write_config
 from rq_jax.progress import METRICS_FILE, MetricWriter, Progress, Rate
+from rq_jax.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class LoopSettings:
       total_steps: updates of the whole run.
       log_every_steps, evaluate_every_steps, checkpoint_every_steps: intervals; the last step has all three.
       keep_checkpoints: how many of the newest checkpoints stay.
+      keep_every_steps: checkpoints of multiples of this stay too; 0: none do.
       ema_decay: of the weight average, 0 for none.
       early_stopping_evaluations: evaluations without a better "validation_loss" after which the run stops; the best
         weights are kept. 0: off.
@@ -47,6 +50,7 @@ class LoopSettings:
     evaluate_every_steps: int = 1000
     checkpoint_every_steps: int = 1000
     keep_checkpoints: int = 2
+    keep_every_steps: int = 0
     ema_decay: float = 0.0
     early_stopping_evaluations: int = 0
     use_latent_cache: bool = False
@@ -63,9 +67,13 @@ class LoopSettings:
                 raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least 1")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"loop.ema_decay: {self.ema_decay} is outside [0, 1); 0 keeps no average")
-        if self.early_stopping_evaluations < 0:
+        for name in ("early_stopping_evaluations", "keep_every_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least 0")
+        if self.keep_every_steps % self.checkpoint_every_steps:
             raise ValueError(
-                f"loop.early_stopping_evaluations: {self.early_stopping_evaluations} must be at least 0"
+                f"loop.keep_every_steps: {self.keep_every_steps} is no multiple of loop.checkpoint_every_steps "
+                f"{self.checkpoint_every_steps}, so that nothing would be kept; set it to a multiple, or to 0"
             )
 
 
@@ -156,6 +164,7 @@ def run(
     settings: LoopSettings,
     summarize: Callable[[dict[str, np.ndarray]], dict[str, float]],
     evaluate: Callable[[Any], Evaluation],
+    strict: bool = False,
 ) -> Any:
     """Train until `settings.total_steps`, going on from the newest checkpoint of `workdir`.
 
@@ -170,19 +179,23 @@ def run(
       settings: intervals and durations.
       summarize: means of the metrics since the last log point -> named scalars.
       evaluate: state -> scalars and pictures; "validation_loss" decides early stopping.
+      strict: stop at a damaged checkpoint instead of going on from the one before.
 
     Returns:
       The last state.
 
     Raises:
+      ValueError: another process trains in `workdir`, its checkpoint does not fit, or none is whole.
+      SaveFailed: the last state could not be written.
       SystemExit: with 128 + signal number after SIGINT (130) or SIGTERM (143); the current step is saved.
     """
     is_first = jax.process_index() == 0
     writer, iterator = MetricWriter(workdir, enabled=is_first), dataset.iterator()
     with (
+        RunLock(workdir) if is_first else contextlib.nullcontext(),
         contextlib.closing(writer),
         contextlib.closing(iterator),
-        Checkpointer(workdir, settings.keep_checkpoints) as checkpointer,
+        Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer,
         Stop() as stop,
     ):
         host = {"best_loss": math.inf, "bad_evaluations": 0, "stopped": False}
@@ -266,8 +279,8 @@ def finish(workdir: str, curves: list[str]) -> None:
     print(f"pictures: {directory / 'pictures'}")
 
 
-def main(train_and_evaluate: Callable[[Any, str], Any]) -> None:
-    """Command line of a training script: --config=<file>:<preset> --workdir=<dir> [--config.x.y=...].
+def main(train_and_evaluate: Callable[..., Any]) -> None:
+    """Command line of a training script: --config=<file>:<preset> --workdir=<dir> [--config.x.y=...] [--strict].
 
     What the user got wrong ends with one line and exit code 2.
     """
@@ -277,6 +290,7 @@ def main(train_and_evaluate: Callable[[Any, str], Any]) -> None:
 
     config = config_flags.DEFINE_config_file("config", None, "configs/<file>.py:<preset>", lock_config=True)
     workdir = flags.DEFINE_string("workdir", None, "Directory of the run.")
+    strict = flags.DEFINE_bool("strict", False, "Stop at a damaged checkpoint; else go on from the one before.")
     flags.mark_flags_as_required(["config", "workdir"])
 
     def parse(argv: list[str]) -> list[str]:
@@ -299,7 +313,7 @@ def main(train_and_evaluate: Callable[[Any, str], Any]) -> None:
         logger.setLevel(logging.INFO)
         keep_compiled_programs()
         with one_line_errors():
-            train_and_evaluate(config.value, workdir.value)
+            train_and_evaluate(config.value, workdir.value, **({"strict": True} if strict.value else {}))
 
     app.run(run, flags_parser=parse)
 
@@ -315,7 +329,7 @@ def one_line_errors(*more: type[Exception]):
     """End the process with one line and exit code 2 for what the user can mend; RQ_JAX_TRACEBACK=1 shows where."""
     try:
         yield
-    except (ValueError, FileNotFoundError, NotADirectoryError, *more) as error:
+    except (ValueError, OSError, *more) as error:
         if os.environ.get("RQ_JAX_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -40,9 +40,9 @@ RELEASED = {
 COUNTS = {
     "rqvae": {
         "demo": 275_763,
-        "ablation": 275_763,
         "emoji": 1_118_803,
         "emoji64": 17_358_147,
+        "ablation": 275_763,
         "imagenet256_50epochs": 104_402_051,
         "ffhq256_paper": 100_732_035,
         "lsun_cat256_paper": 104_402_051,
@@ -61,9 +61,9 @@ COUNTS = {
     },
     "rqtransformer": {
         "demo": 1_484_288,
-        "ablation": 1_484_288,
         "emoji": 4_704_064,
         "emoji64": 29_295_488,
+        "ablation": 1_484_288,
         "ffhq256_350m_paper": 355_393_536,
         "lsun_church256_350m_paper": 370_087_936,
         "lsun_cat256_600m_paper": 612_061_184,
@@ -89,7 +89,7 @@ SHARED_KEYS = {
     "optim": "name learning_rate b1 b2 weight_decay clip_norm accumulation_steps"
     " schedule warmup_steps warmup_epochs hold_steps hold_epochs initial_learning_rate final_learning_rate",
     "loop": "total_steps total_epochs log_every_steps evaluate_every_steps checkpoint_every_steps"
-    " keep_checkpoints ema_decay",
+    " keep_checkpoints keep_every_steps ema_decay",
     "mesh": "data",
 }
 KEYS = {

@@ -16,10 +16,13 @@ MATHEMATICS = {"nn", "quantize", "grains", "losses", "metrics", "roofline", "sam
 NETWORKS = {"models": {"nn", "quantize", "grains", "sampling"}, "pretrained": {"nn", "state_file"}}
 MACHINERY = {
     "checkpoint",
+    "checkpointer",
     "data",
+    "manifest",
     "model_dir",
     "pictures",
     "progress",
+    "run_lock",
     "sharding",
     "state_file",
     "timing",

@@ -17,6 +17,7 @@ import pytest
 from rq_jax import sharding, train_loop, train_state
 from rq_jax.checkpoint import Checkpointer
 from rq_jax.progress import Rate
+from rq_jax.run_lock import RunLock
 from rq_jax.train_loop import LoopSettings
 
 TOTAL = 12
@@ -95,7 +96,7 @@ def evaluate(state):
     return {"validation_loss": float(jnp.sum(state.ema_params["w_M"] ** 2))}, {"dot": np.zeros((2, 3, 3), np.uint8)}
 
 
-def train(workdir, dataset=None, evaluate=evaluate, step=jitted_step, **settings):
+def train(workdir, dataset=None, evaluate=evaluate, step=jitted_step, strict=False, **settings):
     defaults = dict(log_every_steps=1, evaluate_every_steps=5, checkpoint_every_steps=5)
     return train_loop.run(
         workdir=str(workdir),
@@ -108,7 +109,22 @@ def train(workdir, dataset=None, evaluate=evaluate, step=jitted_step, **settings
         settings=LoopSettings(**{"total_steps": TOTAL, **defaults, **settings}),
         summarize=summarize,
         evaluate=evaluate,
+        strict=strict,
     )
+
+
+def test_a_run_in_use_is_refused_before_anything_is_written(tmp_path):
+    with RunLock(tmp_path), pytest.raises(ValueError, match="is in use by process"):
+        train(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"lock.json"}
+
+
+def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, uninterrupted):
+    train(tmp_path, total_steps=10, keep_checkpoints=9)
+    (tmp_path / "checkpoints" / "10" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="leave out --strict"):
+        train(tmp_path, strict=True)
+    assert_same_run(train(tmp_path), tmp_path, uninterrupted)
 
 
 def kill_self(number):
@@ -401,6 +417,12 @@ def test_without_early_stopping_no_best_is_kept(uninterrupted):
         ({"evaluate_every_steps": -1}, "loop.evaluate_every_steps: -1 must be at least 1"),
         ({"checkpoint_every_steps": 0}, "loop.checkpoint_every_steps: 0 must be at least 1"),
         ({"keep_checkpoints": 0}, "loop.keep_checkpoints: 0 must be at least 1"),
+        ({"keep_every_steps": -5}, "loop.keep_every_steps: -5 must be at least 0"),
+        (
+            {"keep_every_steps": 1500},
+            "loop.keep_every_steps: 1500 is no multiple of loop.checkpoint_every_steps 1000, so that nothing would be "
+            "kept; set it to a multiple, or to 0",
+        ),
         ({"ema_decay": 1.0}, "loop.ema_decay: 1.0 is outside [0, 1); 0 keeps no average"),
         ({"ema_decay": -0.1}, "loop.ema_decay: -0.1 is outside [0, 1); 0 keeps no average"),
         ({"early_stopping_evaluations": -1}, "loop.early_stopping_evaluations: -1 must be at least 0"),
@@ -473,7 +495,7 @@ def test_a_constructor_is_called_with_its_section():
 # --- one line for what the user can mend --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, NotADirectoryError, TypeError])
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, PermissionError, OSError, TypeError])
 def test_errors_of_the_user_end_with_one_line(capsys, monkeypatch, kind):
     monkeypatch.delenv("RQ_JAX_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as stopped, train_loop.one_line_errors(TypeError):
@@ -494,6 +516,7 @@ def test_other_errors_keep_their_traceback():
     "arguments, code, out, err",
     [
         (["--workdir=W", "--config.optim.rate=0.25"], 0, "lr 0.25 in W\n", ""),
+        (["--workdir=W", "--config.optim.rate=0.25", "--strict"], 0, "lr 0.25 in W strictly\n", ""),
         (["--workdir=W", "--config.optim.rate=-1"], 2, "", "error: optim.rate: -1.0 must be above 0\n"),
         (
             ["--workdir=W", "--config.optim.rate=1", "--config.optim.rat=1"],
@@ -520,10 +543,10 @@ def test_the_command_line(tmp_path, arguments, code, out, err):
         textwrap.dedent("""
             from rq_jax import train_loop
 
-            def train(config, workdir):
+            def train(config, workdir, strict=False):
                 if config.optim.rate <= 0:
                     raise ValueError(f"optim.rate: {config.optim.rate} must be above 0")
-                print("lr", config.optim.rate, "in", workdir)
+                print("lr", config.optim.rate, "in", workdir, *["strictly"] * strict)
 
             train_loop.main(train)
         """)

@@ -1,0 +1,254 @@
+"""States on disk: damage to any file is seen, failed saves harm nothing, old checkpoints go last."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from test_checkpoint import assert_equal, toy_state
+
+from rq_jax import checkpointer, manifest, run_lock
+from rq_jax.checkpointer import Checkpointer, SaveFailed
+
+
+def save(directory, *steps, **settings):
+    with Checkpointer(directory, **{"keep": 9, **settings}) as saving:
+        for step in steps:
+            saving.save(toy_state(step), {"note": step})
+        saving.wait()
+    return directory / "checkpoints"
+
+
+def restored_step(directory, **settings):
+    with Checkpointer(directory, keep=9, **settings) as restoring:
+        state, host = restoring.restore(toy_state())
+    assert_equal(state, toy_state(int(state.step)))
+    assert host == {"note": int(state.step)}
+    return int(state.step)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with checkpoints of steps 2 and 5; tests work on copies."""
+    root = tmp_path_factory.mktemp("saved")
+    save(root, 2, 5)
+    return root
+
+
+@pytest.fixture
+def run(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "run"))
+
+
+# --- damage -----------------------------------------------------------------------------------------------------------
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {"truncated": truncate, "deleted": Path.unlink, "flipped": flip, "emptied": lambda path: os.truncate(path, 0)}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_to_any_file_is_seen_and_passed_over(saved, tmp_path, kind, caplog):
+    names = sorted(path.relative_to(saved) for path in (saved / "checkpoints" / "5").rglob("*") if path.is_file())
+    assert len(names) > 10
+    for i, name in enumerate(names):
+        root = Path(shutil.copytree(saved, tmp_path / str(i)))
+        if not (root / name).stat().st_size:
+            continue  # nothing in it to damage, and deleting it is another kind
+        DAMAGE[kind](root / name)
+        caplog.clear()
+        assert restored_step(root) == 2, name
+        (message,) = [record.message for record in caplog.records if record.name == "rq_jax.checkpointer"]
+        assert message.startswith(f"'{root / 'checkpoints' / '5'}' is damaged: ") and message.endswith("; going on from the checkpoint before")  # fmt: skip
+        assert {path.name for path in (root / "checkpoints").iterdir()} == {"2"}
+        assert {path.name for path in (root / "damaged").iterdir()} == {"5"}
+
+
+def test_a_file_is_named_with_what_is_wrong(run):
+    path = run / "checkpoints" / "5"
+    assert manifest.problems(path) == []
+    names = sorted(json.loads((path / "manifest.json").read_bytes().partition(b"\n")[2]))
+    first, second, third = names[:3]
+    size = (path / second).stat().st_size
+    (path / first).unlink(), os.truncate(path / second, size + 3), flip(path / third)
+    assert manifest.problems(path) == [f"{first} is missing", f"{second} has {size + 3} bytes, not {size}", f"{third} has other contents"]  # fmt: skip
+    flip(path / "manifest.json")
+    assert manifest.problems(path) == ["manifest.json is damaged"]
+    (path / "manifest.json").unlink()
+    assert manifest.problems(path) == ["manifest.json cannot be read (No such file or directory)"]
+
+
+def test_the_step_that_was_damaged_is_saved_again(run):
+    (run / "checkpoints" / "5" / "manifest.json").unlink()
+    (run / "damaged" / "5").mkdir(parents=True)  # of an earlier accident
+    with Checkpointer(run, keep=9) as again:
+        assert int(again.restore(toy_state())[0].step) == 2
+        again.save(toy_state(5), {"note": 5})
+    assert restored_step(run) == 5
+    assert {path.name for path in (run / "damaged").iterdir()} == {"5", "5-1"}
+
+
+def test_strict_stops_and_touches_nothing(run):
+    flip(run / "checkpoints" / "5" / "manifest.json")
+    with pytest.raises(ValueError) as error:
+        restored_step(run, strict=True)
+    assert str(error.value) == f"'{run / 'checkpoints' / '5'}' is damaged: manifest.json is damaged; restore it from a copy, or leave out --strict to go on from the one before"  # fmt: skip
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "5"}
+
+
+def test_where_all_are_damaged_nothing_starts_anew(run):
+    for step in (2, 5):
+        flip(run / "checkpoints" / str(step) / "manifest.json")
+    with pytest.raises(ValueError, match=r"checkpoints': no checkpoint is whole, of steps \[5, 2\]; restore one from a copy, or give a new --workdir$"):
+        restored_step(run)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "5"}
+
+
+# --- what stays -------------------------------------------------------------------------------------------------------
+
+
+def test_multiples_stay(tmp_path):
+    directory = save(tmp_path, *range(1, 10), keep=2, keep_every=3)
+    assert {int(path.name) for path in directory.iterdir()} == {3, 6, 8, 9}
+
+
+def test_the_old_one_goes_after_the_new_one_is_sealed(tmp_path, monkeypatch):
+    seen, write = [], manifest.write
+
+    def watched(path):
+        seen.append({old.name for old in path.parent.iterdir()})
+        write(path)
+
+    monkeypatch.setattr(manifest, "write", watched)
+    directory = save(tmp_path, 2, 5, 7, keep=1)
+    assert seen == [{"2"}, {"2", "5"}, {"5", "7"}]
+    assert {path.name for path in directory.iterdir()} == {"7"}
+
+
+def test_what_a_killed_process_left_is_cleaned_up(run):
+    for name in ("7.orbax-checkpoint-tmp", ".deleting-1"):
+        (run / "checkpoints" / name / "params").mkdir(parents=True)
+    assert restored_step(run) == 5
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "5"}
+
+
+# --- saves that fail --------------------------------------------------------------------------------------------------
+
+
+def failing(*steps):
+    """Sealing that fails at these steps as a full disk would."""
+    write = manifest.write
+
+    def broken(path):
+        if int(path.name) in steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path)
+
+    return broken
+
+
+def test_a_failed_save_is_told_and_the_next_one_is_made(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(manifest, "write", failing(5))
+    save(tmp_path, 2, 5, 7, keep=1)
+    (message,) = [record.message for record in caplog.records if record.name == "rq_jax.checkpointer"]
+    assert message.startswith(f"the state of step 5 could not be written to '{tmp_path / 'checkpoints'}' (OSError: ")
+    assert message.endswith("the run goes on and tries again at the next checkpoint")
+    assert restored_step(tmp_path) == 7
+
+
+def test_a_last_save_that_fails_raises_and_harms_nothing(tmp_path, monkeypatch):
+    save(tmp_path, 2, keep=1)
+    monkeypatch.setattr(manifest, "write", failing(5))
+    with pytest.raises(SaveFailed, match=r"^checkpoint: the state of step 5 could not be written to .*No space left.*free the disk and run the same command again$"):
+        save(tmp_path, 5, keep=1)
+    monkeypatch.undo()
+    assert restored_step(tmp_path) == 2
+
+
+def test_an_error_inside_orbax_is_no_different(tmp_path, monkeypatch, caplog):
+    """Files cannot grow: as on a full disk, Orbax itself fails, in its own threads."""
+    program = textwrap.dedent(
+        f"""
+        import logging, resource, signal, sys
+        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+        logging.basicConfig(level=logging.ERROR)
+        import jax
+        jax.config.update("jax_platforms", "cpu")
+        from test_checkpointer import Checkpointer, SaveFailed, toy_state
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        with Checkpointer({str(tmp_path)!r}, keep=1) as saving:
+            saving.save(toy_state(2, size=70000), {{"note": 2}})
+            saving.wait()
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+            saving.save(toy_state(5, size=70000), {{"note": 5}})
+            try:
+                saving.wait()
+            except SaveFailed as error:
+                print("failed", error)
+            assert saving.latest_step == 2, saving.latest_step
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            saving.save(toy_state(7, size=70000), {{"note": 7}})
+            saving.wait()
+            assert saving.latest_step == 7, saving.latest_step
+            state, host = saving.restore(toy_state(size=70000))
+            assert int(state.step) == 7 and host == {{"note": 7}}
+        print("done")
+        """
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "done" and "failed checkpoint: the state of step 5" in done.stdout
+
+
+# --- one trainer ------------------------------------------------------------------------------------------------------
+
+
+def hold(directory, ready, leave):
+    with run_lock.RunLock(directory):
+        ready.set()
+        leave.wait()
+
+
+def test_a_second_trainer_is_refused_until_the_first_ends(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready, leave = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(tmp_path, ready, leave))
+    other.start()
+    ready.wait(60)
+    pattern = rf"^workdir: '.*' is in use by process {other.pid} on \S+ since \S+; wait for it, stop it, or give another"
+    with pytest.raises(ValueError, match=pattern), run_lock.RunLock(tmp_path):
+        pass
+    other.kill()  # -9: nothing is left to clean up
+    other.join()
+    with run_lock.RunLock(tmp_path):
+        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+    with run_lock.RunLock(tmp_path):
+        pass
+
+
+def test_a_holder_that_cannot_be_read_is_still_refused(tmp_path):
+    with run_lock.RunLock(tmp_path):
+        (tmp_path / "lock.json").write_text("{}")
+        with pytest.raises(ValueError, match="is in use by another process; "), run_lock.RunLock(tmp_path):
+            pass
+
+
+def test_shapes_of_keys_are_those_of_their_numbers():
+    assert checkpointer.shapes_of({"rng": toy_state().rng, "x": jnp.zeros((2, 3))}) == {"rng": (2,), "x": (2, 3)}
