@@ -21,6 +21,7 @@ from rq_jax import (
     models,
     pictures,
     quantize,
+    roofline,
     sampling,
     sharding,
     train_loop,
@@ -224,7 +225,7 @@ class Conditioned:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return with_cond(next(self._batches), self.config, ("image", "latents"))
+        return with_cond(next(self._batches), self.config, ("image", "latents", "index"))
 
 
 def fill_from_tokenizer(config: ConfigDict, tokenizer: checkpoint.LoadedModel) -> None:
@@ -496,6 +497,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
         summarize=summarize,
         evaluate=make_evaluation(run, tokenizer_variables, unigram_D, config),
         strict=strict,
+        flops_per_image=sum(roofline.transformer_flops(run["model"], train=True).values()),
+        dtype=run["model"].dtype,
     )
     train_loop.finish(workdir, ["loss", "validation_loss"])
     return state

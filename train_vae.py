@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from rq_jax import checkpoint, losses, metrics, models, pictures, sharding, train_loop, train_state
+from rq_jax import checkpoint, losses, metrics, models, pictures, roofline, sharding, train_loop, train_state
 from rq_jax.data import make_dataset
 from rq_jax.models.discriminator import initialize_actnorm, update_statistics_again
 from rq_jax.models.rqvae import last_kernel_gradient
@@ -482,6 +482,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
             perceptual if run["use_perceptual_evaluation"] else None,
         ),
         strict=strict,
+        flops_per_image=roofline.autoencoder_flops(run["model"]),
+        dtype=run["model"].dtype,
     )
     names = ["loss", "validation_loss", *(f"psnr/depth{d + 1}" for d in range(run["model"].code_shape[-1]))]
     names += ["perceptual_loss"] * bool(loss.perceptual_weight)

@@ -94,12 +94,6 @@ def prepare(full: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     return dict(mesh=mesh, model=models.create(**full.model), settings=settings, optim=optim, optimizer=optimizer)
 
 
-def search_flops(model: Any) -> float:
-    """Of the codes of one picture."""
-    h, w, D = model.code_shape
-    return roofline.search_work(h * w, model.code_dim, int(np.max(model.codebook_size)), D).flops
-
-
 def prepare_stage1(full: Any, mesh: jax.sharding.Mesh) -> Stage:
     """The step of train_vae.py, all its terms begun."""
     run = prepare(full, mesh)
@@ -118,10 +112,8 @@ def prepare_stage1(full: Any, mesh: jax.sharding.Mesh) -> Stage:
     def step(state, batch, frozen):
         return train_step(state, batch, phase, frozen)
 
-    coder_flops = roofline.encoder_work(model).flops + roofline.decoder_work(model).flops
-    model_flops = (1 + roofline.BACKWARD) * coder_flops + search_flops(model)
     state = train_vae.init_state(full, {**run, "adversary": adversary})
-    return Stage(state, step, frozen, model, model, model_flops, {})
+    return Stage(state, step, frozen, model, model, roofline.autoencoder_flops(model), {})
 
 
 def prepare_stage2(full: Any, mesh: jax.sharding.Mesh) -> Stage:

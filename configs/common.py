@@ -77,6 +77,10 @@ def base() -> ConfigDict:
                 "keep_checkpoints": 3,
                 "keep_every_steps": 0,
                 "ema_decay": 0.0,
+                "max_skipped_steps": 20,
+                "hang_timeout_seconds": 0.0,
+                "profile_first_step": 10,
+                "profile_steps": 0,
             },
             "mesh": {"data": -1},
         }

@@ -200,6 +200,13 @@ def decoder_work(model: Any, batch: int = 1) -> Work:
     return _apply_work(model, jax.ShapeDtypeStruct((batch, *model.code_shape), jnp.int32), "decode_codes")
 
 
+def autoencoder_flops(model: Any) -> float:
+    """Operations of training on one picture: encoder and decoder forward and backward, and the codebook search."""
+    h, w, D = model.code_shape
+    search = search_work(h * w, model.code_dim, int(np.max(model.codebook_size)), D).flops
+    return (1 + BACKWARD) * (encoder_work(model).flops + decoder_work(model).flops) + search
+
+
 def _apply_work(model: Any, inputs: jax.ShapeDtypeStruct, method: str) -> Work:
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), *model.example_inputs()))
     counts = count_traced(lambda variables, x: model.apply(variables, x, method=method), variables, inputs)

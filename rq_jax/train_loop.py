@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax import pictures, sharding
+from rq_jax import pictures, sharding, watch
 from rq_jax.checkpointer import Checkpointer
 from rq_jax.model_dir import write_config
 from rq_jax.progress import METRICS_FILE, MetricWriter, Progress, Rate
@@ -43,6 +43,11 @@ class LoopSettings:
       early_stopping_evaluations: evaluations without a better "validation_loss" after which the run stops; the best
         weights are kept. 0: off.
       use_latent_cache: stage 2 reads latents computed once, from disk.
+      max_skipped_steps: steps in a row whose loss or gradient is not finite, and which change nothing, before the run
+        stops; 0: never.
+      hang_timeout_seconds: of one step, after which the process dumps its stacks and ends with exit code 1; the first
+        step, which compiles, has 20 times as long. 0: off.
+      profile_first_step, profile_steps: which steps are traced into `<workdir>/profile`; 0 steps: none.
     """
 
     total_steps: int
@@ -54,6 +59,10 @@ class LoopSettings:
     ema_decay: float = 0.0
     early_stopping_evaluations: int = 0
     use_latent_cache: bool = False
+    max_skipped_steps: int = 20
+    hang_timeout_seconds: float = 0.0
+    profile_first_step: int = 10
+    profile_steps: int = 0
 
     def __post_init__(self):
         for name in (
@@ -62,12 +71,19 @@ class LoopSettings:
             "evaluate_every_steps",
             "checkpoint_every_steps",
             "keep_checkpoints",
+            "profile_first_step",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least 1")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"loop.ema_decay: {self.ema_decay} is outside [0, 1); 0 keeps no average")
-        for name in ("early_stopping_evaluations", "keep_every_steps"):
+        for name in (
+            "early_stopping_evaluations",
+            "keep_every_steps",
+            "max_skipped_steps",
+            "hang_timeout_seconds",
+            "profile_steps",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least 0")
         if self.keep_every_steps % self.checkpoint_every_steps:
@@ -165,6 +181,8 @@ def run(
     summarize: Callable[[dict[str, np.ndarray]], dict[str, float]],
     evaluate: Callable[[Any], Evaluation],
     strict: bool = False,
+    flops_per_image: float | None = None,
+    dtype: str = "float32",
 ) -> Any:
     """Train until `settings.total_steps`, going on from the newest checkpoint of `workdir`.
 
@@ -180,6 +198,8 @@ def run(
       summarize: means of the metrics since the last log point -> named scalars.
       evaluate: state -> scalars and pictures; "validation_loss" decides early stopping.
       strict: stop at a damaged checkpoint instead of going on from the one before.
+      flops_per_image: of the model, forward and backward, for the arithmetic rates in the log.
+      dtype: of the model, whose peak the utilization is of.
 
     Returns:
       The last state.
@@ -187,6 +207,7 @@ def run(
     Raises:
       ValueError: another process trains in `workdir`, its checkpoint does not fit, or none is whole.
       SaveFailed: the last state could not be written.
+      NotFinite: `settings.max_skipped_steps` steps in a row were not finite.
       SystemExit: with 128 + signal number after SIGINT (130) or SIGTERM (143); the current step is saved.
     """
     is_first = jax.process_index() == 0
@@ -197,6 +218,8 @@ def run(
         contextlib.closing(iterator),
         Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer,
         Stop() as stop,
+        watch.HangGuard(settings.hang_timeout_seconds) as hang,
+        watch.Profiler(workdir, settings.profile_first_step, settings.profile_steps) as profiler,
     ):
         host = {"best_loss": math.inf, "bad_evaluations": 0, "stopped": False}
         if checkpointer.latest_step is not None:
@@ -206,32 +229,43 @@ def run(
         write_config(workdir, config)
         step = int(state.step)
         writer.truncate_after(step)
+        meter, finite = watch.Meter(flops_per_image, dtype), watch.FiniteGuard(workdir, settings.max_skipped_steps)
         rate, metrics_sum, num_summed = Rate(dataset.batch_size, step), None, 0
+        metrics, batch = None, None
         progress = Progress(settings.total_steps, step, "step", title, enabled=is_first)
         with progress:
             while step < settings.total_steps and not host["stopped"]:
-                previous = metrics_sum
-                state, metrics = train_step(state, sharding.put_batch(mesh, next(iterator)))
+                hang.arm()
+                profiler.before(step + 1)
+                previous, previous_batch = metrics, batch
+                with meter.waiting():
+                    batch = next(iterator)
+                state, metrics = train_step(state, sharding.put_batch(mesh, batch))
+                profiler.after(metrics)
                 metrics_sum = metrics if metrics_sum is None else _add(metrics_sum, metrics)
                 step, num_summed, shown = step + 1, num_summed + 1, {}
                 # Waiting for the step before this one keeps the device busy and the queue short.
                 jax.block_until_ready(previous)
+                if previous is not None:
+                    finite.check(step - 1, previous, previous_batch)
                 last = step == settings.total_steps
                 if step % settings.log_every_steps == 0 or last:
                     means = jax.tree.map(lambda x, n=num_summed: np.asarray(x) / n, metrics_sum)
-                    shown = {**summarize(means), **rate.measure(step)}
+                    rates = rate.measure(step)
+                    shown = {**summarize(means), **rates, **meter.measure(rates)}
                     writer.write_scalars(step, shown)
                     metrics_sum, num_summed = None, 0
+                hang.disarm()
                 progress.update(
                     1, **{name: shown[name] for name in ("loss", "images_per_second") if name in shown}
                 )
                 if step % settings.evaluate_every_steps == 0 or last:
                     _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host)
-                    rate.restart(step)
+                    rate.restart(step), meter.restart()
                 stopping = stop.signal is not None  # read once: a signal from here on is for the next step
                 if step % settings.checkpoint_every_steps == 0 or last or stopping or host["stopped"]:
                     checkpointer.save(state, {**host, "data": iterator.get_state()})
-                    rate.restart(step)
+                    rate.restart(step), meter.restart()
                 if stopping:
                     break
         checkpointer.wait()

@@ -214,13 +214,18 @@ def select(tree, condition) -> dict:
     return {path: leaf for path, leaf in leaves if condition(path)}
 
 
+def is_of_the_machine(metric: str) -> bool:
+    """Whether a logged figure tells of time and memory, which no two runs share."""
+    return metric.endswith(("_per_second", "_gib")) or metric in ("data_wait_share", "mfu")
+
+
 def read_metrics(workdir):
     """Logged scalars by step, without those that depend on the clock."""
     merged = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
         step = record.pop("step")
-        merged.setdefault(step, {}).update({k: v for k, v in record.items() if not k.endswith("_per_second")})
+        merged.setdefault(step, {}).update({k: v for k, v in record.items() if not is_of_the_machine(k)})
     return merged
 
 

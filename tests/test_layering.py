@@ -29,6 +29,7 @@ MACHINERY = {
     "torch_import",
     "train_loop",
     "train_state",
+    "watch",
 }
 # The rooms that each room may import. Machinery may import machinery as long as nothing goes in a circle.
 MAY_IMPORT = (

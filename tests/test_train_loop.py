@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,7 +141,7 @@ def saved_steps(workdir, kind="checkpoints"):
 
 
 def metrics_of(workdir):
-    """Logged values by (step, name), without the rates; a pair that is logged twice is an error."""
+    """Logged values by (step, name), without rates and memory; a pair that is logged twice is an error."""
     values = {}
     for line in (workdir / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
@@ -148,7 +149,7 @@ def metrics_of(workdir):
         for name, value in record.items():
             assert (step, name) not in values
             values[step, name] = value
-    return {key: value for key, value in values.items() if not key[1].endswith("per_second")}
+    return {key: value for key, value in values.items() if not helpers.is_of_the_machine(key[1])}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,188 @@
+"""What watches a run: a step that hangs ends the process, steps that are not finite stop it, figures and traces."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_train_loop import TOTAL, ToyDataset, jitted_step, metrics_of, train
+
+from rq_jax import roofline, watch
+from rq_jax.checkpointer import Checkpointer
+
+# --- steps that are not finite ----------------------------------------------------------------------------------------
+
+
+class BrokenDataset(ToyDataset):
+    """Batches at some positions are not finite."""
+
+    def __init__(self, *broken):
+        super().__init__()
+        self.broken = broken
+
+    def __next__(self):
+        batch = super().__next__()
+        if self.position - 1 in self.broken:
+            batch["x"] = np.full_like(batch["x"], np.nan)
+        return batch
+
+
+def test_too_many_in_a_row_stop_the_run_with_their_examples(tmp_path):
+    with pytest.raises(watch.NotFinite) as error:
+        train(tmp_path, BrokenDataset(1, 6, 7, 8, 9), max_skipped_steps=3)
+    assert str(error.value) == (
+        "loss: not finite in 3 steps in a row, 7 to 9; none of them changed the weights, their examples are listed in "
+        f"'{tmp_path / 'not_finite-0.json'}'; lower optim.learning_rate, set optim.clip_norm, or look at these examples "
+        "(loop.max_skipped_steps)"
+    )
+    listed = json.loads((tmp_path / "not_finite-0.json").read_text())
+    assert listed == [{"step": step, "indices": [step] * 8} for step in (7, 8, 9)]
+    with Checkpointer(tmp_path) as checkpointer:
+        assert checkpointer.latest_step == 5  # what was whole before stays
+
+
+@pytest.mark.parametrize("broken, limit", [((1, 2, 4, 5, 7), 3), ((1, 2, 3, 4, 5, 6), 0)])
+def test_fewer_in_a_row_are_left_out_and_counted(tmp_path, broken, limit):
+    state = train(tmp_path, BrokenDataset(*broken), max_skipped_steps=limit)
+    assert int(state.step) == TOTAL and int(state.skipped_steps) == len(broken)
+    assert not (tmp_path / "not_finite-0.json").exists()
+    assert np.isfinite(state.params["w_M"]).all()
+    logged = metrics_of(tmp_path)
+    assert [logged[step, "skipped_share"] for step in range(1, TOTAL + 1)] == [float(step - 1 in broken) for step in range(1, TOTAL + 1)]  # fmt: skip
+
+
+# --- a step that hangs ------------------------------------------------------------------------------------------------
+
+
+def run_program(body):
+    program = f"import sys\nsys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+    program += textwrap.dedent(body)
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+
+
+def test_a_step_that_hangs_ends_the_process_with_its_stacks():
+    done = run_program("""
+        import threading
+        from rq_jax import watch
+
+        def step_that_waits_for_a_dead_host():
+            threading.Event().wait()
+
+        with watch.HangGuard(0.5) as hang:
+            hang._factor = 1
+            hang.arm()
+            step_that_waits_for_a_dead_host()
+    """)
+    assert done.returncode == 1
+    assert "Timeout" in done.stderr and "step_that_waits_for_a_dead_host" in done.stderr
+
+
+def test_steps_in_time_and_what_is_no_step_are_left_alone():
+    done = run_program("""
+        import time
+        from rq_jax import watch
+
+        with watch.HangGuard(0.4) as hang:
+            hang.arm()
+            time.sleep(0.6)  # the first step compiles
+            for _ in range(4):
+                hang.arm()
+                time.sleep(0.2)
+            hang.disarm()
+            time.sleep(0.6)
+        time.sleep(0.6)
+        with watch.HangGuard(0) as hang:
+            hang.arm()
+            time.sleep(0.2)
+        print("done")
+    """)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+
+
+def test_the_loop_arms_it(tmp_path):
+    armed = []
+
+    class Guard(watch.HangGuard):
+        def arm(self):
+            armed.append("arm")
+
+        def disarm(self):
+            armed.append("disarm")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(watch, "HangGuard", Guard)
+        train(tmp_path, total_steps=3)
+    assert armed == ["arm", "disarm"] * 3 + ["disarm"]
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_log_says_where_the_time_goes(tmp_path):
+    train(tmp_path, total_steps=4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    assert len(lines) == 4
+    for line in lines:
+        assert 0 <= line["data_wait_share"] <= 1 and line["process_gib"] > 0.05
+        assert "mfu" not in line and "teraflops_per_second" not in line  # nobody said how much work a picture is
+
+
+def test_arithmetic_rates(monkeypatch):
+    rates = {"images_per_second": 8.0}
+    unknown = watch.Meter(flops_per_image=5e11).measure(rates)
+    assert unknown["teraflops_per_second"] == pytest.approx(4.0) and "mfu" not in unknown
+    peaks = roofline.Peaks("toy", {"bfloat16": 2e12, "float32": 1e12}, 1.0)
+    monkeypatch.setattr(roofline, "device_peaks", lambda kind: peaks)
+    assert watch.Meter(5e11, "bfloat16").measure(rates)["mfu"] == pytest.approx(2.0 / jax.device_count())
+    assert "mfu" not in watch.Meter(5e11).measure({})
+    assert "mfu" not in watch.Meter().measure(rates)
+
+
+def test_waiting_is_measured(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
+    meter = watch.Meter()
+    with meter.waiting():
+        now[0] += 3
+    now[0] += 9
+    assert meter.measure({})["data_wait_share"] == 0.25
+    with meter.waiting():
+        now[0] += 1
+    meter.restart()
+    now[0] += 1
+    assert meter.measure({})["data_wait_share"] == 0.0
+
+
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+
+def test_chosen_steps_are_traced(tmp_path, monkeypatch):
+    seen, step = [], [0]
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda path: seen.append(("start", step[0], path)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: seen.append(("stop", step[0])))
+
+    def counted(state, batch):
+        step[0] += 1
+        return jitted_step(state, batch)
+
+    train(tmp_path, step=counted, profile_first_step=4, profile_steps=3)
+    assert seen == [("start", 3, tmp_path / "profile"), ("stop", 6)]
+    seen.clear()
+    train(tmp_path / "short", step=counted, total_steps=5, profile_first_step=4, profile_steps=3)
+    assert [kind for kind, *_ in seen] == ["start", "stop"]
+    seen.clear()
+    train(tmp_path / "none", step=counted, total_steps=5)
+    assert not seen
+
+
+def test_a_trace_is_written(tmp_path):
+    with watch.Profiler(str(tmp_path), 1, 1) as profiler:
+        profiler.before(1)
+        profiler.after(jnp.ones(3) + 1)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
