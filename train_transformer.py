@@ -499,6 +499,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
         strict=strict,
         flops_per_image=sum(roofline.transformer_flops(run["model"], train=True).values()),
         dtype=run["model"].dtype,
+        remedies=train_loop.memory_remedies(config, run["mesh"], accumulates=True),
     )
     train_loop.finish(workdir, ["loss", "validation_loss"])
     return state

@@ -82,7 +82,7 @@ def base() -> ConfigDict:
                 "profile_first_step": 10,
                 "profile_steps": 0,
             },
-            "mesh": {"data": -1},
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # devices along each axis; -1: what the others leave
         }
     )
 

@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,22 @@ def call(function: Callable[..., Any], section: str, settings: Mapping[str, Any]
     return function(**settings, **others)
 
 
+def memory_remedies(config: Mapping[str, Any], mesh: jax.sharding.Mesh, accumulates: bool = False) -> list[str]:
+    """Settings that make a step smaller, the cheapest first; `accumulates`: the stage takes a batch in parts."""
+    found = []
+    if not config["model"]["use_remat"]:
+        found.append("--config.model.use_remat=True")
+    steps, batch, devices = config["optim"]["accumulation_steps"], config["data"]["batch_size"], mesh.devices.size
+    split = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))
+    if accumulates and batch % (2 * steps * split) == 0:
+        found.append(f"--config.optim.accumulation_steps={2 * steps}")
+    if mesh.shape["fsdp"] < devices:
+        found.append(f"--config.mesh.data=1 --config.mesh.fsdp={devices}")
+    if batch % (2 * steps * split) == 0:
+        found.append(f"--config.data.batch_size={batch // 2}")
+    return found or ["more devices"]
+
+
 class Stop:
     """Notes SIGINT and SIGTERM, so that the loop can save before it ends; a second SIGINT ends at once."""
 
@@ -183,6 +199,7 @@ def run(
     strict: bool = False,
     flops_per_image: float | None = None,
     dtype: str = "float32",
+    remedies: Sequence[str] = (),
 ) -> Any:
     """Train until `settings.total_steps`, going on from the newest checkpoint of `workdir`.
 
@@ -200,6 +217,7 @@ def run(
       strict: stop at a damaged checkpoint instead of going on from the one before.
       flops_per_image: of the model, forward and backward, for the arithmetic rates in the log.
       dtype: of the model, whose peak the utilization is of.
+      remedies: settings that need less memory, the cheapest first.
 
     Returns:
       The last state.
@@ -207,6 +225,7 @@ def run(
     Raises:
       ValueError: another process trains in `workdir`, its checkpoint does not fit, or none is whole.
       SaveFailed: the last state could not be written.
+      OutOfMemory: a step does not fit a device.
       NotFinite: `settings.max_skipped_steps` steps in a row were not finite.
       SystemExit: with 128 + signal number after SIGINT (130) or SIGTERM (143); the current step is saved.
     """
@@ -233,7 +252,7 @@ def run(
         rate, metrics_sum, num_summed = Rate(dataset.batch_size, step), None, 0
         metrics, batch = None, None
         progress = Progress(settings.total_steps, step, "step", title, enabled=is_first)
-        with progress:
+        with progress, watch.explained_memory(state, remedies):
             while step < settings.total_steps and not host["stopped"]:
                 hang.arm()
                 profiler.before(step + 1)
@@ -363,7 +382,7 @@ def one_line_errors(*more: type[Exception]):
     """End the process with one line and exit code 2 for what the user can mend; RQ_JAX_TRACEBACK=1 shows where."""
     try:
         yield
-    except (ValueError, OSError, *more) as error:
+    except (ValueError, OSError, MemoryError, *more) as error:
         if os.environ.get("RQ_JAX_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -4,9 +4,10 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,25 @@ from rq_jax import roofline, timing
 from rq_jax.pictures import write_atomic
 
 FIRST_STEP_FACTOR = 20  # the first step of a process compiles
+# Fields of a state, and what they are called.
+_PARTS = {
+    "params": "parameters",
+    "opt_state": "optimizer",
+    "ema_params": "average",
+    "model_state": "codebook",
+    "discriminator": "discriminator",
+    "discriminator_opt_state": "its optimizer",
+}
 
 logger = logging.getLogger(__name__)
 
 
 class NotFinite(ValueError):
     """Too many steps in a row were left out because their loss or gradient is not finite."""
+
+
+class OutOfMemory(MemoryError):
+    """A step does not fit a device."""
 
 
 class HangGuard:
@@ -82,6 +96,45 @@ class FiniteGuard:
                 f"changed the weights, their examples are listed in '{self._path}'; lower optim.learning_rate, set "
                 "optim.clip_norm, or look at these examples (loop.max_skipped_steps)"
             )
+
+
+@contextlib.contextmanager
+def explained_memory(state: Any, remedies: Sequence[str]) -> Iterator[None]:
+    """Say what takes the memory of a device where there is too little of it.
+
+    Args:
+      state: a `TrainState`; its shapes and shardings alone are read, it may have been donated.
+      remedies: settings that need less, the cheapest first.
+
+    Raises:
+      OutOfMemory: in the place of the error of the device.
+    """
+    sizes = {name: device_bytes(getattr(state, name)) for name in _PARTS if getattr(state, name) is not None}
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        parts = ", ".join(f"{_PARTS[name]} {size / 2**30:.2f}" for name, size in sizes.items() if size)
+        total = sum(sizes.values()) / 2**30
+        stats = jax.local_devices()[0].memory_stats() or {}
+        limit = f" of {stats['bytes_limit'] / 2**30:.1f}" if "bytes_limit" in stats else ""
+        raise OutOfMemory(
+            f"memory: a step does not fit a device; the state alone takes {total:.2f}{limit} GiB there ({parts}), the "
+            f"rest are gradients and activations; try, the cheapest first: {'; '.join(remedies)}"
+        ) from error
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays, or of shapes with shardings, on its fullest device."""
+
+    def size(leaf: Any) -> int:
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return 0
+        shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 class Meter:

@@ -97,7 +97,7 @@ def evaluate(state):
     return {"validation_loss": float(jnp.sum(state.ema_params["w_M"] ** 2))}, {"dot": np.zeros((2, 3, 3), np.uint8)}
 
 
-def train(workdir, dataset=None, evaluate=evaluate, step=jitted_step, strict=False, **settings):
+def train(workdir, dataset=None, evaluate=evaluate, step=jitted_step, strict=False, remedies=(), **settings):
     defaults = dict(log_every_steps=1, evaluate_every_steps=5, checkpoint_every_steps=5)
     return train_loop.run(
         workdir=str(workdir),
@@ -111,6 +111,7 @@ def train(workdir, dataset=None, evaluate=evaluate, step=jitted_step, strict=Fal
         summarize=summarize,
         evaluate=evaluate,
         strict=strict,
+        remedies=remedies,
     )
 
 
@@ -496,7 +497,7 @@ def test_a_constructor_is_called_with_its_section():
 # --- one line for what the user can mend --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, PermissionError, OSError, TypeError])
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, OSError, MemoryError, TypeError])
 def test_errors_of_the_user_end_with_one_line(capsys, monkeypatch, kind):
     monkeypatch.delenv("RQ_JAX_TRACEBACK", raising=False)
     with pytest.raises(SystemExit) as stopped, train_loop.one_line_errors(TypeError):

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from test_train_loop import TOTAL, ToyDataset, jitted_step, metrics_of, train
 
-from rq_jax import roofline, watch
+from rq_jax import roofline, sharding, train_loop, watch
 from rq_jax.checkpointer import Checkpointer
 
 # --- steps that are not finite ----------------------------------------------------------------------------------------
@@ -118,6 +119,55 @@ def test_the_loop_arms_it(tmp_path):
         patch.setattr(watch, "HangGuard", Guard)
         train(tmp_path, total_steps=3)
     assert armed == ["arm", "disarm"] * 3 + ["disarm"]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_explained(tmp_path):
+    def exhausted(state, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    with pytest.raises(watch.OutOfMemory) as error:
+        train(tmp_path, step=exhausted, remedies=["--config.a=1", "--config.b=2"])
+    assert str(error.value) == (
+        "memory: a step does not fit a device; the state alone takes 0.00 GiB there (parameters 0.00, optimizer 0.00, "
+        "average 0.00, codebook 0.00), the rest are gradients and activations; try, the cheapest first: --config.a=1; "
+        "--config.b=2"
+    )
+
+    def broken(state, batch):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        train(tmp_path / "other", step=broken)
+
+
+def test_bytes_are_those_of_one_device():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    whole, split = sharding.replicated(mesh), NamedSharding(mesh, PartitionSpec("fsdp"))
+    tree = {
+        "whole": jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=whole),
+        "split": jax.ShapeDtypeStruct((8, 3), jnp.bfloat16, sharding=split),
+        "rng": jax.random.key(0),
+    }
+    assert watch.device_bytes(tree) == 8 * 3 * 4 + 2 * 3 * 2
+
+
+@pytest.mark.parametrize(
+    "mesh, accumulates, use_remat, batch, expected",
+    [
+        (dict(data=8), True, False, 32, ["model.use_remat=True", "optim.accumulation_steps=4", "mesh.data=1 --config.mesh.fsdp=8", "data.batch_size=16"]),
+        (dict(data=8), False, True, 32, ["mesh.data=1 --config.mesh.fsdp=8", "data.batch_size=16"]),
+        (dict(data=1, fsdp=8), True, True, 32, ["optim.accumulation_steps=4", "data.batch_size=16"]),
+        (dict(data=8), True, True, 16, ["mesh.data=1 --config.mesh.fsdp=8"]),
+        (dict(data=1, fsdp=8), True, True, 16, None),
+    ],
+)  # fmt: skip
+def test_remedies_are_settings_that_the_run_would_take(mesh, accumulates, use_remat, batch, expected):
+    config = {"model": {"use_remat": use_remat}, "optim": {"accumulation_steps": 2}, "data": {"batch_size": batch}}
+    found = train_loop.memory_remedies(config, sharding.make_mesh(**mesh), accumulates)
+    assert found == (["more devices"] if expected is None else [f"--config.{one}" for one in expected])
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
