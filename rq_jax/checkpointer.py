@@ -174,7 +174,7 @@ class _Store:
                 self.manager = self._open()
             self.failed = None
             self.manager.save(step, args=ocp.args.Composite(**items))
-        except OSError as error:
+        except Exception as error:  # Orbax tells of disks in many ways
             self._fail(step, error)
             return
         self._thread = threading.Thread(target=self._seal, args=(step,), name=f"seal-{step}")

@@ -1,0 +1,46 @@
+"""A toy run in a process of its own, for tests that stop it from outside: python faulty_run.py <workdir> [k=v ...]."""
+
+import logging
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+import conftest  # noqa: E402, F401  # settings that hold for every test
+from test_train_loop import ToyDataset, train  # noqa: E402
+
+from rq_jax import train_loop  # noqa: E402
+
+
+class SlowDataset(ToyDataset):
+    """Takes its time, so that there is something to interrupt; says when it begins and where."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.begun = seconds, False
+
+    def __next__(self):
+        if not self.begun:
+            print(f"begun {self.position}", flush=True)
+        self.begun = True
+        time.sleep(self.seconds)
+        return super().__next__()
+
+
+def main() -> None:
+    workdir, *given = sys.argv[1:]
+    settings = {name: int(value) for name, value in (pair.split("=") for pair in given)}
+    logging.basicConfig(level=logging.WARNING)
+    dataset = SlowDataset(settings.pop("milliseconds", 30) / 1000)
+    if file_bytes := settings.pop("file_bytes", None):  # as on a full disk, no file can grow beyond these
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    with train_loop.one_line_errors():
+        state = train(workdir, dataset, **settings)
+    print(f"ended {int(state.step)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
