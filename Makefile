@@ -3,6 +3,7 @@
 PY ?= python3
 VENV = .venv
 RUNS ?= runs/demo
+PAIR ?= runs/emoji
 BENCH ?= runs/bench
 PYTHON = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
@@ -10,7 +11,7 @@ INSTALLED = $(VENV)/.installed
 # What was compiled once is read back, so that a second start is quick.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: setup demo test test-all bench lint clean
+.PHONY: setup demo emoji emoji-figures test test-all bench lint clean
 
 setup: $(INSTALLED)
 
@@ -29,7 +30,10 @@ $(INSTALLED): requirements.lock requirements-weights.lock setup.py
 	touch $@
 
 # One command a line: an interrupt then ends make and not only the command. Each one goes on where it stopped.
+# First the pair that ships, then one of its own.
 demo: setup
+	$(PYTHON) sample.py --out=$(RUNS)/shipped
+	@echo "Pictures of the pair that ships: $(RUNS)/shipped"
 	$(PYTHON) -m rq_jax.data.prepare twemoji
 	$(PYTHON) train_vae.py --config=configs/rqvae.py:demo --workdir=$(RUNS)/rqvae
 	$(PYTHON) train_transformer.py --config=configs/rqtransformer.py:demo --workdir=$(RUNS)/rqtransformer \
@@ -37,6 +41,21 @@ demo: setup
 	$(PYTHON) sample.py --checkpoint=$(RUNS)/rqtransformer --out=$(RUNS)/samples \
 	  --num_images=100 --batch_size=50 --seed=0 --neighbours=3
 	@echo "Pictures: $(RUNS)/samples (samples), $(RUNS)/rqvae/pictures (reconstructions)"
+
+# The pair in checkpoints/emoji with its figures, anew: about three hours on two CPU cores.
+emoji: setup
+	$(PYTHON) -m rq_jax.data.prepare twemoji
+	$(PYTHON) train_vae.py --config=configs/rqvae.py:emoji --workdir=$(PAIR)/rqvae
+	$(PYTHON) train_transformer.py --config=configs/rqtransformer.py:emoji --workdir=$(PAIR)/rqtransformer \
+	  --config.tokenizer=$(PAIR)/rqvae
+	$(PYTHON) -c "from rq_jax import checkpoint; checkpoint.ship('$(PAIR)/rqtransformer', 'checkpoints/emoji')"
+	$(MAKE) emoji-figures
+
+# Of the pair as it is: as many samples as pictures are held out, of their classes.
+emoji-figures: setup
+	$(PYTHON) sample.py --out=$(PAIR)/samples --num_images=447 --batch_size=149 --classes_of=validation
+	$(PYTHON) evaluate.py --checkpoint=checkpoints/emoji/tokenizer --samples=$(PAIR)/samples \
+	  --likelihood=checkpoints/emoji --kernel_distance=by_depth --out=checkpoints/emoji/figures
 
 # Neighbouring tests stay in one process, which compiles once what they share, until the other has nothing left.
 test: setup

@@ -106,7 +106,7 @@ def read_samples(directory: str) -> np.ndarray:
 
 
 def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.Perceptual | None, title: str):
-    """(figures, originals, reconstructions at full depth of the first pictures)."""
+    """(figures, the first pictures, their reconstructions (D, n, H, W, C) by depth)."""
     model, D = loaded.model, loaded.model.code_shape[-1]
 
     @jax.jit
@@ -125,7 +125,7 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
         counts_DK = metrics.code_counts(kept, K + 1)[:, :K]
         sums = {name: jnp.sum(value * mask, axis=-1) for name, value in values.items()}
         sums["detail_of_originals"] = jnp.sum(metrics.laplacian_energy(images) * mask)
-        return {**sums, "counts": counts_DK, "count": jnp.sum(mask)}, by_depth[-1]
+        return {**sums, "counts": counts_DK, "count": jnp.sum(mask)}, by_depth
 
     K = int(np.max(model.codebook_size))
     variables = jax.device_put(loaded.variables)
@@ -133,11 +133,11 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
     total, shown = None, None
     with Progress(dataset.num_examples, unit="image", title=title) as progress:
         for batch in dataset.iterator():
-            sums, reconstruction = figures(variables, frozen, batch["image"], batch["mask"])
+            sums, by_depth = figures(variables, frozen, batch["image"], batch["mask"])
             total = sums if total is None else jax.tree.map(jnp.add, total, sums)
             if shown is None:
                 real = np.flatnonzero(batch["mask"])[:NUM_SHOWN]
-                shown = batch["image"][real], np.asarray(reconstruction)[real]
+                shown = batch["image"][real], np.asarray(by_depth)[:, real]
             progress.update(int(batch["mask"].sum()))
     count, counts_DK = int(total.pop("count")), np.asarray(total.pop("counts"))
     detail, detail_of_originals = total.pop("detail"), total.pop("detail_of_originals")
@@ -353,9 +353,13 @@ def compare_tokenizers(args: argparse.Namespace, tokenizers: dict[str, Any], dat
     dataset = make_dataset(**data, split=args.split, train=False, batch_size=args.batch_size)
     results, rows = {}, {}
     for directory, loaded in tokenizers.items():
-        figures, originals, reconstructions = measure(loaded, dataset, perceptual, directory)
+        figures, originals, by_depth = measure(loaded, dataset, perceptual, directory)
         results[directory] = {**figures, "fingerprint": checkpoint.fingerprint(loaded.variables)}
-        rows |= {"original": originals, f"{Path(directory).name}: {figures['psnr'][-1]:.1f} dB": reconstructions}
+        rows["original"] = originals
+        if len(tokenizers) == 1:
+            rows |= {f"depth {d}: {figures['psnr'][d - 1]:.1f} dB": x for d, x in enumerate(by_depth, start=1)}
+        else:
+            rows[f"{Path(directory).name}: {figures['psnr'][-1]:.1f} dB"] = by_depth[-1]
         shown = [f"{name} {figures[name][-1]:.4g}" for name in FIGURES if name in figures]
         print(f"{directory}: {', '.join(shown)} over {figures['images']} pictures")
     grid = pictures.labelled_grid(rows, scale=max(1, SHOWN_SIZE // data["image_size"][0]))

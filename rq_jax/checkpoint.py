@@ -60,6 +60,7 @@ __all__ = [
 ]
 
 _TOKENIZER = "tokenizer"
+_LOG = "metrics.jsonl"
 
 
 class LoadedModel(NamedTuple):
@@ -88,8 +89,12 @@ def ship(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
             continue
         config = {**found.config, "tokenizer": None} if "tokenizer" in found.config else found.config
         save_model(directory / name, config, found.variables, "float16")
-    if (workdir / "metrics.jsonl").is_file():
-        shutil.copyfile(workdir / "metrics.jsonl", directory / "metrics.jsonl")
+    logs = [(workdir, directory)]
+    if loaded.config.get("tokenizer"):  # where stage 1 was trained
+        logs.append((Path(loaded.config["tokenizer"]), directory / _TOKENIZER))
+    for source, target in logs:
+        if (source / _LOG).is_file():
+            shutil.copyfile(source / _LOG, target / _LOG)
 
 
 def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:

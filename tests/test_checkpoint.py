@@ -288,12 +288,15 @@ def test_what_half_precision_cannot_hold_is_refused(tmp_path, value):
 
 def test_shipped_is_the_pair_in_half_precision_without_its_old_path(tmp_path):
     tokenizer = model_state_of("rqvae", 3)
-    config = {"model": RQVAE, "tokenizer": "/somewhere"}
+    config = {"model": RQVAE, "tokenizer": str(tmp_path / "stage1")}
+    (tmp_path / "stage1").mkdir()
+    (tmp_path / "stage1" / "metrics.jsonl").write_text('{"step": 1}\n')
     checkpoint.save_model(tmp_path / "run", config, tokenizer.ema_variables)
     checkpoint.save_model(tmp_path / "run" / "tokenizer", {"model": RQVAE}, tokenizer.ema_variables)
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     checkpoint.ship(tmp_path / "run", tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer", "metrics.jsonl"}
+    assert (tmp_path / "out" / "tokenizer" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     shipped = load_model(tmp_path / "out")
     expected = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), tokenizer.ema_variables)
     assert_equal(shipped.variables, expected)

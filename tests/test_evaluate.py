@@ -88,6 +88,19 @@ def test_files(root, record):
     assert image.height > 3 * evaluate.SHOWN_SIZE and image.width > 5 * evaluate.SHOWN_SIZE
 
 
+def test_one_tokenizer_is_shown_at_each_depth(root, monkeypatch):
+    seen = []
+    monkeypatch.setattr(pictures, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8))
+    found = evaluated(root, "first", out="alone", no_perceptual=True)["results"][str(root / "first")]
+    evaluated(root, "first", "second", out="both", no_perceptual=True)
+    alone, both = seen
+    assert list(alone) == ["original", *(f"depth {d}: {found['psnr'][d - 1]:.1f} dB" for d in range(1, D + 1))]
+    full = f"first: {found['psnr'][-1]:.1f} dB"
+    assert list(both)[:2] == ["original", full] and len(both) == 3
+    np.testing.assert_array_equal(both[full], list(alone.values())[-1])
+    assert not np.array_equal(list(alone.values())[1], list(alone.values())[2])
+
+
 def test_another_data_set_and_split(root, record):
     others = helpers.write_pictures(root / "others", num_train=7, num_validation=1)
     found = evaluated(root, "first", out="others_out", data_name="folder", data_dir=others, split="train", no_perceptual=True)  # fmt: skip

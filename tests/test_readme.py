@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from configs import ablations
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -25,7 +27,10 @@ def test_every_script_config_and_preset_exists():
 
 
 def test_make_targets_exist():
-    targets = set(re.findall(r"^make (\w+)", README, re.MULTILINE))
+    targets = set(re.findall(r"^make ([\w-]+)", README, re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert {"demo", "test"} <= targets
-    assert [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
+    rules = {re.sub("^results-.*", "results-%", name) for name in targets}
+    assert [name for name in rules if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
+    tables = {name.removeprefix("results-") for name in targets if name.startswith("results-")}
+    assert tables <= set(ablations.TABLES)
