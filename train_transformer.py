@@ -175,7 +175,8 @@ def make_evaluation(run: dict[str, Any], tokenizer_variables: Any, unigram_D: np
         nats_BD = losses.code_nats(model, variables, codes, batch.get("cond"))
         return {"nats": jnp.sum(nats_BD * batch["mask"][:, None], axis=0), "count": batch["mask"].sum()}
 
-    decode = jax.jit(functools.partial(tokenizer.apply, method="decode_codes"))
+    decode = functools.partial(tokenizer.apply, method="decode_codes")
+    decode = jax.jit(decode, out_shardings=sharding.replicated(mesh))
 
     def evaluate(state: train_state.TrainState):
         total = None
@@ -386,7 +387,7 @@ def count_codes(run: dict[str, Any], tokenizer_variables: Any) -> np.ndarray:
     model = run["tokenizer"].model
     K = max(run["model"].codebook_sizes)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(run["mesh"]))
     def count(variables, images, mask):
         codes = model.apply(variables, images, method="encode_to_codes")
         # Padding rows count as one more code, which is dropped.
@@ -394,8 +395,9 @@ def count_codes(run: dict[str, Any], tokenizer_variables: Any) -> np.ndarray:
 
     counts_DK, seen = 0, 0
     for batch in run["in_order"].iterator():
-        counts_DK = counts_DK + count(tokenizer_variables, batch["image"], batch["mask"])
-        seen += len(batch["image"])
+        placed = sharding.put_batch(run["mesh"], {name: batch[name] for name in ("image", "mask")})
+        counts_DK = counts_DK + count(tokenizer_variables, placed["image"], placed["mask"])
+        seen += len(placed["image"])
         if seen >= NUM_COUNTED:
             break
     return np.asarray(counts_DK)
@@ -403,12 +405,17 @@ def count_codes(run: dict[str, Any], tokenizer_variables: Any) -> np.ndarray:
 
 def unigram_mark(run: dict[str, Any], tokenizer_variables: Any, counts_DK: np.ndarray) -> np.ndarray:
     """Cross-entropy (D,) of the held-out codes under the frequencies of the training set's: the mark to beat."""
-    encode_to_codes = jax.jit(functools.partial(run["tokenizer"].model.apply, method="encode_to_codes"))
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(run["mesh"]))
+    def encode_all(variables, images, mask):
+        return run["tokenizer"].model.apply(variables, images, method="encode_to_codes"), mask
+
     total, count = 0.0, 0
     for batch in run["validation"].iterator():
-        codes = np.asarray(encode_to_codes(tokenizer_variables, batch["image"]))[batch["mask"]]
-        total = total + metrics.unigram_cross_entropy(counts_DK, codes) * len(codes)
-        count += len(codes)
+        placed = sharding.put_batch(run["mesh"], {name: batch[name] for name in ("image", "mask")})
+        codes, mask = jax.device_get(encode_all(tokenizer_variables, placed["image"], placed["mask"]))
+        total = total + metrics.unigram_cross_entropy(counts_DK, codes[mask]) * mask.sum()
+        count += mask.sum()
     return np.asarray(total) / count
 
 
@@ -416,14 +423,14 @@ def report_soft_codes(run: dict[str, Any], tokenizer_variables: Any) -> None:
     """Print how many codes a soft code spreads over; warn where the temperature makes noise of them."""
     model, loss = run["tokenizer"].model, run["loss"]
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(run["mesh"]))
     def perplexity(variables, images):
-        soft, _ = model.apply(variables, images, loss.temperature, method="soft_codes")
+        soft, _ = model.apply(variables, images[:NUM_SHOWN], loss.temperature, method="soft_codes")
         entropy = -jnp.sum(soft * jnp.log(jnp.where(soft > 0, soft, 1.0)), axis=-1)
         return jnp.exp(entropy.mean((0, 1, 2)))
 
-    batch = next(run["validation"].iterator())
-    spread_D = np.asarray(perplexity(tokenizer_variables, batch["image"][:NUM_SHOWN]))
+    images = sharding.put_batch(run["mesh"], next(run["validation"].iterator())["image"])
+    spread_D = np.asarray(perplexity(tokenizer_variables, images))
     by_depth = ", ".join(f"{spread:.1f}" for spread in spread_D)
     print(f"soft codes at temperature {loss.temperature}: each spreads over {by_depth} codes by depth")
     if spread_D[0] > NOISE_SPREAD * run["model"].codebook_sizes[0]:
@@ -484,7 +491,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
         run["model"], run["tokenizer"].model, run["optimizer"], run["loss"], run["settings"].ema_decay
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(run["mesh"])))
     state = train_loop.run(
         workdir=workdir,
         config={**config.to_dict(), "class_names": run["dataset"].class_names},

@@ -455,7 +455,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
         run["model"], run["optimizer"], loss, run["settings"].ema_decay, perceptual, run["adversary"]
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    step = jax.jit(train_step, static_argnums=2, donate_argnums=0, out_shardings=(shardings, None))
+    out_shardings = shardings, sharding.replicated(run["mesh"])
+    step = jax.jit(train_step, static_argnums=2, donate_argnums=0, out_shardings=out_shardings)
     frozen = perceptual.variables if loss.perceptual_weight else None
     counted = None
 

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import re
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax import pictures, sharding, watch
+from rq_jax import hosts, pictures, sharding, watch
 from rq_jax.checkpointer import Checkpointer
+from rq_jax.hosts import Stop
 from rq_jax.model_dir import write_config
 from rq_jax.progress import METRICS_FILE, MetricWriter, Progress, Rate
 from rq_jax.run_lock import RunLock
@@ -159,31 +159,6 @@ def memory_remedies(config: Mapping[str, Any], mesh: jax.sharding.Mesh, accumula
     return found or ["more devices"]
 
 
-class Stop:
-    """Notes SIGINT and SIGTERM, so that the loop can save before it ends; a second SIGINT ends at once."""
-
-    def __init__(self):
-        self.signal: int | None = None
-
-    def __enter__(self) -> "Stop":
-        self._old = {}
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, self._note)
-        except ValueError:  # not in the main thread: somebody else handles signals
-            self._old = {}
-        return self
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
 def run(
     *,
     workdir: str,
@@ -250,7 +225,7 @@ def run(
         writer.truncate_after(step)
         meter, finite = watch.Meter(flops_per_image, dtype), watch.FiniteGuard(workdir, settings.max_skipped_steps)
         rate, metrics_sum, num_summed = Rate(dataset.batch_size, step), None, 0
-        metrics, batch = None, None
+        metrics, batch, stopping = None, None, False
         progress = Progress(settings.total_steps, step, "step", title, enabled=is_first)
         with progress, watch.explained_memory(state, remedies):
             while step < settings.total_steps and not host["stopped"]:
@@ -281,14 +256,14 @@ def run(
                 if step % settings.evaluate_every_steps == 0 or last:
                     _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host)
                     rate.restart(step), meter.restart()
-                stopping = stop.signal is not None  # read once: a signal from here on is for the next step
+                stopping = stop.after(step)
                 if step % settings.checkpoint_every_steps == 0 or last or stopping or host["stopped"]:
                     checkpointer.save(state, {**host, "data": iterator.get_state()})
                     rate.restart(step), meter.restart()
                 if stopping:
                     break
         checkpointer.wait()
-        if stop.signal and step < settings.total_steps and not host["stopped"]:
+        if stopping and step < settings.total_steps and not host["stopped"]:
             logger.warning(
                 "%s: stopped by signal %d at step %d; run the same command to go on", title, stop.signal, step
             )
@@ -343,6 +318,10 @@ def main(train_and_evaluate: Callable[..., Any]) -> None:
 
     config = config_flags.DEFINE_config_file("config", None, "configs/<file>.py:<preset>", lock_config=True)
     workdir = flags.DEFINE_string("workdir", None, "Directory of the run.")
+    coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX cannot find it.")
+    num_processes = flags.DEFINE_integer("num_processes", None, "Of the run; with --coordinator.")
+    process_id = flags.DEFINE_integer("process_id", None, "Of this process; with --coordinator.")
+    heartbeat = flags.DEFINE_integer("heartbeat_seconds", 100, "After which the others end when a process is gone.")
     strict = flags.DEFINE_bool("strict", False, "Stop at a damaged checkpoint; else go on from the one before.")
     flags.mark_flags_as_required(["config", "workdir"])
 
@@ -366,6 +345,7 @@ def main(train_and_evaluate: Callable[..., Any]) -> None:
         logger.setLevel(logging.INFO)
         keep_compiled_programs()
         with one_line_errors():
+            hosts.join(coordinator.value, num_processes.value, process_id.value, heartbeat.value)
             train_and_evaluate(config.value, workdir.value, **({"strict": True} if strict.value else {}))
 
     app.run(run, flags_parser=parse)

@@ -150,12 +150,9 @@ ADVERSARY = {
 class Stopped(train_loop.Stop):
     """A signal in every step."""
 
-    def __enter__(self):
+    def after(self, step):
         self.signal = signal.SIGTERM
-        return self
-
-    def __exit__(self, *exception):
-        pass
+        return True
 
 
 @pytest.mark.slow

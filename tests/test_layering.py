@@ -18,6 +18,7 @@ MACHINERY = {
     "checkpoint",
     "checkpointer",
     "data",
+    "hosts",
     "manifest",
     "model_dir",
     "pictures",

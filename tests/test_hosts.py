@@ -1,0 +1,167 @@
+"""Several processes on this machine train as one: the numbers of a single process, and what happens when one is gone."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from rq_jax import checkpoint, hosts
+from rq_jax.checkpointer import steps_of
+
+ROOT = Path(__file__).parents[1]
+
+
+# --- who they are -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "environment, many",
+    [
+        ({}, False),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}, False),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": ""}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
+        ({"JOBSET_NAME": "train"}, True),
+    ],
+)
+def test_others_are_found_in_the_environment(monkeypatch, environment, many):
+    calls = []
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **settings: calls.append((args, settings)))
+    hosts.join(heartbeat_seconds=9)
+    assert calls == ([((), {"heartbeat_timeout_seconds": 9})] if many else [])
+
+
+def test_others_are_named(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **settings: calls.append((args, settings)))
+    hosts.join("a:1", 3, 0, 7)
+    assert calls == [(("a:1", 3, 0), {"heartbeat_timeout_seconds": 7})]
+    with pytest.raises(ValueError, match="^--process_id: unset; --coordinator, --num_processes and --process_id belong together$"):
+        hosts.join("a:1", 3)
+    for process_id in (-1, 3):
+        with pytest.raises(ValueError, match=rf"^--process_id: {process_id} is outside 0\.\.2, the processes of the run$"):
+            hosts.join("a:1", 3, process_id)
+
+
+# --- what they do -----------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
+
+
+def begin(script, config, workdir, count, *options):
+    """Start a run as `count` processes of one device each."""
+    address = f"localhost:{free_port()}"
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    line = [sys.executable, script, f"--config={config}", f"--workdir={workdir}", f"--num_processes={count}"]
+    line += [f"--coordinator={address}", *options]
+    return [
+        subprocess.Popen(
+            [*line, f"--process_id={i}"], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def end(processes, timeout=300):
+    outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    return [process.returncode for process in processes], outputs
+
+
+STAGES = {"vae": "train_vae.py", "transformer": "train_transformer.py"}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """A config file of each stage, over a few pictures; the settings travel as JSON."""
+    root = tmp_path_factory.mktemp("configs")
+    pictures = helpers.write_pictures(root / "pictures", num_train=24, num_validation=8)
+    tokenizer = helpers.save_tokenizer(root / "tokenizer", pictures)
+    loop = {"loop__total_steps": 6, "loop__evaluate_every_steps": 6, "loop__checkpoint_every_steps": 2}
+    loop |= {"loop__log_every_steps": 1, "loop__keep_checkpoints": 9, "data__flip_probability": 0.5}
+    made = {
+        "vae": helpers.vae_config(pictures, **loop),
+        "transformer": helpers.transformer_config(pictures, "class", tokenizer=str(tokenizer), **loop),
+    }
+    for name, config in made.items():
+        (root / f"{name}.py").write_text(
+            f"import json\nfrom ml_collections import ConfigDict\n\ndef get_config():\n"
+            f"    return ConfigDict(json.loads({json.dumps(config.to_dict())!r}, object_pairs_hook=pairs))\n\n"
+            "def pairs(items):\n    return {k: tuple(v) if isinstance(v, list) else v for k, v in items}\n"
+        )
+    return root
+
+
+@pytest.fixture(scope="module")
+def single(configs):
+    """What one process makes of each stage."""
+    found = {}
+    for name, script in STAGES.items():
+        workdir = configs / f"single_{name}"
+        codes, outputs = end(begin(script, configs / f"{name}.py", workdir, 1))
+        assert codes == [0], outputs[0][-3000:]
+        found[name] = workdir
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_many_processes_give_the_numbers_of_one(configs, single, tmp_path, stage, count):
+    codes, outputs = end(begin(STAGES[stage], configs / f"{stage}.py", tmp_path, count))
+    assert codes == [0] * count, outputs[0][-3000:]
+    ours, theirs = helpers.read_metrics(tmp_path), helpers.read_metrics(single[stage])
+    assert ours.keys() == theirs.keys()
+    for step in (1, 2, 3):
+        np.testing.assert_allclose(ours[step]["loss"], theirs[step]["loss"], rtol=1e-5)
+    assert steps_of(tmp_path / "checkpoints") == [2, 4, 6]
+    assert (tmp_path / "pictures").is_dir() and checkpoint.load_model(tmp_path).model is not None
+    assert "step 6" in outputs[0] and all("step 6" not in output for output in outputs[1:])
+
+
+@pytest.mark.slow
+def test_when_one_is_killed_the_others_end_and_the_run_goes_on(configs, single, tmp_path):
+    config = configs / "vae.py"
+    processes = begin(STAGES["vae"], config, tmp_path, 2, "--heartbeat_seconds=5", "--config.loop.total_steps=2000")
+    deadline = time.monotonic() + 200
+    while not steps_of(tmp_path / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    processes[1].kill()
+    start = time.monotonic()
+    codes, outputs = end(processes)
+    assert codes[0] not in (0, None) and time.monotonic() - start < 60
+    assert "heartbeat" in outputs[0].lower() or "distributed service" in outputs[0].lower()
+    step = steps_of(tmp_path / "checkpoints")[-1]
+    processes = begin(STAGES["vae"], config, tmp_path, 2, f"--config.loop.total_steps={step + 3}")
+    codes, outputs = end(processes)
+    assert codes == [0, 0], outputs[0][-3000:]
+    assert steps_of(tmp_path / "checkpoints")[-1] == step + 3
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_stops_all_at_one_step(configs, tmp_path):
+    processes = begin(STAGES["vae"], configs / "vae.py", tmp_path, 2, "--config.loop.total_steps=2000")
+    while not steps_of(tmp_path / "checkpoints"):
+        time.sleep(0.2)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, outputs = end(processes)
+    assert codes == [143, 143], outputs[0][-3000:]
+    last = steps_of(tmp_path / "checkpoints")[-1]
+    assert all(f"stopped by signal 15 at step {last}" in output for output in outputs)
