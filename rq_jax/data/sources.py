@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from rq_jax.data.prepare import prepare
+from rq_jax.data.tfrecord import Part, TfRecords
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _SPLITS = ("train", "validation")
@@ -31,7 +32,7 @@ class Records(Protocol):
 
 
 class TfdsRecords:
-    """One split of a prepared TFDS data set in the ArrayRecord format."""
+    """One split of a prepared TFDS data set, stored as ArrayRecord or as TFRecord."""
 
     def __init__(self, builder, split: str, label_key: str | None, text_key: str | None):
         import tensorflow_datasets as tfds
@@ -56,14 +57,16 @@ class TfdsRecords:
             raise ValueError(
                 f"unknown split {split!r} of data set {self.name}: choose one of {splits}"
             ) from error
+        if builder.info.file_format == tfds.core.file_adapters.FileFormat.TFRECORD:
+            files = builder.info.splits[split].file_instructions
+            self._data = TfRecords([Part(os.fspath(f.filename), f.skip, f.take) for f in files])
+            return
+        decoders = {self.image_key: tfds.decode.SkipDecoding()}  # decoded here, where damage can be handled
         try:
-            decoders = {
-                self.image_key: tfds.decode.SkipDecoding()
-            }  # decoded here, where damage can be handled
             self._data = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError as error:
             raise ValueError(
-                f"data set {self.name} is not stored as array_record, so it has no random access: "
+                f"data set {self.name} is not stored as array_record, so it has no random access, nor as tfrecord: "
                 "prepare it with download_and_prepare(file_format='array_record')"
             ) from error
 
