@@ -1,4 +1,9 @@
-"""Prepare the bundled data set: `python -m rq_jax.data.prepare twemoji`."""
+"""Prepare data sets.
+
+python -m rq_jax.data.prepare twemoji                                                 # the bundled pictures
+python -m rq_jax.data.prepare folder --source=~/ffhq --name=ffhq --data_dir=~/data    # any folder of pictures
+python -m rq_jax.data.prepare lsun --source=~/lsun/church_outdoor --name=lsun/church_outdoor --data_dir=~/data
+"""
 
 import argparse
 import contextlib
@@ -68,14 +73,28 @@ def prepare(data_dir: str | os.PathLike | None = None, name: str = "twemoji") ->
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m rq_jax.data.prepare", description=__doc__)
-    parser.add_argument("name", help="twemoji (72x72) or twemoji/256")
-    parser.add_argument("--data_dir", help="directory of data sets; default $RQ_JAX_DATA or ~/.cache/rq_jax")
+    parser = argparse.ArgumentParser(prog="python -m rq_jax.data.prepare", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("kind", help="twemoji (72x72) or twemoji/256, bundled; folder or lsun, to be written as ArrayRecord")
+    add("--data_dir", help="directory of data sets; default $RQ_JAX_DATA or ~/.cache/rq_jax")
+    add("--source", help="the folder of pictures, or the beginning of LSUN's <category>_train_lmdb")
+    add("--name", help="of the new data set: give it as data.name")
+    add("--pictures_per_file", type=int, default=10_000)
     options = parser.parse_args(arguments)
     try:
-        print(prepare(options.data_dir, options.name))
-    except (ValueError, ModuleNotFoundError) as error:
-        parser.error(str(error))
+        if options.kind not in ("folder", "lsun"):
+            print(prepare(options.data_dir, options.kind))
+            return
+        for name in ("source", "name"):
+            if getattr(options, name) is None:
+                raise ValueError(f"--{name}: missing; '{options.kind}' needs it")
+        from rq_jax.data import convert
+
+        splits = (convert.open_folder if options.kind == "folder" else convert.open_lsun)(options.source)
+        data_dir = options.data_dir or default_data_dir()
+        print(convert.write(splits, options.name, data_dir, options.pictures_per_file))
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        parser.error(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import io
 import itertools
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,6 +140,15 @@ def parse_example(record: bytes) -> dict[str, Any]:
         values = list(getattr(feature, kind).value) if kind else []
         found[name] = values[0] if len(values) == 1 else values
     return found
+
+
+def make_example(features: Mapping[str, bytes | int | float]) -> bytes:
+    """A serialized `tf.train.Example` of single values."""
+    example = _example_type()()
+    for name, value in features.items():
+        kind = "bytes_list" if isinstance(value, bytes) else "int64_list" if isinstance(value, int) else "float_list"
+        getattr(example.features.feature[name], kind).value.append(value)
+    return example.SerializeToString(deterministic=True)
 
 
 @functools.cache
