@@ -159,9 +159,8 @@ def write(
         for split, ranges in plan.items()
     }
     first = next(iter(splits.values()))
-    _check_earlier(target, {
-        "pictures": counts, "pictures_per_file": pictures_per_file, "classes": first.class_names, "captions": first.has_text,
-    })  # fmt: skip
+    kinds = {"classes": first.class_names, "captions": first.has_text}
+    _check_earlier(target, {"pictures": counts, "pictures_per_file": pictures_per_file, **kinds})
     bytes_of = dict.fromkeys(splits, 0)
     with Progress(sum(counts.values()), unit="picture", title=name) as progress:
         for split, pictures in splits.items():
