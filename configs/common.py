@@ -49,6 +49,7 @@ def base() -> ConfigDict:
                 "text_tokenizer": placeholder(str),
                 "text_length": placeholder(int),
                 "text_dropout": 0.0,
+                "max_damaged": 100,  # pictures to pass over before the run stops
                 "num_threads": 16,
                 "num_workers": 0,
             },

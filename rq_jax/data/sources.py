@@ -74,7 +74,10 @@ class TfdsRecords:
         return len(self._data)
 
     def read(self, index: int) -> tuple[bytes, int | None, str | None]:
-        record = self._data[index]
+        try:
+            record = self._data[index]
+        except (RuntimeError, IndexError) as error:  # how array_record tells of files that are missing or damaged
+            raise ValueError(f"cannot read: {error}") from error
         label = int(record[self.label_key]) if self.label_key else None
         return record[self.image_key], label, record[self.text_key].decode() if self.text_key else None
 
@@ -147,8 +150,8 @@ class FolderRecords:
 class ImageSource:
     """Decoded examples of `records`, with a memory copy of small sets and a stand-in for damaged pictures.
 
-    A damaged picture is replaced by the next whole one, whose index the example then carries, and counted;
-    more than `max_damaged` different ones are an error. Each worker process counts its own.
+    A picture that cannot be read, or whose label is no class, is replaced by the next whole one, whose index the
+    example then carries, and counted; more than `max_damaged` different ones are an error. Each worker process counts its own.
     """
 
     def __init__(self, records: Records, channels: int = 3, max_damaged: int = 100):
@@ -188,6 +191,8 @@ class ImageSource:
 
     def _load(self, index: int) -> dict:
         encoded, label, text = self.records.read(index)
+        if label is not None and not 0 <= label < len(self.records.class_names):
+            raise ValueError(f"label {label} is outside 0..{len(self.records.class_names) - 1}")
         example = {
             "image": decode_image(encoded, self.channels),
             "index": index,
@@ -234,7 +239,7 @@ def open_records(
 
 
 def decode_image(encoded: bytes, channels: int) -> np.ndarray:
-    """Decode a picture; transparent parts become white.
+    """Decode a picture: upright, transparent parts white, 16 bits cut to 8.
 
     Args:
       encoded: a file of any format that Pillow reads.
@@ -246,10 +251,15 @@ def decode_image(encoded: bytes, channels: int) -> np.ndarray:
     Raises:
       ValueError: the bytes are not a whole picture.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
-        image = Image.open(io.BytesIO(encoded))
+        # Differs from kakaobrain/rq-vae-transformer, whose loader leaves turned photographs turned.
+        image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
+        if image.mode.startswith("I"):  # 16 bits; Pillow would clip them to 8
+            image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("pixels are floating-point numbers")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
