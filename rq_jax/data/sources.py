@@ -151,7 +151,8 @@ class ImageSource:
     """Decoded examples of `records`, with a memory copy of small sets and a stand-in for damaged pictures.
 
     A picture that cannot be read, or whose label is no class, is replaced by the next whole one, whose index the
-    example then carries, and counted; more than `max_damaged` different ones are an error. Each worker process counts its own.
+    example then carries, and counted; more than `max_damaged` different ones are an error. Each worker process counts
+    its own.
     """
 
     def __init__(self, records: Records, channels: int = 3, max_damaged: int = 100):
