@@ -11,7 +11,7 @@ INSTALLED = $(VENV)/.installed
 # What was compiled once is read back, so that a second start is quick.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: setup demo emoji emoji-figures test test-all bench lint clean
+.PHONY: setup demo emoji emoji-figures test test-all reliability bench lint clean
 
 setup: $(INSTALLED)
 
@@ -63,6 +63,11 @@ test: setup
 
 test-all: setup
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
+
+# Every fault that the tests put in, and docs/reliability.md from what happened: a quarter of an hour.
+reliability: setup
+	$(PYTHON) -m pytest tests/test_faults.py tests/test_checkpointer.py tests/test_hosts.py tests/test_watch.py \
+	  tests/test_data_damage.py -m fault --reliability=docs/reliability.md
 
 # Three minutes on two CPU cores, a JSON record for each command; larger sweeps are the same commands with other lists.
 bench: setup

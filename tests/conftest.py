@@ -1,6 +1,6 @@
 """Settings that hold for every test: eight fake CPU devices, true float32 products, the golden vectors.
 
-RQ_JAX_TEST_GPU=1 leaves the choice of platform to JAX; RQ_JAX_GOLDENS names the directory of golden vectors.
+--reliability=FILE writes a table of the faults that the tests marked `fault` put in. RQ_JAX_TEST_GPU=1 leaves the choice of platform to JAX; RQ_JAX_GOLDENS names the directory of golden vectors.
 """
 
 import os
@@ -18,6 +18,37 @@ if not os.environ.get("RQ_JAX_TEST_GPU"):
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--reliability", help="file for the table of faults that were put in, and what they cost")
+
+
+@pytest.fixture(autouse=True)
+def _noted_fault(request: pytest.FixtureRequest) -> None:
+    """A test with the marker `fault` reports it; `record_property("times", n)` says how often, else once."""
+    if marker := request.node.get_closest_marker("fault"):
+        request.node.user_properties.append(("fault", marker.args))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    path = config.getoption("--reliability")
+    if not path:
+        return
+    rows: dict[tuple[str, str], list[int]] = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            properties = dict(report.user_properties)
+            if "fault" in properties and (report.when == "call" or report.failed):
+                row = rows.setdefault(tuple(properties["fault"]), [0, 0])
+                row[0] += properties.get("times", 1)
+                row[1] += outcome == "failed"
+    lines = ["| put in | times | what happens | lost |", "| --- | --- | --- | --- |"]
+    for (what, happens), (times, failed) in rows.items():
+        lines.append(f"| {what} | {times} | {happens} | {'**test failed**' if failed else 'nothing'} |")
+    text = (Path(__file__).parent / "reliability.md").read_text(encoding="utf-8").replace("TABLE", "\n".join(lines))
+    Path(path).write_text(text, encoding="utf-8")
+    terminalreporter.write_line(text)
 
 
 @pytest.fixture(scope="session")

@@ -63,21 +63,28 @@ def flip(path):
 DAMAGE = {"truncated": truncate, "deleted": Path.unlink, "flipped": flip, "emptied": lambda path: os.truncate(path, 0)}
 
 
+@pytest.mark.fault(
+    "a file of a checkpoint truncated, emptied, deleted, or one bit flipped",
+    "seen; goes on from the step before; --strict stops",
+)
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_to_any_file_is_seen_and_passed_over(saved, tmp_path, kind, caplog):
+def test_damage_to_any_file_is_seen_and_passed_over(saved, tmp_path, kind, caplog, record_property):
     names = sorted(path.relative_to(saved) for path in (saved / "checkpoints" / "5").rglob("*") if path.is_file())
     assert len(names) > 10
+    times = 0
     for i, name in enumerate(names):
         root = Path(shutil.copytree(saved, tmp_path / str(i)))
-        if not (root / name).stat().st_size:
-            continue  # nothing in it to damage, and deleting it is another kind
+        if not (root / name).stat().st_size and kind != "deleted":
+            continue  # nothing in it to damage
         DAMAGE[kind](root / name)
+        times += 1
         caplog.clear()
         assert restored_step(root) == 2, name
         (message,) = [record.message for record in caplog.records if record.name == "rq_jax.checkpointer"]
         assert message.startswith(f"'{root / 'checkpoints' / '5'}' is damaged: ") and message.endswith("; going on from the checkpoint before")  # fmt: skip
         assert {path.name for path in (root / "checkpoints").iterdir()} == {"2"}
         assert {path.name for path in (root / "damaged").iterdir()} == {"5"}
+    record_property("times", times)
 
 
 def test_a_file_is_named_with_what_is_wrong(run):
@@ -112,6 +119,7 @@ def test_strict_stops_and_touches_nothing(run):
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "5"}
 
 
+@pytest.mark.fault("every checkpoint damaged", "stops; nothing is overwritten")
 def test_where_all_are_damaged_nothing_starts_anew(run):
     for step in (2, 5):
         flip(run / "checkpoints" / str(step) / "manifest.json")
@@ -141,6 +149,7 @@ def test_the_old_one_goes_after_the_new_one_is_sealed(tmp_path, monkeypatch):
     assert {path.name for path in directory.iterdir()} == {"7"}
 
 
+@pytest.mark.fault("half written and half deleted directories", "cleaned up")
 def test_what_a_killed_process_left_is_cleaned_up(run):
     for name in ("7.orbax-checkpoint-tmp", ".deleting-1"):
         (run / "checkpoints" / name / "params").mkdir(parents=True)
@@ -163,6 +172,7 @@ def failing(*steps):
     return broken
 
 
+@pytest.mark.fault("a background save that raises", "told; older ones stay, the next save is made")
 def test_a_failed_save_is_told_and_the_next_one_is_made(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(manifest, "write", failing(5))
     save(tmp_path, 2, 5, 7, keep=1)
@@ -172,6 +182,7 @@ def test_a_failed_save_is_told_and_the_next_one_is_made(tmp_path, monkeypatch, c
     assert restored_step(tmp_path) == 7
 
 
+@pytest.mark.fault("a last save that raises", "exit code 2; older ones stay")
 def test_a_last_save_that_fails_raises_and_harms_nothing(tmp_path, monkeypatch):
     save(tmp_path, 2, keep=1)
     monkeypatch.setattr(manifest, "write", failing(5))
@@ -181,6 +192,7 @@ def test_a_last_save_that_fails_raises_and_harms_nothing(tmp_path, monkeypatch):
     assert restored_step(tmp_path) == 2
 
 
+@pytest.mark.fault("a full disk under the threads of Orbax", "told; older ones stay, the next save is made")
 def test_an_error_inside_orbax_is_no_different(tmp_path, monkeypatch, caplog):
     """Files cannot grow: as on a full disk, Orbax itself fails, in its own threads."""
     program = textwrap.dedent(
@@ -226,6 +238,7 @@ def hold(directory, ready, leave):
         leave.wait()
 
 
+@pytest.mark.fault("a second trainer in one directory", "refused, exit code 2")
 def test_a_second_trainer_is_refused_until_the_first_ends(tmp_path):
     context = multiprocessing.get_context("spawn")
     ready, leave = context.Event(), context.Event()

@@ -90,6 +90,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.fault("pictures of zero bytes, truncated, or no pictures", "passed over and counted; over the cap: stops")
 @pytest.mark.parametrize("kind", BROKEN)
 def test_broken_pictures_are_passed_over(folder, kind):
     before = batches(folder)
@@ -104,6 +105,7 @@ def test_broken_pictures_are_passed_over(folder, kind):
         batches(folder, max_damaged=0)
 
 
+@pytest.mark.fault("a decompression bomb", "passed over and counted")
 def test_decompression_bomb(folder, monkeypatch):
     (folder / f"{BAD:02}.png").write_bytes(encode(np.zeros((300, 300, 3), np.uint8)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20_000)  # Pillow's own is 89 million; twice that is an error
@@ -113,6 +115,7 @@ def test_decompression_bomb(folder, monkeypatch):
         assert source[BAD]["index"] == BAD + 1 and source.damaged == {BAD}
 
 
+@pytest.mark.fault("labels that are no class", "passed over and counted")
 def test_a_label_that_is_no_class(folder):
     records = open_records("folder", "all", folder)
     records.class_names = ("a", "b")
@@ -123,6 +126,7 @@ def test_a_label_that_is_no_class(folder):
     assert source.damaged == {BAD, BAD + 1} and "label -1 is outside 0..1" in source._last_damage
 
 
+@pytest.mark.fault("a missing file of a prepared data set", "passed over and counted; over the cap: stops")
 def test_a_missing_file_of_a_prepared_set(folder, tmp_path):
     pytest.importorskip("tensorflow_datasets")
     from rq_jax.data import convert

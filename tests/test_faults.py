@@ -54,8 +54,9 @@ def newest_whole(workdir):
 # --- killed -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("kill -9 at a random moment in and around saves", "goes on from the newest whole step")
 @pytest.mark.slow
-def test_killed_at_random_moments(uninterrupted, tmp_path):
+def test_killed_at_random_moments(uninterrupted, tmp_path, record_property):
     """kill -9 in and around saves: the next process begins at the newest whole step, and the end is the same."""
     rng, kills, run = random.Random(0), 0, 0
     while kills < 30:
@@ -78,11 +79,13 @@ def test_killed_at_random_moments(uninterrupted, tmp_path):
             assert begun == expected
             assert process.communicate()[0] == f"ended {TOTAL}\n"
         assert_same_run(finished(workdir), workdir, uninterrupted)
+    record_property("times", kills)
 
 
 # --- stopped ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("SIGTERM or SIGINT", "saves the step, exit code 143 or 130")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_single_process_with_its_code(uninterrupted, tmp_path, number):
     process, _ = start(tmp_path, milliseconds=200)
@@ -96,6 +99,7 @@ def test_a_signal_ends_a_single_process_with_its_code(uninterrupted, tmp_path, n
     assert_same_run(finished(tmp_path), tmp_path, uninterrupted)
 
 
+@pytest.mark.fault("SIGTERM twice, in a step and in its save", "saves the step, exit code 143")
 def test_sigterm_twice_during_a_step_and_its_save(uninterrupted, tmp_path):
     process, _ = start(tmp_path, milliseconds=200)
     for _ in range(2):
@@ -113,6 +117,7 @@ def test_sigterm_twice_during_a_step_and_its_save(uninterrupted, tmp_path):
 # --- disks ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("no room for saves, log and pictures", "each is told, the run goes on, exit code 2 at the end")
 def test_a_disk_that_fills_up_in_the_middle(uninterrupted, tmp_path):
     """No file may grow beyond a few bytes: saves, log and pictures all fail; the run is told, and nothing is lost."""
     train(tmp_path, total_steps=4, **EVERY_STEP)
@@ -128,6 +133,7 @@ def test_a_disk_that_fills_up_in_the_middle(uninterrupted, tmp_path):
     assert_same_run(finished(tmp_path), tmp_path, uninterrupted)
 
 
+@pytest.mark.fault("a run directory that cannot be written", "one line, exit code 2")
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a directory that nobody can write, even root")
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "run").symlink_to("/proc/self/task")
@@ -155,9 +161,10 @@ class Stopped(train_loop.Stop):
         return True
 
 
+@pytest.mark.fault("either stage stopped at each of 20 steps, adversary and workers on", "saves the step, exit code 143")
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
-def test_stopped_at_every_step(tmp_path, monkeypatch, stage):
+def test_stopped_at_every_step(tmp_path, monkeypatch, record_property, stage):
     """Parameters, optimizers, average, codebook, key and order of the data, with an adversary and worker processes."""
     with helpers.quick_compilation(tmp_path / "compiled"):
         pictures = helpers.write_pictures(tmp_path / "pictures")
@@ -175,6 +182,7 @@ def test_stopped_at_every_step(tmp_path, monkeypatch, stage):
             assert stopped.value.code == 128 + signal.SIGTERM
             assert checkpointer.steps_of(tmp_path / "stopped" / "checkpoints")[-1] == step
         state = script.train_and_evaluate(make(), str(tmp_path / "stopped"))
+    record_property("times", STEPS - 1)
     helpers.assert_equal(helpers.host(state), helpers.host(expected))
     assert helpers.read_metrics(tmp_path / "stopped") == helpers.read_metrics(tmp_path / "whole")
     assert np.isfinite(helpers.read_metrics(tmp_path / "whole")[STEPS]["loss"])

@@ -33,6 +33,7 @@ class BrokenDataset(ToyDataset):
         return batch
 
 
+@pytest.mark.fault("steps that are not finite, too many in a row", "weights untouched, examples listed, stops")
 def test_too_many_in_a_row_stop_the_run_with_their_examples(tmp_path):
     with pytest.raises(watch.NotFinite) as error:
         train(tmp_path, BrokenDataset(1, 6, 7, 8, 9), max_skipped_steps=3)
@@ -47,9 +48,11 @@ def test_too_many_in_a_row_stop_the_run_with_their_examples(tmp_path):
         assert checkpointer.latest_step == 5  # what was whole before stays
 
 
+@pytest.mark.fault("steps that are not finite", "left out and counted")
 @pytest.mark.parametrize("broken, limit", [((1, 2, 4, 5, 7), 3), ((1, 2, 3, 4, 5, 6), 0)])
-def test_fewer_in_a_row_are_left_out_and_counted(tmp_path, broken, limit):
+def test_fewer_in_a_row_are_left_out_and_counted(tmp_path, record_property, broken, limit):
     state = train(tmp_path, BrokenDataset(*broken), max_skipped_steps=limit)
+    record_property("times", len(broken))
     assert int(state.step) == TOTAL and int(state.skipped_steps) == len(broken)
     assert not (tmp_path / "not_finite-0.json").exists()
     assert np.isfinite(state.params["w_M"]).all()
@@ -66,6 +69,7 @@ def run_program(body):
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.fault("a step that hangs", "stacks of all threads, exit code 1")
 def test_a_step_that_hangs_ends_the_process_with_its_stacks():
     done = run_program("""
         import threading
@@ -124,6 +128,7 @@ def test_the_loop_arms_it(tmp_path):
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("a device without enough memory", "the estimate and the cheapest remedies, exit code 2")
 def test_what_does_not_fit_is_explained(tmp_path):
     def exhausted(state, batch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
