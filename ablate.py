@@ -106,8 +106,10 @@ def train(args: argparse.Namespace, stage: int, row: str, seed: int, changes: Ma
     """Train a row; its note has the number of steps."""
     script, config = [("train_vae.py", "rqvae"), ("train_transformer.py", "rqtransformer")][stage - 1]
     directory = directory_of(args, row, seed)
+    if args.quicktest:  # the preset has durations of its own
+        changes = {name: value for name, value in changes.items() if not name.endswith("_steps")}
     settings = {
-        "config": f"configs/{config}.py:ablation{',quicktest' if args.quicktest else ''}",
+        "config": f"configs/{config}.py:demo{',quicktest' if args.quicktest else ''}",
         "config.seed": seed,
         **{f"config.{name}": value for name, value in changes.items()},
     }
@@ -121,7 +123,7 @@ def train(args: argparse.Namespace, stage: int, row: str, seed: int, changes: Ma
 
 def train_tokenizer(args: argparse.Namespace, row: str, seed: int) -> Figures:
     """Train a row of `ablations.TOKENIZERS`."""
-    return train(args, 1, row, seed, ablations.TOKENIZERS[row])
+    return train(args, 1, row, seed, {**ablations.TOKENIZER_CHANGES, **ablations.TOKENIZERS[row]})
 
 
 def base_tokenizer(args: argparse.Namespace) -> Path:
@@ -132,7 +134,8 @@ def base_tokenizer(args: argparse.Namespace) -> Path:
 
 def train_transformer(args: argparse.Namespace, row: str, seed: int) -> Figures:
     """Train a row of `ablations.TRANSFORMERS` and draw from it, unfiltered."""
-    changes = {"tokenizer": str(base_tokenizer(args)), **ablations.TRANSFORMERS[row]}
+    tokenizer = {"tokenizer": str(base_tokenizer(args))}
+    changes = {**tokenizer, **ablations.TRANSFORMER_CHANGES, **ablations.TRANSFORMERS[row]}
     note, directory = train(args, 2, row, seed, changes), directory_of(args, row, seed)
     draw(directory / "samples", directory, seed, {"top_p": 1.0})
     return note

@@ -101,35 +101,25 @@ EMOJI = {
     **_sample(None, 0.85),
 }
 
-DEMO = {
-    **EMOJI,
-    **_size(128, 4, 6, 1),
-    "model.residual_dropout": 0.0,
-    "model.use_remat": False,
-    "model.dtype": "float32",
-    "data.batch_size": 16,
-    "optim.learning_rate": 1.5e-3,
-    "optim.weight_decay": 0.05,
-    "optim.warmup_steps": 100,
-    "loop.total_steps": 2300,
-    "loop.log_every_steps": 50,
-    "loop.evaluate_every_steps": 1150,
-    "loop.checkpoint_every_steps": 230,
-    "loop.ema_decay": 0.995,
-    "tokenizer_preset": "demo",
-}
-# A row of a table of results (configs/ablations.py).
-ABLATION = {
-    **DEMO,
-    "loop.total_steps": 700,
-    "loop.evaluate_every_steps": 700,
-    "loop.checkpoint_every_steps": 350,
-    "tokenizer_preset": "ablation",
-}
-
 PRESETS: dict[str, common.Overrides] = {
     # The bundled pictures, by category: one for a laptop, one for an accelerator.
-    "demo": DEMO,
+    "demo": {
+        **EMOJI,
+        **_size(128, 4, 6, 1),
+        "model.residual_dropout": 0.0,
+        "model.use_remat": False,
+        "model.dtype": "float32",
+        "data.batch_size": 16,
+        "optim.learning_rate": 1.5e-3,
+        "optim.weight_decay": 0.05,
+        "optim.warmup_steps": 100,
+        "loop.total_steps": 2300,
+        "loop.log_every_steps": 50,
+        "loop.evaluate_every_steps": 1150,
+        "loop.checkpoint_every_steps": 230,
+        "loop.ema_decay": 0.995,
+        "tokenizer_preset": "demo",
+    },
     # The transformer that ships in checkpoints/emoji: made for two CPU cores.
     "emoji": {
         **EMOJI,
@@ -156,7 +146,6 @@ PRESETS: dict[str, common.Overrides] = {
         "loop.total_steps": 20_000,
         "tokenizer_preset": "emoji64",
     },
-    "ablation": ABLATION,
     # Released configs, and where the paper says otherwise.
     "ffhq256_350m": FFHQ,
     "ffhq256_350m_paper": {

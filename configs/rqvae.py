@@ -43,50 +43,38 @@ EMOJI = {
     "loop.evaluate_every_steps": 1000,
 }
 
-DEMO = {
-    **EMOJI,
-    "model.image_size": 32,
-    "model.width": 16,
-    "model.width_multipliers": (1, 2, 2),
-    "model.num_res_blocks": 1,
-    "model.norm_groups": 4,
-    "model.attention_resolutions": (),
-    "model.z_channels": 32,
-    "model.code_dim": 32,
-    "model.codebook_size": 512,
-    "model.use_remat": False,
-    "data.batch_size": 32,
-    "optim.learning_rate": 2e-3,
-    "optim.warmup_steps": 100,
-    # The last part of the run sharpens: VGG16 costs more than the tokenizer, and the demo has a quarter of an hour.
-    "loss.perceptual_weight": 0.02,
-    "loss.perceptual_start_steps": 800,
-    "loss.adversarial_weight": 0.2,
-    "loss.adversarial_start_steps": 800,
-    "loss.adversarial_warmup_steps": 100,
-    "discriminator.width": 32,
-    "discriminator_optim.learning_rate": 5e-4,
-    "discriminator_optim.b1": 0.5,
-    "loop.total_steps": 1100,
-    "loop.log_every_steps": 50,
-    "loop.evaluate_every_steps": 400,
-    "loop.checkpoint_every_steps": 200,
-    "loop.ema_decay": 0.99,
-}
-# A row of a table of results (configs/ablations.py): the demo on its squared error alone, measured by evaluate.py.
-ABLATION = {
-    **DEMO,
-    "loss.perceptual_weight": 0.0,
-    "loss.adversarial_weight": 0.0,
-    "evaluation.use_perceptual": False,
-    "loop.total_steps": 800,
-    "loop.evaluate_every_steps": 800,
-    "loop.checkpoint_every_steps": 400,
-}
-
 PRESETS: dict[str, common.Overrides] = {
     # The bundled pictures: one for a laptop, one for an accelerator.
-    "demo": DEMO,
+    "demo": {
+        **EMOJI,
+        "model.image_size": 32,
+        "model.width": 16,
+        "model.width_multipliers": (1, 2, 2),
+        "model.num_res_blocks": 1,
+        "model.norm_groups": 4,
+        "model.attention_resolutions": (),
+        "model.z_channels": 32,
+        "model.code_dim": 32,
+        "model.codebook_size": 512,
+        "model.use_remat": False,
+        "data.batch_size": 32,
+        "optim.learning_rate": 2e-3,
+        "optim.warmup_steps": 100,
+        # The last part of the run sharpens: VGG16 costs more than the tokenizer, and the demo has a quarter of an hour.
+        "loss.perceptual_weight": 0.02,
+        "loss.perceptual_start_steps": 800,
+        "loss.adversarial_weight": 0.2,
+        "loss.adversarial_start_steps": 800,
+        "loss.adversarial_warmup_steps": 100,
+        "discriminator.width": 32,
+        "discriminator_optim.learning_rate": 5e-4,
+        "discriminator_optim.b1": 0.5,
+        "loop.total_steps": 1100,
+        "loop.log_every_steps": 50,
+        "loop.evaluate_every_steps": 400,
+        "loop.checkpoint_every_steps": 200,
+        "loop.ema_decay": 0.99,
+    },
     # The tokenizer that ships in checkpoints/emoji: made for two CPU cores.
     "emoji": {
         **EMOJI,
@@ -132,7 +120,6 @@ PRESETS: dict[str, common.Overrides] = {
         "optim.warmup_steps": 500,
         "loop.total_steps": 20_000,
     },
-    "ablation": ABLATION,
     # Released configs, and where the paper says otherwise.
     "imagenet256": IMAGENET,
     "imagenet256_50epochs": {**IMAGENET, "optim.warmup_epochs": 2.5, "loop.total_epochs": 50},  # again 5 %

@@ -147,10 +147,16 @@ def test_seeds_refused(seeds):
         ablate.parse_args(["depth", f"--seeds={seeds}"])
 
 
-@pytest.mark.parametrize("config, rows", [(rqvae, ablations.TOKENIZERS), (rqtransformer, ablations.TRANSFORMERS)])
-def test_rows_change_settings_that_exist(config, rows):
+@pytest.mark.parametrize(
+    "config, rows, shared",
+    [
+        (rqvae, ablations.TOKENIZERS, ablations.TOKENIZER_CHANGES),
+        (rqtransformer, ablations.TRANSFORMERS, ablations.TRANSFORMER_CHANGES),
+    ],
+)
+def test_rows_change_settings_that_exist(config, rows, shared):
     for changes in rows.values():
-        config.get_config("ablation").update_from_flattened_dict(changes)  # raises where a key does not exist
+        config.get_config("demo").update_from_flattened_dict({**shared, **changes})  # raises where a key does not exist
 
 
 def test_a_command_that_fails_ends_the_table(monkeypatch, tmp_path):
