@@ -6,6 +6,7 @@ python train_transformer.py --config=configs/rqtransformer.py:demo --workdir=run
 import functools
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -442,8 +443,8 @@ def report_soft_codes(run: dict[str, Any], tokenizer_variables: Any) -> None:
         )
 
 
-def init_state(config: ConfigDict, run: dict[str, Any], tokenizer_variables: Any) -> train_state.TrainState:
-    """The state at step 0, drawn on the devices where it will live, with the tokenizer's codebook in place."""
+def state_program(config: ConfigDict, run: dict[str, Any], codebook: Any) -> tuple[Callable[..., Any], Any]:
+    """What draws the state at step 0 from a key and the tokenizer's codebook, and its shapes with their shardings."""
 
     def init(rng: jax.Array, codebook: Any) -> train_state.TrainState:
         rng_init, rng_train = jax.random.split(rng)
@@ -452,9 +453,15 @@ def init_state(config: ConfigDict, run: dict[str, Any], tokenizer_variables: Any
             variables["codebook"] = {"codebook_KE": codebook}
         return train_state.create_state(variables, run["optimizer"], rng_train, run["settings"].ema_decay > 0)
 
-    args = jax.random.key(config.seed), tokenizer_variables["codebook"]["codebook_KE"]
-    shardings = sharding.state_shardings(run["mesh"], jax.eval_shape(init, *args))
-    return jax.jit(init, out_shardings=shardings)(*args)
+    return init, sharding.sharded_shapes(run["mesh"], init, jax.random.key(config.seed), codebook)
+
+
+def init_state(config: ConfigDict, run: dict[str, Any], tokenizer_variables: Any) -> train_state.TrainState:
+    """The state at step 0, drawn on the devices where it will live, with the tokenizer's codebook in place."""
+    codebook = tokenizer_variables["codebook"]["codebook_KE"]
+    init, shapes = state_program(config, run, codebook)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed), codebook)
 
 
 def _codebook(tokenizer_variables: Any) -> quantize.Codebook:

@@ -415,8 +415,8 @@ def in_section(theirs: str, ours: str):
         raise ValueError(str(error).replace(f"{theirs}.", f"{ours}.", 1)) from None
 
 
-def init_state(config: ConfigDict, run: dict[str, Any]) -> train_state.TrainState:
-    """The state at step 0, drawn on the devices where it will live."""
+def state_program(config: ConfigDict, run: dict[str, Any]) -> tuple[Callable[[jax.Array], train_state.TrainState], Any]:
+    """What draws the state at step 0 from a key, and the state's shapes with the shardings of its arrays."""
     adversary = run["adversary"]
 
     def init(rng: jax.Array) -> train_state.TrainState:
@@ -429,9 +429,13 @@ def init_state(config: ConfigDict, run: dict[str, Any]) -> train_state.TrainStat
         use_ema = run["settings"].ema_decay > 0
         return train_state.create_state(variables, run["optimizer"], rng_train, use_ema, discriminator)
 
-    rng = jax.random.key(config.seed)
-    shardings = sharding.state_shardings(run["mesh"], jax.eval_shape(init, rng))
-    return jax.jit(init, out_shardings=shardings)(rng)
+    return init, sharding.sharded_shapes(run["mesh"], init, jax.random.key(config.seed))
+
+
+def init_state(config: ConfigDict, run: dict[str, Any]) -> train_state.TrainState:
+    """The state at step 0, drawn on the devices where it will live."""
+    init, shapes = state_program(config, run)
+    return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(jax.random.key(config.seed))
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -> train_state.TrainState:

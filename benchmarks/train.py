@@ -116,12 +116,17 @@ def prepare_stage1(full: Any, mesh: jax.sharding.Mesh) -> Stage:
     return Stage(state, step, frozen, model, model, roofline.autoencoder_flops(model), {})
 
 
+def fill_from_preset(full: Any) -> Any:
+    """Fill a stage-2 config from the tokenizer preset that it names; the tokenizer."""
+    config = rqvae.get_config(full.tokenizer_preset)
+    tokenizer = models.create(**config.model)
+    train_transformer.fill_from_tokenizer(full, checkpoint.LoadedModel(tokenizer, {}, config.to_dict(), None))
+    return tokenizer
+
+
 def prepare_stage2(full: Any, mesh: jax.sharding.Mesh) -> Stage:
     """The step of train_transformer.py, over the preset's tokenizer with random weights."""
-    tokenizer_config = rqvae.get_config(full.tokenizer_preset)
-    tokenizer = models.create(**tokenizer_config.model)
-    loaded = checkpoint.LoadedModel(tokenizer, {}, tokenizer_config.to_dict(), None)
-    train_transformer.fill_from_tokenizer(full, loaded)
+    tokenizer = fill_from_preset(full)
     run = prepare(full, mesh)
     model = run["model"]
     loss = train_loop.call(train_transformer.Losses, "loss", full.loss)

@@ -67,6 +67,13 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def sharded_shapes(mesh: Mesh, function: Any, *args: Any) -> Any:
+    """Shapes of what `function(*args)` returns, each with its sharding by `RULES`; nothing is computed."""
+    shapes = jax.eval_shape(function, *args)
+    place = lambda shape, to: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=to)  # noqa: E731
+    return jax.tree.map(place, shapes, state_shardings(mesh, shapes))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis over the data and fsdp devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
