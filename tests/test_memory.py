@@ -61,6 +61,7 @@ def test_a_transformer_on_two_meshes(tmp_path, monkeypatch):
     assert split["gib_per_device"]["parameters"] < 0.4 * whole["gib_per_device"]["parameters"]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_and_a_sampler(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "GIB", 1)
     (found,) = measured(tmp_path, "--stage=1", "--preset=demo", "--mesh=2x4x1", "--batch=8")
