@@ -6,7 +6,7 @@ A preset is a flat dictionary of dotted keys: the few in which it differs from t
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 Overrides = Mapping[str, Any]
@@ -24,6 +24,11 @@ LSUN_CAT = {**LSUN, "data.name": "lsun/cat"}
 LSUN_BEDROOM = {**LSUN, "data.name": "lsun/bedroom"}
 LSUN_CHURCH = {**LSUN, "data.name": "lsun/church_outdoor"}
 CC3M = {"data.name": "cc3m", "data.train_transform": "jittered_crop", "data.eval_transform": "squash"}
+
+
+def one_or_many(value: Any) -> FieldReference:
+    """A setting that is one number or several; what reads it checks its type."""
+    return FieldReference(value, field_type=object)
 
 
 def base() -> ConfigDict:

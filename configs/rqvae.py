@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
+from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import common
@@ -151,11 +151,6 @@ PRESETS: dict[str, common.Overrides] = {
 }
 
 
-def _any(value: Any) -> FieldReference:
-    """A setting that is one number or several; models.create checks its type."""
-    return FieldReference(value, field_type=object)
-
-
 def base() -> ConfigDict:
     """The released ImageNet tokenizer without its data set and durations (paper, section 4).
 
@@ -165,7 +160,7 @@ def base() -> ConfigDict:
     config = common.base()
     config.model = {
         "name": "rqvae",
-        "image_size": _any(256),  # or (height, width)
+        "image_size": common.one_or_many(256),  # or (height, width)
         "in_channels": 3,
         "width": 128,
         "width_multipliers": (1, 1, 2, 2, 4, 4),
@@ -178,9 +173,9 @@ def base() -> ConfigDict:
         "norm_groups": 32,
         "code_dim": 256,
         "code_shape": (8, 8, 4),
-        "codebook_size": _any(16384),  # or one for each depth
+        "codebook_size": common.one_or_many(16384),  # or one for each depth
         "use_shared_codebook": True,
-        "codebook_decay": _any(0.99),  # or one for each depth
+        "codebook_decay": common.one_or_many(0.99),  # or one for each depth
         "use_restart": True,
         "codebook_update": "sequential",
         "use_kmeans_init": False,
