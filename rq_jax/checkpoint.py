@@ -262,7 +262,7 @@ def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
     read_config(directory)
     newest = newest_whole(directory / CHECKPOINTS)
     if newest is None:
-        raise FileNotFoundError(f"'{directory}' holds no whole checkpoint; keep_optimizer needs one")
+        raise FileNotFoundError(f"'{directory}' holds no checkpoint that is whole; keep_optimizer needs one")
     path, items = directory / CHECKPOINTS / str(newest), split(state)
     check_fits(path, items, f"init_from with keep_optimizer needs the same model, optimizer and average; {hint}")
     with ocp.StandardCheckpointer() as checkpointer:
