@@ -103,10 +103,10 @@ class Dataset:
 
         stream = grain.MapDataset.source(self.source).shuffle(seed=self._seed).repeat()
         stream = stream.random_map(self._train_transform, seed=self._seed)
-        # Sharded last, so that the draws know nothing of shards.
-        stream = stream[self._shard_index :: self._shard_count]
         # An endless stream drops nothing; but its length would be rounded up beyond what len() can say.
-        return stream.batch(self.batch_size // self._shard_count, drop_remainder=True, batch_fn=_stack)
+        stream = stream.batch(self.batch_size // self._shard_count, drop_remainder=True, batch_fn=_stack)
+        # Sharded last, so that the draws know nothing of shards; the parts of all, in order, are the batch.
+        return stream[self._shard_index :: self._shard_count]
 
     def _evaluation_batches(self):
         import grain
