@@ -27,6 +27,21 @@ from rq_jax.run_lock import RunLock
 
 logger = logging.getLogger(__name__)
 
+# Of the settings of the loop.
+_LEAST = {
+    "total_steps": 1,
+    "log_every_steps": 1,
+    "evaluate_every_steps": 1,
+    "checkpoint_every_steps": 1,
+    "keep_checkpoints": 1,
+    "profile_first_step": 1,
+    "keep_every_steps": 0,
+    "early_stopping_evaluations": 0,
+    "max_skipped_steps": 0,
+    "hang_timeout_seconds": 0,
+    "profile_steps": 0,
+}
+
 Evaluation = tuple[dict[str, float], dict[str, np.ndarray]]  # scalars, pictures
 
 
@@ -65,27 +80,11 @@ class LoopSettings:
     profile_steps: int = 0
 
     def __post_init__(self):
-        for name in (
-            "total_steps",
-            "log_every_steps",
-            "evaluate_every_steps",
-            "checkpoint_every_steps",
-            "keep_checkpoints",
-            "profile_first_step",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least 1")
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least {least}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"loop.ema_decay: {self.ema_decay} is outside [0, 1); 0 keeps no average")
-        for name in (
-            "early_stopping_evaluations",
-            "keep_every_steps",
-            "max_skipped_steps",
-            "hang_timeout_seconds",
-            "profile_steps",
-        ):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least 0")
         if self.keep_every_steps % self.checkpoint_every_steps:
             raise ValueError(
                 f"loop.keep_every_steps: {self.keep_every_steps} is no multiple of loop.checkpoint_every_steps "
@@ -255,11 +254,13 @@ def run(
                 )
                 if step % settings.evaluate_every_steps == 0 or last:
                     _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host)
-                    rate.restart(step), meter.restart()
+                    rate.restart(step)
+                    meter.restart()
                 stopping = stop.after(step)
                 if step % settings.checkpoint_every_steps == 0 or last or stopping or host["stopped"]:
                     checkpointer.save(state, {**host, "data": iterator.get_state()})
-                    rate.restart(step), meter.restart()
+                    rate.restart(step)
+                    meter.restart()
                 if stopping:
                     break
         checkpointer.wait()

@@ -60,7 +60,7 @@ class LmdbPictures:
         try:
             import lmdb
         except ModuleNotFoundError:
-            raise ModuleNotFoundError("reading lmdb needs the package lmdb: install it") from None
+            raise ModuleNotFoundError("reading lmdb needs the package lmdb: install the extra rq_jax[lsun]") from None
 
         if not (directory / "data.mdb").is_file():
             raise FileNotFoundError(f"--source: no data.mdb in '{directory}'; give what LSUN's archive unpacks to")
