@@ -16,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+import train_transformer
+import train_vae
 from benchmarks import train as training
 from configs import rqtransformer, rqvae
 from rq_jax import models, sampling, sharding, timing, train_loop, watch
 from rq_jax.pictures import write_atomic
 from rq_jax.pretrained import vgg_lpips
-
-import train_transformer  # isort: skip
-import train_vae  # isort: skip
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
