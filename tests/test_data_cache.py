@@ -92,7 +92,7 @@ def test_shards_together_are_the_whole_batch(cache):
     whole = next(CacheDataset(cache, batch_size=4, train=True).iterator())
     for i in range(2):
         part = next(CacheDataset(cache, batch_size=4, train=True, shard_index=i, shard_count=2).iterator())
-        np.testing.assert_array_equal(part["latents"], whole["latents"][i::2])
+        np.testing.assert_array_equal(part["latents"], whole["latents"][2 * i : 2 * i + 2])
 
 
 def test_evaluation_is_in_order_with_the_first_view(cache):
