@@ -85,6 +85,32 @@ def test_foreign_tfds_set(tfds_dir):
         assert (example["label"], example["text"], example["index"]) == (i % 3, f"row {i}", i)
 
 
+def test_the_first_of_several_captions(tmp_path):
+    """Captions as in COCO: a list of records inside of each example."""
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 1)),
+        "image/name": tfds.features.Text(),
+        "captions": tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
+    }
+    captions = [["one", "two"], ["three"], []]
+    rows = [
+        {
+            "image": encode(pixels), "image/name": f"{i}.png",
+            "captions": [{"id": j, "text": text} for j, text in enumerate(captions[i])],
+        }
+        for i, pixels in enumerate(grey_pictures(3))
+    ]  # fmt: skip
+    write_tfds("captioned", features, {"train": rows}, tmp_path)
+    records = open_records("captioned", "train", tmp_path, text_key="captions/text")
+    assert [records.read(i)[2] for i in range(2)] == ["one", "three"]
+    with pytest.raises(ValueError, match="no text in 'captions/text'"):
+        records.read(2)
+    assert ImageSource(records)[2]["text"] == "one"  # the next whole one stands in
+    assert open_records("captioned", "train", tmp_path, text_key="image/name").read(2)[2] == "2.png"
+    with pytest.raises(ValueError, match="unknown text_key='text' .* choose one of .*captions/text"):
+        open_records("captioned", "train", tmp_path, text_key="text")
+
+
 def test_grey_becomes_rgb_unless_one_channel_is_asked_for(tfds_dir):
     records = open_records("greys", "test", tfds_dir)
     grey, rgb = ImageSource(records, channels=1)[1], ImageSource(records, channels=3)[1]
@@ -188,13 +214,48 @@ def test_folder_with_split_subfolders_shares_class_numbers(tmp_path):
     assert [validation.read(i)[1] for i in range(2)] == [0, 2]
 
 
+def test_folder_is_split_by_lists_of_names(folder, tmp_path_factory):
+    """As FFHQ's: in the order of the list, by path, or by a name that no other picture has."""
+    lists = tmp_path_factory.mktemp("lists")
+    (lists / "train.txt").write_text("cats/deeper/04.png\n02.png\n\n03.png\n")
+    (lists / "validation.txt").write_text("dogs/deeper/01.png")
+    splits = {"train_split": str(lists / "train.txt"), "validation_split": str(lists / "validation.txt")}
+
+    def images(split):
+        keys = {"label_key": "folder", "batch_size": 3, "image_size": 4, "channels": 1}
+        dataset = make_dataset(split=split, train=False, name="folder", data_dir=folder, **splits, **keys)
+        return dataset, next(dataset.iterator())
+
+    dataset, batch = images("train")
+    assert dataset.num_examples == 3 and dataset.class_names == ("cats", "dogs")
+    np.testing.assert_array_equal(batch["label"], [0, 0, 1])
+    dataset, batch = images("validation")
+    assert dataset.num_examples == 1 and batch["label"][0] == 1
+
+
+def test_lists_of_names_must_fit_the_folder(folder, tmp_path_factory):
+    names = tmp_path_factory.mktemp("lists") / "names.txt"
+    with pytest.raises(FileNotFoundError, match="no file of names at split='.*names.txt'"):
+        open_records("folder", str(names), folder)
+    names.write_text("00.png\n77.png\n")
+    with pytest.raises(FileNotFoundError, match="'77.png' of '.*names.txt' is 0 of the 12 pictures below '.*', not one"):
+        open_records("folder", str(names), folder)
+    (folder / "dogs" / "00.png").write_bytes(encode(grey_pictures(1)[0]))
+    names.write_text("cats/deeper/00.png")
+    assert len(open_records("folder", str(names), folder)) == 1
+    names.write_text("00.png")
+    with pytest.raises(FileNotFoundError, match="'00.png' of .* is 2 of the 13 pictures .*: list paths as seen from there"):
+        open_records("folder", str(names), folder)
+
+
 def test_folder_errors(tmp_path, folder):
     with pytest.raises(ValueError, match="data_dir is missing: name='folder' needs"):
         open_records("folder", "train")
     with pytest.raises(FileNotFoundError, match="no folder of pictures at data_dir='.*nowhere'"):
         open_records("folder", "train", tmp_path / "nowhere")
     with pytest.raises(
-        ValueError, match="unknown split 'test' of a folder: choose one of train, validation, all"
+        ValueError,
+        match="unknown split 'test' of a folder: choose one of train, validation, all, or a .txt file of names",
     ):
         open_records("folder", "test", folder)
     with pytest.raises(

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from configs import ablations
+from rq_jax.data import transforms
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,3 +35,8 @@ def test_make_targets_exist():
     assert [name for name in rules if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
     tables = {name.removeprefix("results-") for name in targets if name.startswith("results-")}
     assert tables <= set(ablations.TABLES)
+
+
+def test_the_page_on_data_has_every_transform():
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert [name for name in transforms.TRANSFORMS if f"`{name}`" not in page] == []

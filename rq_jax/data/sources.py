@@ -4,8 +4,9 @@ import hashlib
 import io
 import logging
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -41,7 +42,7 @@ class TfdsRecords:
         features = builder.info.features
         images = [key for key in features if isinstance(features[key], tfds.features.Image)]
         labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
-        texts = [key for key in features if isinstance(features[key], tfds.features.Text)]
+        texts = list(_texts(features))
         if not images:
             raise ValueError(
                 f"data set {self.name} has no Image feature: its features are {', '.join(features)}"
@@ -79,7 +80,7 @@ class TfdsRecords:
         except (RuntimeError, IndexError) as error:  # how array_record tells of files that are missing or damaged
             raise ValueError(f"cannot read: {error}") from error
         label = int(record[self.label_key]) if self.label_key else None
-        return record[self.image_key], label, record[self.text_key].decode() if self.text_key else None
+        return record[self.image_key], label, _first_text(record, self.text_key) if self.text_key else None
 
     def locate(self, index: int) -> str:
         return f"example {index} of {self.name}, split {self.split}"
@@ -89,9 +90,10 @@ class FolderRecords:
     """Every picture below a directory, in sorted order.
 
     Splits are the subfolders `train` and `validation` where there is one of them; otherwise a tenth of the
-    files, chosen by a hash of their relative path, is `validation`. The split `all` is every picture. A label
-    is the first folder below the split (label_key="folder"), a caption the `.txt` beside the picture
-    (text_key="txt").
+    files, chosen by a hash of their relative path, is `validation`. The split `all` is every picture, and one
+    that ends in `.txt` is a file with a picture in each line: its path below the directory, or its name alone
+    where no other has it. A label is the first folder below the split (label_key="folder"), a caption the
+    `.txt` beside the picture (text_key="txt").
     """
 
     def __init__(
@@ -104,13 +106,18 @@ class FolderRecords:
             raise FileNotFoundError(f"no folder of pictures at data_dir={str(self.root)!r}")
         self.label_key = _check_key("label_key", label_key, ["folder"], "folder")
         self.text_key = _check_key("text_key", text_key, ["txt"], "folder")
-        if split not in (*_SPLITS, "all"):
-            raise ValueError(f"unknown split {split!r} of a folder: choose one of {', '.join(_SPLITS)}, all")
+        is_list = split.endswith(".txt")
+        if split not in (*_SPLITS, "all") and not is_list:
+            allowed = f"{', '.join(_SPLITS)}, all, or a .txt file of names"
+            raise ValueError(f"unknown split {split!r} of a folder: choose one of {allowed}")
         paths = _list_pictures(self.root)
         if not paths:
             raise FileNotFoundError(f"no pictures below {str(self.root)!r}: looked for {' '.join(_SUFFIXES)}")
         has_folders = any((self.root / name).is_dir() for name in _SPLITS)
-        self._paths = [path for path in paths if split in ("all", _folder_split(path, has_folders))]
+        if is_list:
+            self._paths = _listed(Path(split).expanduser(), self.root, paths)
+        else:
+            self._paths = [path for path in paths if split in ("all", _folder_split(path, has_folders))]
         if not self._paths:
             raise FileNotFoundError(
                 f"split {split!r} of {str(self.root)!r} is empty: {len(paths)} pictures in all"
@@ -216,10 +223,11 @@ def open_records(
 
     Args:
       name: "twemoji" or "twemoji/256" (made on first use), "folder", or the name of a prepared TFDS data set.
-      split: a split of it; TFDS slices such as "train[:50%]" too.
+      split: a split of it; TFDS slices such as "train[:50%]" too. Of a folder also a .txt file of names.
       data_dir: the folder of pictures, or the directory of TFDS data sets; None is the default place of each.
       label_key: a ClassLabel feature, or "folder"; None for no labels.
-      text_key: a Text feature, or "txt"; None for no captions.
+      text_key: a Text feature, or "txt"; None for no captions. Of several texts, as "captions/text" of
+        COCO, the first.
 
     Returns:
       The records.
@@ -307,6 +315,53 @@ def _list_pictures(root: Path) -> list[Path]:
         base = Path(folder).relative_to(root)
         found.extend(base / file for file in files if file.lower().endswith(_SUFFIXES))
     return sorted(found)
+
+
+def _listed(file: Path, root: Path, paths: list[Path]) -> list[Path]:
+    """The pictures that a file names, in its order."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no file of names at split={str(file)!r}")
+    known, by_name = set(paths), {}
+    for path in paths:
+        by_name.setdefault(path.name, []).append(path)
+    found = []
+    for name in file.read_text(encoding="utf-8").split("\n"):
+        if name := name.strip():
+            candidates = [Path(name)] if Path(name) in known else by_name.get(name, [])
+            if len(candidates) != 1:
+                raise FileNotFoundError(
+                    f"{name!r} of {str(file)!r} is {len(candidates)} of the {len(paths)} pictures below {str(root)!r}, "
+                    "not one: list paths as seen from there"
+                )
+            found += candidates
+    return found
+
+
+def _texts(features: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Names of the texts of a TFDS data set, "captions/text" for one inside of another feature."""
+    import tensorflow_datasets as tfds
+
+    if isinstance(features, tfds.features.Text):
+        yield "/".join(path)
+    elif isinstance(features, tfds.features.Sequence):
+        yield from _texts(features.feature, path)
+    elif isinstance(features, tfds.features.FeaturesDict):
+        for name in features:
+            yield from _texts(features[name], (*path, name))
+
+
+def _first_text(record: Mapping[str, Any], key: str) -> str:
+    """A text, or the first one of several."""
+    name = key
+    while name not in record:
+        outer, _, name = name.partition("/")
+        record = record[outer]
+    texts = record[name]
+    if not isinstance(texts, bytes):
+        if len(texts) == 0:
+            raise ValueError(f"no text in {key!r}")
+        texts = texts[0]
+    return texts.decode()
 
 
 def _folder_split(path: Path, has_folders: bool) -> str:
