@@ -223,7 +223,7 @@ def run(
         step = int(state.step)
         writer.truncate_after(step)
         meter, finite = watch.Meter(flops_per_image, dtype), watch.FiniteGuard(workdir, settings.max_skipped_steps)
-        rate, metrics_sum, num_summed = Rate(dataset.batch_size, step), None, 0
+        log = _StepLog(writer, summarize, Rate(dataset.batch_size, step), meter)
         metrics, batch, stopping = None, None, False
         progress = Progress(settings.total_steps, step, "step", title, enabled=is_first)
         with progress, watch.explained_memory(state, remedies):
@@ -235,32 +235,24 @@ def run(
                     batch = next(iterator)
                 state, metrics = train_step(state, sharding.put_batch(mesh, batch))
                 profiler.after(metrics)
-                metrics_sum = metrics if metrics_sum is None else _add(metrics_sum, metrics)
-                step, num_summed, shown = step + 1, num_summed + 1, {}
+                log.add(metrics)
+                step, shown = step + 1, {}
                 # Waiting for the step before this one keeps the device busy and the queue short.
                 jax.block_until_ready(previous)
                 if previous is not None:
                     finite.check(step - 1, previous, previous_batch)
                 last = step == settings.total_steps
                 if step % settings.log_every_steps == 0 or last:
-                    means = jax.tree.map(lambda x, n=num_summed: np.asarray(x) / n, metrics_sum)
-                    rates = rate.measure(step)
-                    shown = {**summarize(means), **rates, **meter.measure(rates)}
-                    writer.write_scalars(step, shown)
-                    metrics_sum, num_summed = None, 0
+                    shown = log.write(step)
                 hang.disarm()
-                progress.update(
-                    1, **{name: shown[name] for name in ("loss", "images_per_second") if name in shown}
-                )
+                progress.update(1, **{name: shown[name] for name in ("loss", "images_per_second") if name in shown})
                 if step % settings.evaluate_every_steps == 0 or last:
                     _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host)
-                    rate.restart(step)
-                    meter.restart()
+                    log.restart(step)
                 stopping = stop.after(step)
                 if step % settings.checkpoint_every_steps == 0 or last or stopping or host["stopped"]:
                     checkpointer.save(state, {**host, "data": iterator.get_state()})
-                    rate.restart(step)
-                    meter.restart()
+                    log.restart(step)
                 if stopping:
                     break
         checkpointer.wait()
@@ -270,6 +262,33 @@ def run(
             )
             raise SystemExit(128 + stop.signal)
     return state
+
+
+class _StepLog:
+    """Means of the metrics since the last log point, with the rates of these steps."""
+
+    def __init__(self, writer: MetricWriter, summarize: Callable[[Any], dict], rate: Rate, meter: watch.Meter):
+        self._writer, self._summarize, self._rate, self._meter = writer, summarize, rate, meter
+        self._sum, self._count = None, 0
+
+    def add(self, metrics: Any) -> None:
+        """Of one step; stays on the devices."""
+        self._sum = metrics if self._sum is None else _add(self._sum, metrics)
+        self._count += 1
+
+    def write(self, step: int) -> dict[str, float]:
+        """Write what `step` steps came to, return it and start anew; waits for the last of them."""
+        means = jax.tree.map(lambda x: np.asarray(x) / self._count, self._sum)
+        rates = self._rate.measure(step)
+        shown = {**self._summarize(means), **rates, **self._meter.measure(rates)}
+        self._writer.write_scalars(step, shown)
+        self._sum, self._count = None, 0
+        return shown
+
+    def restart(self, step: int) -> None:
+        """Leave the time since the last log point out of the rates: it was no training."""
+        self._rate.restart(step)
+        self._meter.restart()
 
 
 @jax.jit

@@ -1,7 +1,8 @@
-"""Several processes on this machine train as one: the numbers of a single process, and what happens when one is gone."""
+"""Several processes or devices train as one: the numbers of a single one, and what happens when a process is gone."""
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -66,10 +67,13 @@ def free_port() -> int:
         return listening.getsockname()[1]
 
 
-def begin(script, config, workdir, count, *options):
-    """Start a run as `count` processes of one device each."""
+def begin(script, config, workdir, count, *options, devices=1):
+    """Start a run as `count` processes of `devices` fake devices each."""
     address = f"localhost:{free_port()}"
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    environment = {
+        **os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+    }  # fmt: skip
     line = [sys.executable, script, f"--config={config}", f"--workdir={workdir}", f"--num_processes={count}"]
     line += [f"--coordinator={address}", *options]
     return [
@@ -134,6 +138,29 @@ def test_many_processes_give_the_numbers_of_one(configs, single, tmp_path, stage
     assert steps_of(tmp_path / "checkpoints") == [2, 4, 6]
     assert (tmp_path / "pictures").is_dir() and checkpoint.load_model(tmp_path).model is not None
     assert "step 6" in outputs[0] and all("step 6" not in output for output in outputs[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_goes_on_with_other_devices(configs, single, tmp_path, stage):
+    """One device, then eight, then two: at each change the next three losses are those of a run that did not change."""
+
+    def go_on(workdir, steps, devices, *mesh):
+        options = [f"--config.loop.total_steps={steps}", *(f"--config.mesh.{axis}" for axis in mesh)]
+        codes, outputs = end(begin(STAGES[stage], configs / f"{stage}.py", workdir, 1, *options, devices=devices))
+        assert codes == [0], outputs[0][-3000:]
+        return helpers.read_metrics(workdir)
+
+    changing, unchanged = tmp_path / "changing", tmp_path / "unchanged"
+    go_on(changing, 3, 1)
+    eight = go_on(changing, 6, 8, "data=2", "fsdp=2", "tensor=2")
+    one = helpers.read_metrics(single[stage])
+    shutil.copytree(changing, unchanged)
+    two, still_one = go_on(changing, 9, 2, "fsdp=2", "data=1"), go_on(unchanged, 9, 1)
+    for step in range(1, 7):
+        np.testing.assert_allclose(eight[step]["loss"], one[step]["loss"], rtol=1e-5)
+    for step in range(7, 10):
+        np.testing.assert_allclose(two[step]["loss"], still_one[step]["loss"], rtol=1e-5)
 
 
 @pytest.mark.fault("kill -9 of one of two processes", "the other ends within the heartbeat; both go on from the last checkpoint")
