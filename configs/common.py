@@ -82,6 +82,7 @@ def base() -> ConfigDict:
                 "checkpoint_every_steps": 5000,
                 "keep_checkpoints": 3,
                 "keep_every_steps": 0,
+                "keep_best": False,
                 "ema_decay": 0.0,
                 "max_skipped_steps": 20,
                 "hang_timeout_seconds": 0.0,

@@ -4,7 +4,7 @@ A run directory is self-contained:
 
     config.json          the resolved config
     checkpoints/<step>/  the states of the run, see `checkpointer`
-    best/<step>/         weights of the best evaluation, where early stopping is on
+    best/<step>/         weights of the best evaluation, with loop.keep_best or early stopping
     tokenizer/           stage 2 only: the tokenizer as a model directory
     discriminator/       converted checkpoints only: the discriminator of stage 1 as a model directory
 
@@ -102,7 +102,7 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
 
     Args:
       directory: of a training run or a model directory.
-      step: of a checkpoint; None: the best where early stopping kept one, else the newest.
+      step: of a checkpoint; None: the best where one was kept, else the newest.
       ema: the averaged weights, where the run keeps an average.
 
     Returns:

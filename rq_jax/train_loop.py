@@ -55,8 +55,9 @@ class LoopSettings:
       keep_checkpoints: how many of the newest checkpoints stay.
       keep_every_steps: checkpoints of multiples of this stay too; 0: none do.
       ema_decay: of the weight average, 0 for none.
-      early_stopping_evaluations: evaluations without a better "validation_loss" after which the run stops; the best
-        weights are kept. 0: off.
+      keep_best: the weights with the lowest "validation_loss" stay, as `best`.
+      early_stopping_evaluations: evaluations without a better "validation_loss" after which the run stops, and the best
+        weights stay; 0: off.
       use_latent_cache: stage 2 reads latents computed once, from disk.
       max_skipped_steps: steps in a row whose loss or gradient is not finite, and which change nothing, before the run
         stops; 0: never.
@@ -72,6 +73,7 @@ class LoopSettings:
     keep_checkpoints: int = 2
     keep_every_steps: int = 0
     ema_decay: float = 0.0
+    keep_best: bool = False
     early_stopping_evaluations: int = 0
     use_latent_cache: bool = False
     max_skipped_steps: int = 20
@@ -297,21 +299,21 @@ def _add(a: Any, b: Any) -> Any:
 
 
 def _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host) -> None:
-    """Evaluate, write, and with early stopping keep the best weights and count evaluations without a better one."""
+    """Evaluate, write, keep the best weights and count the evaluations without better ones, each where it is wanted."""
     scalars, pictures = evaluate(state)
     writer.write_scalars(step, scalars)
     writer.write_images(step, pictures)
     writer.flush()
     shown = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
     progress.message(f"step {step}: {shown}")
-    if not settings.early_stopping_evaluations:
+    if not (settings.keep_best or settings.early_stopping_evaluations):
         return
     if scalars["validation_loss"] < host["best_loss"]:
         host.update(best_loss=float(scalars["validation_loss"]), bad_evaluations=0)
         checkpointer.save_best(state)
     else:
         host["bad_evaluations"] += 1
-        if host["bad_evaluations"] >= settings.early_stopping_evaluations:
+        if 0 < settings.early_stopping_evaluations <= host["bad_evaluations"]:
             host["stopped"] = True
             progress.message(
                 f"step {step}: no better validation loss for {host['bad_evaluations']} evaluations, stopping"

@@ -87,7 +87,7 @@ SHARED_KEYS = {
     "optim": "name learning_rate b1 b2 weight_decay clip_norm accumulation_steps"
     " schedule warmup_steps warmup_epochs hold_steps hold_epochs initial_learning_rate final_learning_rate",
     "loop": "total_steps total_epochs log_every_steps evaluate_every_steps checkpoint_every_steps"
-    " keep_checkpoints keep_every_steps ema_decay"
+    " keep_checkpoints keep_every_steps keep_best ema_decay"
     " max_skipped_steps hang_timeout_seconds profile_first_step profile_steps",
     "mesh": "data fsdp tensor",
 }

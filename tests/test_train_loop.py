@@ -404,8 +404,16 @@ def test_a_signal_while_the_run_stops_early_is_no_interruption(tmp_path):
     assert int(state.step) == 8
 
 
-def test_without_early_stopping_no_best_is_kept(uninterrupted):
+def test_no_best_is_kept_unless_it_is_asked_for(uninterrupted):
     assert not (uninterrupted[1] / "best").exists()
+
+
+def test_the_best_is_kept_without_stopping(tmp_path):
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0, 10: 1.5, 12: 4.0}
+    settings = dict(EARLY, early_stopping_evaluations=0, keep_best=True)
+    state = train(tmp_path, evaluate=lambda state: ({"validation_loss": losses[int(state.step)]}, {}), **settings)
+    assert int(state.step) == TOTAL
+    assert saved_steps(tmp_path, "best") == [4]
 
 
 # --- settings -----------------------------------------------------------------------------------------------
