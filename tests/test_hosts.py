@@ -84,7 +84,7 @@ def begin(script, config, workdir, count, *options, devices=1):
     ]  # fmt: skip
 
 
-def end(processes, timeout=300):
+def end(processes, timeout=900):
     outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     return [process.returncode for process in processes], outputs
 
