@@ -72,7 +72,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=_numbers(float),
         help="one value, or one per depth separated by commas; 0 is greedy",
     )
-    add("--top_k", type=_numbers(int), help="as --temperature; default of all three: the checkpoint's config")
+    add("--top_k", type=_numbers(int), help="as --temperature; default of all four: the checkpoint's config")
     add("--top_p", type=_numbers(float), help="as --temperature")
     add("--guidance", type=float, help="scale of classifier-free guidance, for models trained with it")
     add(

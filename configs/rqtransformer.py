@@ -271,8 +271,13 @@ def base() -> ConfigDict:
     }
     config.loop.early_stopping_evaluations = 0
     config.loop.use_latent_cache = False
-    # Each is one value, or one for each depth.
-    config.sample = {"temperature": common.one_or_many(1.0), "top_k": placeholder(int), "top_p": placeholder(float)}
+    # The first three are one value, or one for each depth.
+    config.sample = {
+        "temperature": common.one_or_many(1.0),
+        "top_k": placeholder(int),
+        "top_p": placeholder(float),
+        "guidance": placeholder(float),  # of models with use_null_cond
+    }
     config.tokenizer = placeholder(str)
     config.tokenizer_preset = placeholder(str)
     return config

@@ -150,6 +150,20 @@ def _check(name, value, allowed, message):
         raise ValueError(f"{name}: {value} {message}")
 
 
+def check_guidance(model: Any, guidance: float | jax.Array | None) -> None:
+    """Refuse a scale of guidance that is no number, or that the model was not built for.
+
+    Raises:
+      ValueError: saying which of the two.
+    """
+    if guidance is None:
+        return
+    if not isinstance(guidance, jax.core.Tracer) and not np.isfinite(guidance):
+        raise ValueError(f"guidance: {guidance} must be a finite number, or None for no guidance")
+    if not model.use_null_cond:
+        raise ValueError(f"guidance: {guidance} needs a model trained with use_null_cond; leave it out for this one")
+
+
 def generate(
     model: Any,
     variables: Any,
@@ -199,12 +213,7 @@ def generate(
         )
     cond = _check_cond(model, cond, num_images)
     prefix = _check_prefix(model, prefix, num_images)
-    if guidance is not None and not isinstance(guidance, jax.core.Tracer) and not np.isfinite(guidance):
-        raise ValueError(f"guidance: {guidance} must be a finite number, or None for no guidance")
-    if guidance is not None and not model.use_null_cond:
-        raise ValueError(
-            f"guidance: {guidance} needs a model trained with use_null_cond; leave it out for this one"
-        )
+    check_guidance(model, guidance)
     K = max(model.codebook_sizes)
     settings = (
         _per_depth("temperature", temperature, D, jnp.float32),

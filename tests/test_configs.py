@@ -116,7 +116,7 @@ KEYS = {
         " embedding_dropout attention_dropout residual_dropout use_null_cond"
         " use_flash_attention use_remat dtype",
         "loss": "use_soft_labels use_stochastic_codes temperature image_weight text_weight cond_dropout",
-        "sample": "temperature top_k top_p",
+        "sample": "temperature top_k top_p guidance",
     },
 }
 TRANSFORMS = {

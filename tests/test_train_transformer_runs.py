@@ -271,6 +271,7 @@ REFUSED = {
     "text tokenizer": ({**TEXT, "data__text_tokenizer": None}, "text_tokenizer is missing: text_key='txt' needs a tokenizer file"),
     "top_p": ({"sample__top_p": 1.5}, r"top_p: 1.5 is outside \[0, 1\]"),
     "top_k": ({"sample__top_k": 0}, "top_k: 0 must be at least 1"),
+    "guidance": ({"sample__guidance": 2.0}, "guidance: 2.0 needs a model trained with use_null_cond"),
     "sampling temperature": ({"sample__temperature": -1.0}, "temperature: -1.0 must be at least 0"),
     "loss temperature": ({"loss__temperature": 0.0}, "loss.temperature: 0.0 must be above 0"),
     "text weight": ({"loss__text_weight": 0.1}, "loss.text_weight: 0.1 needs a text-conditional model; set it to 0"),
