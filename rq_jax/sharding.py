@@ -4,6 +4,7 @@ The logical axes of a parameter are the letters at the end of its name ("up_MF" 
 is the layer axis of a scan. `RULES` maps letters to mesh axes; what no rule names is replicated.
 """
 
+import math
 import re
 from typing import Any
 
@@ -13,8 +14,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-# Logical axis -> mesh axis: widths are split by fsdp; heads, MLP width and vocabulary by tensor.
-RULES = {"M": "fsdp", "N": "tensor", "F": "tensor", "K": "tensor", "V": "tensor", "I": "fsdp", "O": "tensor"}
+# Logical axis -> mesh axes, as many as divide it: widths are split by fsdp; heads, MLP width and vocabulary by tensor.
+# Kernels of convolutions are split along their outputs alone: XLA's partitioner (jax 0.10) gives wrong gradients for
+# two convolutions in a row whose kernels are split along inputs and outputs, on a mesh of all three axes.
+RULES = {
+    "M": ("fsdp",),
+    "N": ("tensor",),
+    "F": ("tensor",),
+    "K": ("tensor",),
+    "V": ("tensor",),
+    "O": ("fsdp", "tensor"),
+}
 _SUFFIX = re.compile(r"_([A-Z0-9]+)$")
 
 
@@ -53,18 +63,22 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
         used: set[str] = set()
         spec = []
         for letter, size in zip(logical_axes(path, leaf.ndim), leaf.shape, strict=True):
-            axis = None if "codebook" in names else RULES.get(letter)
-            fits = (
-                axis is not None
-                and axis not in used
-                and size % mesh.shape[axis] == 0
-                and mesh.shape[axis] > 1
-            )
-            spec.append(axis if fits else None)
-            used.update([axis] if fits else [])
+            wanted = () if "codebook" in names else RULES.get(letter, ())
+            axes = _fitting(mesh, [axis for axis in wanted if axis not in used], size)
+            spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
+            used.update(axes)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _fitting(mesh: Mesh, axes: list[str], size: int) -> tuple[str, ...]:
+    """All of these mesh axes of several devices if their product divides `size`, else the first that does alone."""
+    axes = [axis for axis in axes if mesh.shape[axis] > 1]
+    for some in (axes, *([axis] for axis in axes)):
+        if some and size % math.prod(mesh.shape[axis] for axis in some) == 0:
+            return tuple(some)
+    return ()
 
 
 def sharded_shapes(mesh: Mesh, function: Any, *args: Any) -> Any:

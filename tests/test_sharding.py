@@ -78,7 +78,11 @@ def spec_of(mesh, name, *shape):
         ((1, 1, 8), "up_MF", (8, 16), (None, "tensor")),
         ((2, 2, 2), "up_MF", (3, 8, 16), (None, "fsdp", "tensor")),
         ((2, 2, 2), "qkv_M3NA", (8, 3, 4, 2), ("fsdp", None, "tensor", None)),
-        ((2, 2, 2), "kernel", (3, 3, 6, 10), (None, None, "fsdp", "tensor")),
+        ((2, 2, 2), "kernel", (3, 3, 6, 8), (None, None, None, ("fsdp", "tensor"))),
+        ((2, 2, 2), "kernel", (3, 3, 6, 10), (None, None, None, "fsdp")),  # both do not fit
+        ((4, 1, 2), "kernel", (3, 3, 6, 10), (None, None, None, "tensor")),
+        ((1, 4, 2), "kernel", (3, 3, 6, 10), (None, None, None, "tensor")),
+        ((1, 4, 2), "kernel", (3, 3, 8, 3), (None, None, None, None)),
         ((2, 2, 2), "table_KV", (4, 6), ("tensor", None)),  # an axis is used once
         ((2, 2, 2), "table_KV", (5, 6), (None, "tensor")),  # and stays free where it does not fit
         ((2, 2, 2), "square_MM", (6, 6), ("fsdp", None)),
@@ -158,6 +162,46 @@ def test_a_state_is_the_same_on_every_mesh(mesh):
         assert leaf.sharding == where
         if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             np.testing.assert_allclose(leaf, expected, rtol=1e-5, atol=1e-6)
+
+
+TOKENIZER = models.create(
+    "rqvae", image_size=8, width=16, width_multipliers=(1, 2), num_res_blocks=1, norm_groups=4, attention_resolutions=(4,),
+    z_channels=8, code_dim=8, codebook_size=5, code_shape=(4, 4, 2), use_remat=False,
+)  # fmt: skip
+
+
+def tokenizer_loss(params, rest, batch):
+    variables = {"params": params, **rest}
+    latents = TOKENIZER.apply(variables, batch["image"], method="encode")
+    return jnp.mean((TOKENIZER.apply(variables, latents, method="decode") - batch["image"]) ** 2)
+
+
+def transformer_loss(params, rest, batch):
+    variables = {"params": params, **rest}
+    context, _, _ = MODEL.apply(variables, batch["codes"], batch["cond"], method="spatial")
+    hidden, _ = MODEL.apply(variables, context, batch["codes"], method="depth")
+    return jnp.mean(jnp.sin(hidden))
+
+
+@pytest.mark.parametrize("model, loss", [(TOKENIZER, tokenizer_loss), (MODEL, transformer_loss)], ids=["stage 1", "stage 2"])
+def test_gradients_are_those_of_one_device_on_every_mesh(mesh, model, loss):
+    """Two convolutions in a row are what XLA's partitioner once got wrong."""
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.uniform(-1, 1, (8, 8, 8, 3)).astype(np.float32),
+        "codes": rng.integers(0, 6, (8, 3, 5, 4)),
+        "cond": rng.integers(0, 12, (8, 1)),
+    }
+    rest = jax.tree.map(np.asarray, jax.jit(lambda key: models.init_variables(model, key))(jax.random.key(0)))
+    # As drawn, some are zero, and so are the gradients of what is behind them.
+    params = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(np.float32), rest.pop("params"))
+    expected = jax.jit(jax.grad(loss))(params, rest, batch)
+    shardings = sharding.state_shardings(mesh, params)
+    placed = jax.device_put(params, shardings), jax.device_put(rest, sharding.replicated(mesh))
+    found = jax.jit(jax.grad(loss), out_shardings=shardings)(*placed, sharding.put_batch(mesh, batch))
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    for (path, leaf), other in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-5 * scale, err_msg=jax.tree_util.keystr(path))
 
 
 # --- batches ------------------------------------------------------------------------------------------------
