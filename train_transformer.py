@@ -271,7 +271,8 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
     sampling.check_guidance(model, sample.pop("guidance", None))
     check_filter = functools.partial(sampling.check_filter, top_k=None, top_p=None)  # None: no filter
     train_loop.call(check_filter, "sample", sample)
-    shard = dict(shard_index=jax.process_index(), shard_count=jax.process_count(), seed=config.seed)
+    shard_index, shard_count = sharding.batch_part(mesh)
+    shard = dict(shard_index=shard_index, shard_count=shard_count, seed=config.seed)
     open_split = functools.partial(train_loop.call, make_dataset, "data", dict(config.data), **shard)
     dataset = open_split(split="train", train=True)
     check_condition(model, dataset, config)

@@ -349,7 +349,8 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
         )
     if config.keep_optimizer and not config.init_from:
         raise ValueError("keep_optimizer: True needs init_from, a run whose optimizer is kept; set both or neither")
-    shard = dict(shard_index=jax.process_index(), shard_count=jax.process_count(), seed=config.seed)
+    shard_index, shard_count = sharding.batch_part(mesh)
+    shard = dict(shard_index=shard_index, shard_count=shard_count, seed=config.seed)
     dataset = train_loop.call(make_dataset, "data", data, split="train", train=True, **shard)
     validation = train_loop.call(make_dataset, "data", data, split="validation", train=False, **shard)
     dataset.examples([0])  # raises where no picture can be read

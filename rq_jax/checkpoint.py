@@ -244,10 +244,12 @@ def _find_checkpoint(directory: Path, step: int | None) -> Path:
         wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise FileNotFoundError(f"'{directory}' holds no {wanted}; there are steps {there or '(none)'}")
     if step is not None:
-        path = next(root for root in roots if step in steps_of(root)) / str(step)
-        if found := manifest.problems(path):
-            raise ValueError(f"'{path}' is damaged: {found[0]}; choose another of the steps {there}")
-        return path
+        paths = [root / str(step) for root in roots if step in steps_of(root)]
+        found = {path: manifest.problems(path) for path in paths}
+        for path in paths:
+            if not found[path]:
+                return path
+        raise ValueError(f"'{paths[0]}' is damaged: {found[paths[0]][0]}; choose another of the steps {there}")
     for root in roots:
         if (newest := newest_whole(root)) is not None:
             return root / str(newest)

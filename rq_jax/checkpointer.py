@@ -4,8 +4,9 @@ Orbax writes; a checkpoint counts once its manifest stands beside what Orbax has
 
     checkpoints/<step>/  params, ema_params, model_state, discriminator, training (optimizers, step, key),
                          host (data position ...), manifest.json
-    best/<step>/         weights of the best evaluation, where early stopping is on
+    best/<step>/         weights of the best evaluation, with loop.keep_best or early stopping
     damaged/             what a resume passed over
+    */.sealing-<step>    this one is being written; where no manifest follows, it never counts
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from rq_jax.model_dir import named_leaves
 
 CHECKPOINTS, BEST, DAMAGED = "checkpoints", "best", "damaged"
 DISCRIMINATOR = "discriminator"
-_DELETING = ".deleting-"
+_DELETING, _SEALING = ".deleting-", ".sealing-"
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,8 @@ class Checkpointer:
 
         self._store.save(int(state.step), {**_saving(split(state)), "host": ocp.args.JsonSave(host)})
 
-    def save_best(self, state: Any) -> None:
-        """Save the weights alone as the best so far."""
+    def save_best(self, state: Any) -> bool:
+        """Save the weights alone as the best so far, and wait for that: whether they are on disk, on every process."""
         if self._best_store is None:
             self._best_store = _Store(self._root / BEST, 1)
         step = int(state.step)
@@ -74,6 +75,7 @@ class Checkpointer:
         self._best_store.discard(old for old in steps_of(self._best_store.directory) if old >= step)
         items = {name: tree for name, tree in split(state).items() if name != "training"}
         self._best_store.save(step, _saving(items))
+        return not self._best_store.has_failed()
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
         """The newest whole checkpoint in the structure and shardings of `state`, and what the host knew.
@@ -99,11 +101,8 @@ class Checkpointer:
         """The newest whole checkpoint, the same on every host; what is damaged above it is moved away."""
         steps, first = sorted(steps_of(self._store.directory), reverse=True), jax.process_index() == 0
         found = newest_whole(self._store.directory, self._strict) if first else None
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
-            found = int(multihost_utils.broadcast_one_to_all(np.int32(-1 if found is None else found)))
-            found = None if found < 0 else found
+        found = _of_first_process(-1 if found is None else found)
+        found = None if found < 0 else found
         if found is None:
             raise ValueError(
                 f"'{self._store.directory}': no checkpoint is whole, of steps {steps}; restore one from a copy, "
@@ -116,19 +115,19 @@ class Checkpointer:
         return found
 
     def wait(self) -> None:
-        """Until everything is on disk.
+        """Until the last checkpoint is on disk.
 
         Raises:
-          SaveFailed: the newest state could not be written.
+          SaveFailed: it could not be written.
         """
-        for store in self._stores():
-            store.join()
-            if store.failed is not None:
-                raise SaveFailed(
-                    f"checkpoint: the state of step {store.failed[0]} could not be written to '{store.directory}' "
-                    f"({store.failed[1]}); steps {sorted(steps_of(store.directory))} are there; free the disk and run "
-                    "the same command again"
-                )
+        store = self._store
+        store.join()
+        if store.failed is not None:
+            raise SaveFailed(
+                f"checkpoint: the state of step {store.failed[0]} could not be written to '{store.directory}' "
+                f"({store.failed[1]}); steps {steps_of(store.directory)} are there; free the disk and run the same "
+                "command again"
+            )
 
     def _stores(self) -> Iterator["_Store"]:
         yield self._store
@@ -150,10 +149,11 @@ class _Store:
         self.directory, self._keep, self._keep_every = directory, keep, keep_every
         self.failed: tuple[int, BaseException] | None = None
         self._thread: threading.Thread | None = None
-        self.manager = self._open()
-        if jax.process_index() == 0:
+        if jax.process_index() == 0:  # before the manager, at whose opening the processes meet
             for path in directory.glob(f"{_DELETING}*"):
                 shutil.rmtree(path, ignore_errors=True)
+            self._drop_unsealed()
+        self.manager = self._open()
 
     def _open(self) -> Any:
         import orbax.checkpoint as ocp
@@ -165,14 +165,16 @@ class _Store:
     def save(self, step: int, items: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
 
-        self.join()
-        if step in steps_of(self.directory):
+        has_failed = self.has_failed()  # waits for the save before
+        if _of_first_process(step in steps_of(self.directory)):
             return
         try:
-            if self.failed is not None:  # its manager still holds the failure
+            if has_failed:  # its manager still holds the failure
                 self.close()
                 self.manager = self._open()
             self.failed = None
+            if jax.process_index() == 0:
+                (self.directory / f"{_SEALING}{step}").touch()
             self.manager.save(step, args=ocp.args.Composite(**items))
         except Exception as error:  # Orbax tells of disks in many ways
             self._fail(step, error)
@@ -180,23 +182,44 @@ class _Store:
         self._thread = threading.Thread(target=self._seal, args=(step,), name=f"seal-{step}")
         self._thread.start()
 
+    def has_failed(self) -> bool:
+        """Whether the last save failed for any process; waits for it, and for the other processes."""
+        self.join()
+        if jax.process_count() == 1:
+            return self.failed is not None
+        from jax.experimental import multihost_utils
+
+        return bool(np.any(multihost_utils.process_allgather(np.bool_(self.failed is not None))))
+
     def _seal(self, step: int) -> None:
         """When a checkpoint is written: checksums, then room."""
         try:
             self.manager.wait_until_finished()
             if jax.process_index() == 0:
                 manifest.write(self.directory / str(step))
+                (self.directory / f"{_SEALING}{step}").unlink()
                 self._make_room()
         except Exception as error:  # whatever it is, the training thread must hear of it
             self._fail(step, error)
 
     def _fail(self, step: int, error: BaseException) -> None:
         self.failed = step, error
+        with contextlib.suppress(OSError):
+            if jax.process_index() == 0:
+                self._drop_unsealed()
         logger.error(
             "the state of step %d could not be written to '%s' (%s: %s); steps %s are there; the run goes on and tries "
             "again at the next checkpoint",
-            step, self.directory, type(error).__name__, error, sorted(steps_of(self.directory)),
+            step, self.directory, type(error).__name__, error, steps_of(self.directory),
         )  # fmt: skip
+
+    def _drop_unsealed(self) -> None:
+        """Delete what a save that failed or was killed left behind; it keeps a full disk full."""
+        for marker in self.directory.glob(f"{_SEALING}*"):
+            path = self.directory / marker.name.removeprefix(_SEALING)
+            if path.exists() and not (path / manifest.MANIFEST).exists():
+                shutil.rmtree(path)
+            marker.unlink()
 
     def _make_room(self) -> None:
         """Delete what the policy does not keep; only sealed checkpoints count as kept."""
@@ -229,8 +252,12 @@ class _Store:
 
 
 def steps_of(directory: Path) -> list[int]:
-    """The checkpoints in a directory, in order; one that is being written or deleted has a longer name."""
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    """The checkpoints in a directory, in order, but for those that are being written or deleted."""
+
+    def is_written(path: Path) -> bool:
+        return (path / manifest.MANIFEST).exists() or not path.with_name(f"{_SEALING}{path.name}").exists()
+
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit() and is_written(path))
 
 
 def newest_whole(directory: Path, strict: bool = False) -> int | None:
@@ -249,6 +276,15 @@ def newest_whole(directory: Path, strict: bool = False) -> int | None:
             raise ValueError(f"{message}; restore it from a copy, or leave out --strict to go on from the one before")
         logger.warning("%s; going on from the checkpoint before", message)
     return None
+
+
+def _of_first_process(value: int) -> int:
+    """What the first process says, on every process."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def split(state: Any) -> dict[str, Any]:

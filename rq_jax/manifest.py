@@ -12,11 +12,20 @@ _CHUNK_BYTES = 2**20
 
 
 def write(directory: str | os.PathLike) -> None:
-    """Note size and SHA-256 of every file below `directory`; the manifest carries a checksum of itself."""
+    """Note size and SHA-256 of every file below `directory`; the manifest carries a checksum of itself.
+
+    When it returns, all of them would survive a power cut: what they replace may go.
+    """
     directory = Path(directory)
     files = {name: [size, _sha256(directory / name)] for name, size in sorted(_sizes(directory).items())}
     body = json.dumps(files, indent=1)
     write_atomic(directory / MANIFEST, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}".encode())
+    for path in (*(directory / name for name in files), directory / MANIFEST, directory, directory.parent):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
 
 
 def problems(directory: str | os.PathLike) -> list[str]:

@@ -4,6 +4,7 @@ The logical axes of a parameter are the letters at the end of its name ("up_MF" 
 is the layer axis of a scan. `RULES` maps letters to mesh axes; what no rule names is replicated.
 """
 
+import functools
 import math
 import re
 from typing import Any
@@ -93,6 +94,27 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+@functools.cache
+def batch_part(mesh: Mesh) -> tuple[int, int]:
+    """(which part of every batch this process reads, of how many): processes along `tensor` read the same one.
+
+    Raises:
+      ValueError: a process would need rows from several parts, or only some of another's.
+    """
+    places = mesh.devices.reshape(-1, mesh.shape["tensor"])  # a row of devices for each row of the batch sharding
+    held: dict[int, set[int]] = {}
+    for row, devices in enumerate(places):
+        for device in devices:
+            held.setdefault(device.process_index, set()).add(row)
+    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+    if [row for part in parts for row in part] != list(range(len(places))) or len({len(part) for part in parts}) > 1:
+        raise ValueError(
+            f"mesh: {dict(mesh.shape)} over {len(held)} processes gives some of them parts of a batch that overlap; "
+            "let tensor divide the devices of a process, or be a multiple of them"
+        )
+    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -113,8 +135,12 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Place a host's part of a batch: the global arrays are the parts of all hosts in order."""
-    sharding = batch_sharding(mesh)
-    return jax.tree.map(
-        lambda array: jax.make_array_from_process_local_data(sharding, np.asarray(array)), batch
-    )
+    """Place a process's part of a batch (`batch_part`): the global arrays are all parts in order."""
+    sharding, (_, count) = batch_sharding(mesh), batch_part(mesh)
+
+    def place(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        shape = (count * len(array), *array.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, array, shape)
+
+    return jax.tree.map(place, batch)

@@ -299,7 +299,10 @@ def _add(a: Any, b: Any) -> Any:
 
 
 def _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host) -> None:
-    """Evaluate, write, keep the best weights and count the evaluations without better ones, each where it is wanted."""
+    """Evaluate, write, keep the best weights and count the evaluations without better ones, each where it is wanted.
+
+    The best weights are on disk before a checkpoint can say how good they are.
+    """
     scalars, pictures = evaluate(state)
     writer.write_scalars(step, scalars)
     writer.write_images(step, pictures)
@@ -309,8 +312,9 @@ def _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, h
     if not (settings.keep_best or settings.early_stopping_evaluations):
         return
     if scalars["validation_loss"] < host["best_loss"]:
-        host.update(best_loss=float(scalars["validation_loss"]), bad_evaluations=0)
-        checkpointer.save_best(state)
+        host["bad_evaluations"] = 0
+        if checkpointer.save_best(state):  # else the next that beats the one on disk is kept
+            host["best_loss"] = float(scalars["validation_loss"])
     else:
         host["bad_evaluations"] += 1
         if 0 < settings.early_stopping_evaluations <= host["bad_evaluations"]:

@@ -214,6 +214,15 @@ def test_load_model_prefers_the_best(run):
     assert_loaded(load_model(run, step=4), model_state_of("rqvae", 4))
 
 
+def test_a_step_is_taken_where_it_is_whole(run):
+    write_run(run, [], best=[5])
+    (run / "best" / "5" / "manifest.json").unlink()
+    assert_loaded(load_model(run, step=5), model_state_of("rqvae", 5))
+    (run / "checkpoints" / "5" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"best/5' is damaged: manifest.json cannot be read .*; choose another of the steps"):
+        load_model(run, step=5)
+
+
 @pytest.mark.parametrize("step", [4, 3])
 def test_a_new_best_replaces_one_that_a_killed_run_left_at_a_later_step(tmp_path, step):
     write_run(tmp_path, [], best=[4])

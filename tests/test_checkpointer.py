@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import pytest
 from test_checkpoint import assert_equal, toy_state
 
-from rq_jax import checkpointer, manifest, run_lock
-from rq_jax.checkpointer import Checkpointer, SaveFailed
+from rq_jax import checkpoint, checkpointer, manifest, run_lock
+from rq_jax.checkpointer import Checkpointer, SaveFailed, steps_of
 
 
 def save(directory, *steps, **settings):
@@ -140,7 +140,7 @@ def test_the_old_one_goes_after_the_new_one_is_sealed(tmp_path, monkeypatch):
     seen, write = [], manifest.write
 
     def watched(path):
-        seen.append({old.name for old in path.parent.iterdir()})
+        seen.append({old.name for old in path.parent.iterdir() if old.name.isdigit()})
         write(path)
 
     monkeypatch.setattr(manifest, "write", watched)
@@ -155,6 +155,24 @@ def test_what_a_killed_process_left_is_cleaned_up(run):
         (run / "checkpoints" / name / "params").mkdir(parents=True)
     assert restored_step(run) == 5
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "5"}
+
+
+@pytest.mark.fault("a kill between the last byte of the first checkpoint and its manifest", "does not count: starts anew")
+def test_what_was_never_sealed_does_not_count(run):
+    (run / "checkpoints" / "5" / "manifest.json").unlink()
+    (run / "checkpoints" / ".sealing-5").touch()
+    assert steps_of(run / "checkpoints") == [2] and checkpoint.has_checkpoint(run)
+    (run / "checkpoints" / ".sealing-2").touch()  # killed before the mark was taken away
+    assert restored_step(run) == 2
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"2"}
+    (run / "checkpoints" / ".sealing-2").touch()
+    (run / "checkpoints" / "2" / "manifest.json").unlink()
+    assert not checkpoint.has_checkpoint(run)
+    with Checkpointer(run) as first:
+        assert first.latest_step is None
+        first.save(toy_state(2), {"note": 2})
+    assert restored_step(run) == 2
+    assert not (run / "damaged").exists()
 
 
 # --- saves that fail --------------------------------------------------------------------------------------------------
@@ -180,6 +198,19 @@ def test_a_failed_save_is_told_and_the_next_one_is_made(tmp_path, monkeypatch, c
     assert message.startswith(f"the state of step 5 could not be written to '{tmp_path / 'checkpoints'}' (OSError: ")
     assert message.endswith("the run goes on and tries again at the next checkpoint")
     assert restored_step(tmp_path) == 7
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"7"}
+
+
+@pytest.mark.fault("best weights that cannot be written", "told; the best before stay, and the next better ones are kept")
+def test_a_best_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "write", failing(5))
+    with Checkpointer(tmp_path) as saving:
+        assert saving.save_best(toy_state(2))
+        assert not saving.save_best(toy_state(5))
+        assert steps_of(tmp_path / "best") == [2]
+        assert saving.save_best(toy_state(7))
+        saving.wait()
+    assert {path.name for path in (tmp_path / "best").iterdir()} == {"7"}
 
 
 @pytest.mark.fault("a last save that raises", "exit code 2; older ones stay")

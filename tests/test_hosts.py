@@ -126,10 +126,11 @@ def single(configs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count, mesh", [(2, []), (4, []), (2, ["data=1", "tensor=2"])], ids=["2", "4", "2 along tensor"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_many_processes_give_the_numbers_of_one(configs, single, tmp_path, stage, count):
-    codes, outputs = end(begin(STAGES[stage], configs / f"{stage}.py", tmp_path, count))
+def test_many_processes_give_the_numbers_of_one(configs, single, tmp_path, stage, count, mesh):
+    options = [f"--config.mesh.{axis}" for axis in mesh]
+    codes, outputs = end(begin(STAGES[stage], configs / f"{stage}.py", tmp_path, count, *options))
     assert codes == [0] * count, outputs[0][-3000:]
     ours, theirs = helpers.read_metrics(tmp_path), helpers.read_metrics(single[stage])
     assert ours.keys() == theirs.keys()

@@ -220,6 +220,44 @@ def test_put_batch_splits_rows_over_data_and_fsdp():
     assert sharding.batch_sharding(mesh) == placed["mask"].sharding
 
 
+class Device:
+    def __init__(self, process_index):
+        self.process_index = process_index
+
+
+class Placed:
+    """A mesh of devices of several processes."""
+
+    def __init__(self, sizes, processes):
+        self.shape = dict(zip(sharding.AXES, sizes, strict=True))
+        self.devices = np.array([Device(process) for process in processes], object).reshape(sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes, processes, expected",
+    [
+        ((4, 1, 1), [0, 1, 2, 3], [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        ((2, 2, 1), [0, 0, 1, 1], [(0, 2), (1, 2)]),
+        ((2, 1, 2), [0, 0, 1, 1], [(0, 2), (1, 2)]),
+        ((1, 1, 4), [0, 0, 1, 1], [(0, 1), (0, 1)]),  # both need the whole batch
+        ((2, 1, 4), [0, 0, 1, 1, 2, 2, 3, 3], [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ((4, 1, 1), [1, 1, 0, 0], [(1, 2), (0, 2)]),  # in the order of the mesh, whoever comes first
+    ],
+)
+def test_processes_along_tensor_read_the_same_part(monkeypatch, sizes, processes, expected):
+    mesh = Placed(sizes, processes)
+    for process, part in enumerate(expected):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        sharding.batch_part.cache_clear()
+        assert sharding.batch_part(mesh) == part
+
+
+@pytest.mark.parametrize("sizes, processes", [((2, 1, 3), [0, 0, 1, 1, 2, 2]), ((4, 1, 1), [0, 1, 1, 0])])
+def test_parts_that_overlap_are_refused(sizes, processes):
+    with pytest.raises(ValueError, match=r"^mesh: {'data': .*} over \d processes gives some of them parts .* overlap; let tensor"):
+        sharding.batch_part(Placed(sizes, processes))
+
+
 def test_check_batch_size():
     mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
     sharding.check_batch_size(mesh, 12)

@@ -416,6 +416,16 @@ def test_the_best_is_kept_without_stopping(tmp_path):
     assert saved_steps(tmp_path, "best") == [4]
 
 
+def test_a_best_that_could_not_be_kept_is_no_mark(tmp_path, monkeypatch):
+    """The next that beats the one on disk is kept, though it is worse than what was lost."""
+    losses = {2: 3.0, 4: 1.0, 6: 2.0, 8: 4.0, 10: 2.5, 12: 4.0}
+    save_best = Checkpointer.save_best
+    monkeypatch.setattr(Checkpointer, "save_best", lambda self, state: int(state.step) != 4 and save_best(self, state))
+    settings = dict(EARLY, early_stopping_evaluations=0, keep_best=True)
+    train(tmp_path, evaluate=lambda state: ({"validation_loss": losses[int(state.step)]}, {}), **settings)
+    assert saved_steps(tmp_path, "best") == [6]
+
+
 # --- settings -----------------------------------------------------------------------------------------------
 
 
