@@ -1,6 +1,7 @@
 """Several processes as one run, over JAX's own distributed runtime: who they are, and when they stop together."""
 
 import os
+import re
 import signal
 from typing import Any
 
@@ -41,6 +42,8 @@ def join(
         return
     if missing:
         raise ValueError(f"--{missing[0]}: unset; --coordinator, --num_processes and --process_id belong together")
+    if not re.fullmatch(r".+:\d+", coordinator):
+        raise ValueError(f"--coordinator: '{coordinator}' has no port; give host:port, the same for every process")
     if num_processes < 1 or not 0 <= process_id < num_processes:
         raise ValueError(f"--process_id: {process_id} is outside 0..{num_processes - 1}, the processes of the run")
     jax.distributed.initialize(

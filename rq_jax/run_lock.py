@@ -1,4 +1,4 @@
-"""One trainer at a time in a run directory."""
+"""One writer at a time in a directory."""
 
 import fcntl
 import json
@@ -20,8 +20,9 @@ class RunLock:
       OSError: the directory cannot be written.
     """
 
-    def __init__(self, directory: str | os.PathLike):
-        self._path = Path(directory) / LOCK
+    def __init__(self, directory: str | os.PathLike, setting: str = "workdir", other: str = "another --workdir"):
+        """Args: setting: that named the directory; other: what to give in its place."""
+        self._path, self._setting, self._other = Path(directory) / LOCK, setting, other
         self._file: int | None = None
 
     def __enter__(self) -> "RunLock":
@@ -33,7 +34,8 @@ class RunLock:
             holder = _describe(os.read(file, 4096))
             os.close(file)
             raise ValueError(
-                f"workdir: '{self._path.parent}' is in use by {holder}; wait for it, stop it, or give another --workdir"
+                f"{self._setting}: '{self._path.parent}' is in use by {holder}; wait for it, stop it, or give "
+                f"{self._other}"
             ) from None
         since = datetime.now().astimezone().isoformat("T", "seconds")
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}

@@ -179,15 +179,15 @@ class Profiler:
     """A trace of some steps, for TensorBoard's profile tab or Perfetto, in `<workdir>/profile`."""
 
     def __init__(self, workdir: str, first_step: int, num_steps: int):
-        """Args: num_steps: 0 traces nothing; first_step: counted from 1."""
+        """Args: num_steps: 0 traces nothing; first_step: counted from 1; a process that begins later begins there."""
         self._directory = Path(workdir) / "profile"
-        self._first, self._count, self._left = first_step, num_steps, 0
+        self._first, self._count, self._left, self._has_begun = first_step, num_steps, 0, False
 
     def before(self, step: int) -> None:
         """A step, counted from 1, is about to begin."""
-        if self._count and step == self._first:
+        if self._count and step >= self._first and not self._has_begun:
             jax.profiler.start_trace(self._directory)
-            self._left = self._count
+            self._left, self._has_begun = self._count, True
 
     def after(self, metrics: Any) -> None:
         """A step was dispatched; the last one that is traced is waited for."""
@@ -208,3 +208,5 @@ class Profiler:
     def __exit__(self, *exception: object) -> None:
         if self._left:
             self._stop()
+        elif self._count and not self._has_begun:
+            logger.warning("no profile: the run ended before step %d (loop.profile_first_step)", self._first)

@@ -1,5 +1,7 @@
 """Folders and LSUN's lmdb written as ArrayRecord: the same pictures, exactly once, also after an interruption."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ import helpers  # noqa: E402
 from rq_jax.data import convert, make_dataset  # noqa: E402
 from rq_jax.data.prepare import main  # noqa: E402
 from rq_jax.data.sources import open_records  # noqa: E402
+from rq_jax.run_lock import RunLock  # noqa: E402
 
 
 @pytest.fixture
@@ -45,6 +48,19 @@ def test_a_folder_without_labels_and_captions(tmp_path):
     assert {name for name in tfds.builder_from_directory(path).info.features} == {"image"}
     for split in ("train", "validation"):
         assert records_of("flat", split, tmp_path / "data") == records_of("folder", split, source)
+
+
+def test_labels_and_captions_without_held_out_pictures(folder, tmp_path):
+    shutil.rmtree(folder / "validation")
+    path = convert.write(convert.open_folder(folder), "pets", tmp_path / "data")
+    info = tfds.builder_from_directory(path).info
+    assert set(info.features) == {"image", "label", "caption"} and set(info.splits) == {"train"}
+    expected = records_of("folder", "train", folder, label_key="folder", text_key="txt")
+    assert records_of("pets", "train", tmp_path / "data", label_key="label", text_key="caption") == expected
+    next(folder.rglob("*.txt")).unlink()
+    next((folder / "train").rglob("*.png")).rename(folder / "train" / "loose.png")
+    path = convert.write(convert.open_folder(folder), "bare", tmp_path / "data")
+    assert set(tfds.builder_from_directory(path).info.features) == {"image"}
 
 
 class Interrupted(Exception):
@@ -127,6 +143,31 @@ def test_refused(folder, tmp_path, monkeypatch, capsys, options, message):
     assert error.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "data").exists()
+
+
+def test_a_source_that_changed_is_refused(folder, tmp_path):
+    convert.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=4)
+    path = min((folder / "train" / "ape").glob("*.png"))
+    for suffix in (".png", ".txt"):
+        path.with_suffix(suffix).rename(path.with_name(f"new{suffix}"))
+    with pytest.raises(ValueError, match="^--source: its pictures are others than when '.*' was begun; delete that, or"):
+        convert.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=4)
+
+
+def test_one_writer_at_a_time(folder, tmp_path):
+    with (
+        RunLock(tmp_path / "pets" / convert.VERSION),
+        pytest.raises(ValueError, match="^--name: '.*pets/1.0.0' is in use by process .*; wait for it, stop it, or give another --name$"),
+    ):
+        convert.write(convert.open_folder(folder), "pets", tmp_path)
+
+
+def test_an_lmdb_that_is_none(tmp_path):
+    pytest.importorskip("lmdb")
+    (tmp_path / "a_train_lmdb").mkdir()
+    (tmp_path / "a_train_lmdb" / "data.mdb").write_bytes(b"no lmdb" * 1000)
+    with pytest.raises(ValueError, match="^--source: '.*a_train_lmdb' cannot be read as lmdb: "):
+        convert.open_lsun(tmp_path / "a")
 
 
 def test_files_of_another_plan_are_refused(folder, tmp_path):

@@ -1,5 +1,6 @@
 """Pictures that are odd or broken: read as they should be, or passed over and counted; the others stay in their order."""
 
+import errno
 import io
 import warnings
 
@@ -138,3 +139,31 @@ def test_a_missing_file_of_a_prepared_set(folder, tmp_path):
     with pytest.raises(ValueError, match=r"^more than max_damaged=2 damaged pictures; the last is example 8 of set/1.0.0, split train: cannot read: .*set-train.array_record-00002-of-00004"):
         source = ImageSource(open_records("set", "train", tmp_path), max_damaged=2)
         [source[i] for i in range(COUNT)]
+
+
+@pytest.mark.fault("records that lack a feature", "passed over and counted")
+def test_a_record_that_lacks_a_feature(folder, tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    from rq_jax.data import convert
+
+    convert.write({"train": convert.FolderPictures(folder, "all", False, False)}, "set", tmp_path)
+    records = open_records("set", "train", tmp_path)
+    whole = [records._data[i] for i in range(COUNT)]
+    records._data, records.label_key, records.class_names = [{**each, "label": 0} for each in whole], "label", ("a",)
+    del records._data[1]["image"]
+    records._data[2]["label"] = []
+    del records._data[3]["label"]
+    source = ImageSource(records)
+    assert [source[i]["index"] for i in range(5)] == [0, 4, 4, 4, 4] and source.damaged == {1, 2, 3}
+    assert "the record is not as the data set's features say: KeyError('label')" in source._last_damage
+
+
+def test_too_many_open_files_are_no_damage(folder):
+    records = open_records("folder", "all", folder)
+
+    def read(index):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    records.read = read
+    with pytest.raises(OSError, match="Too many open files"):
+        ImageSource(records)[0]

@@ -248,6 +248,14 @@ def test_lists_of_names_must_fit_the_folder(folder, tmp_path_factory):
         open_records("folder", str(names), folder)
 
 
+def test_links_that_lead_back_are_not_followed(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "99.png").write_bytes(encode(grey_pictures(1)[0]))
+    (folder / "cats" / "back").symlink_to(folder)
+    (folder / "cats" / "on").symlink_to(elsewhere)
+    assert len(open_records("folder", "all", folder)) == 13
+
+
 def test_folder_errors(tmp_path, folder):
     with pytest.raises(ValueError, match="data_dir is missing: name='folder' needs"):
         open_records("folder", "train")
@@ -312,7 +320,7 @@ def test_unreadable_files_and_wholly_damaged_folders(folder):
     assert source[0]["index"] == 2 and source.damaged == {0, 1}
     for file in folder.rglob("*.png"):
         file.write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match="all 11 pictures are damaged"):
+    with pytest.raises(ValueError, match="all 11 pictures are damaged; the last is .*: cannot decode"):
         ImageSource(open_records("folder", "all", folder))[0]
 
 

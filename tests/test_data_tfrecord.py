@@ -1,5 +1,6 @@
 """TFRecord: data sets in the format of most prepared ImageNets, written by somebody else's code, read in any order."""
 
+import gzip
 import json
 import os
 import pickle
@@ -117,6 +118,55 @@ def write_records(path, records):
         writer.write(record)
     writer.close()
     return str(path)
+
+
+@pytest.mark.parametrize("length", [0, 1, 255, 256, 257, 511, 512, 4096 + 77])
+def test_checksums_are_those_of_the_writer(tmp_path, length):
+    """Of lengths around those of the lanes that they are computed in."""
+    data = np.random.default_rng(length).bytes(length)
+    with open(write_records(tmp_path / "a", [data]), "rb") as file:
+        assert struct.pack("<I", tfrecord.masked_crc32c(data)) == file.read()[-4:]
+
+
+@pytest.mark.fault("a bit flipped in a TFRecord", "passed over and counted")
+def test_a_flipped_bit_is_seen(directories, tmp_path):
+    record = opened(directories[1])
+    parts, places = record._data._parts, tfrecord.record_places(record._data._parts[0].path)
+    broken = tmp_path / "broken"
+    content = bytearray(open(parts[0].path, "rb").read())
+    start, length = (int(value) for value in places[2])
+    content[start + length - 1] ^= 1
+    broken.write_bytes(content)
+    record._data._parts[0] = parts[0]._replace(path=str(broken))
+    with pytest.raises(ValueError, match=r"^record 2 of '.*broken' has other contents than its checksum says$"):
+        record.read(2)
+    assert ImageSource(record)[2]["index"] == 3
+
+
+def test_files_are_not_kept_open(directories):
+    record = opened(directories[1])
+    before = len(os.listdir("/proc/self/fd"))
+    for i in range(len(record)):
+        record.read(i)
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_compressed_files_are_named(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(gzip.compress(open(write_records(tmp_path / "b", [b"one"]), "rb").read()))
+    with pytest.raises(ValueError, match="^'.*a' is compressed, so that its records have no places; unpack it$"):
+        tfrecord.record_places(str(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", None])
+def test_damaged_places_are_looked_for_again(tmp_path, content):
+    path = write_records(tmp_path / "a", [b"one", b"three"])
+    expected = tfrecord.record_places(path)
+    (cached,) = (tmp_path / "cache" / "tfrecord_places").iterdir()
+    cached.write_bytes(cached.read_bytes()[:-9] if content is None else content)
+    tfrecord.record_places.cache_clear()
+    np.testing.assert_array_equal(tfrecord.record_places(path), expected)
+    assert np.load(cached).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("damage", ["length", "torn", "empty"])

@@ -53,6 +53,8 @@ def test_others_are_named(monkeypatch):
     assert calls == [(("a:1", 3, 0), {"heartbeat_timeout_seconds": 7})]
     with pytest.raises(ValueError, match="^--process_id: unset; --coordinator, --num_processes and --process_id belong together$"):
         hosts.join("a:1", 3)
+    with pytest.raises(ValueError, match="^--coordinator: 'localhost' has no port; give host:port, the same for every process$"):
+        hosts.join("localhost", 3, 0)
     for process_id in (-1, 3):
         with pytest.raises(ValueError, match=rf"^--process_id: {process_id} is outside 0\.\.2, the processes of the run$"):
             hosts.join("a:1", 3, process_id)

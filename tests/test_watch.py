@@ -234,6 +234,13 @@ def test_chosen_steps_are_traced(tmp_path, monkeypatch):
     seen.clear()
     train(tmp_path / "none", step=counted, total_steps=5)
     assert not seen
+    train(tmp_path / "none", step=counted, total_steps=9, profile_first_step=2, profile_steps=1)
+    assert [kind for kind, *_ in seen] == ["start", "stop"]  # gone on with after step 2: its first step is traced
+
+
+def test_a_profile_that_never_began_is_told(tmp_path, caplog):
+    train(tmp_path, total_steps=3, profile_first_step=10, profile_steps=1)
+    assert "no profile: the run ended before step 10 (loop.profile_first_step)" in caplog.text
 
 
 def test_a_trace_is_written(tmp_path):

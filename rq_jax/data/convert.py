@@ -5,9 +5,10 @@
 A file is written beside its place and moved there when it is whole: an interrupted call goes on where it was.
 """
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from rq_jax.data.sources import FolderRecords
 from rq_jax.data.tfrecord import make_example
 from rq_jax.pictures import write_atomic
 from rq_jax.progress import Progress
+from rq_jax.run_lock import RunLock
 
 VERSION = "1.0.0"
 PLAN = ".plan.json"  # of the call that began a set
@@ -28,6 +30,7 @@ class Pictures(Protocol):
 
     class_names: tuple[str, ...] | None
     has_text: bool
+    # May have `names`, a checksum of what the pictures are called in their order: it says whether they are the same.
 
     def __len__(self) -> int: ...
 
@@ -42,6 +45,8 @@ class FolderPictures:
         keys = "folder" if labels else None, "txt" if text else None
         self._records = FolderRecords(directory, split, *keys)
         self.class_names, self.has_text = self._records.class_names, text
+        places = (Path(self._records.locate(i)).relative_to(self._records.root) for i in range(len(self)))
+        self.names = _checksum(place.as_posix().encode() for place in places)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -64,9 +69,13 @@ class LmdbPictures:
 
         if not (directory / "data.mdb").is_file():
             raise FileNotFoundError(f"--source: no data.mdb in '{directory}'; give what LSUN's archive unpacks to")
-        self._file = lmdb.open(str(directory), readonly=True, lock=False, readahead=False, max_readers=1)
-        with self._file.begin() as transaction:
-            self._keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
+        try:
+            self._file = lmdb.open(str(directory), readonly=True, lock=False, readahead=False, max_readers=1)
+            with self._file.begin() as transaction:
+                self._keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
+        except lmdb.Error as error:
+            raise ValueError(f"--source: '{directory}' cannot be read as lmdb: {error}") from error
+        self.names = _checksum(self._keys)
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -85,22 +94,24 @@ def open_folder(source: str | os.PathLike) -> dict[str, FolderPictures]:
     """
     directory = Path(source).expanduser()
 
+    def open_split(split: str, labels: bool = False, text: bool = False) -> FolderPictures | None:
+        try:
+            return FolderPictures(directory, split, labels, text)
+        except FileNotFoundError:
+            if split == "train" and not text:
+                raise
+            return None  # nothing is held out, or a caption is missing
+
+    there = [split for split in _SPLITS if open_split(split) is not None]
+
     def has(**keys: bool) -> bool:
         try:
-            for split in _SPLITS:
-                FolderPictures(directory, split, **{"labels": False, "text": False, **keys})
-        except (ValueError, FileNotFoundError):
+            return all(open_split(split, **keys) is not None for split in there)
+        except ValueError:  # a picture outside of the folders of classes
             return False
-        return True
 
-    found, labels, text = {}, has(labels=True), has(text=True)
-    for split in _SPLITS:
-        try:
-            found[split] = FolderPictures(directory, split, labels, text)
-        except FileNotFoundError:
-            if split == "train":
-                raise
-    return found
+    labels, text = has(labels=True), has(text=True)
+    return {split: FolderPictures(directory, split, labels, text) for split in there}
 
 
 def open_lsun(source: str | os.PathLike) -> dict[str, LmdbPictures]:
@@ -160,9 +171,12 @@ def write(
     }
     first = next(iter(splits.values()))
     kinds = {"classes": first.class_names, "captions": first.has_text}
-    _check_earlier(target, {"pictures": counts, "pictures_per_file": pictures_per_file, **kinds})
+    names = {split: pictures.names for split, pictures in splits.items() if hasattr(pictures, "names")}
+    kinds |= {"names": names} if len(names) == len(splits) else {}
     bytes_of = dict.fromkeys(splits, 0)
-    with Progress(sum(counts.values()), unit="picture", title=name) as progress:
+    lock = RunLock(target, "--name", "another --name")
+    with lock, Progress(sum(counts.values()), unit="picture", title=name) as progress:
+        _check_earlier(target, {"pictures": counts, "pictures_per_file": pictures_per_file, **kinds})
         for split, pictures in splits.items():
             for path, (start, stop) in zip(files[split], plan[split], strict=True):
                 if not path.exists():
@@ -196,6 +210,13 @@ def write(
     return target
 
 
+def _checksum(names: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name + b"\0")
+    return digest.hexdigest()
+
+
 def _ranges(count: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
@@ -203,8 +224,13 @@ def _ranges(count: int, size: int) -> list[tuple[int, int]]:
 def _check_earlier(target: Path, plan: dict[str, Any]) -> None:
     """Note what is about to be written, or refuse to mix it with something else."""
     path, plan = target / PLAN, json.loads(json.dumps(plan))
-    if path.exists() and (earlier := json.loads(path.read_text())) != plan:
-        name = next(name for name in plan if earlier.get(name) != plan[name])
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if name := next((name for name in plan if name in earlier and earlier[name] != plan[name]), None):
+        if name == "names":
+            raise ValueError(
+                f"--source: its pictures are others than when '{target}' was begun; delete that, or choose another "
+                "--name"
+            )
         raise ValueError(
             f"--data_dir: '{target}' was begun with {name} {earlier.get(name)}, not {plan[name]}; delete it, or choose "
             "another --name"

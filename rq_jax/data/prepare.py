@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
         splits = (convert.open_folder if options.kind == "folder" else convert.open_lsun)(options.source)
         data_dir = options.data_dir or default_data_dir()
         print(convert.write(splits, options.name, data_dir, options.pictures_per_file))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:  # ArrayRecord tells of full disks so
         parser.error(" ".join(str(error).split()))
 
 

@@ -1,5 +1,6 @@
 """Where pictures come from: prepared TFDS data sets and folders, by index, without TensorFlow."""
 
+import errno
 import hashlib
 import io
 import logging
@@ -79,8 +80,11 @@ class TfdsRecords:
             record = self._data[index]
         except (RuntimeError, IndexError) as error:  # how array_record tells of files that are missing or damaged
             raise ValueError(f"cannot read: {error}") from error
-        label = int(record[self.label_key]) if self.label_key else None
-        return record[self.image_key], label, _first_text(record, self.text_key) if self.text_key else None
+        try:
+            label = int(record[self.label_key]) if self.label_key else None
+            return record[self.image_key], label, _first_text(record, self.text_key) if self.text_key else None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"the record is not as the data set's features say: {error!r}") from error
 
     def locate(self, index: int) -> str:
         return f"example {index} of {self.name}, split {self.split}"
@@ -189,13 +193,15 @@ class ImageSource:
                 try:
                     return self._load(candidate)
                 except (OSError, ValueError) as error:
+                    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                        raise  # too many open files say nothing of this one
                     self.damaged.add(candidate)
                     self._last_damage = f"{self.records.locate(candidate)}: {error}"
                     logging.getLogger(__name__).warning("damaged picture %s", self._last_damage)
             if len(self.damaged) > self.max_damaged:
                 limit = f"max_damaged={self.max_damaged}"
                 raise ValueError(f"more than {limit} damaged pictures; the last is {self._last_damage}")
-        raise ValueError(f"all {len(self)} pictures are damaged")
+        raise ValueError(f"all {len(self)} pictures are damaged; the last is {self._last_damage}")
 
     def _load(self, index: int) -> dict:
         encoded, label, text = self.records.read(index)
@@ -309,10 +315,12 @@ def _check_key(what: str, key: str | None, allowed: list[str], name: str) -> str
 
 
 def _list_pictures(root: Path) -> list[Path]:
-    """Relative paths of all pictures below `root`, sorted; links to folders are followed."""
+    """Relative paths of all pictures below `root`, sorted; links to folders are followed, unless they lead back."""
     found = []
-    for folder, _, files in os.walk(root, followlinks=True):
+    for folder, below, files in os.walk(root, followlinks=True):
         base = Path(folder).relative_to(root)
+        outer = {os.path.realpath(each) for each in (folder, *(root / each for each in base.parents))}
+        below[:] = [name for name in below if os.path.realpath(os.path.join(folder, name)) not in outer]
         found.extend(base / file for file in files if file.lower().endswith(_SUFFIXES))
     return sorted(found)
 

@@ -5,6 +5,7 @@ records known, such files are read in any order like every other data set, and a
 """
 
 import bisect
+import contextlib
 import functools
 import hashlib
 import io
@@ -19,8 +20,9 @@ import numpy as np
 from rq_jax.data.prepare import default_data_dir
 from rq_jax.pictures import write_atomic
 
-_HEADER = struct.Struct("<QI")
-_FOOTER_BYTES = 4
+_HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
+_GZIP = b"\x1f\x8b"
+_LANE = 256  # bytes of which a checksum is computed at once with those of the other lanes
 
 
 class Part(NamedTuple):
@@ -38,13 +40,9 @@ class TfRecords:
         """Args: parts: in order; their records are counted through."""
         self._parts = [part for part in parts if part.take]
         self._ends = list(itertools.accumulate(part.take for part in self._parts))
-        self._files: dict[str, int] = {}  # opened when first read, by each process for itself
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Feature name -> bytes, int or float, or a list of several.
@@ -59,19 +57,28 @@ class TfRecords:
         if row >= len(places_N2):
             raise ValueError(f"'{path}' holds {len(places_N2)} whole records, but number {row} is asked for")
         start, length = (int(value) for value in places_N2[row])
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
-        return parse_example(os.pread(self._files[path], length, start))
+        with open(path, "rb", buffering=0) as file:  # not kept open: a thousand files are more than a process may have
+            stored = os.pread(file.fileno(), length + _FOOTER.size, start)
+        record, footer = stored[:length], stored[length:]
+        if len(footer) < _FOOTER.size or _FOOTER.unpack(footer)[0] != masked_crc32c(record):
+            raise ValueError(f"record {row} of '{path}' has other contents than its checksum says")
+        return parse_example(record)
 
 
 @functools.cache
 def record_places(path: str) -> np.ndarray:
-    """Start and length of each whole record of a file, int64 (N, 2); found once and kept in the cache of data sets."""
+    """Start and length of each whole record of a file, int64 (N, 2); found once and kept in the cache of data sets.
+
+    Raises:
+      ValueError: the file is compressed.
+    """
     stat = os.stat(path)
     name = hashlib.sha256(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
     cached = default_data_dir() / "tfrecord_places" / f"{name}.npy"
-    if cached.is_file():
-        return np.load(cached, allow_pickle=False)
+    with contextlib.suppress(OSError, ValueError, EOFError):  # not there, or damaged
+        places_N2 = np.load(cached, allow_pickle=False)
+        if places_N2.ndim == 2 and (len(places_N2) == 0 or places_N2[-1].sum() + _FOOTER.size <= stat.st_size):
+            return places_N2
     places_N2 = np.array(list(_scan(path, stat.st_size)), np.int64).reshape(-1, 2)
     try:
         write_atomic(cached, _npy(places_N2))
@@ -94,8 +101,10 @@ def _scan(path: str, size: int) -> Iterator[tuple[int, int]]:
         while start + _HEADER.size <= size:
             header = os.pread(file, _HEADER.size, start)
             length, checksum = _HEADER.unpack(header)
-            end = start + _HEADER.size + length + _FOOTER_BYTES
-            if end > size or _masked_crc32c(header[:8]) != checksum:
+            end = start + _HEADER.size + length + _FOOTER.size
+            if end > size or masked_crc32c(header[:8]) != checksum:
+                if start == 0 and header.startswith(_GZIP):
+                    raise ValueError(f"'{path}' is compressed, so that its records have no places; unpack it")
                 return
             yield start + _HEADER.size, length
             start = end
@@ -104,20 +113,31 @@ def _scan(path: str, size: int) -> Iterator[tuple[int, int]]:
 
 
 @functools.cache
-def _crc32c_table() -> list[int]:
-    def entry(value: int) -> int:
-        for _ in range(8):
-            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
-        return value
+def _crc32c_tables() -> tuple[np.ndarray, np.ndarray]:
+    """What a byte does to a CRC-32C, uint32 (256,), and what `_LANE` zeros do to each of its four bytes, (4, 256)."""
+    table = np.arange(256, dtype=np.uint32)
+    for _ in range(8):
+        table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
+    shifted = np.arange(256, dtype=np.uint32) << np.arange(0, 32, 8, dtype=np.uint32)[:, None]
+    for _ in range(_LANE):
+        shifted = table[shifted & 255] ^ (shifted >> 8)
+    return table, shifted
 
-    return [entry(value) for value in range(256)]
 
-
-def _masked_crc32c(data: bytes) -> int:
+def masked_crc32c(data: bytes) -> int:
     """The checksum of TFRecord: CRC-32C, rotated and shifted."""
-    table, crc = _crc32c_table(), 0xFFFFFFFF
-    for byte in data:
-        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
+    table, shifted = _crc32c_tables()
+    count = len(data) // _LANE
+    lanes = np.frombuffer(data, np.uint8, count * _LANE).reshape(count, _LANE)
+    sums = np.zeros(count, np.uint32)
+    for column in lanes.T:
+        sums = table[(sums ^ column) & 255] ^ (sums >> 8)
+    crc, first, second, third, fourth = 0xFFFFFFFF, *shifted.tolist()
+    for lane in sums.tolist():  # a checksum is linear: that of all before, moved on by a lane, and that of the lane
+        crc = first[crc & 255] ^ second[crc >> 8 & 255] ^ third[crc >> 16 & 255] ^ fourth[crc >> 24] ^ lane
+    bytewise = table.tolist()
+    for byte in data[count * _LANE :]:
+        crc = bytewise[(crc ^ byte) & 255] ^ (crc >> 8)
     crc ^= 0xFFFFFFFF
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
