@@ -484,6 +484,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
     run = prepare(config)
     if Path(workdir).resolve() == Path(config.tokenizer).resolve():
         raise ValueError(f"workdir: '{workdir}' is that of the tokenizer; give stage 2 a --workdir of its own")
+    with train_loop.locked(workdir):
+        return _train(run, config, workdir, strict)
+
+
+def _train(run: dict[str, Any], config: ConfigDict, workdir: str, strict: bool) -> train_state.TrainState:
+    """Bind the tokenizer, look at its codes, train."""
     checkpoint.bind_tokenizer(workdir, run["tokenizer"])
     if config.data.text_key:  # sampling needs it, and the run directory has to suffice
         load_tokenizer(config.data.text_tokenizer, config.data.text_length).save(Path(workdir) / TEXT_TOKENIZER)
@@ -517,6 +523,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
         flops_per_image=sum(roofline.transformer_flops(run["model"], train=True).values()),
         dtype=run["model"].dtype,
         remedies=train_loop.memory_remedies(config, run["mesh"], accumulates=True),
+        is_locked=True,
     )
     train_loop.finish(workdir, ["loss", "validation_loss"])
     return state

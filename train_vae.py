@@ -491,6 +491,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
         flops_per_image=roofline.autoencoder_flops(run["model"]),
         dtype=run["model"].dtype,
         remedies=train_loop.memory_remedies(config, run["mesh"]),
+        compiles_at={loss.perceptual_start_steps, loss.start_steps},
     )
     names = ["loss", "validation_loss", *(f"psnr/depth{d + 1}" for d in range(run["model"].code_shape[-1]))]
     names += ["perceptual_loss"] * bool(loss.perceptual_weight)

@@ -204,7 +204,11 @@ class MetricWriter:
         with self._tolerate_full_disk():
             if path.exists():
                 lines = path.read_bytes().splitlines(keepends=True)
-                write_atomic(path, b"".join(line for line in lines if _step_of(line) <= step))
+                kept = [line for line in lines if _step_of(line) <= step]
+                if kept == lines[: len(kept)]:
+                    os.truncate(path, sum(map(len, kept)))  # needs no room on a full disk
+                else:  # lines in between that nobody can read
+                    write_atomic(path, b"".join(kept))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Logs scalars.

@@ -11,7 +11,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,8 @@ def run(
     flops_per_image: float | None = None,
     dtype: str = "float32",
     remedies: Sequence[str] = (),
+    compiles_at: Container[int] = (),
+    is_locked: bool = False,
 ) -> Any:
     """Train until `settings.total_steps`, going on from the newest checkpoint of `workdir`.
 
@@ -194,6 +196,8 @@ def run(
       flops_per_image: of the model, forward and backward, for the arithmetic rates in the log.
       dtype: of the model, whose peak the utilization is of.
       remedies: settings that need less memory, the cheapest first.
+      compiles_at: after how many steps `train_step` compiles another program.
+      is_locked: the caller holds `locked(workdir)`.
 
     Returns:
       The last state.
@@ -208,7 +212,7 @@ def run(
     is_first = jax.process_index() == 0
     writer, iterator = MetricWriter(workdir, enabled=is_first), dataset.iterator()
     with (
-        RunLock(workdir) if is_first else contextlib.nullcontext(),
+        contextlib.nullcontext() if is_locked else locked(workdir),
         contextlib.closing(writer),
         contextlib.closing(iterator),
         Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer,
@@ -219,7 +223,7 @@ def run(
         host = {"best_loss": math.inf, "bad_evaluations": 0, "stopped": False}
         if checkpointer.latest_step is not None:
             state, host = checkpointer.restore(state)
-            iterator.set_state(host["data"])
+            iterator.set_state(_data_position(host, dataset.batch_size))
             logger.info("%s: resumed from step %d in %s", title, int(state.step), workdir)
         write_config(workdir, config)
         step = int(state.step)
@@ -230,13 +234,14 @@ def run(
         progress = Progress(settings.total_steps, step, "step", title, enabled=is_first)
         with progress, watch.explained_memory(state, remedies):
             while step < settings.total_steps and not host["stopped"]:
+                if step in compiles_at:
+                    hang.expect_compilation()
                 hang.arm()
                 profiler.before(step + 1)
                 previous, previous_batch = metrics, batch
                 with meter.waiting():
                     batch = next(iterator)
                 state, metrics = train_step(state, sharding.put_batch(mesh, batch))
-                profiler.after(metrics)
                 log.add(metrics)
                 step, shown = step + 1, {}
                 # Waiting for the step before this one keeps the device busy and the queue short.
@@ -247,13 +252,16 @@ def run(
                 if step % settings.log_every_steps == 0 or last:
                     shown = log.write(step)
                 hang.disarm()
+                profiler.after(metrics)
                 progress.update(1, **{name: shown[name] for name in ("loss", "images_per_second") if name in shown})
                 if step % settings.evaluate_every_steps == 0 or last:
                     _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host)
                     log.restart(step)
                 stopping = stop.after(step)
                 if step % settings.checkpoint_every_steps == 0 or last or stopping or host["stopped"]:
-                    checkpointer.save(state, {**host, "data": iterator.get_state()})
+                    checkpointer.save(
+                        state, {**host, "data": iterator.get_state(), "batch_size": dataset.batch_size}
+                    )
                     log.restart(step)
                 if stopping:
                     break
@@ -264,6 +272,27 @@ def run(
             )
             raise SystemExit(128 + stop.signal)
     return state
+
+
+def locked(workdir: str) -> contextlib.AbstractContextManager:
+    """Around all that is written to a run directory: the first process keeps other trainers away.
+
+    Raises:
+      ValueError: on entering, where another one is at work there.
+    """
+    return RunLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+
+
+def _data_position(host: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """Where the data goes on: at the very next picture, or with another batch size at the next batch after it."""
+    before = host.get("batch_size", batch_size)
+    if before == batch_size:
+        return host["data"]
+    seen = host["data"]["next_batch"] * before
+    if missed := -seen % batch_size:
+        words = "data.batch_size: %d was %d; %d pictures are passed over, up to a multiple of it"
+        logger.warning(words, batch_size, before, missed)
+    return {**host["data"], "next_batch": -(-seen // batch_size)}
 
 
 class _StepLog:

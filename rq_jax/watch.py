@@ -17,7 +17,7 @@ import numpy as np
 from rq_jax import roofline, timing
 from rq_jax.pictures import write_atomic
 
-FIRST_STEP_FACTOR = 20  # the first step of a process compiles
+COMPILE_FACTOR = 20  # for steps that compile
 # Fields of a state, and what they are called.
 _PARTS = {
     "params": "parameters",
@@ -47,7 +47,11 @@ class HangGuard:
 
     def __init__(self, seconds: float):
         """Args: seconds: of one step; 0 watches nothing."""
-        self._seconds, self._factor = seconds, FIRST_STEP_FACTOR
+        self._seconds, self._factor = seconds, COMPILE_FACTOR
+
+    def expect_compilation(self) -> None:
+        """The next step needs a new program, as the first one does."""
+        self._factor = COMPILE_FACTOR
 
     def arm(self) -> None:
         """A step begins."""

@@ -212,6 +212,17 @@ def test_a_line_half_written_is_cut_off(tmp_path):
     assert lines_of(tmp_path) == [{"step": 1, "loss": 2.0}]
 
 
+def test_truncating_needs_no_room(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 10)))
+    monkeypatch.setattr("rq_jax.progress.write_atomic", full)
+    MetricWriter(tmp_path).truncate_after(5)
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5]
+
+
 def test_only_the_first_process_writes(tmp_path):
     writer = MetricWriter(tmp_path / "run", enabled=False)
     writer.truncate_after(3)

@@ -97,12 +97,15 @@ def evaluate(state):
     return {"validation_loss": float(jnp.sum(state.ema_params["w_M"] ** 2))}, {"dot": np.zeros((2, 3, 3), np.uint8)}
 
 
-def train(workdir, dataset=None, evaluate=evaluate, step=jitted_step, strict=False, remedies=(), **settings):
+def train(
+    workdir, dataset=None, evaluate=evaluate, step=jitted_step, strict=False, remedies=(), compiles_at=(), **settings
+):
     defaults = dict(log_every_steps=1, evaluate_every_steps=5, checkpoint_every_steps=5)
     return train_loop.run(
         workdir=str(workdir),
         config={"toy": True},
         title="toy",
+        compiles_at=compiles_at,
         state=draw_state(jax.random.key(7)),
         train_step=step,
         dataset=ToyDataset() if dataset is None else dataset,
@@ -349,6 +352,19 @@ def test_finish_draws_curves_and_tells_where_pictures_are(uninterrupted, capsys)
     train_loop.finish(str(workdir), ["loss", "validation_loss"])
     assert (workdir / "pictures" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"pictures: {workdir / 'pictures'}\n"
+
+
+@pytest.mark.parametrize("batch_size, next_batch, missed", [(BATCH // 2, 10, 0), (BATCH * 5, 1, 0), (BATCH * 3, 2, BATCH)])
+def test_the_data_goes_on_where_it_was_with_another_batch_size(tmp_path, caplog, batch_size, next_batch, missed):
+    with pytest.raises(SystemExit):
+        train(tmp_path, ToyDataset({4: kill_self(signal.SIGTERM)}))
+    caplog.clear()
+    dataset = ToyDataset()
+    dataset.batch_size = batch_size
+    train(tmp_path, dataset, total_steps=6)
+    assert dataset.position == next_batch + 1  # one step
+    words = f"data.batch_size: {batch_size} was {BATCH}; {missed} pictures are passed over, up to a multiple of it"
+    assert (words in caplog.text) == bool(missed)
 
 
 # --- early stopping -----------------------------------------------------------------------------------------

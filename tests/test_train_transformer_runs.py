@@ -20,6 +20,7 @@ import sample
 import train_transformer
 from rq_jax import checkpoint
 from rq_jax.data.text import train_tokenizer
+from rq_jax.run_lock import RunLock
 
 (h, w, D), K = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE
 DEPTHS = range(1, D + 1)
@@ -59,6 +60,12 @@ def make_config(places, kind="class", **settings):
 # --- whole runs --------------------------------------------------------------------------------------------------------
 
 RUN = {"loop__use_latent_cache": True, "data__flip_probability": 0.5, "loop__ema_decay": 0.9}
+
+
+def test_a_second_trainer_writes_nothing(places, tmp_path):
+    with RunLock(tmp_path / "run"), pytest.raises(ValueError, match="^workdir: '.*run' is in use by process"):
+        train_transformer.train_and_evaluate(make_config(places, **RUN), str(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock.json"]
 
 
 def stop_at(monkeypatch, step: int):

@@ -98,6 +98,9 @@ def test_steps_in_time_and_what_is_no_step_are_left_alone():
             for _ in range(4):
                 hang.arm()
                 time.sleep(0.2)
+            hang.expect_compilation()
+            hang.arm()
+            time.sleep(0.6)
             hang.disarm()
             time.sleep(0.6)
         time.sleep(0.6)
@@ -110,6 +113,7 @@ def test_steps_in_time_and_what_is_no_step_are_left_alone():
 
 
 def test_the_loop_arms_it(tmp_path):
+    """Step 3 is one that compiles anew."""
     armed = []
 
     class Guard(watch.HangGuard):
@@ -119,10 +123,13 @@ def test_the_loop_arms_it(tmp_path):
         def disarm(self):
             armed.append("disarm")
 
+        def expect_compilation(self):
+            armed.append("compiles")
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch, "HangGuard", Guard)
-        train(tmp_path, total_steps=3)
-    assert armed == ["arm", "disarm"] * 3 + ["disarm"]
+        train(tmp_path, compiles_at={2}, total_steps=3)
+    assert armed == ["arm", "disarm"] * 2 + ["compiles", "arm", "disarm", "disarm"]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
