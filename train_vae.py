@@ -142,14 +142,18 @@ def make_train_step(
     ema_decay: float,
     perceptual: vgg_lpips.Perceptual | None = None,
     adversary: Adversary | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ):
     """One update of all networks and the codebook: (state, batch, phase, variables of VGG16) -> (state, metrics).
 
-    The phase is static: a run has a program for each of at most three phases.
+    The phase is static: a run has a program for each of at most three phases. `mesh` is that of the state, where it has
+    several devices.
 
     The autoencoder is run once. What the losses say of the reconstruction is summed up in one gradient with respect to
     that image, which then goes backward through it.
     """
+
+    gather = functools.partial(sharding.gathered, mesh) if mesh is not None else lambda params: params
 
     def train_step(
         state: train_state.TrainState, batch: dict[str, jax.Array], phase: Phase, perceptual_variables: Any = None
@@ -157,7 +161,7 @@ def make_train_step(
         images, rngs = batch["image"], state.rng_of_step("restart", "dropout")
 
         def autoencode(params):
-            variables = {"params": params, **state.model_state}
+            variables = {"params": gather(params), **state.model_state}
             mutable = ["codebook", "intermediates"]
             output, mutated = model.apply(variables, images, train=True, mutable=mutable, rngs=rngs)
             commitment = losses.commitment_loss(output.latents, output.partial_sums)
@@ -175,7 +179,7 @@ def make_train_step(
         parts["commitment_loss"] = commitment
         if phase.adversary:
             own_gradient, updated, adversarial = adversarial_step(
-                adversary, loss, state, images, reconstruction, image_gradient, kernel_gradient
+                adversary, loss, state, images, reconstruction, image_gradient, kernel_gradient, gather
             )
             image_gradient += own_gradient
             total += adversarial.pop("weighted_generator_loss")
@@ -200,6 +204,7 @@ def adversarial_step(
     reconstruction: jax.Array,
     image_gradient: jax.Array,
     kernel_gradient: Callable[[jax.Array], jax.Array],
+    gather: Callable[[Any], Any],
 ) -> tuple[jax.Array, dict[str, Any], dict[str, jax.Array]]:
     """The discriminator's part of a step (Esser et al., CVPR 2021, section 3.1; as rq-vae-transformer:Trainer.train).
 
@@ -212,13 +217,14 @@ def adversarial_step(
       images, reconstruction: (B, H, W, C).
       image_gradient: of the other image losses with respect to the reconstruction.
       kernel_gradient: takes such a gradient to one of the decoder's last kernel.
+      gather: the discriminator's parameters as convolutions use them.
 
     Returns:
       What to add to the image gradient, fields of the state after the step, and scalars to log.
     """
 
     def score(params, images, statistics):
-        variables = {"params": params, **statistics}
+        variables = {"params": gather(params), **statistics}
         return adversary.model.apply(variables, images, train=True, mutable=["batch_stats"])
 
     variables = initialize_actnorm(adversary.model, state.discriminator, reconstruction)
@@ -457,7 +463,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
         state = checkpoint.start_from(config.init_from, state, config.keep_optimizer)
     perceptual, loss = run["perceptual"], run["loss"]
     train_step = make_train_step(
-        run["model"], run["optimizer"], loss, run["settings"].ema_decay, perceptual, run["adversary"]
+        run["model"], run["optimizer"], loss, run["settings"].ema_decay, perceptual, run["adversary"], run["mesh"]
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     out_shardings = shardings, sharding.replicated(run["mesh"])

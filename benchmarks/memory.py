@@ -64,7 +64,7 @@ def stage1_program(full: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any, A
         perceptual = vgg_lpips.Perceptual("shapes", frozen)
     phase = train_vae.Phase(perceptual is not None, adversary is not None)
     train_step = train_vae.make_train_step(
-        run["model"], run["optimizer"], loss, run["settings"].ema_decay, perceptual, adversary
+        run["model"], run["optimizer"], loss, run["settings"].ema_decay, perceptual, adversary, mesh
     )
     _, shapes = train_vae.state_program(full, {**run, "adversary": adversary})
     return (lambda state, batch, frozen: train_step(state, batch, phase, frozen)), shapes, frozen, run["model"]

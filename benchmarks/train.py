@@ -107,7 +107,7 @@ def prepare_stage1(full: Any, mesh: jax.sharding.Mesh) -> Stage:
         frozen = weights.draw(vgg_lpips.abstract_variables(), sharding.replicated(mesh))
         perceptual = vgg_lpips.Perceptual("random", frozen)
     phase = train_vae.Phase(perceptual is not None, adversary is not None)
-    train_step = train_vae.make_train_step(model, optimizer, loss, settings.ema_decay, perceptual, adversary)
+    train_step = train_vae.make_train_step(model, optimizer, loss, settings.ema_decay, perceptual, adversary, mesh)
 
     def step(state, batch, frozen):
         return train_step(state, batch, phase, frozen)

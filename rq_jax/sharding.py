@@ -56,8 +56,12 @@ def logical_axes(path: Any, ndim: int) -> str:
     return letters[-ndim:].rjust(ndim, "-") if ndim else ""
 
 
-def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for every leaf of a tree of arrays or shapes, by `RULES`; codebooks are replicated."""
+def state_shardings(mesh: Mesh, tree: Any, without: tuple[str, ...] = ()) -> Any:
+    """A sharding for every leaf of a tree of arrays or shapes, by `RULES`; codebooks are replicated.
+
+    Args:
+      without: mesh axes that split nothing.
+    """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         names = {str(getattr(key, "key", getattr(key, "name", key))) for key in path}
@@ -65,7 +69,7 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
         spec = []
         for letter, size in zip(logical_axes(path, leaf.ndim), leaf.shape, strict=True):
             wanted = () if "codebook" in names else RULES.get(letter, ())
-            axes = _fitting(mesh, [axis for axis in wanted if axis not in used], size)
+            axes = _fitting(mesh, [axis for axis in wanted if axis not in used and axis not in without], size)
             spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
             used.update(axes)
         return NamedSharding(mesh, PartitionSpec(*spec))
@@ -80,6 +84,19 @@ def _fitting(mesh: Mesh, axes: list[str], size: int) -> tuple[str, ...]:
         if some and size % math.prod(mesh.shape[axis] for axis in some) == 0:
             return tuple(some)
     return ()
+
+
+def gathered(mesh: Mesh, params: Any) -> Any:
+    """Parameters as convolutions use them: kernels whole along `fsdp`, which splits the batch.
+
+    Left to itself, XLA gathers the pictures in place of the kernels.
+    """
+
+    def gather(path: Any, leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+        is_kernel = logical_axes(path, leaf.ndim).endswith("IO")
+        return jax.lax.with_sharding_constraint(leaf, sharding) if is_kernel else leaf
+
+    return jax.tree_util.tree_map_with_path(gather, params, state_shardings(mesh, params, without=("fsdp",)))
 
 
 def sharded_shapes(mesh: Mesh, function: Any, *args: Any) -> Any:
