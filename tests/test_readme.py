@@ -40,3 +40,10 @@ def test_make_targets_exist():
 def test_the_page_on_data_has_every_transform():
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     assert [name for name in transforms.TRANSFORMS if f"`{name}`" not in page] == []
+
+
+def test_tables_of_results_are_those_of_their_files():
+    for path in (ROOT / "results").glob("*.md"):
+        if f"make results-{path.stem}`" in README and f"results/{path.stem}.png" not in README:
+            assert path.read_text(encoding="utf-8") in README, path.stem
+    assert "make results-depth`" in README
