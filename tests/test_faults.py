@@ -125,7 +125,7 @@ def test_a_disk_that_fills_up_in_the_middle(uninterrupted, tmp_path):
     _, err = process.communicate()
     assert begun == 4 and process.returncode == 2
     told = f"error: checkpoint: the state of step {TOTAL} could not be written to"
-    assert any(line.startswith(told) for line in err.splitlines()), err
+    assert told in err  # maybe behind the half of a line from a thread of Orbax
     assert err.count("could not be written") >= TOTAL - 4 and "Cannot write metrics" in err
     assert newest_whole(tmp_path) == 4
     process, begun = start(tmp_path, milliseconds=0)
