@@ -53,7 +53,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="an image depends on the seed and its id alone")
     add(
         "--classes",
-        help="numbers or names, separated by commas; image i takes the i-th in turn (default: all)",
+        help="numbers or names, separated by commas; image i takes the i-th in turn (default: drawn as often as "
+        "the training set has them, where the checkpoint tells, else all in turn)",
     )
     add(
         "--classes_of",
@@ -132,9 +133,17 @@ def conditions(
         chosen = _labels(loaded.config, args.classes_of)
     elif args.classes:
         chosen = [_class_number(text.strip(), names) for text in args.classes.split(",")]
+    elif counts := loaded.config.get("class_counts"):
+        chosen = _draw_classes(counts, args)
     else:
         chosen = range(V)
     return np.array(chosen)[:, None], [names[i] for i in chosen]
+
+
+def _draw_classes(counts: list[int], args: argparse.Namespace) -> list[int]:
+    """Classes of all image ids up to the last, drawn by frequency: that of an id depends on the seed alone."""
+    rng = np.random.default_rng(args.seed)
+    return rng.choice(len(counts), args.first_index + args.num_images, p=np.divide(counts, sum(counts))).tolist()
 
 
 def _labels(config: dict[str, Any], split: str) -> list[int]:

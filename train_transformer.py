@@ -386,25 +386,35 @@ def cached_latents(run: dict[str, Any], tokenizer_variables: Any, config: Config
     return CacheDataset(directory, data.batch_size, True, config.seed, num_threads=data.num_threads)
 
 
-def count_codes(run: dict[str, Any], tokenizer_variables: Any) -> np.ndarray:
-    """How often the frozen tokenizer uses each code on the training set: (D, K)."""
-    model = run["tokenizer"].model
+def count_training_set(run: dict[str, Any], tokenizer_variables: Any) -> tuple[np.ndarray, list[int] | None]:
+    """How often the training set has each code of the frozen tokenizer, and each class.
+
+    Returns:
+      Counts of the codes (D, K) of `NUM_COUNTED` pictures or all, and of the classes where all were counted, else None.
+    """
+    model, V = run["tokenizer"].model, run["in_order"].num_classes
     K = max(run["model"].codebook_sizes)
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(run["mesh"]))
-    def count(variables, images, mask):
-        codes = model.apply(variables, images, method="encode_to_codes")
+    def count(variables, batch):
+        codes = model.apply(variables, batch["image"], method="encode_to_codes")
         # Padding rows count as one more code, which is dropped.
-        return metrics.code_counts(jnp.where(mask[:, None, None, None], codes, K), K + 1)[:, :K]
+        codes = jnp.where(batch["mask"][:, None, None, None], codes, K)
+        classes_V = jnp.bincount(batch["label"], batch["mask"].astype(jnp.int32), length=V) if V else None
+        return metrics.code_counts(codes, K + 1)[:, :K], classes_V
 
-    counts_DK, seen = 0, 0
+    names = ("image", "mask", "label") if V else ("image", "mask")
+    counts, seen = None, 0
     for batch in run["in_order"].iterator():
-        placed = sharding.put_batch(run["mesh"], {name: batch[name] for name in ("image", "mask")})
-        counts_DK = counts_DK + count(tokenizer_variables, placed["image"], placed["mask"])
+        placed = sharding.put_batch(run["mesh"], {name: batch[name] for name in names})
+        found = count(tokenizer_variables, placed)
+        counts = found if counts is None else jax.tree.map(jnp.add, counts, found)
         seen += len(placed["image"])
         if seen >= NUM_COUNTED:
             break
-    return np.asarray(counts_DK)
+    counts_DK, classes_V = jax.device_get(counts)
+    is_whole = seen >= run["in_order"].num_examples
+    return counts_DK, classes_V.tolist() if V and is_whole else None
 
 
 def unigram_mark(run: dict[str, Any], tokenizer_variables: Any, counts_DK: np.ndarray) -> np.ndarray:
@@ -494,7 +504,7 @@ def _train(run: dict[str, Any], config: ConfigDict, workdir: str, strict: bool) 
     if config.data.text_key:  # sampling needs it, and the run directory has to suffice
         load_tokenizer(config.data.text_tokenizer, config.data.text_length).save(Path(workdir) / TEXT_TOKENIZER)
     tokenizer_variables = jax.device_put(run["tokenizer"].variables, sharding.replicated(run["mesh"]))
-    counts_DK = count_codes(run, tokenizer_variables)
+    counts_DK, class_counts = count_training_set(run, tokenizer_variables)
     report_usage(counts_DK, run["model"].codebook_sizes, run["model"].use_shared_codebook)
     if run["loss"].use_soft_labels or run["loss"].use_stochastic_codes:
         report_soft_codes(run, tokenizer_variables)
@@ -510,7 +520,7 @@ def _train(run: dict[str, Any], config: ConfigDict, workdir: str, strict: bool) 
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(run["mesh"])))
     state = train_loop.run(
         workdir=workdir,
-        config={**config.to_dict(), "class_names": run["dataset"].class_names},
+        config={**config.to_dict(), "class_names": run["dataset"].class_names, "class_counts": class_counts},
         title="stage 2",
         state=state,
         train_step=lambda state, batch: step(state, batch, tokenizer_variables),

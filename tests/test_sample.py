@@ -236,6 +236,21 @@ def test_classes_go_by_number_and_by_name(trained, tmp_path):
     assert helpers.differs(all_classes.codes[0], by_name.codes[0])
 
 
+def test_classes_are_drawn_as_often_as_the_training_set_has_them(trained, tmp_path):
+    counted = shutil.copytree(trained.stage2["class"], tmp_path / "counted")
+    config = json.loads((counted / "config.json").read_text())
+    (counted / "config.json").write_text(json.dumps({**config, "class_counts": [0, 300, 0, 100, 0]}))
+    drawn = draw(dataclasses.replace(trained, stage2={"class": counted}), tmp_path / "all", kind="class", num=40, batch=20)
+    found = np.bincount(drawn.cond[:, 0], minlength=V)
+    assert found[1] + found[3] == 40 and 20 < found[1] < 40  # of 30
+    loaded = checkpoint.load_model(counted)
+    conds, names = sample.conditions(loaded, sample.parse_args(["--out=x", "--first_index=5", "--num_images=2"]))
+    np.testing.assert_array_equal(conds[5:], drawn.cond[5:7])  # that of an image id, whatever the slice
+    assert names == [config["class_names"][i] for i in conds[:, 0]]
+    others, _ = sample.conditions(loaded, sample.parse_args(["--out=x", "--num_images=40", "--seed=1"]))
+    assert helpers.differs(others, drawn.cond)
+
+
 def test_prompts_go_through_the_runs_own_tokenizer(trained, tmp_path):
     prompts = ["a red round bee", "green elk"]
     drawn = draw(trained, tmp_path / "a", *(f"--prompt={text}" for text in prompts), kind="text")

@@ -91,12 +91,31 @@ def whole_run(places, tmp_path_factory):
     return root / "stage2", state
 
 
-def test_run_directory_holds_everything(whole_run):
+def training_labels(places) -> np.ndarray:
+    data = train_transformer.prepare(make_config(places))["in_order"]
+    return data.examples(np.arange(data.num_examples))["label"]
+
+
+def test_classes_are_counted_where_all_pictures_are_seen(places, monkeypatch):
+    run = train_transformer.prepare(make_config(places))
+    variables, N = run["tokenizer"].variables, run["in_order"].num_examples
+    codes, classes = train_transformer.count_training_set(run, variables)
+    assert codes.shape == (D, K) and set(codes.sum(-1)) == {N * h * w}
+    assert classes == np.bincount(training_labels(places), minlength=5).tolist() and sum(classes) == N
+    monkeypatch.setattr(train_transformer, "NUM_COUNTED", 1)
+    assert run["in_order"].batch_size < N and train_transformer.count_training_set(run, variables)[1] is None
+    monkeypatch.undo()
+    run = train_transformer.prepare(make_config(places, "unconditional"))
+    assert train_transformer.count_training_set(run, variables)[1] is None
+
+
+def test_run_directory_holds_everything(places, whole_run):
     workdir, state = whole_run
     assert int(state.step) == 4 and int(state.skipped_steps) == 0
     config = json.loads((workdir / "config.json").read_text())
     assert config["model"]["code_shape"] == [h, w, D] and config["model"]["codebook_size"] == K
     assert config["class_names"] == list(helpers.CLASSES)
+    assert config["class_counts"] == np.bincount(training_labels(places), minlength=5).tolist()
     assert {path.name for path in (workdir / "checkpoints").iterdir() if path.name.isdigit()} == {"2", "4"}
     assert {path.name for path in (workdir / "pictures").iterdir()} == {
         "curves.png", "samples_00000002.png", "samples_00000004.png",
@@ -177,7 +196,7 @@ def script_evaluations(monkeypatch, losses):
     """Replace all evaluations by a list of validation losses, and what stage 2 measures before it starts."""
     losses = iter(losses)
     monkeypatch.setattr(train_transformer, "make_evaluation", lambda *_: lambda _: ({"validation_loss": next(losses)}, {}))
-    monkeypatch.setattr(train_transformer, "count_codes", lambda *_: np.ones((D, K)))
+    monkeypatch.setattr(train_transformer, "count_training_set", lambda *_: (np.ones((D, K)), None))
     monkeypatch.setattr(train_transformer, "unigram_mark", lambda *_: np.ones(D))
 
 
@@ -257,7 +276,7 @@ def nothing_compiles(monkeypatch):
     def fail(*_):
         raise AssertionError("settings must be refused before anything compiles")
 
-    for name in ("init_state", "count_codes", "unigram_mark", "cached_latents"):
+    for name in ("init_state", "count_training_set", "unigram_mark", "cached_latents"):
         monkeypatch.setattr(train_transformer, name, fail)
 
 
