@@ -7,9 +7,11 @@ evaluate.py; what an earlier call finished is not done again. Writes <table>.jso
 """
 
 import argparse
+import functools
 import json
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -20,12 +22,13 @@ from typing import Any
 import numpy as np
 
 from configs import ablations
-from rq_jax import pictures, timing, train_loop
+from rq_jax import checkpoint, pictures, timing, train_loop
 from rq_jax.progress import METRICS_FILE
 
 ROOT = Path(__file__).parent
 NOTE = "ablation.json"  # in the directory of a run that is finished
 NUM_SAMPLES = 447  # as many as the bundled set holds out, and of their classes
+NUM_QUICK = 16  # with --quicktest
 NUM_SHOWN = 10
 
 Run = tuple[str, int]  # row, seed
@@ -38,14 +41,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("table", choices=tuple(ablations.TABLES))
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
     parser.add_argument("--workdir", default="runs/ablations", help="directory of the runs, seen from this checkout")
-    parser.add_argument("--out", default="results", help="directory of the table, likewise")
+    parser.add_argument("--out", help="directory of the table, likewise (default: results; of a quicktest its workdir)")
     parser.add_argument("--checkpoint", default="checkpoints/emoji", help="model that the table 'filter' draws from")
     parser.add_argument("--quicktest", action="store_true", help="runs of four steps, to try the command")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
         raise ValueError(f"--seeds: '{args.seeds}' is no list of whole numbers; give for example 0,1,2")
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError(f"--seeds: {args.seeds} names one twice; the spread is over different ones")
+    args.command = shown_command(["ablate.py", *(sys.argv[1:] if argv is None else argv)])
+    args.out = args.out or (args.workdir if args.quicktest else "results")
     return args
+
+
+def shown_command(line: list[str]) -> str:
+    """A script and its options as a reader would type them."""
+    return " ".join(["python", *(f'"{part}"' if re.search(r"[\s()]", part) else part for part in line)])
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -58,11 +70,19 @@ def command(script: str, *options: Any) -> str:
       SystemExit: it failed, or was interrupted; it has told why.
     """
     line = [script, *map(str, options)]
-    shown = " ".join(["python", *(f'"{part}"' if re.search(r"[\s()]", part) else part for part in line)])
+    shown = shown_command(line)
     print(f"$ {shown}", flush=True)
-    code = subprocess.run([sys.executable, *line], cwd=ROOT).returncode
+    # In a group of its own a script hears of Ctrl-C from here alone, once, and saves its step in peace.
+    process = subprocess.Popen([sys.executable, *line], cwd=ROOT, process_group=0)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda got, frame: process.send_signal(got)) for number in numbers}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code:
-        raise SystemExit(code)
+        raise SystemExit(code if code > 0 else 128 - code)
     return shown
 
 
@@ -85,12 +105,12 @@ def once(directory: Path, settings: Mapping[str, Any], run: Callable[[], Figures
                 f"--workdir: '{directory}' is a run of {note['settings']}, not of {settings}; give another --workdir"
             )
         return note
+    environment = timing.environment(ROOT)
     is_whole, start, start_cores = not path.parent.exists(), time.perf_counter(), core_seconds()
     found = run()
     # A run that was interrupted took longer than this call.
     took = {"seconds": time.perf_counter() - start, "core_seconds": core_seconds() - start_cores}
     found |= {name: round(value, 1) if is_whole else None for name, value in took.items()}
-    environment = timing.environment(ROOT)
     found |= {"settings": settings, **{name: environment[name] for name in ("commit", "dirty", "date")}}
     pictures.write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
     return found
@@ -137,21 +157,36 @@ def train_transformer(args: argparse.Namespace, row: str, seed: int) -> Figures:
     tokenizer = {"tokenizer": str(base_tokenizer(args))}
     changes = {**tokenizer, **ablations.TRANSFORMER_CHANGES, **ablations.TRANSFORMERS[row]}
     note, directory = train(args, 2, row, seed, changes), directory_of(args, row, seed)
-    draw(directory / "samples", directory, seed, {"top_p": 1.0})
+    draw(args, directory / "samples", directory, seed, {"top_p": 1.0})
     return note
 
 
 def draw_filtered(args: argparse.Namespace, row: str, seed: int) -> Figures:
     """Draw from the pair that ships through a row of `ablations.FILTERS`."""
-    return draw(directory_of(args, row, seed), args.checkpoint, seed, ablations.FILTERS[row])
+    return draw(args, directory_of(args, row, seed), args.checkpoint, seed, ablations.FILTERS[row], model_of(args))
 
 
-def draw(out: Path, checkpoint: Path | str, seed: int, changes: Mapping[str, Any]) -> Figures:
-    """Draw as many pictures as are held out, of their classes."""
-    settings = {"checkpoint": str(checkpoint), "seed": seed, **changes, "num_images": NUM_SAMPLES, "batch_size": 149}
-    options = [f"--{name}={value}" for name, value in settings.items()]
-    options += ["--classes_of=validation", f"--out={out}"]
-    return once(out, settings, lambda: {"command": command("sample.py", *options)})
+@functools.cache
+def _model(directory: Path) -> Figures:
+    loaded = checkpoint.load_model(directory)
+    prints = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
+    return {**{name: checkpoint.fingerprint(tree) for name, tree in prints.items()}, "sample": loaded.config["sample"]}
+
+
+def model_of(args: argparse.Namespace) -> Figures:
+    """What the model of the table 'filter' is, and how it samples where a row says nothing: it may be trained anew."""
+    return _model(ROOT / args.checkpoint)
+
+
+def draw(
+    args: argparse.Namespace, out: Path, directory: Path | str, seed: int, changes: Mapping[str, Any], model: Any = None
+) -> Figures:
+    """Draw as many pictures as are held out, of their classes, from the model in `directory`, known by `model`."""
+    count, batch = (NUM_QUICK, NUM_QUICK) if args.quicktest else (NUM_SAMPLES, 149)
+    options = {"checkpoint": str(directory), "seed": seed, **changes, "num_images": count, "batch_size": batch}
+    line = [f"--{name}={value}" for name, value in options.items()] + ["--classes_of=validation", f"--out={out}"]
+    settings = {**options, "model": model} if model else options
+    return once(out, settings, lambda: {"command": command("sample.py", *line)})
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
@@ -241,7 +276,8 @@ PROTOCOL = (
     "Held-out pictures of the bundled set. Mean over seeds, sample standard deviation; lists are by code depth 1..D, "
     "cells the full depth. Kernel distance: KID's unbiased estimate on EfficientNet-Lite0 features to the held-out "
     "pictures; distance to training: the median squared feature distance of a sample to its nearest training picture; "
-    "either compares with itself alone. Codes used: on the held-out pictures, by any depth."
+    "either compares with itself alone. Codes used: on the held-out pictures, by any depth. Core-seconds: of the "
+    "training or drawing script, compilation included."
 )
 
 
@@ -304,7 +340,7 @@ def picture(args: argparse.Namespace, rows: list[dict[str, Any]], marks: Figures
                         panels[f"{name}, {title}"][mark] = values, [value] * len(values), [0.0] * len(values)
         pictures.panels(panels, "", path)
     elif args.table == "soft_labels":
-        chosen = np.linspace(0, NUM_SAMPLES - 1, NUM_SHOWN).astype(int)
+        chosen = np.linspace(0, (NUM_QUICK if args.quicktest else NUM_SAMPLES) - 1, NUM_SHOWN).astype(int)
         shown = {}
         for row in rows:
             folder = ROOT / directory_of(args, row["row"], args.seeds[0]) / "samples" / "images"
@@ -337,7 +373,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for row in names
     ]  # fmt: skip
     record = {
-        "table": args.table, "command": f"python ablate.py {args.table}", "protocol": PROTOCOL, "marks": marks,
+        "table": args.table, "command": args.command, "protocol": PROTOCOL, "marks": marks,
         "environment": timing.environment(ROOT), "rows": rows,
     }  # fmt: skip
     table = markdown(columns, rows, by_depth)
@@ -351,6 +387,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
+    train_loop.keep_compiled_programs()  # as the scripts do: the record says so
     with train_loop.one_line_errors():
         run(parse_args())
 

@@ -2,6 +2,9 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +13,9 @@ from PIL import Image
 
 import ablate
 from configs import ablations, rqtransformer, rqvae
-from rq_jax import pictures
+from rq_jax import checkpoint, pictures
 
+ROOT = Path(ablate.__file__).parent
 SIDE = 16
 
 
@@ -65,6 +69,7 @@ def scripts(tmp_path, monkeypatch):
     scripts = Scripts(tmp_path)
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     monkeypatch.setattr(ablate, "command", scripts)
+    monkeypatch.setattr(ablate, "model_of", lambda args: {"transformer": "of " + args.checkpoint, "sample": {"top_k": None}})
     return scripts
 
 
@@ -141,10 +146,37 @@ def test_filters_draw_from_the_model_that_is_named(scripts):
     assert scripts.lines[-1][1][0] == ("checkpoint", "elsewhere/tokenizer")
 
 
+def test_a_model_that_was_trained_anew_is_another(scripts, monkeypatch):
+    run = made("filter", "--seeds=0")["rows"][0]["runs"][0]
+    assert run["settings"]["model"] == {"transformer": "of checkpoints/emoji", "sample": {"top_k": None}}
+    monkeypatch.setattr(ablate, "model_of", lambda args: {"transformer": "new", "sample": {"top_k": None}})
+    with pytest.raises(ValueError, match="^--workdir: 'runs/ablations/top_p_0.3-seed0' is a run of .*; give another --workdir$"):
+        made("filter", "--seeds=0")
+
+
+def test_the_model_that_ships_is_known_by_its_weights():
+    found = ablate.model_of(ablate.parse_args(["filter"]))
+    pair = checkpoint.load_model(ablate.ROOT / "checkpoints" / "emoji")
+    assert found["transformer"] == checkpoint.fingerprint(pair.variables) and found["sample"] == pair.config["sample"]
+    assert found["tokenizer"] == checkpoint.fingerprint(pair.tokenizer.variables)
+
+
+def test_the_record_has_the_whole_command(scripts, tmp_path):
+    record = made("updates", "--seeds=0", "--quicktest", "--workdir=elsewhere")
+    assert record["command"] == "python ablate.py updates --seeds=0 --quicktest --workdir=elsewhere"
+    # Runs of four steps overwrite no results.
+    assert (tmp_path / "elsewhere" / "updates.md").is_file() and not (tmp_path / "results").exists()
+
+
 @pytest.mark.parametrize("seeds", ["", "a", "1,", "-1"])
 def test_seeds_refused(seeds):
     with pytest.raises(ValueError, match="^--seeds: .* is no list of whole numbers; give for example 0,1,2$"):
         ablate.parse_args(["depth", f"--seeds={seeds}"])
+
+
+def test_a_seed_counts_once():
+    with pytest.raises(ValueError, match=r"^--seeds: \[0, 1, 0\] names one twice; the spread is over different ones$"):
+        ablate.parse_args(["depth", "--seeds=0,1,0"])
 
 
 @pytest.mark.parametrize(
@@ -167,6 +199,30 @@ def test_a_command_that_fails_ends_the_table(monkeypatch, tmp_path):
     assert raised.value.code == 3
     (tmp_path / "fine.py").write_text("")
     assert ablate.command("fine.py", "--shape=(8, 8)") == 'python fine.py "--shape=(8, 8)"'
+
+
+SAVING = """
+import signal, sys, time
+def save(number, frame):
+    time.sleep(1)
+    open("saved", "w").write(str(number))
+    sys.exit(128 + number)
+signal.signal(signal.SIGINT, save)
+signal.signal(signal.SIGTERM, save)
+print("begun", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_reaches_the_script_which_saves_in_peace(tmp_path, number):
+    (tmp_path / "saving.py").write_text(SAVING)
+    program = f"import pathlib, ablate; ablate.ROOT = pathlib.Path({str(tmp_path)!r}); ablate.command('saving.py')"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "$ python saving.py\n" and process.stdout.readline() == "begun\n"
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
+    assert (tmp_path / "saved").read_text() == str(int(number))
 
 
 @pytest.mark.slow
