@@ -33,6 +33,8 @@ FIGURES = ("psnr", "ssim", "sharpness", "distance")
 # Of the config section `data`: what decides which pictures there are.
 DATA_SETTINGS = ("name", "data_dir", "train_split", "validation_split", "eval_transform", "image_size", "channels")
 CONDITION_SETTINGS = ("label_key", "text_key", "text_length")
+# What may differ between the parts of one set of samples, as several hosts draw it.
+SLICE = ("first_index", "num_images", "batch_size", "neighbours", "out")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -48,7 +50,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--samples", action="append", default=[], help="what sample.py wrote, or pictures; several are compared")
     add("--likelihood", help="run or model directory of stage 2: nats per code of training and of held-out pictures")
     add("--out", required=True, help="directory of the results")
-    add("--step", type=int, help="checkpoint to load (default: the newest)")
+    add("--step", type=int, help="checkpoint to load (default: the best where one was kept, else the newest)")
     add("--no_ema", action="store_true", help="weights as trained, not their average")
     add("--split", default="validation", help="validation, train, or a split's own name")
     add("--data_name", help="data set (default: the one that the first checkpoint was trained on)")
@@ -92,8 +94,9 @@ def read_samples(directory: str) -> np.ndarray:
 
     Raises:
       FileNotFoundError: no pictures are there.
-      ValueError: pictures of several shapes.
+      ValueError: pictures of several shapes, or, of sample.py, of runs with several settings.
     """
+    check_samples(Path(directory))
     folder = Path(directory) / "images" if (Path(directory) / "images").is_dir() else Path(directory)
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not paths:
@@ -103,6 +106,24 @@ def read_samples(directory: str) -> np.ndarray:
     if len(shapes) > 1:
         raise ValueError(f"--samples: '{directory}' holds pictures of several shapes {sorted(shapes)}; give one size")
     return np.stack(images).astype(np.float32) / 127.5 - 1
+
+
+def check_samples(directory: Path) -> None:
+    """Refuse pictures of sample.py that several settings made: an earlier run may have left some behind.
+
+    Raises:
+      ValueError: naming what differs.
+    """
+    runs = [json.loads(path.read_text()) for path in sorted(directory.glob("settings_*.json"))]
+    ids, hint = set(), "draw into an empty --out"
+    for run in runs:
+        ids |= set(range(run["first_index"], run["first_index"] + run["num_images"]))
+        different = sorted(name for name in run if name not in SLICE and run[name] != runs[0].get(name))
+        if different:
+            raise ValueError(f"--samples: '{directory}' holds pictures of several {', '.join(different)}; {hint}")
+    found = {int(path.stem) for path in (directory / "images").glob("*.png") if path.stem.isdigit()}
+    if runs and found - ids:
+        raise ValueError(f"--samples: '{directory}' holds {len(found - ids)} pictures of an earlier run; {hint}")
 
 
 def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.Perceptual | None, title: str):
@@ -150,8 +171,8 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
     return {"images": count, **result}, *shown
 
 
-def measure_likelihood(args: argparse.Namespace) -> dict[str, Any]:
-    """Nats per code by depth of training and of held-out pictures as they are, under a transformer; nearest codes.
+def load_transformer(args: argparse.Namespace) -> tuple[checkpoint.LoadedModel, dict[str, Any]]:
+    """The model of --likelihood, and the settings of its data.
 
     Raises:
       ValueError, FileNotFoundError: no stage-2 model, or one that names no data set.
@@ -165,6 +186,14 @@ def measure_likelihood(args: argparse.Namespace) -> dict[str, Any]:
     data |= {name: trained_on[name] for name in CONDITION_SETTINGS if trained_on.get(name) is not None}
     if "text_key" in data:
         data["text_tokenizer"] = str(Path(args.likelihood) / "text_tokenizer.json")
+    return loaded, data
+
+
+def measure_likelihood(
+    args: argparse.Namespace, loaded: checkpoint.LoadedModel, data: dict[str, Any]
+) -> dict[str, Any]:
+    """Nats per code by depth of training and of held-out pictures as they are, under a transformer; nearest codes."""
+    tokenizer = loaded.tokenizer.model
 
     @jax.jit
     def nats(variables, tokenizer_variables, images, cond):
@@ -187,13 +216,13 @@ def measure_likelihood(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def extract_features(
-    args: argparse.Namespace, samples: dict[str, np.ndarray], data: dict[str, Any], tokenizers: dict[str, Any]
-) -> tuple[str, np.ndarray, dict[str, np.ndarray]]:
-    """(name of the features, those of the held-out pictures, by name those of the sets that are compared with them).
+    args: argparse.Namespace, net: Any, samples: dict[str, np.ndarray], data: dict[str, Any], tokenizers: dict[str, Any]
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """(features of the held-out pictures, by name those of the sets that are compared with them).
 
     Features are (N, A), of reconstructions (D, N, A) by code depth, or (1, N, A) from all codes.
     """
-    net, size = efficientnet_lite.load(args.features), args.batch_size
+    size = args.batch_size
     extract, variables = jax.jit(net.features), jax.device_put(net.variables)
 
     def of(title: str, batches: Any, count: int, change: Any = lambda batch: batch) -> np.ndarray:
@@ -223,7 +252,7 @@ def extract_features(
         reconstruct = jax.jit(lambda v, x, m=loaded.model, i=first: m.apply(v, x, method="reconstruct_by_depth")[i:])
         change = functools.partial(reconstruct, jax.device_put(loaded.variables))
         sets[f"reconstructions by {directory}"] = of_split(args.split, "of reconstructions", change=change)
-    return net.name, of_split(args.split, "of held-out pictures"), sets
+    return of_split(args.split, "of held-out pictures"), sets
 
 
 def measure_kernel_distances(
@@ -231,14 +260,17 @@ def measure_kernel_distances(
 ) -> dict[str, Any]:
     """Mean and spread over subsets of `subset` pictures of the distance of each set to the held-out pictures."""
 
-    def of(found: np.ndarray) -> dict[str, Any]:
+    def of(found: np.ndarray, paired: bool) -> dict[str, Any]:
         if found.ndim == 3:  # by depth
-            by_depth = [of(features) for features in found]
+            by_depth = [of(features, paired) for features in found]
             return {key: [one[key] for one in by_depth] for key in by_depth[0]}
-        values = metrics.kernel_distances(found, held_out, subset, args.num_subsets)
+        values = metrics.kernel_distances(found, held_out, subset, args.num_subsets, paired=paired)
         return {"mean": float(values.mean()), "std": float(values.std())}
 
-    of_sets = {set_name: of(found) for set_name, found in sets.items()}
+    # Of the pictures themselves; these then never stand on both sides at once.
+    same = [name for name in sets if name.startswith("reconstructions ")]
+    same += ["training pictures"] if args.split == "train" else []
+    of_sets = {set_name: of(found, set_name in same) for set_name, found in sets.items()}
     for set_name, found in of_sets.items():
         mean, std = (np.atleast_1d(found[key])[-1] for key in ("mean", "std"))
         print(f"kernel distance of {set_name}: {mean:.4g} +- {std:.2g}")
@@ -281,16 +313,18 @@ def choose_subset(args: argparse.Namespace, samples: dict[str, np.ndarray], data
     """How many pictures of each set stand behind one kernel distance.
 
     Raises:
-      ValueError: more than the smallest set has.
+      ValueError: more than the smallest set has, or than half of those that are reconstructed.
     """
-    sizes = [
+    training, held_out = (
         make_dataset(**data, split=name, train=False, batch_size=args.batch_size).num_examples
         for name in ("train", args.split)
-    ]
-    smallest = min(*sizes, *map(len, samples.values()))
-    subset = min(max(2, smallest // 2), MAX_SUBSET) if args.subset_size is None else args.subset_size
-    if not 2 <= subset <= smallest:
-        raise ValueError(f"--subset_size: {subset} is outside 2..{smallest}, the size of the smallest set")
+    )
+    smallest = min(training, held_out, *map(len, samples.values()))
+    largest = min(smallest, held_out // 2) if args.checkpoint or args.split == "train" else smallest
+    subset = max(2, min(smallest // 2, MAX_SUBSET)) if args.subset_size is None else args.subset_size
+    if not 2 <= subset <= largest:
+        of = "the size of the smallest set" if largest == smallest else "half of the pictures that are on both sides"
+        raise ValueError(f"--subset_size: {subset} is outside 2..{largest}, {of}")
     return subset
 
 
@@ -310,11 +344,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       ValueError, FileNotFoundError: bad arguments, checkpoint, samples or data.
     """
     check(args)
+    transformer = load_transformer(args) if args.likelihood else None  # else a mistake would be found at the end
     record: dict[str, Any] = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
     if args.checkpoint or args.samples:
         record |= measure_pictures(args)
-    if args.likelihood:
-        record["likelihood"] = measure_likelihood(args)
+    if transformer:
+        record["likelihood"] = measure_likelihood(args, *transformer)
     write_atomic(Path(args.out) / "evaluation.json", (json.dumps(record, indent=1) + "\n").encode())
     print(json.dumps(record))
     return record
@@ -336,12 +371,13 @@ def measure_pictures(args: argparse.Namespace) -> dict[str, Any]:
     data = data_settings(args, shape, tokenizers.get(first), first)
     wants_distances = bool(args.kernel_distance or samples)
     subset = choose_subset(args, samples, data) if wants_distances else None
+    net = efficientnet_lite.load(args.features) if wants_distances else None
     record = {"data": {**data, "split": args.split}}
     if tokenizers:
         record |= compare_tokenizers(args, tokenizers, data)
     if wants_distances:
-        name, held_out, sets = extract_features(args, samples, data, tokenizers)
-        record["kernel_distance"] = measure_kernel_distances(args, subset, name, held_out, sets)
+        held_out, sets = extract_features(args, net, samples, data, tokenizers)
+        record["kernel_distance"] = measure_kernel_distances(args, subset, net.name, held_out, sets)
         if samples:
             record["samples"] = find_neighbours(args, samples, data, held_out, sets)
     return record
@@ -366,7 +402,7 @@ def compare_tokenizers(args: argparse.Namespace, tokenizers: dict[str, Any], dat
     pictures.save_png(Path(args.out) / "reconstructions.png", grid)
     print(f"pictures: {Path(args.out) / 'reconstructions.png'}")
     return {
-        "protocol": "clipped to [-1, 1]; lists are by code depth 1..D; mean over pictures",
+        "protocol": "clipped to [-1, 1]; lists are by code depth 1..D; mean over pictures, sharpness of their sums",
         "distance": perceptual.name if perceptual else None,
         "results": results,
     }

@@ -117,7 +117,12 @@ def unigram_cross_entropy(counts: jax.Array, codes: jax.Array) -> jax.Array:
 
 
 def kernel_distances(
-    x_NA: np.ndarray, y_NA: np.ndarray, subset_size: int, num_subsets: int = 100, seed: int = 0
+    x_NA: np.ndarray,
+    y_NA: np.ndarray,
+    subset_size: int,
+    num_subsets: int = 100,
+    seed: int = 0,
+    paired: bool = False,
 ) -> np.ndarray:
     """Unbiased squared kernel distances of random subsets of two sets of features (Binkowski et al., ICLR 2018: KID).
 
@@ -129,6 +134,8 @@ def kernel_distances(
       subset_size: pictures of either side, drawn without replacement; at least 2, at most the smaller set.
       num_subsets: at least 1.
       seed: of the subsets.
+      paired: the n-th of either set are of one picture, as with reconstructions. The estimate is unbiased for sets that
+        know nothing of one another: the two subsets then have no picture in common.
 
     Returns:
       (num_subsets,).
@@ -139,9 +146,12 @@ def kernel_distances(
     x_NA, y_NA = (np.asarray(features, np.float64) for features in (x_NA, y_NA))
     if x_NA.ndim != 2 or y_NA.ndim != 2 or x_NA.shape[1] != y_NA.shape[1]:
         raise ValueError(f"features: shapes {x_NA.shape} and {y_NA.shape} are not (N, A) of one A")
-    smaller = min(len(x_NA), len(y_NA))
-    if not 2 <= subset_size <= smaller:
-        raise ValueError(f"subset_size: {subset_size} is outside 2..{smaller}, the size of the smaller set")
+    if paired and len(x_NA) != len(y_NA):
+        raise ValueError(f"features: {len(x_NA)} and {len(y_NA)} are no pairs")
+    largest = min(len(x_NA), len(y_NA)) // (2 if paired else 1)
+    if not 2 <= subset_size <= largest:
+        of = "half of the pairs" if paired else "the size of the smaller set"
+        raise ValueError(f"subset_size: {subset_size} is outside 2..{largest}, {of}")
     if num_subsets < 1:
         raise ValueError(f"num_subsets: {num_subsets} must be at least 1")
     rng, n = np.random.default_rng(seed), subset_size
@@ -150,7 +160,11 @@ def kernel_distances(
         return (a @ b.T / a.shape[1] + 1) ** 3
 
     def distance() -> float:
-        x, y = (features[rng.choice(len(features), n, replace=False)] for features in (x_NA, y_NA))
+        if paired:
+            chosen = rng.permutation(len(x_NA))
+            x, y = x_NA[chosen[:n]], y_NA[chosen[n : 2 * n]]
+        else:
+            x, y = (features[rng.choice(len(features), n, replace=False)] for features in (x_NA, y_NA))
         within = sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in (kernel(x, x), kernel(y, y)))
         return within - 2 * kernel(x, y).mean()
 

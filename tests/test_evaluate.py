@@ -171,7 +171,7 @@ def sampled(root, monkeypatch):
 
 
 def test_samples_have_their_distance_beside_the_marks(sampled):
-    found = evaluated(sampled, "first", samples=sampled / "samples", out="sampled", kernel_distance="by_depth", subset_size=4, num_subsets=3, no_perceptual=True)  # fmt: skip
+    found = evaluated(sampled, "first", samples=sampled / "samples", out="sampled", kernel_distance="by_depth", subset_size=2, num_subsets=3, no_perceptual=True)  # fmt: skip
     held_out, training = (Means().features({}, pictures_of(sampled, split)) for split in ("validation", "train"))
     loaded = checkpoint.load_tokenizer(sampled / "first")
     by_depth = np.asarray(loaded.model.apply(loaded.variables, pictures_of(sampled, "validation"), method="reconstruct_by_depth"))  # fmt: skip
@@ -181,7 +181,8 @@ def test_samples_have_their_distance_beside_the_marks(sampled):
     assert distances.keys() == expected.keys()
     for name, features in expected.items():
         sets = features if isinstance(features, list) else [features]
-        values = np.array([metrics.kernel_distances(one, held_out, 4, 3) for one in sets])
+        paired = isinstance(features, list)  # with the pictures that they are reconstructions of
+        values = np.array([metrics.kernel_distances(one, held_out, 2, 3, paired=paired) for one in sets])
         mean, std = (found if isinstance(features, list) else [found] for found in distances[name].values())
         np.testing.assert_allclose(mean, values.mean(-1), rtol=0.05, atol=2e-4)
         np.testing.assert_allclose(std, values.std(-1), rtol=0.05, atol=2e-4)
@@ -203,7 +204,7 @@ def test_several_samples_are_compared(sampled):
     for i, image in enumerate(pictures_of(sampled, "validation")):
         pictures.save_png(sampled / "held" / f"{i}.png", pictures.to_uint8(image))
     both = [sampled / "samples", sampled / "held"]
-    found = evaluated(sampled, "first", out="several", samples=both, subset_size=5, no_perceptual=True)
+    found = evaluated(sampled, out="several", samples=both, subset_size=5, data_name="folder", data_dir=sampled / "pictures")
     mean = {name: distance["mean"] for name, distance in found["kernel_distance"]["of"].items()}
     held, drawn = f"samples {sampled / 'held'}", f"samples {sampled / 'samples'}"
     assert mean[held] < mean[drawn] == pytest.approx(mean["training pictures"], abs=0.01)
@@ -230,6 +231,7 @@ def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, 
         ({"samples": "nowhere"}, "^--samples: '.*nowhere' holds no pictures; give the --out of sample.py$"),
         ({"subset_size": 1}, "^--subset_size: 1 is outside 2..5, the size of the smallest set$"),
         ({"subset_size": 99}, "^--subset_size: 99 is outside 2..5, the size of the smallest set$"),
+        ({"subset_size": 3, "checkpoint": "first"}, "^--subset_size: 3 is outside 2..2, half of the pictures that are on both sides$"),
         ({"num_subsets": 0}, "^--num_subsets: 0 must be at least 1$"),
         ({"checkpoint": "wide"}, r"^--samples: pictures of several shapes .*\(16, 16, 3\)\}; compare one shape$"),
         ({"data_name": ""}, "^--data_name: unset, and '.*samples' names no data set; give one$"),
@@ -249,6 +251,37 @@ def test_samples_of_several_shapes_are_refused(sampled, tmp_path):
         pictures.save_png(tmp_path / f"{side}.png", np.zeros((side, side, 3), np.uint8))
     with pytest.raises(ValueError, match=r"^--samples: .* holds pictures of several shapes \[\(8, 8, 3\), \(16, 16, 3\)\]; give"):
         evaluated(sampled, samples=tmp_path, out="refused", data_name="folder", data_dir=sampled / "pictures")
+
+
+SETTINGS = {"first_index": 0, "num_images": 3, "batch_size": 3, "out": "a", "top_p": 0.9, "transformer": "x"}
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ([], "^--samples: '.*' holds 2 pictures of an earlier run; draw into an empty --out$"),
+        ([{"first_index": 3, "num_images": 1}], "^--samples: '.*' holds 1 pictures of an earlier run; draw"),
+        ([{"first_index": 3, "top_p": 0.5, "transformer": "y"}], "^--samples: '.*' holds pictures of several top_p, transformer; draw"),
+        ([{"first_index": 3, "num_images": 2, "batch_size": 8, "out": "b"}], None),  # two hosts, one set
+    ],
+)
+def test_samples_of_several_settings_are_refused(tmp_path, others, message):
+    for i in range(5):
+        pictures.save_png(tmp_path / "images" / f"{i:06d}.png", np.zeros((8, 8, 3), np.uint8))
+    for one in [SETTINGS, *({**SETTINGS, **other} for other in others)]:
+        (tmp_path / f"settings_{one['first_index']:06d}.json").write_text(json.dumps(one))
+    if message is None:
+        assert evaluate.read_samples(tmp_path).shape == (5, 8, 8, 3)
+        return
+    with pytest.raises(ValueError, match=message):
+        evaluate.read_samples(tmp_path)
+
+
+def test_mistakes_are_found_before_anything_is_measured(root, monkeypatch):
+    monkeypatch.setattr(evaluate, "measure", None)
+    for settings in ({"likelihood": root / "nowhere"}, {"features": root / "nowhere", "kernel_distance": "full"}):
+        with pytest.raises((ValueError, OSError), match="nowhere"):
+            evaluated(root, "first", out="refused", **settings)
 
 
 @pytest.mark.parametrize("argv", [["--out=x"], ["--checkpoint=/nowhere", "--out=x", "--bath_size=3"]])

@@ -153,6 +153,18 @@ def test_kernel_distance_is_unbiased_and_grows_with_the_difference():
     assert alike.min() < 0 < alike.max()  # a biased one is above 0 always
 
 
+def test_kernel_distance_of_pairs_is_unbiased_too():
+    """Of two equal sets: where a picture may stand on both sides, they look nearer than they are."""
+    x = np.random.default_rng(3).normal(size=(40, 6))
+    both, apart = (metrics.kernel_distances(x, x, 20, 400, paired=paired) for paired in (False, True))
+    error = apart.std() / np.sqrt(len(apart))
+    assert both.mean() < -8 * error and abs(apart.mean()) < 4 * error
+    with pytest.raises(ValueError, match=r"^subset_size: 21 is outside 2..20, half of the pairs$"):
+        metrics.kernel_distances(x, x, 21, paired=True)
+    with pytest.raises(ValueError, match=r"^features: 40 and 39 are no pairs$"):
+        metrics.kernel_distances(x, x[1:], 9, paired=True)
+
+
 def test_kernel_distance_subsets_follow_the_seed():
     x, y = np.random.default_rng(2).normal(size=(2, 20, 3))
     first, again, other = (metrics.kernel_distances(x, y, 10, 3, seed) for seed in (0, 0, 1))
