@@ -53,8 +53,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="an image depends on the seed and its id alone")
     add(
         "--classes",
-        help="numbers or names, separated by commas; image i takes the i-th in turn (default: drawn as often as "
-        "the training set has them, where the checkpoint tells, else all in turn)",
+        help="numbers or names, separated by commas; image i takes the i-th in turn (default: those of --prefix, else "
+        "drawn as often as the training set has them, where the checkpoint tells, else all in turn)",
     )
     add(
         "--classes_of",
@@ -133,6 +133,10 @@ def conditions(
         chosen = _labels(loaded.config, args.classes_of)
     elif args.classes:
         chosen = [_class_number(text.strip(), names) for text in args.classes.split(",")]
+    elif (carried := read_prefix(args)[1]) is not None:
+        chosen = carried.flatten().tolist()
+        if len(chosen) != len(carried) or not all(0 <= number < V for number in chosen):
+            raise ValueError(f"--prefix: '{args.prefix}' holds no classes 0..{V - 1}; give --classes")
     elif counts := loaded.config.get("class_counts"):
         chosen = _draw_classes(counts, args)
     else:
@@ -190,10 +194,10 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def read_prefix(args: argparse.Namespace) -> np.ndarray | None:
-    """Prefix codes (n, P, D) of all images, from the codes of an earlier run; the images take them in turn."""
+def read_prefix(args: argparse.Namespace) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Prefix codes (n, P, D) of all images and their conditions (n, U), from an earlier run; taken in turn."""
     if not args.prefix:
-        return None
+        return None, None
     if not zipfile.is_zipfile(args.prefix):
         raise ValueError(f"--prefix: '{args.prefix}' is no .npz file; give the codes .npz of an earlier run")
     with np.load(args.prefix, allow_pickle=False) as file:
@@ -203,6 +207,7 @@ def read_prefix(args: argparse.Namespace) -> np.ndarray | None:
             )
         first_id = file["image_ids"][0] if "image_ids" in file else 0
         codes = np.roll(file["codes"], first_id, axis=0)  # row id % n is that of the same image
+        conds = np.roll(file["cond"], first_id, axis=0) if "cond" in file else None
     if codes.ndim != 4:
         raise ValueError(f"--prefix: codes of shape {codes.shape} are not (n, h, w, D)")
     positions = codes.shape[1] * codes.shape[2]
@@ -210,7 +215,7 @@ def read_prefix(args: argparse.Namespace) -> np.ndarray | None:
         raise ValueError(
             f"--prefix_positions: {args.prefix_positions} is more than the {positions} positions of the codes"
         )
-    return codes.reshape(len(codes), positions, -1)[:, : args.prefix_positions]
+    return codes.reshape(len(codes), positions, -1)[:, : args.prefix_positions], conds
 
 
 def draw(
@@ -225,7 +230,7 @@ def draw(
     # Pictures are rounded to 8 bits: on an accelerator the decoder computes in bfloat16, with a float32 quantiser.
     decoder = tokenizer.model if jax.default_backend() == "cpu" else tokenizer.model.clone(dtype="bfloat16")
     decoder_variables = jax.device_put(tokenizer.variables)
-    rng, prefix = jax.random.key(args.seed), read_prefix(args)
+    rng, (prefix, _) = jax.random.key(args.seed), read_prefix(args)
     last, pending = args.first_index + args.num_images, None
 
     @jax.jit
@@ -289,6 +294,8 @@ def run(args: argparse.Namespace) -> Path:
     settings = dict(loaded.config.get("sample", {}))
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     settings |= {name: value for name, value in given.items() if value is not None}
+    sampling.check_filter(*(settings.get(name) for name in ("temperature", "top_k", "top_p")))
+    sampling.check_guidance(loaded.model, settings.get("guidance"))
     out, tag = Path(args.out), f"{args.first_index:06d}"
     shown, all_codes = [], []
     with Progress(args.num_images, unit="image", title="sampling") as progress:
@@ -305,7 +312,8 @@ def run(args: argparse.Namespace) -> Path:
     scale = max(1, 64 // shown[0].shape[0])
     grid = out / f"grid_{tag}.png"
     pictures.save_png(grid, pictures.captioned_grid(np.stack(shown), captions, columns=10, scale=scale))
-    record = {**vars(args), **settings, "tokenizer": checkpoint.fingerprint(loaded.tokenizer.variables)}
+    drawn_from = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
+    record = {**vars(args), **settings, **{name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}}
     (out / f"settings_{tag}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"samples: {grid}")
     if args.neighbours:

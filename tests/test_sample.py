@@ -213,6 +213,19 @@ def test_prefix_of_a_slice_belongs_to_its_images(trained, tmp_path):
     np.testing.assert_array_equal(kept, whole.codes.reshape(5, h * w, D)[2:, :5])
 
 
+def test_a_prefix_goes_on_with_its_classes(trained, tmp_path):
+    whole = draw(trained, tmp_path / "whole", "--classes=4,1,3", kind="class", first=1)
+    prefix = f"--prefix={tmp_path / 'whole' / 'codes_000001.npz'}", "--prefix_positions=5"
+    same = draw(trained, tmp_path / "same", *prefix, kind="class", first=1)
+    np.testing.assert_array_equal(same.cond, whole.cond)
+    np.testing.assert_array_equal(same.codes, whole.codes)
+    other = draw(trained, tmp_path / "other", *prefix, "--classes=0", kind="class", first=1)
+    assert not other.cond.any()
+    np.savez(tmp_path / "bad.npz", codes=whole.codes, cond=whole.cond + V)
+    with pytest.raises(ValueError, match=r"^--prefix: '.*bad.npz' holds no classes 0..4; give --classes$"):
+        draw(trained, tmp_path / "bad", f"--prefix={tmp_path / 'bad.npz'}", prefix[1], kind="class")
+
+
 def test_guidance_of_one_is_none_and_more_is_more(trained, tmp_path):
     plain = draw(trained, tmp_path / "a", kind="guided")
     one = draw(trained, tmp_path / "b", "--guidance=1", kind="guided")
