@@ -224,7 +224,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             results += found
             if all("roofline" in entry for entry in found):
                 comparisons += [side_by_side(found[0], other) for other in found[1:]]
-    arguments = {name: value for name, value in vars(args).items() if value is not None}
+    paths = ("out", "compare", "plot", "save")  # say nothing of what was measured
+    arguments = {name: value for name, value in vars(args).items() if value is not None and name not in paths}
     record = {"benchmark": args.command, "arguments": arguments, "environment": timing.environment(ROOT),
               "device": device, "unit": unit, "results": results, "comparisons": comparisons}  # fmt: skip
     print(timing.table(configs, [timing.figures(entry, unit) for entry in results]))

@@ -148,7 +148,7 @@ def environment(root: Path) -> dict[str, Any]:
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _git(root, "rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git(root, "status", "--porcelain")),
+        "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
