@@ -189,7 +189,7 @@ def panels(
         panel.set(title=title, xlabel=xlabel)
         panel.grid(alpha=0.3)
         if any(of_panel):
-            panel.legend(fontsize="small")
+            panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2))  # covers no line
     for panel in axes[len(lines) :]:
         panel.set_axis_off()
     buffer = io.BytesIO()
