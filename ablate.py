@@ -330,8 +330,8 @@ def picture(args: argparse.Namespace, rows: list[dict[str, Any]], marks: Figures
         pictures.panels(panels, "code depth", path)
     elif args.table == "filter":
         panels = {}
-        for option, title in (("top_p", "top-p"), ("top_k", "top-k")):
-            kept = [row for row in rows if (option == "top_k") == ("top_k" in row["changes"])]
+        for option, title in (("top_p", "top-p"), ("top_k", "top-k"), ("guidance", "guidance")):
+            kept = [row for row in rows if option == next(iter(row["changes"]))]
             values = [str(row["changes"][option]) for row in kept]
             for name, figure in SAMPLE_COLUMNS.items():
                 panels[f"{name}, {title}"] = {"samples": line(values, (row["figures"][figure] for row in kept))}

@@ -46,9 +46,11 @@ TRANSFORMERS = {
     "neither": {"loss.use_soft_labels": False, "loss.use_stochastic_codes": False},
 }
 
+# The first option is what the row is about; what no option says is as the pair's config has it.
 FILTERS = {
     **{f"top-p {p}": {"top_p": p} for p in (0.3, 0.5, 0.7, 0.85, 0.95, 1.0)},
     **{f"top-k {k}": {"top_k": k, "top_p": 1.0} for k in (4, 16, 64, 256)},
+    **{f"guidance {g}": {"guidance": g} for g in (1.0, 1.5, 2.0, 3.0, 4.0)},
 }
 
 TABLES = {
