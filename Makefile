@@ -42,7 +42,7 @@ demo: setup
 	  --num_images=100 --batch_size=50 --seed=0 --neighbours=3
 	@echo "Pictures: $(RUNS)/samples (samples), $(RUNS)/rqvae/pictures (reconstructions)"
 
-# The pair in checkpoints/emoji with its figures, anew: about three hours on two CPU cores.
+# The pair in checkpoints/emoji with its figures, anew: about three and a half hours on two CPU cores.
 emoji: setup
 	$(PYTHON) -m rq_jax.data.prepare twemoji
 	$(PYTHON) train_vae.py --config=configs/rqvae.py:emoji --workdir=$(PAIR)/rqvae
