@@ -266,7 +266,8 @@ DEPTH_COLUMNS = {
     **TOKENIZER_COLUMNS, "codes used": "code_usage", "code perplexity": "code_perplexity", "code norm": "code_norm",
 }  # fmt: skip
 SAMPLE_COLUMNS = {"kernel distance": "kernel_distance", "distance to training": "nearest"}
-TRANSFORMER_COLUMNS = {"validation loss, nats": "validation_loss", **SAMPLE_COLUMNS}  # "loss" is of other targets by row
+# Without the training loss, whose targets differ by row.
+TRANSFORMER_COLUMNS = {"validation loss, nats": "validation_loss", **SAMPLE_COLUMNS}
 KINDS = (
     (ablations.TOKENIZERS, train_tokenizer, measure_tokenizers, TOKENIZER_COLUMNS),
     (ablations.TRANSFORMERS, train_transformer, measure_transformers, TRANSFORMER_COLUMNS),
