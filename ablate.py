@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from configs import ablations
-from rq_jax import checkpoint, pictures, timing, train_loop
+from rq_jax import checkpoint, command_line, pictures, timing
 from rq_jax.progress import METRICS_FILE
 
 ROOT = Path(__file__).parent
@@ -388,8 +388,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    train_loop.keep_compiled_programs()  # as the scripts do: the record says so
-    with train_loop.one_line_errors():
+    command_line.keep_compiled_programs()  # as the scripts do: the record says so
+    with command_line.one_line_errors():
         run(parse_args())
 
 

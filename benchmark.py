@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks import quantize, sample, train
-from rq_jax import roofline, timing, train_loop
+from rq_jax import command_line, roofline, timing
 from rq_jax.pictures import write_atomic
 from rq_jax.progress import Progress
 
@@ -258,7 +258,7 @@ def report_changes(results: list[dict[str, Any]], old: dict[str, Any], path: str
 
 def main() -> None:
     """Command line."""
-    with train_loop.one_line_errors():
+    with command_line.one_line_errors():
         run(parse_args())
 
 

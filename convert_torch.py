@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rq_jax import checkpoint, models, state_file, torch_import, train_loop
+from rq_jax import checkpoint, command_line, models, state_file, torch_import
 
 STAGE2, DISCRIMINATOR, TEXT_TOKENIZER = "rqtransformer", "discriminator", "text_tokenizer.json"
 
@@ -283,7 +283,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # numbers are moved, not computed
     logging.basicConfig(format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is half written is removed
-    with train_loop.one_line_errors(OSError):
+    with command_line.one_line_errors(OSError):
         args = parse_args()
         export_model(args) if args.export else import_checkpoint(args)
 

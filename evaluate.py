@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, losses, metrics, pictures, train_loop
+from rq_jax import checkpoint, command_line, losses, metrics, pictures
 from rq_jax.data import make_dataset
 from rq_jax.pictures import write_atomic
 from rq_jax.pretrained import efficientnet_lite, vgg_lpips
 from rq_jax.progress import Progress
+from rq_jax.samples import read_images
 
 NUM_SHOWN, SHOWN_SIZE = 8, 128
 NUM_NEIGHBOURS, NUM_SHEET, SHEET_SIZE = 3, 12, 64
@@ -33,8 +34,6 @@ FIGURES = ("psnr", "ssim", "sharpness", "distance")
 # Of the config section `data`: what decides which pictures there are.
 DATA_SETTINGS = ("name", "data_dir", "train_split", "validation_split", "eval_transform", "image_size", "channels")
 CONDITION_SETTINGS = ("label_key", "text_key", "text_length")
-# What may differ between the parts of one set of samples, as several hosts draw it.
-SLICE = ("first_index", "num_images", "batch_size", "neighbours", "out")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -87,43 +86,6 @@ def data_settings(
     if "name" not in data:
         raise ValueError(f"--data_name: unset, and '{directory}' names no data set; give one")
     return data | {"image_size": list(shape[:2]), "channels": shape[2]}  # a list, as JSON gives it back
-
-
-def read_samples(directory: str) -> np.ndarray:
-    """Pictures (N, H, W, C) in [-1, 1] of a folder, or of the folder `images` in it, by name.
-
-    Raises:
-      FileNotFoundError: no pictures are there.
-      ValueError: pictures of several shapes, or, of sample.py, of runs with several settings.
-    """
-    check_samples(Path(directory))
-    folder = Path(directory) / "images" if (Path(directory) / "images").is_dir() else Path(directory)
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    if not paths:
-        raise FileNotFoundError(f"--samples: '{directory}' holds no pictures; give the --out of sample.py")
-    images = [pictures.read_image(path) for path in paths]
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise ValueError(f"--samples: '{directory}' holds pictures of several shapes {sorted(shapes)}; give one size")
-    return np.stack(images).astype(np.float32) / 127.5 - 1
-
-
-def check_samples(directory: Path) -> None:
-    """Refuse pictures of sample.py that several settings made: an earlier run may have left some behind.
-
-    Raises:
-      ValueError: naming what differs.
-    """
-    runs = [json.loads(path.read_text()) for path in sorted(directory.glob("settings_*.json"))]
-    ids, hint = set(), "draw into an empty --out"
-    for run in runs:
-        ids |= set(range(run["first_index"], run["first_index"] + run["num_images"]))
-        different = sorted(name for name in run if name not in SLICE and run[name] != runs[0].get(name))
-        if different:
-            raise ValueError(f"--samples: '{directory}' holds pictures of several {', '.join(different)}; {hint}")
-    found = {int(path.stem) for path in (directory / "images").glob("*.png") if path.stem.isdigit()}
-    if runs and found - ids:
-        raise ValueError(f"--samples: '{directory}' holds {len(found - ids)} pictures of an earlier run; {hint}")
 
 
 def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.Perceptual | None, title: str):
@@ -363,7 +325,7 @@ def measure_pictures(args: argparse.Namespace) -> dict[str, Any]:
     shapes = {name: (*loaded.model.image_shape, loaded.model.in_channels) for name, loaded in tokenizers.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"--checkpoint: pictures of several shapes {shapes}; compare tokenizers of one shape")
-    samples = {directory: read_samples(directory) for directory in args.samples}
+    samples = {directory: read_images(directory) for directory in args.samples}
     shapes |= {directory: images.shape[1:] for directory, images in samples.items()}
     first, shape = next(iter(shapes.items()))
     if len(set(shapes.values())) > 1:
@@ -410,8 +372,8 @@ def compare_tokenizers(args: argparse.Namespace, tokenizers: dict[str, Any], dat
 
 def main() -> None:
     """Command line."""
-    train_loop.keep_compiled_programs()
-    with train_loop.one_line_errors():
+    command_line.keep_compiled_programs()
+    with command_line.one_line_errors():
         run(parse_args())
 
 

@@ -5,7 +5,6 @@ python sample.py --checkpoint=runs/rqtransformer --out=samples --num_images=36 -
 
 import argparse
 import json
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, pictures, sampling, train_loop
+from rq_jax import checkpoint, command_line, pictures, sampling
 from rq_jax.progress import Progress
+from rq_jax.samples import read_codes
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
 NUM_IN_GRID = 100
@@ -99,9 +99,9 @@ def _numbers(kind: type):
 
 
 def conditions(
-    loaded: checkpoint.LoadedModel, args: argparse.Namespace
+    loaded: checkpoint.LoadedModel, args: argparse.Namespace, carried: np.ndarray | None = None
 ) -> tuple[np.ndarray | None, list[str]]:
-    """The conditions (n, U) that the images take in turn, and what they are called.
+    """The conditions (n, U) that the images take in turn, and what they are called; `carried` are those of --prefix.
 
     Raises:
       ValueError: classes or prompts that the model does not take, or does not know.
@@ -133,7 +133,7 @@ def conditions(
         chosen = _labels(loaded.config, args.classes_of)
     elif args.classes:
         chosen = [_class_number(text.strip(), names) for text in args.classes.split(",")]
-    elif (carried := read_prefix(args)[1]) is not None:
+    elif carried is not None:
         chosen = carried.flatten().tolist()
         if len(chosen) != len(carried) or not all(0 <= number < V for number in chosen):
             raise ValueError(f"--prefix: '{args.prefix}' holds no classes 0..{V - 1}; give --classes")
@@ -194,35 +194,12 @@ def check(args: argparse.Namespace) -> None:
         )
 
 
-def read_prefix(args: argparse.Namespace) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Prefix codes (n, P, D) of all images and their conditions (n, U), from an earlier run; taken in turn."""
-    if not args.prefix:
-        return None, None
-    if not zipfile.is_zipfile(args.prefix):
-        raise ValueError(f"--prefix: '{args.prefix}' is no .npz file; give the codes .npz of an earlier run")
-    with np.load(args.prefix, allow_pickle=False) as file:
-        if "codes" not in file:
-            raise ValueError(
-                f"--prefix: '{args.prefix}' has no array 'codes'; give the codes .npz of an earlier run"
-            )
-        first_id = file["image_ids"][0] if "image_ids" in file else 0
-        codes = np.roll(file["codes"], first_id, axis=0)  # row id % n is that of the same image
-        conds = np.roll(file["cond"], first_id, axis=0) if "cond" in file else None
-    if codes.ndim != 4:
-        raise ValueError(f"--prefix: codes of shape {codes.shape} are not (n, h, w, D)")
-    positions = codes.shape[1] * codes.shape[2]
-    if args.prefix_positions > positions:
-        raise ValueError(
-            f"--prefix_positions: {args.prefix_positions} is more than the {positions} positions of the codes"
-        )
-    return codes.reshape(len(codes), positions, -1)[:, : args.prefix_positions], conds
-
-
 def draw(
     loaded: checkpoint.LoadedModel,
     args: argparse.Namespace,
     settings: dict[str, Any],
     conds: np.ndarray | None,
+    prefix: np.ndarray | None,
 ) -> Iterator:
     """Yields (image ids, codes, uint8 images) batch by batch; while one is fetched the next is already drawn."""
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -230,8 +207,7 @@ def draw(
     # Pictures are rounded to 8 bits: on an accelerator the decoder computes in bfloat16, with a float32 quantiser.
     decoder = tokenizer.model if jax.default_backend() == "cpu" else tokenizer.model.clone(dtype="bfloat16")
     decoder_variables = jax.device_put(tokenizer.variables)
-    rng, (prefix, _) = jax.random.key(args.seed), read_prefix(args)
-    last, pending = args.first_index + args.num_images, None
+    rng, last, pending = jax.random.key(args.seed), args.first_index + args.num_images, None
 
     @jax.jit
     def decode(variables, codes):
@@ -290,7 +266,8 @@ def run(args: argparse.Namespace) -> Path:
         raise ValueError(
             f"--neighbours: {args.neighbours} needs the training pictures, this model names none; leave it out"
         )
-    conds, names = conditions(loaded, args)
+    prefix, carried = read_codes(args.prefix, args.prefix_positions) if args.prefix else (None, None)
+    conds, names = conditions(loaded, args, carried)
     settings = dict(loaded.config.get("sample", {}))
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     settings |= {name: value for name, value in given.items() if value is not None}
@@ -299,7 +276,7 @@ def run(args: argparse.Namespace) -> Path:
     out, tag = Path(args.out), f"{args.first_index:06d}"
     shown, all_codes = [], []
     with Progress(args.num_images, unit="image", title="sampling") as progress:
-        for ids, codes, images in draw(loaded, args, settings, conds):
+        for ids, codes, images in draw(loaded, args, settings, conds, prefix):
             for image_id, image in zip(ids, images, strict=True):
                 pictures.save_png(out / "images" / f"{image_id:06d}.png", image)
             shown += list(images[: max(0, NUM_IN_GRID - len(shown))])
@@ -325,8 +302,8 @@ def run(args: argparse.Namespace) -> Path:
 
 def main() -> None:
     """Command line."""
-    train_loop.keep_compiled_programs()
-    with train_loop.one_line_errors():
+    command_line.keep_compiled_programs()
+    with command_line.one_line_errors():
         run(parse_args())
 
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from rq_jax import (
     checkpoint,
+    command_line,
     losses,
     metrics,
     models,
@@ -547,4 +548,4 @@ def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...], shared: bool) ->
 
 
 if __name__ == "__main__":
-    train_loop.main(train_and_evaluate)
+    command_line.main(train_and_evaluate)

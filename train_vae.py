@@ -16,7 +16,18 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from rq_jax import checkpoint, losses, metrics, models, pictures, roofline, sharding, train_loop, train_state
+from rq_jax import (
+    checkpoint,
+    command_line,
+    losses,
+    metrics,
+    models,
+    pictures,
+    roofline,
+    sharding,
+    train_loop,
+    train_state,
+)
 from rq_jax.data import make_dataset
 from rq_jax.models.discriminator import initialize_actnorm, update_statistics_again
 from rq_jax.models.rqvae import last_kernel_gradient
@@ -507,4 +518,4 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
 
 
 if __name__ == "__main__":
-    train_loop.main(train_and_evaluate)
+    command_line.main(train_and_evaluate)

@@ -20,7 +20,7 @@ import train_transformer
 import train_vae
 from benchmarks import train as training
 from configs import rqtransformer, rqvae
-from rq_jax import models, sampling, sharding, timing, train_loop, watch
+from rq_jax import command_line, models, sampling, sharding, timing, train_loop, watch
 from rq_jax.pictures import write_atomic
 from rq_jax.pretrained import vgg_lpips
 
@@ -151,7 +151,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     count = max(data * fsdp * tensor for data, fsdp, tensor in args.mesh)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     jax.config.update("jax_platforms", "cpu")
-    with train_loop.one_line_errors():
+    with command_line.one_line_errors():
         if args.sample:
             results = [sample_entry(args, preset) for preset in args.preset]
         else:

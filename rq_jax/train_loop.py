@@ -8,9 +8,6 @@ import dataclasses
 import inspect
 import logging
 import math
-import os
-import re
-import sys
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax import hosts, pictures, sharding, watch
+from rq_jax import pictures, sharding, watch
 from rq_jax.checkpointer import Checkpointer
 from rq_jax.hosts import Stop
 from rq_jax.model_dir import write_config
@@ -360,65 +357,3 @@ def finish(workdir: str, curves: list[str]) -> None:
     directory = Path(workdir)
     pictures.curves(directory / METRICS_FILE, curves, directory / "pictures" / "curves.png")
     print(f"pictures: {directory / 'pictures'}")
-
-
-def main(train_and_evaluate: Callable[..., Any]) -> None:
-    """Command line of a training script: --config=<file>:<preset> --workdir=<dir> [--config.x.y=...] [--strict].
-
-    What the user got wrong ends with one line and exit code 2.
-    """
-    from absl import app, flags
-    from absl import logging as absl_logging
-    from ml_collections import config_flags
-
-    config = config_flags.DEFINE_config_file("config", None, "configs/<file>.py:<preset>", lock_config=True)
-    workdir = flags.DEFINE_string("workdir", None, "Directory of the run.")
-    coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX cannot find it.")
-    num_processes = flags.DEFINE_integer("num_processes", None, "Of the run; with --coordinator.")
-    process_id = flags.DEFINE_integer("process_id", None, "Of this process; with --coordinator.")
-    heartbeat = flags.DEFINE_integer("heartbeat_seconds", 100, "After which the others end when a process is gone.")
-    strict = flags.DEFINE_bool("strict", False, "Stop at a damaged checkpoint; else go on from the one before.")
-    flags.mark_flags_as_required(["config", "workdir"])
-
-    def parse(argv: list[str]) -> list[str]:
-        # A config override that does not exist or has the wrong type is found here.
-        with one_line_errors(TypeError, flags.Error):
-            try:
-                return flags.FLAGS(argv)
-            except (KeyError, AttributeError) as error:
-                while isinstance(error.args[0], Exception):  # ml_collections wraps one in the other
-                    error = error.args[0]
-                name = error.args[0].splitlines()[0].split("lookup: ")[-1].strip("'")
-                given = next((arg for arg in argv if re.match(rf"--config\.(.*\.)?{re.escape(name)}\b", arg)), name)
-                raise flags.Error(
-                    f"{given}: the config has no key '{name}'; its keys stand in the config file"
-                ) from None
-
-    def run(argv: list[str]) -> None:
-        del argv
-        absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file that it writes
-        logger.setLevel(logging.INFO)
-        keep_compiled_programs()
-        with one_line_errors():
-            hosts.join(coordinator.value, num_processes.value, process_id.value, heartbeat.value)
-            train_and_evaluate(config.value, workdir.value, **({"strict": True} if strict.value else {}))
-
-    app.run(run, flags_parser=parse)
-
-
-def keep_compiled_programs() -> None:
-    """Read back what another process compiled: in `JAX_COMPILATION_CACHE_DIR` if set, else ~/.cache/rq_jax/jax."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rq_jax" / "jax"))
-
-
-@contextlib.contextmanager
-def one_line_errors(*more: type[Exception]):
-    """End the process with one line and exit code 2 for what the user can mend; RQ_JAX_TRACEBACK=1 shows where."""
-    try:
-        yield
-    except (ValueError, OSError, MemoryError, *more) as error:
-        if os.environ.get("RQ_JAX_TRACEBACK"):
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None

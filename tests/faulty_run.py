@@ -11,7 +11,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import conftest  # noqa: E402, F401  # settings that hold for every test
 from test_train_loop import ToyDataset, train  # noqa: E402
 
-from rq_jax import train_loop  # noqa: E402
+from rq_jax import command_line  # noqa: E402
 
 
 class SlowDataset(ToyDataset):
@@ -37,7 +37,7 @@ def main() -> None:
     if file_bytes := settings.pop("file_bytes", None):  # as on a full disk, no file can grow beyond these
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
-    with train_loop.one_line_errors():
+    with command_line.one_line_errors():
         state = train(workdir, dataset, **settings)
     print(f"ended {int(state.step)}", flush=True)
 

@@ -253,30 +253,6 @@ def test_samples_of_several_shapes_are_refused(sampled, tmp_path):
         evaluated(sampled, samples=tmp_path, out="refused", data_name="folder", data_dir=sampled / "pictures")
 
 
-SETTINGS = {"first_index": 0, "num_images": 3, "batch_size": 3, "out": "a", "top_p": 0.9, "transformer": "x"}
-
-
-@pytest.mark.parametrize(
-    ("others", "message"),
-    [
-        ([], "^--samples: '.*' holds 2 pictures of an earlier run; draw into an empty --out$"),
-        ([{"first_index": 3, "num_images": 1}], "^--samples: '.*' holds 1 pictures of an earlier run; draw"),
-        ([{"first_index": 3, "top_p": 0.5, "transformer": "y"}], "^--samples: '.*' holds pictures of several top_p, transformer; draw"),
-        ([{"first_index": 3, "num_images": 2, "batch_size": 8, "out": "b"}], None),  # two hosts, one set
-    ],
-)
-def test_samples_of_several_settings_are_refused(tmp_path, others, message):
-    for i in range(5):
-        pictures.save_png(tmp_path / "images" / f"{i:06d}.png", np.zeros((8, 8, 3), np.uint8))
-    for one in [SETTINGS, *({**SETTINGS, **other} for other in others)]:
-        (tmp_path / f"settings_{one['first_index']:06d}.json").write_text(json.dumps(one))
-    if message is None:
-        assert evaluate.read_samples(tmp_path).shape == (5, 8, 8, 3)
-        return
-    with pytest.raises(ValueError, match=message):
-        evaluate.read_samples(tmp_path)
-
-
 def test_mistakes_are_found_before_anything_is_measured(root, monkeypatch):
     monkeypatch.setattr(evaluate, "measure", None)
     for settings in ({"likelihood": root / "nowhere"}, {"features": root / "nowhere", "kernel_distance": "full"}):

@@ -17,6 +17,7 @@ NETWORKS = {"models": {"nn", "quantize", "grains", "sampling"}, "pretrained": {"
 MACHINERY = {
     "checkpoint",
     "checkpointer",
+    "command_line",
     "data",
     "hosts",
     "manifest",
@@ -24,6 +25,7 @@ MACHINERY = {
     "pictures",
     "progress",
     "run_lock",
+    "samples",
     "sharding",
     "state_file",
     "timing",

@@ -1,0 +1,72 @@
+"""What sample.py leaves in a directory, read back: pictures to measure, codes to go on from."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from rq_jax import pictures
+
+# What may differ between the parts of one set of samples, as several hosts draw it.
+_SLICE = ("first_index", "num_images", "batch_size", "neighbours", "out")
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def read_images(directory: str | os.PathLike) -> np.ndarray:
+    """Pictures (N, H, W, C) in [-1, 1] of a folder, or of the folder `images` in it, by name.
+
+    Raises:
+      FileNotFoundError: no pictures are there.
+      ValueError: pictures of several shapes, or, of sample.py, of runs with several settings.
+    """
+    directory = Path(directory)
+    _check_settings(directory)
+    folder = directory / "images" if (directory / "images").is_dir() else directory
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"--samples: '{directory}' holds no pictures; give the --out of sample.py")
+    images = [pictures.read_image(path) for path in paths]
+    shapes = {image.shape for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"--samples: '{directory}' holds pictures of several shapes {sorted(shapes)}; give one size")
+    return np.stack(images).astype(np.float32) / 127.5 - 1
+
+
+def _check_settings(directory: Path) -> None:
+    """Refuse pictures of sample.py that several settings made: an earlier run may have left some behind."""
+    runs = [json.loads(path.read_text()) for path in sorted(directory.glob("settings_*.json"))]
+    ids, hint = set(), "draw into an empty --out"
+    for run in runs:
+        ids |= set(range(run["first_index"], run["first_index"] + run["num_images"]))
+        names = (run.keys() | runs[0].keys()) - set(_SLICE)
+        if different := sorted(name for name in names if run.get(name) != runs[0].get(name)):
+            raise ValueError(f"--samples: '{directory}' holds pictures of several {', '.join(different)}; {hint}")
+    found = {int(path.stem) for path in (directory / "images").glob("*.png") if path.stem.isdigit()}
+    if runs and found - ids:
+        raise ValueError(f"--samples: '{directory}' holds {len(found - ids)} pictures of an earlier run; {hint}")
+
+
+def read_codes(path: str, num_positions: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The codes of a run at their first positions (n, P, D), in raster order, and its conditions (n, U) if it had some.
+
+    Row i % n is that of image i.
+
+    Raises:
+      ValueError: no .npz of codes, or one with fewer positions.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"--prefix: '{path}' is no .npz file; give the codes .npz of an earlier run")
+    with np.load(path, allow_pickle=False) as file:
+        if "codes" not in file:
+            raise ValueError(f"--prefix: '{path}' has no array 'codes'; give the codes .npz of an earlier run")
+        first_id = file["image_ids"][0] if "image_ids" in file else 0
+        codes = np.roll(file["codes"], first_id, axis=0)
+        conds = np.roll(file["cond"], first_id, axis=0) if "cond" in file else None
+    if codes.ndim != 4:
+        raise ValueError(f"--prefix: codes of shape {codes.shape} are not (n, h, w, D)")
+    positions = codes.shape[1] * codes.shape[2]
+    if num_positions > positions:
+        raise ValueError(f"--prefix_positions: {num_positions} is more than the {positions} positions of the codes")
+    return codes.reshape(len(codes), positions, -1)[:, :num_positions], conds
