@@ -60,7 +60,7 @@ COUNTS = {
     },
     "rqtransformer": {
         "demo": 1_484_288,
-        "emoji": 4_704_064,
+        "emoji": 4_704_256,
         "emoji64": 29_295_488,
         "ffhq256_350m_paper": 355_393_536,
         "lsun_church256_350m_paper": 370_087_936,
