@@ -61,13 +61,14 @@ emoji-figures: setup
 test: setup
 	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
+# Also the slow ones, on programs that are compiled as a user's are.
 test-all: setup
-	$(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
+	RQ_JAX_TEST_OPTIMIZED=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
 
 # Every fault that the tests put in, and docs/reliability.md from what happened: a quarter of an hour.
 reliability: setup
 	$(PYTHON) -m pytest tests/test_faults.py tests/test_checkpointer.py tests/test_hosts.py tests/test_watch.py \
-	  tests/test_data_damage.py -m fault --reliability=docs/reliability.md
+	  tests/test_data_damage.py tests/test_data_tfrecord.py -m fault --reliability=docs/reliability.md
 
 # Three minutes on two CPU cores, a JSON record for each command; larger sweeps are the same commands with other lists.
 bench: setup

@@ -1,6 +1,7 @@
 """Settings that hold for every test: eight fake CPU devices, true float32 products, the golden vectors.
 
---reliability=FILE writes a table of the faults that the tests marked `fault` put in. RQ_JAX_TEST_GPU=1 leaves the choice of platform to JAX; RQ_JAX_GOLDENS names the directory of golden vectors.
+--reliability=FILE writes a table of the faults that the tests marked `fault` put in. RQ_JAX_TEST_GPU=1 leaves the choice of platform to JAX;
+RQ_JAX_TEST_OPTIMIZED=1 compiles as a user does, which takes longer; RQ_JAX_GOLDENS names the directory of golden vectors.
 """
 
 import os
@@ -14,10 +15,16 @@ if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT_FLAG}=8".strip()
 if not os.environ.get("RQ_JAX_TEST_GPU"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one process compiled, the others and the next run read; without this, the directory would be part of each key.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES", "none")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+if not (os.environ.get("RQ_JAX_TEST_OPTIMIZED") or os.environ.get("RQ_JAX_TEST_GPU")):
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

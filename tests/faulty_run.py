@@ -9,9 +9,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import conftest  # noqa: E402, F401  # settings that hold for every test
+import jax  # noqa: E402
 from test_train_loop import ToyDataset, train  # noqa: E402
 
 from rq_jax import command_line  # noqa: E402
+
+jax.config.update("jax_enable_compilation_cache", False)  # a kill would leave half an entry to everybody
 
 
 class SlowDataset(ToyDataset):

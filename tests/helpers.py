@@ -162,31 +162,23 @@ def differs(actual, expected) -> bool:
 
 
 @contextlib.contextmanager
-def quick_compilation(cache: Path):
-    """Compile with few optimisations and keep what is compiled, so that a second run starts at once."""
-    settings = {  # name: (value here, default)
-        "jax_disable_most_optimizations": (True, False),
-        "jax_compilation_cache_dir": (str(cache), None),
-        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-        "jax_persistent_cache_min_entry_size_bytes": (-1, 0),
-    }
+def _optimizations(disabled: bool):
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", disabled)
     try:
-        for name, (value, _) in settings.items():
-            jax.config.update(name, value)
         yield
     finally:
-        for name, (_, default) in settings.items():
-            jax.config.update(name, default)
+        jax.config.update("jax_disable_most_optimizations", before)
 
 
-@contextlib.contextmanager
+def quick_compilation():
+    """Compile with few optimisations, also where the others are asked for: for tests of what surrounds the programs."""
+    return _optimizations(disabled=True)
+
+
 def full_optimization():
-    """Within `quick_compilation`: compile as always."""
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", True)
+    """Compile as a user does: for tests of speed, memory, and what a compiler may do."""
+    return _optimizations(disabled=False)
 
 
 def host(state) -> dict:

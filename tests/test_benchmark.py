@@ -31,9 +31,9 @@ DECODED = ("--tokenizer=demo,quicktest", *SMALL)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
+def quick():
     device = {"kind": "toy", "platform": "cpu", "count": 8, "peaks": PEAKS._asdict()}
-    with helpers.quick_compilation(tmp_path_factory.mktemp("compiled")), pytest.MonkeyPatch.context() as patch:
+    with helpers.quick_compilation(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "device_and_peaks", lambda: (device, PEAKS))
         patch.setattr(sample, "TINY", TINY)
         yield

@@ -208,14 +208,14 @@ def test_what_reads_no_code_vectors_has_no_codebook(tmp_path, stage1):
 
 def test_sampling_from_a_converted_pair(tmp_path, stage2):
     argv = [f"--checkpoint={stage2}", f"--out={tmp_path}", "--num_images=3", "--batch_size=3", "--classes=4,2"]
-    with helpers.quick_compilation(tmp_path / "cache"):
+    with helpers.quick_compilation():
         sample.run(sample.parse_args(argv))
     record = json.loads((tmp_path / "settings_000000.json").read_text())
     assert (record["temperature"], record["top_k"], record["top_p"]) == (0.8, 5, 0.9)
     with np.load(tmp_path / "codes_000000.npz") as file:
         assert file["codes"].shape == (3, 8, 4, 3)
     argv += ["--neighbours=2"]
-    with helpers.quick_compilation(tmp_path / "cache"), pytest.raises(ValueError, match="data_dir is missing"):
+    with helpers.quick_compilation(), pytest.raises(ValueError, match="data_dir is missing"):
         sample.run(sample.parse_args(argv))
 
 
@@ -377,7 +377,7 @@ def test_export_of_a_discriminator(tmp_path):
 def test_export_of_a_run_of_our_own(tmp_path, capsys):
     config = helpers.vae_config(tmp_path, model__norm_groups=32, model__codebook_update="pooled")
     model = models.create(**config.model)
-    with helpers.quick_compilation(tmp_path / "cache"):
+    with helpers.quick_compilation():
         variables = jax.jit(functools.partial(models.init_variables, model))(jax.random.key(0))
     optimizer = train_state.make_optimizer(
         name="adam", learning_rate=0.1, total_steps=2, schedule="constant", warmup_steps=0

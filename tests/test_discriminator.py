@@ -90,10 +90,10 @@ def test_names_and_widths(use_actnorm):
     assert {str(x.dtype) for x in jax.tree.leaves(variables)} == ({"float32", "int32"} if use_actnorm else {"float32"})
 
 
-def test_initial_values(tmp_path):
+def test_initial_values():
     model = models.create("discriminator", width=32)
-    with helpers.quick_compilation(tmp_path):
-        variables = models.init_variables(model, jax.random.key(0))
+    with helpers.quick_compilation():
+        variables = jax.jit(functools.partial(models.init_variables, model))(jax.random.key(0))
     params = variables["params"]
     for n in range(4):
         np.testing.assert_allclose(params[f"conv{n}"]["kernel"].std(), 0.02, rtol=0.05)

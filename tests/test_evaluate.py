@@ -1,5 +1,6 @@
 """evaluate.py: figures against the functions they are made of, padding, several checkpoints, refusals."""
 
+import functools
 import importlib.util
 import json
 import subprocess
@@ -24,8 +25,8 @@ D, K = helpers.CODE_SHAPE[-1], helpers.CODEBOOK_SIZE
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with helpers.quick_compilation(tmp_path_factory.mktemp("compiled")):
+def quick():
+    with helpers.quick_compilation():
         yield
 
 
@@ -57,7 +58,7 @@ def record(root):
 def test_figures_are_means_over_the_pictures_that_are_there(root, record, name):
     """Five held-out pictures in batches of four: what fills the second batch counts for nothing."""
     loaded = checkpoint.load_tokenizer(root / name)
-    apply = lambda method, x: loaded.model.apply(loaded.variables, x, method=method)  # noqa: E731
+    apply = jax.jit(lambda method, x: loaded.model.apply(loaded.variables, x, method=method), static_argnums=0)
     data = make_dataset(name="folder", data_dir=str(root / "pictures"), split="validation", train=False, image_size=16, batch_size=5)  # fmt: skip
     images = jnp.asarray(next(iter(data.iterator()))["image"])
     by_depth, codes = apply("reconstruct_by_depth", images), np.asarray(apply("encode_to_codes", images))
@@ -289,8 +290,9 @@ def test_likelihood_is_the_mean_over_the_pictures_that_are_there(root, transform
     batch = next(iter(data.iterator()))
     cond = batch["label"][:, None] if kind == "class" else batch.get("text")
     tokenizer = loaded.tokenizer
-    codes = tokenizer.model.apply(tokenizer.variables, batch["image"], method="encode_to_codes")
-    log_probabilities = np.asarray(jax.nn.log_softmax(loaded.model.apply(loaded.variables, codes, cond).logits))
+    encode = jax.jit(functools.partial(tokenizer.model.apply, method="encode_to_codes"))
+    codes = encode(tokenizer.variables, batch["image"])
+    log_probabilities = np.asarray(jax.nn.log_softmax(jax.jit(loaded.model.apply)(loaded.variables, codes, cond).logits))
     nats = -np.take_along_axis(log_probabilities, np.asarray(codes)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(found["validation"]["nats"], nats.mean((0, 1, 2)), rtol=1e-4)
     assert found["validation"]["mean"] == pytest.approx(nats.mean(), rel=1e-4)

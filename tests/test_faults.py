@@ -166,7 +166,7 @@ class Stopped(train_loop.Stop):
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stopped_at_every_step(tmp_path, monkeypatch, record_property, stage):
     """Parameters, optimizers, average, codebook, key and order of the data, with an adversary and worker processes."""
-    with helpers.quick_compilation(tmp_path / "compiled"):
+    with helpers.quick_compilation():
         pictures = helpers.write_pictures(tmp_path / "pictures")
         if stage == 1:
             make, script = lambda: helpers.vae_config(pictures, **STAGES, **ADVERSARY), train_vae

@@ -1,5 +1,6 @@
 """Losses against NumPy, their behaviour at padded and NaN logits, and what chunks save."""
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -235,6 +236,7 @@ def test_chunks_must_divide_the_positions(num_chunks):
         losses.sum_over_chunks(jnp.sum, jnp.ones((B, T)), num_chunks)
 
 
+@helpers.full_optimization()
 def test_chunked_soft_loss_memory_at_paper_size():
     batch, positions, depth, codes, model_dim, code_dim = 8, 64, 4, 16384, 32, 16
 

@@ -2,6 +2,7 @@
 
 import doctest
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,7 @@ def test_a_vector_far_from_all_codes_never_gets_a_padded_code(small_blocks):
     assert int(quantize.nearest_codes(jnp.zeros((1, E)), codebook_KE)[0]) < 130
 
 
+@helpers.full_optimization()
 def test_search_memory_at_paper_size():
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((65536, 256), (16384, 256))]
     compiled = jax.jit(quantize.nearest_codes).lower(*shapes).compile()

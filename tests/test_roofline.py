@@ -3,6 +3,7 @@
 import functools
 import math
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +39,7 @@ def paper_model(preset, code_shape=(8, 8, 4), codebook_size=16384):
     return models.create(**settings)
 
 
+@helpers.full_optimization()
 def compiled_text(function, *args):
     return jax.jit(function).lower(*args).compile().as_text()
 

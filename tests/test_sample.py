@@ -22,8 +22,8 @@ KINDS = ("unconditional", "class", "text", "guided")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with helpers.quick_compilation(tmp_path_factory.mktemp("compiled")):
+def quick():
+    with helpers.quick_compilation():
         yield
 
 
@@ -138,8 +138,8 @@ def test_step_and_weights_are_those_asked_for(trained, tmp_path, monkeypatch):
         return load_model(directory)
 
     monkeypatch.setattr(checkpoint, "load_model", load)
-    draw(trained, tmp_path / "a", num=1, batch=1)
-    draw(trained, tmp_path / "b", "--step=7", "--no_ema", num=1, batch=1)
+    draw(trained, tmp_path / "a", num=1, batch=3)
+    draw(trained, tmp_path / "b", "--step=7", "--no_ema", num=1, batch=3)
     assert asked == [{"step": None, "ema": True}, {"step": 7, "ema": False}]
 
 
@@ -182,8 +182,8 @@ def test_greedy_codes_do_not_depend_on_the_seed(trained, tmp_path):
     ("flag", "values"), [("temperature", [0.0, 1.0, 1.0]), ("top_k", [1, K, K]), ("top_p", [0.0, 1.0, 1.0])]
 )
 def test_lists_hold_one_value_per_depth(trained, tmp_path, flag, values):
-    greedy = draw(trained, tmp_path / "greedy", "--temperature=0", num=6, batch=6)
-    drawn = draw(trained, tmp_path / "drawn", f"--{flag}={','.join(map(str, values))}", num=6, batch=6)
+    greedy = draw(trained, tmp_path / "greedy", "--temperature=0", num=6)
+    drawn = draw(trained, tmp_path / "drawn", f"--{flag}={','.join(map(str, values))}", num=6)
     assert drawn.settings[flag] == values
     # Nothing stands before the first code, so that the greedy one is the same for all images; the next is drawn.
     np.testing.assert_array_equal(drawn.codes[:, 0, 0, 0], greedy.codes[:, 0, 0, 0])

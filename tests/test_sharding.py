@@ -1,5 +1,7 @@
 """The mesh, and where parameters, optimizer moments, codebooks and batches lie on eight devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -183,19 +185,27 @@ def transformer_loss(params, rest, batch):
     return jnp.mean(jnp.sin(hidden))
 
 
-@pytest.mark.parametrize("model, loss", [(TOKENIZER, tokenizer_loss), (MODEL, transformer_loss)], ids=["stage 1", "stage 2"])
-def test_gradients_are_those_of_one_device_on_every_mesh(mesh, model, loss):
-    """Two convolutions in a row are what XLA's partitioner once got wrong."""
+@functools.cache
+def gradients_of_one_device(model, loss):
+    """(parameters, the other variables, a batch, gradients)."""
     rng = np.random.default_rng(0)
     batch = {
         "image": rng.uniform(-1, 1, (8, 8, 8, 3)).astype(np.float32),
         "codes": rng.integers(0, 6, (8, 3, 5, 4)),
         "cond": rng.integers(0, 12, (8, 1)),
     }
-    rest = jax.tree.map(np.asarray, jax.jit(lambda key: models.init_variables(model, key))(jax.random.key(0)))
-    # As drawn, some are zero, and so are the gradients of what is behind them.
-    params = jax.tree.map(lambda x: x + rng.normal(0, 0.1, x.shape).astype(np.float32), rest.pop("params"))
-    expected = jax.jit(jax.grad(loss))(params, rest, batch)
+    # As they begin, some are zero, and so are the gradients of what is behind them.
+    rest = jax.tree.map(
+        lambda x: rng.normal(0, 0.2, x.shape).astype(x.dtype), models.abstract_variables(model)
+    )
+    params = rest.pop("params")
+    return params, rest, batch, jax.jit(jax.grad(loss))(params, rest, batch)
+
+
+@pytest.mark.parametrize("model, loss", [(TOKENIZER, tokenizer_loss), (MODEL, transformer_loss)], ids=["stage 1", "stage 2"])
+def test_gradients_are_those_of_one_device_on_every_mesh(mesh, model, loss):
+    """Two convolutions in a row are what XLA's partitioner once got wrong."""
+    params, rest, batch, expected = gradients_of_one_device(model, loss)
     shardings = sharding.state_shardings(mesh, params)
     placed = jax.device_put(params, shardings), jax.device_put(rest, sharding.replicated(mesh))
     found = jax.jit(jax.grad(loss), out_shardings=shardings)(*placed, sharding.put_batch(mesh, batch))

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -15,6 +16,12 @@ from rq_jax.data import make_dataset
 ROOT = Path(__file__).parent.parent
 PAIR = ROOT / "checkpoints" / "emoji"
 MAX_BYTES = 12e6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_a_user():
+    with helpers.full_optimization():
+        yield
 
 
 @pytest.fixture(scope="module")

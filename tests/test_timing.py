@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,6 +62,7 @@ def test_measuring_waits_for_the_arrays(clock, monkeypatch):
     assert waited == ["arrays"] * 3
 
 
+@helpers.full_optimization()
 def test_compiling_is_timed_apart():
     compiled = timing.compile_program(lambda x, y: {"sum": x + y}, jnp.ones((3, 5)), jax.ShapeDtypeStruct((), jnp.float32))
     assert compiled.seconds > 0
@@ -68,6 +70,7 @@ def test_compiling_is_timed_apart():
     np.testing.assert_array_equal(compiled.call(jnp.ones((3, 5)), jnp.float32(2))["sum"], np.full((3, 5), 3.0))
 
 
+@helpers.full_optimization()
 def test_options_of_jit_reach_it():
     compiled = timing.compile_program(lambda x: x + 1, jnp.ones(64), donate_argnums=0)
     assert compiled.memory["aliased"] == 256

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import sys
 from typing import Any
 
 import helpers
@@ -29,8 +30,8 @@ DETERMINISTIC = {"loss__use_stochastic_codes": False}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with helpers.quick_compilation(tmp_path_factory.mktemp("compiled")):
+def quick():
+    with helpers.quick_compilation():
         yield
 
 
@@ -74,30 +75,40 @@ class Step:
         return jax.tree.map(lambda a, b: np.asarray(a - b) / RATE, self.start.params, self.end.params)
 
 
+@functools.cache
+def initial_variables(model):
+    return jax.jit(functools.partial(models.init_variables, model))(jax.random.key(1))
+
+
+@functools.cache
+def compiled_step(pictures, kind, mesh, settings):
+    """(run, state before the first step, the jitted step)."""
+    config = helpers.transformer_config(pictures, kind, **dict(settings))
+    run = train_transformer.prepare(config)
+    codebook = {"codebook_KE": run["tokenizer"].variables["codebook"]["codebook_KE"]}
+    model = run["model"].clone(residual_dropout=0.0, use_remat=False, dtype="float32")  # that draws the same
+    state = helpers.start_state({**initial_variables(model), "codebook": codebook}, config, run["optimizer"])
+    step = train_transformer.make_train_step(
+        run["model"], run["tokenizer"].model, run["optimizer"], run["loss"], config.loop.ema_decay
+    )
+    return run, state, jax.jit(step, out_shardings=(sharding.state_shardings(mesh, state), None))
+
+
 def make_step(world, kind="class", mesh=None, state=None, batch=None, **settings) -> Step:
     """One step of the small transformer, from latents unless the batch says otherwise."""
     mesh = mesh or helpers.make_mesh()
     settings = {**PLAIN, "tokenizer": str(world.tokenizer), "data__batch_size": 16, **settings}
     if kind == "text":
         settings["data__text_tokenizer"] = str(world.text_tokenizer)
-    config = helpers.transformer_config(world.pictures, kind, **settings)
-    run = train_transformer.prepare(config)
+    run, start, step = compiled_step(world.pictures, kind, mesh, tuple(sorted(settings.items())))
     tokenizer_variables = jax.device_put(run["tokenizer"].variables, sharding.replicated(mesh))
-    if state is None:
-        variables = jax.jit(functools.partial(models.init_variables, run["model"]))(jax.random.key(1))
-        variables["codebook"] = {"codebook_KE": run["tokenizer"].variables["codebook"]["codebook_KE"]}
-        state = helpers.start_state(variables, config, run["optimizer"])
     if batch is None:
         batch = {"latents": world.latents}
     if kind == "class":
         batch = {**batch, "cond": world.batch["label"][:, None]}
     elif kind == "text":
         batch = {**batch, "cond": run["dataset"].examples(world.batch["index"])["text"]}
-    state, shardings = helpers.place(state, mesh)
-    step = train_transformer.make_train_step(
-        run["model"], run["tokenizer"].model, run["optimizer"], run["loss"], config.loop.ema_decay
-    )
-    step = jax.jit(step, out_shardings=(shardings, None))
+    state, _ = helpers.place(start if state is None else state, mesh)
     end, metrics = step(state, sharding.put_batch(mesh, batch), tokenizer_variables)
     return Step(run, state, end, jax.device_get(metrics))
 
@@ -222,12 +233,11 @@ def test_dropped_conditions_are_the_null_condition(world):
 
 
 def test_null_condition_changes_nothing_for_conditions_that_are_kept(world, base):
-    plain, null = (make_step(world, model__use_null_cond=use, **drop) for use, drop in
-                   ((False, {}), (True, {"loss__cond_dropout": 1e-9})))  # fmt: skip
-    shared = {**plain.start.params, "cond_embedding_VM": plain.start.params["cond_embedding_VM"]}
-    padded = {**shared, "cond_embedding_VM": jnp.pad(shared["cond_embedding_VM"], ((0, 1), (0, 0)))}
-    state = null.start.replace(params=padded, ema_params=padded)
-    again = make_step(world, state=state, model__use_null_cond=True, loss__cond_dropout=1e-9)
+    params = base.start.params
+    padded = {**params, "cond_embedding_VM": jnp.pad(params["cond_embedding_VM"], ((0, 1), (0, 0)))}
+    settings = {"model__use_null_cond": True, "loss__cond_dropout": 1e-9}
+    null = make_step(world, **settings)
+    again = make_step(world, state=null.start.replace(params=padded, ema_params=padded), **settings)
     helpers.assert_close(again.metrics["loss"], base.metrics["loss"])
     np.testing.assert_allclose(again.grads["cond_embedding_VM"][:-1], base.grads["cond_embedding_VM"], atol=1e-7)
 
@@ -240,6 +250,7 @@ def test_chunks_change_neither_loss_nor_gradient(world, base, monkeypatch, soft)
     whole = base if soft else make_step(world, loss__use_soft_labels=False)
     asked = []
     monkeypatch.setattr(losses, "num_loss_chunks", lambda *sizes: asked.append(sizes) or 4)
+    monkeypatch.setattr(sys.modules[__name__], "compiled_step", compiled_step.__wrapped__)  # which asks when it is traced
     chunked = make_step(world, loss__use_soft_labels=soft)
     assert asked[0][:4] == (16, h * w, D, K)
     helpers.assert_close(chunked.metrics, whole.metrics)

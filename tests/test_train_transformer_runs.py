@@ -27,8 +27,8 @@ DEPTHS = range(1, D + 1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with helpers.quick_compilation(tmp_path_factory.mktemp("compiled")):
+def quick():
+    with helpers.quick_compilation():
         yield
 
 
@@ -142,7 +142,7 @@ def test_evaluation_is_that_of_the_nearest_held_out_codes(whole_run, places):
         encode = jax.jit(functools.partial(loaded.tokenizer.model.apply, method="encode_to_codes"))
         codes[split] = np.asarray(encode(loaded.tokenizer.variables, images["image"]))
         labels[split] = images["label"]
-    logits = loaded.model.apply(loaded.variables, codes["validation"], labels["validation"]).logits
+    logits = jax.jit(loaded.model.apply)(loaded.variables, codes["validation"], labels["validation"]).logits
     chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), codes["validation"][..., None], -1)
     nats_D = -chosen[..., 0].mean((0, 1, 2))
     logged = helpers.read_metrics(workdir)[4]

@@ -33,8 +33,8 @@ LOGGED = {
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with helpers.quick_compilation(tmp_path_factory.mktemp("compiled")):
+def quick():
+    with helpers.quick_compilation():
         yield
 
 
@@ -49,9 +49,19 @@ def prepared(pictures, settings):
     return config, train_vae.prepare(config)
 
 
+@functools.cache
+def _initial_variables(model, seed):
+    return jax.jit(functools.partial(models.init_variables, model))(jax.random.key(seed))
+
+
+def initial_variables(model, seed):
+    """Drawn once; the dictionaries are the caller's own."""
+    return jax.tree.map(lambda x: x, _initial_variables(model, seed))
+
+
 def discriminator_variables(run, seed=1):
     """Not as drawn: with weights of 0.02 a discriminator says 0 to everything."""
-    variables = models.init_variables(run["adversary"].model, jax.random.key(seed))
+    variables = initial_variables(run["adversary"].model, seed)
     grown = jax.tree.map(lambda x: 8 * x if x.ndim == 4 else x, variables["params"])
     return {**variables, "params": grown}
 
@@ -59,7 +69,7 @@ def discriminator_variables(run, seed=1):
 def start_state(pictures, **settings):
     """(config, run, state at step 0, batch)."""
     config, run = prepared(pictures, tuple(settings.items()))
-    variables = models.init_variables(run["model"], jax.random.key(0))
+    variables = initial_variables(run["model"], 0)
     discriminator = None
     if run["adversary"] is not None:
         discriminator = discriminator_variables(run), run["adversary"].optimizer
@@ -67,16 +77,28 @@ def start_state(pictures, **settings):
     return config, run, state, {"image": next(run["dataset"].iterator())["image"]}
 
 
+def jitted_step(config, run, mesh, shapes, perceptual=None):
+    step = train_vae.make_train_step(
+        run["model"], run["optimizer"], run["loss"], config.loop.ema_decay, perceptual, run["adversary"]
+    )
+    return jax.jit(step, static_argnums=2, out_shardings=(sharding.state_shardings(mesh, shapes), None))
+
+
+@functools.cache
+def compiled_step(pictures, mesh, settings):
+    config, run, state, _ = start_state(pictures, **dict(settings))
+    return jitted_step(config, run, mesh, state)
+
+
 def make_step(pictures, mesh=None, perceptual=None, change=lambda state: state, **settings):
     """One step: (state before, state after on the host, metrics)."""
     mesh = mesh or helpers.make_mesh()
     config, run, state, batch = start_state(pictures, **settings)
-    state, shardings = helpers.place(change(state), mesh)
-    step = train_vae.make_train_step(
-        run["model"], run["optimizer"], run["loss"], config.loop.ema_decay, perceptual, run["adversary"]
-    )
-    frozen = perceptual.variables if perceptual else None
-    step = jax.jit(step, static_argnums=2, out_shardings=(shardings, None))
+    state, _ = helpers.place(change(state), mesh)
+    if perceptual:
+        step, frozen = jitted_step(config, run, mesh, state, perceptual), perceptual.variables
+    else:
+        step, frozen = compiled_step(pictures, mesh, tuple(settings.items())), None
     new, metrics = step(state, sharding.put_batch(mesh, batch), run["loss"].phase(int(state.step)), frozen)
     return state, helpers.host(new), jax.device_get(metrics)
 
