@@ -364,7 +364,7 @@ def compare_tokenizers(args: argparse.Namespace, tokenizers: dict[str, Any], dat
     pictures.save_png(Path(args.out) / "reconstructions.png", grid)
     print(f"pictures: {Path(args.out) / 'reconstructions.png'}")
     return {
-        "protocol": "clipped to [-1, 1]; lists are by code depth 1..D; mean over pictures, sharpness of their sums",
+        "protocol": "clipped to [-1, 1]; lists are by code depth 1..D; means over pictures; sharpness: a ratio of two",
         "distance": perceptual.name if perceptual else None,
         "results": results,
     }
