@@ -102,6 +102,7 @@ def test_records_travel_to_worker_processes(directories):
 
 
 def test_places_are_found_once(directories, tmp_path, monkeypatch):
+    tfrecord.record_places.cache_clear()  # of what other tests found, with their own cache on disk
     expected = opened(directories[1]).read(2)
     assert any((tmp_path / "cache" / "tfrecord_places").iterdir())
     tfrecord.record_places.cache_clear()
