@@ -92,6 +92,8 @@ def test_pictures_come_in_the_order_of_the_other_format_and_resume(directories):
     again = dataset(directories[1]).iterator()
     again.set_state(states[4])
     np.testing.assert_array_equal(next(again)["image"], batches[4]["image"])
+    for iterator in (array, record, again):  # whose threads would read on into the next test
+        iterator.close()
 
 
 def test_records_travel_to_worker_processes(directories):
@@ -102,7 +104,6 @@ def test_records_travel_to_worker_processes(directories):
 
 
 def test_places_are_found_once(directories, tmp_path, monkeypatch):
-    tfrecord.record_places.cache_clear()  # of what other tests found, with their own cache on disk
     expected = opened(directories[1]).read(2)
     assert any((tmp_path / "cache" / "tfrecord_places").iterdir())
     tfrecord.record_places.cache_clear()
