@@ -30,6 +30,7 @@ from rq_jax import (
     train_state,
 )
 from rq_jax.data import CacheDataset, load_tokenizer, make_dataset, read_meta, write_cache
+from rq_jax.validation import Validation
 
 SECTIONS = (
     "seed",
@@ -166,13 +167,15 @@ def summarize(means: dict[str, np.ndarray]) -> dict[str, float]:
     return {**{name: float(value) for name, value in means.items()}, **by_depth}
 
 
-def make_evaluation(run: dict[str, Any], tokenizer_variables: Any, unigram_D: np.ndarray, config: ConfigDict):
-    """State -> held-out loss of the nearest codes in nats per depth and bits per image, and a grid of samples."""
+def make_validation(
+    run: dict[str, Any], tokenizer_variables: Any, unigram_D: np.ndarray, config: ConfigDict
+) -> Validation:
+    """Held-out loss of the nearest codes in nats per depth and bits per image, and a grid of samples."""
     model, tokenizer, mesh = run["model"], run["tokenizer"].model, run["mesh"]
     (h, w, D) = model.code_shape
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def measure(variables, tokenizer_variables, batch):
+    def sum_nats(variables, tokenizer_variables, batch):
         codes = tokenizer.apply(tokenizer_variables, batch["image"], method="encode_to_codes")
         nats_BD = losses.code_nats(model, variables, codes, batch.get("cond"))
         return {"nats": jnp.sum(nats_BD * batch["mask"][:, None], axis=0), "count": batch["mask"].sum()}
@@ -180,13 +183,12 @@ def make_evaluation(run: dict[str, Any], tokenizer_variables: Any, unigram_D: np
     decode = functools.partial(tokenizer.apply, method="decode_codes")
     decode = jax.jit(decode, out_shardings=sharding.replicated(mesh))
 
-    def evaluate(state: train_state.TrainState):
-        total = None
-        for batch in run["validation"].iterator():
-            batch = sharding.put_batch(mesh, with_cond(batch, config, ("image", "mask")))
-            sums = measure(state.ema_variables, tokenizer_variables, batch)
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        nats_D = np.asarray(total["nats"]) / float(total["count"])
+    def measure(state: train_state.TrainState, batch: dict[str, np.ndarray]):
+        placed = sharding.put_batch(mesh, with_cond(batch, config, ("image", "mask")))
+        return sum_nats(state.ema_variables, tokenizer_variables, placed), None
+
+    def report(state: train_state.TrainState, sums: dict[str, jax.Array], shown: None):
+        nats_D = np.asarray(sums["nats"]) / float(sums["count"])
         scalars = {"validation_loss": float(nats_D.mean())}
         scalars["bits_per_image"] = float(nats_D.sum() * h * w / math.log(2))
         for d in range(D):
@@ -200,7 +202,7 @@ def make_evaluation(run: dict[str, Any], tokenizer_variables: Any, unigram_D: np
         scale = max(1, 64 // images.shape[1])
         return scalars, {"samples": pictures.grid(images, columns=9, scale=scale)}
 
-    return evaluate
+    return Validation(run["validation"], measure, report)
 
 
 def with_cond(batch: dict[str, np.ndarray], config: ConfigDict, keep: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -529,7 +531,7 @@ def _train(run: dict[str, Any], config: ConfigDict, workdir: str, strict: bool) 
         mesh=run["mesh"],
         settings=run["settings"],
         summarize=summarize,
-        evaluate=make_evaluation(run, tokenizer_variables, unigram_D, config),
+        validation=make_validation(run, tokenizer_variables, unigram_D, config),
         strict=strict,
         flops_per_image=sum(roofline.transformer_flops(run["model"], train=True).values()),
         dtype=run["model"].dtype,

@@ -32,6 +32,7 @@ from rq_jax.data import make_dataset
 from rq_jax.models.discriminator import initialize_actnorm, update_statistics_again
 from rq_jax.models.rqvae import last_kernel_gradient
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.validation import Validation
 
 SECTIONS = (
     "seed", "init_from", "keep_optimizer", "model", "discriminator", "data", "optim", "discriminator_optim", "loss",
@@ -306,14 +307,16 @@ class Evaluation(NamedTuple):
     use_perceptual: bool = True
 
 
-def make_evaluation(model, dataset, mesh, loss: Losses, perceptual: vgg_lpips.Perceptual | None = None):
-    """State -> held-out figures and a picture: originals over reconstructions at depth 1..D.
+def make_validation(
+    model, dataset, mesh, loss: Losses, perceptual: vgg_lpips.Perceptual | None = None
+) -> Validation:
+    """Held-out figures and a picture: originals over reconstructions at depth 1..D.
 
     PSNR by depth; SSIM and, where there is one, the perceptual distance of the whole depth; the reconstruction loss.
     """
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def measure(variables, images, mask, perceptual_variables):
+    def sum_figures(variables, images, mask, perceptual_variables):
         output = model.apply(variables, images)
         by_depth = model.apply(variables, images, method="reconstruct_by_depth")
         pictures_loss = jax.vmap(lambda x, y: losses.reconstruction_loss(x, y, loss.reconstruction))
@@ -330,16 +333,13 @@ def make_evaluation(model, dataset, mesh, loss: Losses, perceptual: vgg_lpips.Pe
         # Only what is shown leaves the device.
         return {**sums, "count": jnp.sum(mask)}, (images[:NUM_SHOWN], by_depth[:, :NUM_SHOWN])
 
-    def evaluate(state: train_state.TrainState):
-        total, shown = None, None
+    def measure(state: train_state.TrainState, batch: dict[str, np.ndarray]):
+        placed = sharding.put_batch(mesh, {"image": batch["image"], "mask": batch["mask"]})
         frozen = perceptual.variables if perceptual else None
-        for batch in dataset.iterator():
-            placed = sharding.put_batch(mesh, {"image": batch["image"], "mask": batch["mask"]})
-            sums, first = measure(state.ema_variables, placed["image"], placed["mask"], frozen)
-            shown = first if shown is None else shown
-            total = sums if total is None else jax.tree.map(jnp.add, total, sums)
-        count = float(total.pop("count"))
-        means = {name: np.asarray(value) / count for name, value in total.items()}
+        return sum_figures(state.ema_variables, placed["image"], placed["mask"], frozen)
+
+    def report(state: train_state.TrainState, sums: dict[str, jax.Array], shown: tuple[jax.Array, jax.Array]):
+        means = {name: np.asarray(value) / float(sums["count"]) for name, value in sums.items() if name != "count"}
         psnr_D = means.pop("psnr")
         scalars = {f"psnr/depth{d}": float(value) for d, value in enumerate(psnr_D, start=1)}
         scalars |= {name: float(value) for name, value in means.items()}
@@ -350,7 +350,7 @@ def make_evaluation(model, dataset, mesh, loss: Losses, perceptual: vgg_lpips.Pe
         scale = max(1, 96 // originals.shape[1])
         return scalars, {"reconstructions": pictures.labelled_grid(rows, scale=scale)}
 
-    return evaluate
+    return Validation(dataset, measure, report)
 
 
 def prepare(config: ConfigDict) -> dict[str, Any]:
@@ -497,7 +497,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
         mesh=run["mesh"],
         settings=run["settings"],
         summarize=make_summary(run["model"]),
-        evaluate=make_evaluation(
+        validation=make_validation(
             run["model"],
             run["validation"],
             run["mesh"],

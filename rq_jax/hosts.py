@@ -68,6 +68,7 @@ class Stop:
 
     def __init__(self):
         self.signal: int | None = None
+        self._times = 0
 
     def __enter__(self) -> "Stop":
         self._old = {}
@@ -87,12 +88,13 @@ class Stop:
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
 
-    def after(self, step: int) -> bool:
-        """Whether the run is to end after this step; every process asks after every step."""
+    def is_asked(self) -> bool:
+        """Whether the run is to end here; every process asks at the same places, after every step."""
+        self._times += 1
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            if multihost_utils.reached_preemption_sync_point(step):
+            if multihost_utils.reached_preemption_sync_point(self._times):
                 self.signal = self.signal or signal.SIGTERM
                 return True
             return False

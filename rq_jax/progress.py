@@ -37,6 +37,7 @@ class Progress:
       enabled: False shows nothing; of several hosts only the first shows a bar.
       line_seconds: seconds between two lines where there is no terminal.
       stream: where to show it; None is stderr.
+      leave: False takes the bar away at the end, and where there is no terminal shows no last line.
     """
 
     def __init__(
@@ -48,11 +49,12 @@ class Progress:
         enabled: bool = True,
         line_seconds: float = 30.0,
         stream: TextIO | None = None,
+        leave: bool = True,
     ):
         from tqdm import tqdm
 
         stream = sys.stderr if stream is None else stream
-        common = {"total": total, "initial": start, "unit": f" {unit}", "desc": title, "file": stream}
+        common = {"total": total, "initial": start, "unit": f" {unit}", "desc": title, "file": stream, "leave": leave}
         if not enabled:
             self._bar = None
         elif _has_width(stream):
@@ -101,11 +103,12 @@ class _Lines:
         initial: int,
         desc: str,
         file: TextIO,
+        leave: bool,
         **meter: Any,
     ):
         self.fp = file
         self._format = partial(format_meter, bar_format=LINE_FORMAT, initial=initial, prefix=desc, **meter)
-        self._seconds = seconds
+        self._seconds, self._leave = seconds, leave
         self._count, self._postfix = initial, ""
         self._start = self._shown_at = time.monotonic()
         self._shown_count = initial
@@ -123,7 +126,8 @@ class _Lines:
         file.flush()
 
     def close(self) -> None:
-        self._show()
+        if self._leave:
+            self._show()
 
     def _show(self) -> None:
         now = time.monotonic()
@@ -190,11 +194,12 @@ class MetricWriter:
         self._first_step = None
         self._warned = False
 
-    def truncate_after(self, step: int) -> None:
+    def truncate_after(self, step: int, without: str | None = None) -> None:
         """Drops what was logged after `step`; a run that resumes there calls it before it writes.
 
         Args:
           step: last step whose lines stay. TensorBoard hides the events of later steps.
+          without: lines of `step` itself that have this name go too.
         """
         if not self._enabled:
             return
@@ -204,7 +209,7 @@ class MetricWriter:
         with self._tolerate_full_disk():
             if path.exists():
                 lines = path.read_bytes().splitlines(keepends=True)
-                kept = [line for line in lines if _step_of(line) <= step]
+                kept = [line for line in lines if _place_of(line, without) <= (step, False)]
                 if kept == lines[: len(kept)]:
                     os.truncate(path, sum(map(len, kept)))  # needs no room on a full disk
                 else:  # lines in between that nobody can read
@@ -340,12 +345,13 @@ def _append_line(path: Path, line: str) -> None:
         file.write(f"{line}\n".encode())
 
 
-def _step_of(line: bytes) -> float:
-    """The step of a line of the log; infinite for a line that nobody can read."""
+def _place_of(line: bytes, name: str | None) -> tuple[float, bool]:
+    """The step of a line of the log, infinite for a line that nobody can read, and whether the line has `name`."""
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
+        return record["step"], name in record
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return math.inf, False
 
 
 def _number(name: str, value: Any) -> float:

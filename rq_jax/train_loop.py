@@ -21,6 +21,7 @@ from rq_jax.hosts import Stop
 from rq_jax.model_dir import write_config
 from rq_jax.progress import METRICS_FILE, MetricWriter, Progress, Rate
 from rq_jax.run_lock import RunLock
+from rq_jax.validation import Validation, validate
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,6 @@ _LEAST = {
     "profile_steps": 0,
 }
 
-Evaluation = tuple[dict[str, float], dict[str, np.ndarray]]  # scalars, pictures
-
 
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
@@ -58,8 +57,8 @@ class LoopSettings:
       use_latent_cache: stage 2 reads latents computed once, from disk.
       max_skipped_steps: steps in a row whose loss or gradient is not finite, and which change nothing, before the run
         stops; 0: never.
-      hang_timeout_seconds: of one step, after which the process dumps its stacks and ends with exit code 1; the first
-        step, which compiles, has 20 times as long. 0: off.
+      hang_timeout_seconds: of one step, or one batch of an evaluation, after which the process dumps its stacks and
+        ends with exit code 1; the first, which compiles, has 20 times as long. 0: off.
       profile_first_step, profile_steps: which steps are traced into `<workdir>/profile`; 0 steps: none.
     """
 
@@ -168,7 +167,7 @@ def run(
     mesh: jax.sharding.Mesh,
     settings: LoopSettings,
     summarize: Callable[[dict[str, np.ndarray]], dict[str, float]],
-    evaluate: Callable[[Any], Evaluation],
+    validation: Validation,
     strict: bool = False,
     flops_per_image: float | None = None,
     dtype: str = "float32",
@@ -188,7 +187,7 @@ def run(
       mesh: the devices.
       settings: intervals and durations.
       summarize: means of the metrics since the last log point -> named scalars.
-      evaluate: state -> scalars and pictures; "validation_loss" decides early stopping.
+      validation: what is measured on held-out examples.
       strict: stop at a damaged checkpoint instead of going on from the one before.
       flops_per_image: of the model, forward and backward, for the arithmetic rates in the log.
       dtype: of the model, whose peak the utilization is of.
@@ -204,7 +203,8 @@ def run(
       SaveFailed: the last state could not be written.
       OutOfMemory: a step does not fit a device.
       NotFinite: `settings.max_skipped_steps` steps in a row were not finite.
-      SystemExit: with 128 + signal number after SIGINT (130) or SIGTERM (143); the current step is saved.
+      SystemExit: with 128 + signal number after SIGINT (130) or SIGTERM (143); the current step is saved, and an
+        evaluation that is cut short is made up for by the next start.
     """
     is_first = jax.process_index() == 0
     writer, iterator = MetricWriter(workdir, enabled=is_first), dataset.iterator()
@@ -217,21 +217,34 @@ def run(
         watch.HangGuard(settings.hang_timeout_seconds) as hang,
         watch.Profiler(workdir, settings.profile_first_step, settings.profile_steps) as profiler,
     ):
-        host = {"best_loss": math.inf, "bad_evaluations": 0, "stopped": False}
+        host = {"best_loss": math.inf, "bad_evaluations": 0, "stopped": False, "owes_evaluation": False}
         if checkpointer.latest_step is not None:
-            state, host = checkpointer.restore(state)
+            state, restored = checkpointer.restore(state)
+            host |= restored
             iterator.set_state(_data_position(host, dataset.batch_size))
             logger.info("%s: resumed from step %d in %s", title, int(state.step), workdir)
         write_config(workdir, config)
         step = int(state.step)
-        writer.truncate_after(step)
+        # What is owed may have been made up for by a start that came no further.
+        writer.truncate_after(step, without="validation_loss" if host["owes_evaluation"] else None)
         meter, finite = watch.Meter(flops_per_image, dtype), watch.FiniteGuard(workdir, settings.max_skipped_steps)
         log = _StepLog(writer, summarize, Rate(dataset.batch_size, step), meter)
-        metrics, batch, stopping = None, None, False
+        metrics, batch = None, None
         progress = Progress(settings.total_steps, step, "step", title, enabled=is_first)
+
+        def evaluate(state: Any, step: int) -> None:
+            found = validate(validation, state, stop, hang, f"{title}, evaluation", enabled=is_first)
+            host["owes_evaluation"] = found is None
+            if found is not None:
+                _note(found, state, step, writer, progress, checkpointer, settings, host)
+            log.restart(step)
+
         with progress, watch.explained_memory(state, remedies):
-            while step < settings.total_steps and not host["stopped"]:
-                if step in compiles_at:
+            if host["owes_evaluation"]:
+                evaluate(state, step)
+            stopping = host["owes_evaluation"]
+            while step < settings.total_steps and not host["stopped"] and not stopping:
+                if step in compiles_at or metrics is None:
                     hang.expect_compilation()
                 hang.arm()
                 profiler.before(step + 1)
@@ -252,18 +265,16 @@ def run(
                 profiler.after(metrics)
                 progress.update(1, **{name: shown[name] for name in ("loss", "images_per_second") if name in shown})
                 if step % settings.evaluate_every_steps == 0 or last:
-                    _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host)
-                    log.restart(step)
-                stopping = stop.after(step)
+                    evaluate(state, step)
+                stopping = host["owes_evaluation"] or stop.is_asked()
                 if step % settings.checkpoint_every_steps == 0 or last or stopping or host["stopped"]:
                     checkpointer.save(
                         state, {**host, "data": iterator.get_state(), "batch_size": dataset.batch_size}
                     )
                     log.restart(step)
-                if stopping:
-                    break
         checkpointer.wait()
-        if stopping and step < settings.total_steps and not host["stopped"]:
+        is_done = step == settings.total_steps and not host["owes_evaluation"]
+        if stopping and not is_done and not host["stopped"]:
             logger.warning(
                 "%s: stopped by signal %d at step %d; run the same command to go on", title, stop.signal, step
             )
@@ -324,12 +335,12 @@ def _add(a: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: x + y, a, b)
 
 
-def _evaluate(state, step, evaluate, writer, progress, checkpointer, settings, host) -> None:
-    """Evaluate, write, keep the best weights and count the evaluations without better ones, each where it is wanted.
+def _note(found, state, step, writer, progress, checkpointer, settings, host) -> None:
+    """Write an evaluation, keep the best weights and count those without better ones, each where it is wanted.
 
     The best weights are on disk before a checkpoint can say how good they are.
     """
-    scalars, pictures = evaluate(state)
+    scalars, pictures = found
     writer.write_scalars(step, scalars)
     writer.write_images(step, pictures)
     writer.flush()

@@ -47,10 +47,10 @@ class HangGuard:
 
     def __init__(self, seconds: float):
         """Args: seconds: of one step; 0 watches nothing."""
-        self._seconds, self._factor = seconds, COMPILE_FACTOR
+        self._seconds, self._factor = seconds, 1
 
     def expect_compilation(self) -> None:
-        """The next step needs a new program, as the first one does."""
+        """The next step needs a new program."""
         self._factor = COMPILE_FACTOR
 
     def arm(self) -> None:

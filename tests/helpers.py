@@ -16,6 +16,7 @@ from PIL import Image
 import train_transformer
 from configs import rqtransformer, rqvae
 from rq_jax import checkpoint, models, sharding, train_state
+from rq_jax.validation import Validation
 
 # Every number differs from every other, so that no two axes can be mixed up unseen.
 CODE_SHAPE, CODE_DIM, CODEBOOK_SIZE = (4, 2, 3), 24, 13
@@ -198,6 +199,34 @@ def place(state, mesh):
     """The state on a mesh, and where each leaf of it lies."""
     shardings = sharding.state_shardings(mesh, state)
     return jax.device_put(state, shardings), shardings
+
+
+class HeldOut:
+    """Batches that count from 0; `faults` maps the number of a batch, over all passes, to what happens before it."""
+
+    steps_per_epoch = 3
+
+    def __init__(self, faults=None):
+        self.faults, self.given, self.closed = faults or {}, 0, True
+
+    def iterator(self) -> "HeldOut":
+        self.left, self.closed = self.steps_per_epoch, False
+        return self
+
+    def __iter__(self):
+        while self.left:
+            self.faults.get(self.given, lambda: None)()
+            self.left, self.given = self.left - 1, self.given + 1
+            yield {"x": np.float32([self.steps_per_epoch - self.left])}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def validation(evaluate, held_out: HeldOut | None = None) -> Validation:
+    """One whose figures are `evaluate(state)`, whatever the batches hold."""
+    held_out = HeldOut() if held_out is None else held_out
+    return Validation(held_out, lambda state, batch: ({}, None), lambda state, sums, shown: evaluate(state))
 
 
 def select(tree, condition) -> dict:

@@ -32,6 +32,7 @@ MACHINERY = {
     "torch_import",
     "train_loop",
     "train_state",
+    "validation",
     "watch",
 }
 # The rooms that each room may import. Machinery may import machinery as long as nothing goes in a circle.

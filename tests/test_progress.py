@@ -64,6 +64,13 @@ def test_lines_come_no_oftener_than_asked():
     assert line.startswith("1000/1000 [") and "image/s" in line
 
 
+def test_what_passes_leaves_no_last_line():
+    stream = io.StringIO()
+    with Progress(1000, line_seconds=3600.0, stream=stream, leave=False) as progress:
+        progress.update(1000)
+    assert stream.getvalue() == ""
+
+
 def test_time_left_follows_the_recent_rate(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("rq_jax.progress.time.monotonic", lambda: now[0])
@@ -194,6 +201,16 @@ def test_events_written_after_close_hide_none_of_the_earlier(tmp_path):
     writer.write_scalars(6, {"loss": 2.0})
     writer.close()
     assert [e.step for e in events_of(tmp_path) if e.HasField("session_log")] == [5]
+
+
+def test_lines_of_the_step_itself_go_by_name(tmp_path):
+    writer = MetricWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.write_scalars(step, {"loss": 1.0})
+        writer.write_scalars(step, {"validation_loss": 2.0})
+    writer.truncate_after(2, without="validation_loss")
+    names = [(line.pop("step"), *line) for line in lines_of(tmp_path)]
+    assert names == [(1, "loss"), (1, "validation_loss"), (2, "loss")]
 
 
 def test_truncating_a_run_without_a_log_is_fine(tmp_path):

@@ -95,7 +95,15 @@ def evaluate(state):
 
 
 def train(
-    workdir, dataset=None, evaluate=evaluate, step=jitted_step, strict=False, remedies=(), compiles_at=(), **settings
+    workdir,
+    dataset=None,
+    evaluate=evaluate,
+    held_out=None,
+    step=jitted_step,
+    strict=False,
+    remedies=(),
+    compiles_at=(),
+    **settings,
 ):
     defaults = dict(log_every_steps=1, evaluate_every_steps=5, checkpoint_every_steps=5)
     return train_loop.run(
@@ -109,7 +117,7 @@ def train(
         mesh=MESH,
         settings=LoopSettings(**{"total_steps": TOTAL, **defaults, **settings}),
         summarize=summarize,
-        evaluate=evaluate,
+        validation=helpers.validation(evaluate, held_out),
         strict=strict,
         remedies=remedies,
     )
@@ -227,7 +235,7 @@ def test_the_step_is_compiled_once(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("stop_at", [1, 5, 8])
+@pytest.mark.parametrize("stop_at", [1, 5, 8, TOTAL])
 def test_a_signal_saves_the_step_and_the_run_goes_on_bit_for_bit(tmp_path, uninterrupted, stop_at, number, code):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     dataset = ToyDataset({stop_at - 1: kill_self(number)})
@@ -281,9 +289,46 @@ def test_a_signal_at_any_moment_saves_the_step(tmp_path, monkeypatch, reads):
     assert saved_steps(tmp_path) == [dataset.position]
 
 
-def test_a_signal_at_the_last_step_is_no_interruption(tmp_path, uninterrupted):
-    state = train(tmp_path, ToyDataset({TOTAL - 1: kill_self(signal.SIGTERM)}))
-    assert_same_run(state, tmp_path, uninterrupted)
+def test_a_signal_after_the_last_evaluation_is_no_interruption(tmp_path, uninterrupted):
+    def evaluate_and_hear(state):
+        if int(state.step) == TOTAL:
+            kill_self(signal.SIGTERM)()
+        return evaluate(state)
+
+    assert_same_run(train(tmp_path, evaluate=evaluate_and_hear), tmp_path, uninterrupted)
+
+
+@pytest.mark.fault("SIGTERM in an evaluation", "saves the step; the next start evaluates it, exit code 143")
+@pytest.mark.parametrize("batch", range(3 * helpers.HeldOut.steps_per_epoch))
+def test_an_evaluation_that_a_signal_cuts_short_is_made_up_for(tmp_path, uninterrupted, batch):
+    held_out, evaluated_at = helpers.HeldOut({batch: kill_self(signal.SIGTERM)}), [5, 10, 12]
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path, held_out=held_out)
+    assert stopped.value.code == 143 and held_out.given == batch + 1 and held_out.closed
+    number = batch // helpers.HeldOut.steps_per_epoch
+    assert max(saved_steps(tmp_path)) == evaluated_at[number]
+    assert [step for step, name in metrics_of(tmp_path) if name == "validation_loss"] == evaluated_at[:number]
+    assert_same_run(train(tmp_path), tmp_path, uninterrupted)
+
+
+def test_an_evaluation_may_be_cut_short_again_and_again(tmp_path, uninterrupted):
+    for _ in range(3):
+        with pytest.raises(SystemExit):
+            train(tmp_path, held_out=helpers.HeldOut({1: kill_self(signal.SIGTERM)}))
+        assert saved_steps(tmp_path) == [5]
+    with pytest.raises(RuntimeError, match="power cut"):  # made up for, and nothing saved since
+        train(tmp_path, ToyDataset({7: crash}))
+    assert_same_run(train(tmp_path), tmp_path, uninterrupted)
+
+
+def test_the_best_is_kept_and_counted_after_an_evaluation_that_was_cut_short(tmp_path):
+    for evaluation in range(4):
+        faults = {helpers.HeldOut.steps_per_epoch * bool(evaluation) + 1: kill_self(signal.SIGTERM)}
+        with pytest.raises(SystemExit):
+            train(tmp_path, evaluate=evaluate_by_table, held_out=helpers.HeldOut(faults), **EARLY)
+        assert saved_steps(tmp_path)[-1] == 2 * (evaluation + 1)
+    assert int(train(tmp_path, evaluate=evaluate_by_table, **EARLY).step) == 8
+    assert saved_steps(tmp_path, "best") == [4]
 
 
 def test_a_second_interrupt_ends_at_once(tmp_path):
@@ -412,9 +457,20 @@ def test_a_better_evaluation_starts_the_count_anew(tmp_path):
     assert saved_steps(tmp_path, "best") == [10]
 
 
-def test_a_signal_while_the_run_stops_early_is_no_interruption(tmp_path):
-    state = train(tmp_path, ToyDataset({7: kill_self(signal.SIGTERM)}), evaluate=evaluate_by_table, **EARLY)
-    assert int(state.step) == 8
+def test_a_run_that_stops_early_is_made_up_for_too(tmp_path):
+    with pytest.raises(SystemExit):
+        train(tmp_path, ToyDataset({7: kill_self(signal.SIGTERM)}), evaluate=evaluate_by_table, **EARLY)
+    for _ in range(2):
+        assert int(train(tmp_path, evaluate=evaluate_by_table, **EARLY).step) == 8
+
+
+def test_a_signal_after_the_run_has_stopped_early_is_no_interruption(tmp_path):
+    def evaluate_and_hear(state):
+        if int(state.step) == 8:
+            kill_self(signal.SIGTERM)()
+        return evaluate_by_table(state)
+
+    assert int(train(tmp_path, evaluate=evaluate_and_hear, **EARLY).step) == 8
 
 
 def test_no_best_is_kept_unless_it_is_asked_for(uninterrupted):

@@ -195,7 +195,8 @@ def test_text_run_carries_its_text_tokenizer(places, tmp_path):
 def script_evaluations(monkeypatch, losses):
     """Replace all evaluations by a list of validation losses, and what stage 2 measures before it starts."""
     losses = iter(losses)
-    monkeypatch.setattr(train_transformer, "make_evaluation", lambda *_: lambda _: ({"validation_loss": next(losses)}, {}))
+    validation = helpers.validation(lambda _: ({"validation_loss": next(losses)}, {}))
+    monkeypatch.setattr(train_transformer, "make_validation", lambda *_: validation)
     monkeypatch.setattr(train_transformer, "count_training_set", lambda *_: (np.ones((D, K)), None))
     monkeypatch.setattr(train_transformer, "unigram_mark", lambda *_: np.ones(D))
 

@@ -79,7 +79,6 @@ def test_a_step_that_hangs_ends_the_process_with_its_stacks():
             threading.Event().wait()
 
         with watch.HangGuard(0.5) as hang:
-            hang._factor = 1
             hang.arm()
             step_that_waits_for_a_dead_host()
     """)
@@ -93,8 +92,9 @@ def test_steps_in_time_and_what_is_no_step_are_left_alone():
         from rq_jax import watch
 
         with watch.HangGuard(0.4) as hang:
+            hang.expect_compilation()
             hang.arm()
-            time.sleep(0.6)  # the first step compiles
+            time.sleep(0.6)
             for _ in range(4):
                 hang.arm()
                 time.sleep(0.2)
@@ -113,7 +113,7 @@ def test_steps_in_time_and_what_is_no_step_are_left_alone():
 
 
 def test_the_loop_arms_it(tmp_path):
-    """Step 3 is one that compiles anew."""
+    """Step 3 is one that compiles anew; the evaluation has three batches."""
     armed = []
 
     class Guard(watch.HangGuard):
@@ -129,7 +129,8 @@ def test_the_loop_arms_it(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(watch, "HangGuard", Guard)
         train(tmp_path, compiles_at={2}, total_steps=3)
-    assert armed == ["arm", "disarm"] * 2 + ["compiles", "arm", "disarm", "disarm"]
+    step, evaluation = ["arm", "disarm"], ["compiles", *["arm"] * 4, "disarm"]
+    assert armed == ["compiles", *step, *step, "compiles", *step, *evaluation, "disarm"]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
