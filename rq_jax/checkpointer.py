@@ -6,10 +6,12 @@ Orbax writes; a checkpoint counts once its manifest stands beside what Orbax has
                          host (data position ...), manifest.json
     best/<step>/         weights of the best evaluation, with loop.keep_best or early stopping
     damaged/             what a resume passed over
+    amended.json         what the host learnt after the newest of them
     */.sealing-<step>    this one is being written; where no manifest follows, it never counts
 """
 
 import contextlib
+import json
 import logging
 import os
 import shutil
@@ -23,8 +25,9 @@ import numpy as np
 
 from rq_jax import manifest
 from rq_jax.model_dir import named_leaves
+from rq_jax.pictures import write_atomic
 
-CHECKPOINTS, BEST, DAMAGED = "checkpoints", "best", "damaged"
+CHECKPOINTS, BEST, DAMAGED, AMENDED = "checkpoints", "best", "damaged", "amended.json"
 DISCRIMINATOR = "discriminator"
 _DELETING, _SEALING = ".deleting-", ".sealing-"
 
@@ -63,7 +66,26 @@ class Checkpointer:
         """
         import orbax.checkpoint as ocp
 
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                (self._root / AMENDED).unlink(missing_ok=True)  # it was of the checkpoint before
         self._store.save(int(state.step), {**_saving(split(state)), "host": ocp.args.JsonSave(host)})
+
+    def amend(self, step: int, host: dict[str, Any]) -> None:
+        """Note what the host has learnt since `step` was saved: `restore` gives it in the place of what was saved.
+
+        On a full disk nothing is noted, and is found out again after the next start.
+        """
+        if jax.process_index() == 0:
+            with contextlib.suppress(OSError):
+                write_atomic(self._root / AMENDED, json.dumps({"step": step, "host": host}).encode())
+
+    def _amended(self, step: int) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            amended = json.loads((self._root / AMENDED).read_bytes())
+            if amended["step"] == step:
+                return dict(amended["host"])
+        return {}
 
     def save_best(self, state: Any) -> bool:
         """Save the weights alone as the best so far, and wait for that: whether they are on disk, on every process."""
@@ -95,7 +117,7 @@ class Checkpointer:
         restored = self._store.manager.restore(step, args=ocp.args.Composite(**args, host=ocp.args.JsonRestore()))
         trees = {name: restored[name] for name in items}
         training = trees.pop("training")
-        return state.replace(**training, **trees), restored["host"]
+        return state.replace(**training, **trees), {**restored["host"], **self._amended(step)}
 
     def _find_whole(self) -> int:
         """The newest whole checkpoint, the same on every host; what is damaged above it is moved away."""
@@ -160,7 +182,11 @@ class _Store:
 
         # Deleting is ours: Orbax does not know which checkpoints are sealed.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True, cleanup_tmp_directories=True)
-        return ocp.CheckpointManager(self.directory, options=options)
+        manager = ocp.CheckpointManager(self.directory, options=options)
+        # Orbax would ask JAX about a signal with the number of the step, where a run counts how often it has asked
+        # (`hosts.Stop`): processes stop together only where all numbers are of one count.
+        manager.reached_preemption = lambda step: False
+        return manager
 
     def save(self, step: int, items: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp

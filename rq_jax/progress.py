@@ -37,7 +37,8 @@ class Progress:
       enabled: False shows nothing; of several hosts only the first shows a bar.
       line_seconds: seconds between two lines where there is no terminal.
       stream: where to show it; None is stderr.
-      leave: False takes the bar away at the end, and where there is no terminal shows no last line.
+      leave: False takes the bar away at the end, and shows none of work that takes two seconds; where there is no
+        terminal it shows no last line.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Progress:
         if not enabled:
             self._bar = None
         elif _has_width(stream):
-            self._bar = tqdm(mininterval=0.5, dynamic_ncols=True, **common)
+            self._bar = tqdm(mininterval=0.5, dynamic_ncols=True, delay=0.0 if leave else 2.0, **common)
         else:
             self._bar = _Lines(tqdm.format_meter, line_seconds, **common)
 
@@ -199,7 +200,7 @@ class MetricWriter:
 
         Args:
           step: last step whose lines stay. TensorBoard hides the events of later steps.
-          without: lines of `step` itself that have this name go too.
+          without: lines of `step` itself that have this name go too; of events they stay.
         """
         if not self._enabled:
             return

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import inspect
 import logging
-import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from rq_jax.hosts import Stop
 from rq_jax.model_dir import write_config
 from rq_jax.progress import METRICS_FILE, MetricWriter, Progress, Rate
 from rq_jax.run_lock import RunLock
-from rq_jax.validation import Validation, validate
+from rq_jax.validation import NOTHING_EVALUATED, Evaluations, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +38,7 @@ _LEAST = {
     "hang_timeout_seconds": 0,
     "profile_steps": 0,
 }
+
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +217,7 @@ def run(
         watch.HangGuard(settings.hang_timeout_seconds) as hang,
         watch.Profiler(workdir, settings.profile_first_step, settings.profile_steps) as profiler,
     ):
-        host = {"best_loss": math.inf, "bad_evaluations": 0, "stopped": False, "owes_evaluation": False}
+        host = dict(NOTHING_EVALUATED)
         if checkpointer.latest_step is not None:
             state, restored = checkpointer.restore(state)
             host |= restored
@@ -225,23 +225,17 @@ def run(
             logger.info("%s: resumed from step %d in %s", title, int(state.step), workdir)
         write_config(workdir, config)
         step = int(state.step)
-        # What is owed may have been made up for by a start that came no further.
+        # A start that made up for it may have been killed before it could note that.
         writer.truncate_after(step, without="validation_loss" if host["owes_evaluation"] else None)
         meter, finite = watch.Meter(flops_per_image, dtype), watch.FiniteGuard(workdir, settings.max_skipped_steps)
         log = _StepLog(writer, summarize, Rate(dataset.batch_size, step), meter)
         metrics, batch = None, None
         progress = Progress(settings.total_steps, step, "step", title, enabled=is_first)
-
-        def evaluate(state: Any, step: int) -> None:
-            found = validate(validation, state, stop, hang, f"{title}, evaluation", enabled=is_first)
-            host["owes_evaluation"] = found is None
-            if found is not None:
-                _note(found, state, step, writer, progress, checkpointer, settings, host)
-            log.restart(step)
-
+        evaluations = Evaluations(validation, settings, host, writer, checkpointer, progress, stop, hang, title)
         with progress, watch.explained_memory(state, remedies):
             if host["owes_evaluation"]:
-                evaluate(state, step)
+                evaluations.make_up(state, step)
+                log.restart(step)
             stopping = host["owes_evaluation"]
             while step < settings.total_steps and not host["stopped"] and not stopping:
                 if step in compiles_at or metrics is None:
@@ -265,7 +259,8 @@ def run(
                 profiler.after(metrics)
                 progress.update(1, **{name: shown[name] for name in ("loss", "images_per_second") if name in shown})
                 if step % settings.evaluate_every_steps == 0 or last:
-                    evaluate(state, step)
+                    evaluations.run(state, step)
+                    log.restart(step)
                 stopping = host["owes_evaluation"] or stop.is_asked()
                 if step % settings.checkpoint_every_steps == 0 or last or stopping or host["stopped"]:
                     checkpointer.save(
@@ -333,32 +328,6 @@ class _StepLog:
 @jax.jit
 def _add(a: Any, b: Any) -> Any:
     return jax.tree.map(lambda x, y: x + y, a, b)
-
-
-def _note(found, state, step, writer, progress, checkpointer, settings, host) -> None:
-    """Write an evaluation, keep the best weights and count those without better ones, each where it is wanted.
-
-    The best weights are on disk before a checkpoint can say how good they are.
-    """
-    scalars, pictures = found
-    writer.write_scalars(step, scalars)
-    writer.write_images(step, pictures)
-    writer.flush()
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-    progress.message(f"step {step}: {shown}")
-    if not (settings.keep_best or settings.early_stopping_evaluations):
-        return
-    if scalars["validation_loss"] < host["best_loss"]:
-        host["bad_evaluations"] = 0
-        if checkpointer.save_best(state):  # else the next that beats the one on disk is kept
-            host["best_loss"] = float(scalars["validation_loss"])
-    else:
-        host["bad_evaluations"] += 1
-        if 0 < settings.early_stopping_evaluations <= host["bad_evaluations"]:
-            host["stopped"] = True
-            progress.message(
-                f"step {step}: no better validation loss for {host['bad_evaluations']} evaluations, stopping"
-            )
 
 
 def finish(workdir: str, curves: list[str]) -> None:

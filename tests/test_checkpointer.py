@@ -269,6 +269,33 @@ def hold(directory, ready, leave):
         leave.wait()
 
 
+def test_the_loop_alone_asks_about_signals(tmp_path, monkeypatch):
+    """Several processes stop together only where all that ask JAX count alike, and Orbax counts steps."""
+
+    def refuse(number):
+        raise AssertionError(f"asked with {number}")
+
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", refuse)
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(toy_state(step), {})
+        checkpointer.wait()
+    assert steps_of(tmp_path / "checkpoints") == [2]
+
+
+def test_what_is_learnt_after_a_save_is_restored_with_it(tmp_path):
+    with Checkpointer(tmp_path, keep=2) as checkpointer:
+        checkpointer.save(toy_state(1), {"a": 1, "b": 1})
+        checkpointer.wait()
+        checkpointer.amend(1, {"b": 2})
+        assert checkpointer.restore(toy_state(0))[1] == {"a": 1, "b": 2}
+        checkpointer.amend(2, {"b": 3})  # of another step
+        assert checkpointer.restore(toy_state(0))[1] == {"a": 1, "b": 1}
+        checkpointer.save(toy_state(2), {"a": 4, "b": 4})  # newer than what was learnt about a step of this number
+        checkpointer.wait()
+        assert checkpointer.restore(toy_state(0))[1] == {"a": 4, "b": 4}
+
+
 @pytest.mark.fault("a second trainer in one directory", "refused, exit code 2")
 def test_a_second_trainer_is_refused_until_the_first_ends(tmp_path):
     context = multiprocessing.get_context("spawn")

@@ -156,7 +156,7 @@ ADVERSARY = {
 class Stopped(train_loop.Stop):
     """A signal in every step."""
 
-    def after(self, step):
+    def is_asked(self):
         self.signal = signal.SIGTERM
         return True
 

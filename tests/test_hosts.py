@@ -205,14 +205,16 @@ def test_sigterm_to_one_ends_the_evaluation_of_all(configs, tmp_path):
     pictures = helpers.write_pictures(tmp_path / "pictures", num_train=8, num_validation=200)  # takes far longer than a step
     options = [f"--config.data.data_dir={pictures}", "--config.loop.evaluate_every_steps=1"]
     processes = begin(STAGES["vae"], configs / "vae.py", tmp_path, 2, *options, "--config.loop.total_steps=2000")
-    while not steps_of(tmp_path / "checkpoints"):
+    deadline = time.monotonic() + 300
+    while not steps_of(tmp_path / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(0.5)
     processes[1].send_signal(signal.SIGTERM)
     codes, outputs = end(processes)
     assert codes == [143, 143], outputs[0][-3000:]
     last = steps_of(tmp_path / "checkpoints")[-1]
-    assert [step for step, figures in helpers.read_metrics(tmp_path).items() if "validation_loss" not in figures] == [last]
+    missing = [step for step, figures in helpers.read_metrics(tmp_path).items() if "validation_loss" not in figures]
+    assert missing in ([last], [])  # nearly all of the time goes into evaluations, but not all
     codes, outputs = end(begin(STAGES["vae"], configs / "vae.py", tmp_path, 2, *options, f"--config.loop.total_steps={last}"))
     assert codes == [0, 0], outputs[0][-3000:]
     assert all("validation_loss" in figures for figures in helpers.read_metrics(tmp_path).values())

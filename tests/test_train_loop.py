@@ -198,9 +198,6 @@ def test_a_finished_run_is_not_run_again(uninterrupted):
     _, workdir = uninterrupted
     before = (workdir / "metrics.jsonl").read_text()
 
-    def refuse(*_):
-        raise AssertionError("nothing is left to do")
-
     state = train(workdir, ToyDataset({TOTAL: refuse}), evaluate=refuse)
     assert_same_run(state, workdir, uninterrupted)
     assert (workdir / "metrics.jsonl").read_text() == before
@@ -318,6 +315,30 @@ def test_an_evaluation_may_be_cut_short_again_and_again(tmp_path, uninterrupted)
         assert saved_steps(tmp_path) == [5]
     with pytest.raises(RuntimeError, match="power cut"):  # made up for, and nothing saved since
         train(tmp_path, ToyDataset({7: crash}))
+    assert_same_run(train(tmp_path), tmp_path, uninterrupted)
+
+
+def refuse(*_):
+    raise AssertionError("nothing is left to do")
+
+
+def test_an_evaluation_at_the_end_is_made_up_for_once(tmp_path, uninterrupted):
+    with pytest.raises(SystemExit):
+        train(tmp_path, ToyDataset({TOTAL - 1: kill_self(signal.SIGTERM)}))
+    assert_same_run(train(tmp_path), tmp_path, uninterrupted)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    assert_same_run(train(tmp_path, evaluate=refuse), tmp_path, uninterrupted)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    (tmp_path / "amended.json").write_text("{")  # nobody knows any more that it was made up for
+    assert_same_run(train(tmp_path), tmp_path, uninterrupted)
+
+
+def test_checkpoints_of_before_owe_no_evaluation(tmp_path, monkeypatch, uninterrupted):
+    save = Checkpointer.save
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        without = lambda host: {name: value for name, value in host.items() if name != "owes_evaluation"}  # noqa: E731
+        patch.setattr(Checkpointer, "save", lambda self, state, host: save(self, state, without(host)))
+        train(tmp_path, ToyDataset({6: kill_self(signal.SIGTERM)}))
     assert_same_run(train(tmp_path), tmp_path, uninterrupted)
 
 
@@ -460,8 +481,8 @@ def test_a_better_evaluation_starts_the_count_anew(tmp_path):
 def test_a_run_that_stops_early_is_made_up_for_too(tmp_path):
     with pytest.raises(SystemExit):
         train(tmp_path, ToyDataset({7: kill_self(signal.SIGTERM)}), evaluate=evaluate_by_table, **EARLY)
-    for _ in range(2):
-        assert int(train(tmp_path, evaluate=evaluate_by_table, **EARLY).step) == 8
+    for evaluate in (evaluate_by_table, refuse):
+        assert int(train(tmp_path, evaluate=evaluate, **EARLY).step) == 8
 
 
 def test_a_signal_after_the_run_has_stopped_early_is_no_interruption(tmp_path):

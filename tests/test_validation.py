@@ -29,7 +29,7 @@ def test_sums_are_added_and_the_first_batch_is_shown():
     held_out = helpers.HeldOut()
     with Stop() as stop:
         for _ in range(2):  # the second time as the first
-            scalars, pictures = validate(Validation(held_out, measure, report), 2.0, stop, QUIET, enabled=False)
+            scalars, pictures = validate(Validation(held_out, measure, report), 2.0, stop=stop, hang=QUIET, enabled=False)
             assert scalars == {"sum": 2.0 * (1 + 2 + 3), "count": 3.0} and held_out.closed
             np.testing.assert_array_equal(pictures["first"], [1.0])
 
@@ -42,7 +42,7 @@ def test_a_signal_ends_it_after_the_batch(batch):
         raise AssertionError("there is nothing to report")
 
     with Stop() as stop:
-        assert validate(Validation(held_out, measure, refuse), 2.0, stop, QUIET, enabled=False) is None
+        assert validate(Validation(held_out, measure, refuse), 2.0, stop=stop, hang=QUIET, enabled=False) is None
     assert stop.signal == signal.SIGTERM and held_out.given == batch + 1 and held_out.closed
 
 
@@ -50,9 +50,6 @@ def test_every_batch_is_watched_and_what_follows_is_not():
     events = []
 
     class Guard(watch.HangGuard):
-        def expect_compilation(self):
-            events.append("compiles")
-
         def arm(self):
             events.append("arm")
 
@@ -68,8 +65,8 @@ def test_every_batch_is_watched_and_what_follows_is_not():
         return measure(state, batch)
 
     with Stop() as stop:
-        validate(Validation(helpers.HeldOut(), note, look), 2.0, stop, Guard(0), enabled=False)
-    assert events == ["compiles", *["arm", "batch"] * 3, "arm", "disarm", "report"]
+        validate(Validation(helpers.HeldOut(), note, look), 2.0, stop=stop, hang=Guard(0), enabled=False)
+    assert events == [*["arm", "batch"] * 3, "arm", "disarm", "report"]
 
 
 @pytest.mark.parametrize("enabled", [True, False])
@@ -77,6 +74,7 @@ def test_batches_are_counted_while_it_goes_on(monkeypatch, enabled):
     stream = io.StringIO()
     monkeypatch.setattr(validation, "Progress", functools.partial(Progress, line_seconds=0.0, stream=stream))
     with Stop() as stop:
-        validate(Validation(helpers.HeldOut(), measure, report), 2.0, stop, QUIET, "stage 9, evaluation", enabled)
+        held_out = Validation(helpers.HeldOut(), measure, report)
+        validate(held_out, 2.0, stop=stop, hang=QUIET, title="stage 9, evaluation", enabled=enabled)
     shown = [line.split(" [")[0] for line in stream.getvalue().splitlines()]
     assert shown == [f"stage 9, evaluation: {count}/3" for count in (1, 2, 3)] * enabled
