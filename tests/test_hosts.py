@@ -60,6 +60,18 @@ def test_others_are_named(monkeypatch):
             hosts.join("a:1", 3, process_id)
 
 
+def test_several_processes_ask_by_one_count(monkeypatch):
+    """JAX stops all at the first question after a signal, which it knows by its number."""
+    asked = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(
+        "jax.experimental.multihost_utils.reached_preemption_sync_point", lambda number: asked.append(number) or number == 3
+    )
+    stop = hosts.Stop()
+    assert [stop.is_asked() for _ in range(3)] == [False, False, True]
+    assert asked == [1, 2, 3] and stop.signal == signal.SIGTERM
+
+
 # --- what they do -----------------------------------------------------------------------------------------------------
 
 
