@@ -140,6 +140,9 @@ def peak_memory() -> dict[str, int]:
 # --- where it was measured ---
 
 
+_NO_CODE = (":(exclude)results", ":(exclude)benchmarks/results")  # what a measurement writes itself
+
+
 def environment(root: Path) -> dict[str, Any]:
     """Versions, date, commit of the checkout at `root`, and what else decides how fast a program is."""
     import flax
@@ -148,7 +151,7 @@ def environment(root: Path) -> dict[str, Any]:
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": _git(root, "rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no")),
+        "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *_NO_CODE)),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,

@@ -1,6 +1,7 @@
 """rq_jax/timing.py: what is timed and in which order, by a clock of our own; results, tables, comparisons, plots."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import helpers
@@ -119,6 +120,24 @@ def test_environment(tmp_path):
     assert found["jax"] == jax.__version__
     nowhere = timing.environment(tmp_path)
     assert nowhere["commit"] is None and nowhere["dirty"] is False
+
+
+def test_a_checkout_is_dirty_where_code_is(tmp_path):
+    def git(*args):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", *args], check=True, capture_output=True)
+
+    (tmp_path / "results").mkdir()
+    for name in ("results/table.json", "code.py"):
+        (tmp_path / name).write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "a")
+    found = []
+    for name in (None, "new.py", "results/table.json", "code.py"):
+        if name:
+            (tmp_path / name).write_text("2\n")
+        found.append(timing.environment(tmp_path)["dirty"])
+    assert found == [False, False, False, True]
 
 
 def test_peaks_are_measured_where_the_table_does_not_know_the_device(clock, monkeypatch):
