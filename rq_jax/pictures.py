@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -323,16 +324,16 @@ def _text_size(text: str, font: Any) -> tuple[int, int]:
 
 
 def _wrap(text: str, font: Any, width: int) -> str:
-    """Breaks a text at spaces, and inside a word only where the word alone is too wide."""
+    """Breaks a text at spaces and after hyphens, and inside a part only where the part alone is too wide."""
     lines = [""]
-    for word in text.split():
-        joined = f"{lines[-1]} {word}".strip()
+    for space, part in re.findall(r"(\s*)([^\s-]*-+|[^\s-]+)", text):
+        joined = f"{lines[-1]}{' ' if space else ''}{part}".strip()
         if font.getlength(joined) <= width:
             lines[-1] = joined
             continue
         if lines[-1]:
             lines.append("")
-        for letter in word:
+        for letter in part:
             if lines[-1] and font.getlength(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter

@@ -157,6 +157,25 @@ def test_captions_wrap_to_the_image_and_stop_after_three_lines():
     assert (sheet[:, :4] == WHITE).all() and (sheet[:, -4:] == WHITE).all(), "text leaves its column"
 
 
+@pytest.mark.parametrize(
+    "text, lines",
+    [
+        ("hand-single-finger", "hand-single-\nfinger"),
+        ("  sky & weather", "sky &\nweather"),
+        ("one - two -three", "one - two -\nthree"),
+        ("incomprehensibilities", "incomprehens\nibilities"),
+        ("well-a-incomprehensibilities", "well-a-\nincomprehens\nibilities"),
+        ("12 letters x a b c d e f g h i j k l m n", "12 letters x\na b c d e f\ng h i j k..."),
+        ("", ""),
+    ],
+)
+def test_captions_break_at_spaces_and_after_hyphens(text, lines):
+    class Font:
+        getlength = len
+
+    assert pictures._wrap(text, Font, 12) == lines
+
+
 def test_captioned_grid_wants_one_caption_per_image():
     with pytest.raises(ValueError, match="2 captions for 3 images: give one per image"):
         pictures.captioned_grid(random_pictures(3, 4, 5, 3), ["a", "b"], columns=2)
