@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Slices of so many codes that one block of scores stays near 8 MB of float32, in reach of a cache. Slices of codes, not
-# of vectors: the vectors are the axis that is sharded over devices.
+# Blocks of so many codes that their scores stay near 8 MB of float32, in reach of a cache.
 _SCORES_PER_BLOCK, _MIN_BLOCK = 2**21, 128
+# With more vectors than twice this, a CPU takes them in slices too, for the same reason.
+_VECTORS_PER_SLICE = 2**13
 _PARTS = 16  # of a block, see `_drawn_block`
 
 
@@ -19,6 +20,25 @@ def best_codes(
     """Codes (N,) of the best score, or drawn from the tempered scores, reading the codebook block by block."""
     x_NE = jax.lax.stop_gradient(x_NE.astype(jnp.float32))
     codebook_KE = jax.lax.stop_gradient(codebook_KE.astype(jnp.float32))
+    if rng is not None or len(x_NE) <= 2 * _VECTORS_PER_SLICE:
+        return _search(x_NE, codebook_KE, temperature, rng)
+    return jax.lax.platform_dependent(x_NE, codebook_KE, cpu=_search_in_slices, default=_search)
+
+
+def _search_in_slices(x_NE: jax.Array, codebook_KE: jax.Array) -> jax.Array:
+    """`_search`, slice by slice of the vectors. A slice takes every count-th: each device has its share."""
+    N, E = x_NE.shape
+    count = 2 ** math.ceil(math.log2(N / _VECTORS_PER_SLICE))
+    x_NE = jnp.pad(x_NE, ((0, -N % count), (0, 0)))
+    slices = x_NE.reshape(-1, count, E).swapaxes(0, 1)
+    codes = jax.lax.map(lambda slice_nE: _search(slice_nE, codebook_KE), slices)
+    return codes.swapaxes(0, 1).reshape(-1)[:N]
+
+
+def _search(
+    x_NE: jax.Array, codebook_KE: jax.Array, temperature: float | None = None, rng: jax.Array | None = None
+) -> jax.Array:
+    """The codes of all vectors, block by block of the codebook."""
     N, (K, E) = x_NE.shape[0], codebook_KE.shape
     block = min(K, max(_MIN_BLOCK, _SCORES_PER_BLOCK // max(N, 1) // _PARTS * _PARTS))
     num_blocks = -(-K // block)
