@@ -76,56 +76,6 @@ def test_block_search_equals_single_search(monkeypatch):
     np.testing.assert_array_equal(quantize.nearest_codes(x_NE, codebook_KE), single_N)
 
 
-@pytest.fixture
-def small_slices(monkeypatch):
-    """Vectors are taken in slices of at most 8 on a CPU."""
-    monkeypatch.setattr(blocks, "_VECTORS_PER_SLICE", 8)
-
-
-@pytest.mark.parametrize("N", [16, 17, 32, 77])
-def test_slices_of_vectors_change_no_code(small_slices, small_blocks, N):
-    x_NE, codebook_KE = normal(N, E), normal(300, E, seed=1)
-    codes_N = quantize.nearest_codes(x_NE, codebook_KE)
-    assert codes_N.tolist() == [oracle.nearest(x_E, codebook_KE) for x_E in x_NE]
-
-
-def test_slices_of_vectors_save_memory_on_a_cpu_and_are_left_alone_elsewhere():
-    shapes = jax.ShapeDtypeStruct((2**16, 4), jnp.float32), jax.ShapeDtypeStruct((512, 4), jnp.float32)
-
-    def temporaries(function):
-        return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporaries(quantize.nearest_codes) < 0.5 * temporaries(blocks._search)
-
-    def loops(function, platform):
-        return jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
-
-    assert loops(quantize.nearest_codes, "cpu") > loops(blocks._search, "cpu") == loops(quantize.nearest_codes, "cuda")
-
-
-@pytest.mark.parametrize("N", [64, 72])
-def test_slices_of_vectors_stay_on_their_devices(small_slices, N):
-    """Every device searches for its own part of each slice."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    over_data = jax.sharding.NamedSharding(mesh, P("data"))
-    x_NE, codebook_KE = normal(N, E), normal(K, E, seed=1)
-    search = jax.jit(quantize.nearest_codes, in_shardings=(over_data, None), out_shardings=over_data)
-    assert search(x_NE, codebook_KE).tolist() == [oracle.nearest(x_E, codebook_KE) for x_E in x_NE]
-    if N == 64:
-        assert "all-gather" not in search.lower(x_NE, codebook_KE).compile().as_text()
-
-
-def test_slices_of_vectors_work_under_vmap_grad_and_shard_map(small_slices):
-    x_BNE, codebook_KE = normal(3, 40, E), normal(K, E, seed=1)
-    expected = [[oracle.nearest(x_E, codebook_KE) for x_E in x_NE] for x_NE in x_BNE]
-    assert jax.vmap(quantize.nearest_codes, (0, None))(x_BNE, codebook_KE).tolist() == expected
-    gradient = jax.grad(lambda x: jnp.sum((x - codebook_KE[quantize.nearest_codes(x, codebook_KE)]) ** 2))(x_BNE[0])
-    np.testing.assert_allclose(gradient, 2 * (x_BNE[0] - codebook_KE[np.array(expected[0])]), rtol=1e-5)
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-    search = jax.shard_map(quantize.nearest_codes, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
-    assert search(x_BNE[0], codebook_KE).tolist() == expected[0]
-
-
 def test_a_vector_far_from_all_codes_never_gets_a_padded_code(small_blocks):
     codebook_KE = jnp.asarray(normal(130, E)) + 50.0  # zero rows that pad the second block would be nearer
     assert int(quantize.nearest_codes(jnp.zeros((1, E)), codebook_KE)[0]) < 130

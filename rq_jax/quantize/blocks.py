@@ -22,6 +22,11 @@ def best_codes(
     codebook_KE = jax.lax.stop_gradient(codebook_KE.astype(jnp.float32))
     if rng is not None or len(x_NE) <= 2 * _VECTORS_PER_SLICE:
         return _search(x_NE, codebook_KE, temperature, rng)
+    return _search_many(x_NE, codebook_KE)
+
+
+@jax.jit  # or each call outside of a program would compile its loops anew
+def _search_many(x_NE: jax.Array, codebook_KE: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x_NE, codebook_KE, cpu=_search_in_slices, default=_search)
 
 
