@@ -89,7 +89,7 @@ class Stop:
             signal.raise_signal(signal.SIGTERM)
 
     def is_asked(self) -> bool:
-        """Whether the run is to end here; every process asks at the same places, after every step."""
+        """Whether the run is to end here; every process asks at the same places: after each step and batch held out."""
         self._times += 1
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils

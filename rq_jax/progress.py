@@ -37,8 +37,8 @@ class Progress:
       enabled: False shows nothing; of several hosts only the first shows a bar.
       line_seconds: seconds between two lines where there is no terminal.
       stream: where to show it; None is stderr.
-      leave: False takes the bar away at the end, and shows none of work that takes two seconds; where there is no
-        terminal it shows no last line.
+      leave: False takes the bar away at the end, and shows none of work that is done within two seconds; where there
+        is no terminal it shows no last line.
     """
 
     def __init__(
