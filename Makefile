@@ -85,6 +85,7 @@ results-%: setup
 	$(PYTHON) ablate.py $*
 
 lint: setup
+	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 
 clean:

@@ -115,9 +115,7 @@ def conditions(
     )
     for flag, value, wanted in flags:
         if value and kind != wanted:
-            raise ValueError(
-                f"{flag}: {value} is for a {wanted}-conditional model, this one is {kind}; leave it out"
-            )
+            raise ValueError(f"{flag}: {value} is for a {wanted}-conditional model, this one is {kind}; leave it out")
     if kind == "unconditional":
         return None, [""]
     if kind == "text":
@@ -171,9 +169,7 @@ def _class_number(text: str, names: list[str]) -> int:
     lower = [name.lower() for name in names]
     number = lower.index(text.lower()) if text.lower() in lower else int(text) if text.isdigit() else -1
     if not 0 <= number < len(names):
-        raise ValueError(
-            f"--classes: '{text}' is no class; allowed are 0..{len(names) - 1} and {', '.join(names)}"
-        )
+        raise ValueError(f"--classes: '{text}' is no class; allowed are 0..{len(names) - 1} and {', '.join(names)}")
     return number
 
 
@@ -189,9 +185,7 @@ def check(args: argparse.Namespace) -> None:
     if args.classes and args.classes_of:
         raise ValueError(f"--classes: {args.classes} and --classes_of: {args.classes_of} exclude one another")
     if bool(args.prefix) != bool(args.prefix_positions):
-        raise ValueError(
-            f"--prefix: {args.prefix} and --prefix_positions: {args.prefix_positions} belong together"
-        )
+        raise ValueError(f"--prefix: {args.prefix} and --prefix_positions: {args.prefix_positions} belong together")
 
 
 def draw(
@@ -259,9 +253,7 @@ def run(args: argparse.Namespace) -> Path:
     check(args)
     loaded = checkpoint.load_model(args.checkpoint, step=args.step, ema=not args.no_ema)
     if loaded.tokenizer is None:
-        raise ValueError(
-            f"--checkpoint: '{args.checkpoint}' carries no tokenizer; give the directory of a stage-2 run"
-        )
+        raise ValueError(f"--checkpoint: '{args.checkpoint}' carries no tokenizer; give the directory of a stage-2 run")
     if args.neighbours and not (loaded.config.get("data") or {}).get("name"):
         raise ValueError(
             f"--neighbours: {args.neighbours} needs the training pictures, this model names none; leave it out"

@@ -307,9 +307,7 @@ class Evaluation(NamedTuple):
     use_perceptual: bool = True
 
 
-def make_validation(
-    model, dataset, mesh, loss: Losses, perceptual: vgg_lpips.Perceptual | None = None
-) -> Validation:
+def make_validation(model, dataset, mesh, loss: Losses, perceptual: vgg_lpips.Perceptual | None = None) -> Validation:
     """Held-out figures and a picture: originals over reconstructions at depth 1..D.
 
     PSNR by depth; SSIM and, where there is one, the perceptual distance of the whole depth; the reconstruction loss.

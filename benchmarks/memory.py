@@ -77,9 +77,7 @@ def stage2_program(full: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any, A
     loss = train_loop.call(train_transformer.Losses, "loss", full.loss)
     loss.check(run["model"])
     frozen = on_shapes(mesh, models.abstract_variables(tokenizer))
-    step = train_transformer.make_train_step(
-        run["model"], tokenizer, run["optimizer"], loss, run["settings"].ema_decay
-    )
+    step = train_transformer.make_train_step(run["model"], tokenizer, run["optimizer"], loss, run["settings"].ema_decay)
     _, shapes = train_transformer.state_program(full, run, frozen["codebook"]["codebook_KE"])
     return step, shapes, frozen, tokenizer
 

@@ -213,9 +213,7 @@ def bind_tokenizer(workdir: str | os.PathLike, tokenizer: LoadedModel) -> str:
     return new
 
 
-def _read_checkpoint(
-    directory: Path, step: int | None, ema: bool, template: dict[str, Any]
-) -> dict[str, Any]:
+def _read_checkpoint(directory: Path, step: int | None, ema: bool, template: dict[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     path = _find_checkpoint(directory, step)

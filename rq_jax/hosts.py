@@ -46,9 +46,7 @@ def join(
         raise ValueError(f"--coordinator: '{coordinator}' has no port; give host:port, the same for every process")
     if num_processes < 1 or not 0 <= process_id < num_processes:
         raise ValueError(f"--process_id: {process_id} is outside 0..{num_processes - 1}, the processes of the run")
-    jax.distributed.initialize(
-        coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds
-    )
+    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds)
 
 
 def _are_many(environment: Any) -> bool:

@@ -114,9 +114,7 @@ def check_adversarial_losses(discriminator_loss: str = "hinge", generator_loss: 
             raise ValueError(f"loss.{name}: '{kind}' is unknown; allowed: {', '.join(allowed)}")
 
 
-def adaptive_weight(
-    reconstruction_grad: jax.Array, generator_grad: jax.Array, limit: float = 1e4
-) -> jax.Array:
+def adaptive_weight(reconstruction_grad: jax.Array, generator_grad: jax.Array, limit: float = 1e4) -> jax.Array:
     """Weight that gives the generator's loss a gradient as long as that of the image losses (VQGAN, equation 7).
 
     Args:
@@ -220,8 +218,6 @@ def num_loss_chunks(batch: int, positions: int, depth: int, codes: int, limit: i
     The default is 256 MB of float32 over the global batch; one position is the smallest slice.
     """
     fitting = [
-        n
-        for n in range(1, positions + 1)
-        if positions % n == 0 and batch * (positions // n) * depth * codes <= limit
+        n for n in range(1, positions + 1) if positions % n == 0 and batch * (positions // n) * depth * codes <= limit
     ]
     return min(fitting, default=positions)

@@ -95,9 +95,7 @@ def read_weights(path: Path, template: dict[str, Any]) -> dict[str, Any]:
     found = {name: array.shape for name, array in arrays.items()}
     if expected != found:
         name = min(name for name in expected | found if expected.get(name) != found.get(name))
-        raise ValueError(
-            f"'{path}': '{name}' has shape {found.get(name)}, the config needs {expected.get(name)}"
-        )
+        raise ValueError(f"'{path}': '{name}' has shape {found.get(name)}, the config needs {expected.get(name)}")
 
     def take(keys: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         return arrays.pop(_name(keys)).astype(leaf.dtype, copy=False)  # nothing is held twice

@@ -105,9 +105,7 @@ def labelled_grid(rows: Mapping[str, Any], scale: int = 1, padding: int = 2) -> 
     return np.asarray(sheet)
 
 
-def captioned_grid(
-    images: Any, captions: Sequence[str], columns: int, scale: int = 1, padding: int = 4
-) -> np.ndarray:
+def captioned_grid(images: Any, captions: Sequence[str], columns: int, scale: int = 1, padding: int = 4) -> np.ndarray:
     """Lays images out in rows, each with its caption below, wrapped to the image's width.
 
     Args:

@@ -134,9 +134,7 @@ def _from_ordered(keys: jax.Array) -> jax.Array:
 
 def check_filter(temperature: Any, top_k: Any, top_p: Any) -> None:
     """Refuse concrete filter values out of range, with one line each; traced ones pass."""
-    _check(
-        "temperature", temperature, lambda v: v >= 0, "must be at least 0 (0 takes the most probable code)"
-    )
+    _check("temperature", temperature, lambda v: v >= 0, "must be at least 0 (0 takes the most probable code)")
     whole = "must be at least 1 and whole; leave it out to keep all codes"
     _check("top_k", top_k, lambda v: (v >= 1) & (v == np.floor(v)), whole)
     _check("top_p", top_p, lambda v: (v >= 0) & (v <= 1), "is outside [0, 1]; leave it out to keep all codes")
@@ -349,9 +347,7 @@ def _check_cond(model: Any, cond: Any, num_images: int) -> jax.Array:
     cond = _array(cond)
     cond = cond[:, None] if cond.ndim == 1 else cond
     if cond.shape != (num_images, model.cond_length):
-        raise ValueError(
-            f"cond: shape {cond.shape} does not fit; allowed is {(num_images, model.cond_length)}"
-        )
+        raise ValueError(f"cond: shape {cond.shape} does not fit; allowed is {(num_images, model.cond_length)}")
     bad = [] if isinstance(cond, jax.Array) else cond[(cond < 0) | (cond >= model.cond_vocab_size)]
     if len(bad):
         what = "class" if model.cond_length == 1 else "condition token"
@@ -365,9 +361,7 @@ def _check_prefix(model: Any, prefix: Any, num_images: int) -> jax.Array:
         return jnp.zeros((num_images, 0, D), jnp.int32)
     prefix = _array(prefix)
     if prefix.ndim != 3 or prefix.shape[0] != num_images or prefix.shape[2] != D or prefix.shape[1] > h * w:
-        raise ValueError(
-            f"prefix: shape {prefix.shape} does not fit; allowed is ({num_images}, 0..{h * w}, {D})"
-        )
+        raise ValueError(f"prefix: shape {prefix.shape} does not fit; allowed is ({num_images}, 0..{h * w}, {D})")
     bad = (prefix < 0) | (prefix >= np.asarray(model.codebook_sizes))
     if not isinstance(prefix, jax.Array) and bad.any():
         d = int(np.argwhere(bad)[0][-1])

@@ -40,9 +40,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     free = [name for name, size in sizes.items() if size == -1]
     allowed = all(size == -1 or size >= 1 for size in sizes.values()) and len(free) <= 1
     if not allowed or count % known or (not free and known != count):
-        raise ValueError(
-            f"mesh: {sizes} does not fit {count} devices; sizes must multiply to it, one may be -1"
-        )
+        raise ValueError(f"mesh: {sizes} does not fit {count} devices; sizes must multiply to it, one may be -1")
     for name in free:
         sizes[name] = count // known
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))

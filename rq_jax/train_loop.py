@@ -40,7 +40,6 @@ _LEAST = {
 }
 
 
-
 @dataclasses.dataclass(frozen=True)
 class LoopSettings:
     """The config section `loop`, its durations resolved to steps.
@@ -263,9 +262,7 @@ def run(
                     log.restart(step)
                 stopping = host["owes_evaluation"] or stop.is_asked()
                 if step % settings.checkpoint_every_steps == 0 or last or stopping or host["stopped"]:
-                    checkpointer.save(
-                        state, {**host, "data": iterator.get_state(), "batch_size": dataset.batch_size}
-                    )
+                    checkpointer.save(state, {**host, "data": iterator.get_state(), "batch_size": dataset.batch_size})
                     log.restart(step)
         checkpointer.wait()
         is_done = step == settings.total_steps and not host["owes_evaluation"]

@@ -52,10 +52,7 @@ class TrainState:
     def rng_of_step(self, *uses: str) -> dict[str, jax.Array]:
         """Keys of this step by use, {"dropout": key, ...}; a key does not depend on which others are asked for."""
         rng = jax.random.fold_in(self.rng, self.step)
-        return {
-            use: jax.random.fold_in(rng, sum(ord(c) * 31**i for i, c in enumerate(use)) % 2**31)
-            for use in uses
-        }
+        return {use: jax.random.fold_in(rng, sum(ord(c) * 31**i for i, c in enumerate(use)) % 2**31) for use in uses}
 
 
 def create_state(

@@ -36,7 +36,9 @@ class Scripts:
             (out / "metrics.jsonl").write_text(json.dumps({"step": 7, **scalars}) + "\n")
         elif script == "sample.py":
             for i in range(ablate.NUM_SAMPLES):
-                pictures.save_png(self.root / values["out"] / "images" / f"{i:06d}.png", np.zeros((SIDE, SIDE, 3), np.uint8))
+                pictures.save_png(
+                    self.root / values["out"] / "images" / f"{i:06d}.png", np.zeros((SIDE, SIDE, 3), np.uint8)
+                )
         else:
             self.write_evaluation(self.root / values["out"], given)
         return f"python {script}"
@@ -69,7 +71,9 @@ def scripts(tmp_path, monkeypatch):
     scripts = Scripts(tmp_path)
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
     monkeypatch.setattr(ablate, "command", scripts)
-    monkeypatch.setattr(ablate, "model_of", lambda args: {"transformer": "of " + args.checkpoint, "sample": {"top_k": None}})
+    monkeypatch.setattr(
+        ablate, "model_of", lambda args: {"transformer": "of " + args.checkpoint, "sample": {"top_k": None}}
+    )
     return scripts
 
 
@@ -104,7 +108,10 @@ def test_cells(scripts, tmp_path):
     assert lines[0].startswith("|  | PSNR, dB | SSIM |") and lines[2].startswith("| D 4, K 512 | 26 ± 1 |")
     made("coarse_to_fine", "--seeds=3")
     lines = (tmp_path / "results" / "coarse_to_fine.md").read_text().splitlines()
-    assert [line.split("|")[1:3] for line in lines[2:4]] == [[" D 4, K 512, depth 1 ", " 23 "], [" D 4, K 512, depth 2 ", " 28 "]]
+    assert [line.split("|")[1:3] for line in lines[2:4]] == [
+        [" D 4, K 512, depth 1 ", " 23 "],
+        [" D 4, K 512, depth 2 ", " 28 "],
+    ]
 
 
 def test_what_is_finished_is_not_run_again(scripts):
@@ -125,13 +132,17 @@ def test_an_interrupted_run_has_no_seconds(scripts, tmp_path):
 
 def test_another_run_in_the_directory_is_refused(scripts):
     made("updates", "--seeds=0", "--quicktest")
-    with pytest.raises(ValueError, match=r"^--workdir: 'runs/ablations/d_4_k_512-seed0' is a run of .*; give another --workdir$"):
+    with pytest.raises(
+        ValueError, match=r"^--workdir: 'runs/ablations/d_4_k_512-seed0' is a run of .*; give another --workdir$"
+    ):
         made("updates", "--seeds=0")
 
 
 def test_transformers_share_the_tokenizer_of_the_first_seed(scripts):
     record = made("soft_labels", "--seeds=1,2")
-    tokenizers = {dict(given)["config.tokenizer"] for script, given in scripts.lines if script == "train_transformer.py"}
+    tokenizers = {
+        dict(given)["config.tokenizer"] for script, given in scripts.lines if script == "train_transformer.py"
+    }
     assert tokenizers == {"runs/ablations/d_4_k_512-seed0"}
     figures = record["rows"][0]["figures"]
     assert figures["kernel_distance"]["values"] == [2.0, 3.0] and figures["loss"]["values"] == [3.0, 4.0]
@@ -150,7 +161,9 @@ def test_a_model_that_was_trained_anew_is_another(scripts, monkeypatch):
     run = made("filter", "--seeds=0")["rows"][0]["runs"][0]
     assert run["settings"]["model"] == {"transformer": "of checkpoints/emoji", "sample": {"top_k": None}}
     monkeypatch.setattr(ablate, "model_of", lambda args: {"transformer": "new", "sample": {"top_k": None}})
-    with pytest.raises(ValueError, match="^--workdir: 'runs/ablations/top_p_0.3-seed0' is a run of .*; give another --workdir$"):
+    with pytest.raises(
+        ValueError, match="^--workdir: 'runs/ablations/top_p_0.3-seed0' is a run of .*; give another --workdir$"
+    ):
         made("filter", "--seeds=0")
 
 

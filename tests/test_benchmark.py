@@ -128,7 +128,9 @@ def test_command_line_errors_are_one_line(argv):
     ],
 )  # fmt: skip
 def test_models_of_the_paper(name, code_shape, layers, millions):
-    (config,) = groups("sample", f"--model={name}", "--batch=1", *([f"--code_shape={code_shape}"] if code_shape else []))[0]
+    (config,) = groups(
+        "sample", f"--model={name}", "--batch=1", *([f"--code_shape={code_shape}"] if code_shape else [])
+    )[0]
     model = sample.make_transformer(config)
     assert (model.spatial_layers, model.depth_layers) == layers and model.cond_vocab_size == 1000
     params = models.abstract_variables(model)["params"]
@@ -163,7 +165,9 @@ def test_against_stands_beside_each():
         assert {model.spatial_layers + model.depth_layers for model in stacks} == {3}
 
 
-@pytest.mark.parametrize(("argv", "batches"), [("", 1), ("--decode", 2), ("--decode --batches=5", 5), ("--protocol=paper", 334)])
+@pytest.mark.parametrize(
+    ("argv", "batches"), [("", 1), ("--decode", 2), ("--decode --batches=5", 5), ("--protocol=paper", 334)]
+)
 def test_batches_of_a_run(argv, batches):
     (config,) = groups("sample", "--batch=3", *argv.split())[0]
     assert config["batches"] == batches
@@ -200,7 +204,10 @@ def test_the_sampler_is_that_of_the_library(at_rest):
 def test_weights_are_random():
     shapes = {"a": jax.ShapeDtypeStruct((100, 70), jnp.float32), "b": jax.ShapeDtypeStruct((9,), jnp.bfloat16)}
     drawn = weights.draw(shapes)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == {"a": ((100, 70), jnp.float32), "b": ((9,), jnp.bfloat16)}
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), drawn) == {
+        "a": ((100, 70), jnp.float32),
+        "b": ((9,), jnp.bfloat16),
+    }
     assert np.std(drawn["a"]) == pytest.approx(0.02, rel=0.05) and abs(np.mean(drawn["a"])) < 2e-3
 
 
@@ -267,7 +274,9 @@ def test_decoding_and_the_papers_protocol(monkeypatch, capsys):
     (entry,) = record["results"]
     assert entry["count"] == 6 and entry["config"]["batches"] == 3
     parts = entry["ms_per_image"]
-    assert set(parts) == {"total", "sampling", "decoding"} and parts["total"] == pytest.approx(1e3 / entry["per_second"])
+    assert set(parts) == {"total", "sampling", "decoding"} and parts["total"] == pytest.approx(
+        1e3 / entry["per_second"]
+    )
     assert 0 < parts["sampling"] < parts["total"] and 0 < parts["decoding"] < parts["total"]
     tokenizer = sample.make_tokenizer(entry["config"])
     model = sample.make_transformer(entry["config"])
@@ -308,7 +317,10 @@ def test_save(monkeypatch, tmp_path):
     (path,) = tmp_path.rglob("*.*")
     assert path.parent == tmp_path / "benchmarks" / "results"
     assert re.fullmatch(r"toy-\d{4}-\d\d-\d\dt\d{6}-unknown\.json", path.name)
-    record = {"device": {"kind": "NVIDIA H100 80GB HBM3"}, "environment": {"date": "2030-01-02T03:04:05-07:00", "commit": "abc"}}
+    record = {
+        "device": {"kind": "NVIDIA H100 80GB HBM3"},
+        "environment": {"date": "2030-01-02T03:04:05-07:00", "commit": "abc"},
+    }
     assert benchmark.default_path(record).name == "nvidia-h100-80gb-hbm3-2030-01-02t030405-abc.json"
 
 

@@ -219,7 +219,9 @@ def test_a_step_is_taken_where_it_is_whole(run):
     (run / "best" / "5" / "manifest.json").unlink()
     assert_loaded(load_model(run, step=5), model_state_of("rqvae", 5))
     (run / "checkpoints" / "5" / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"best/5' is damaged: manifest.json cannot be read .*; choose another of the steps"):
+    with pytest.raises(
+        ValueError, match=r"best/5' is damaged: manifest.json cannot be read .*; choose another of the steps"
+    ):
         load_model(run, step=5)
 
 
@@ -304,7 +306,12 @@ def test_shipped_is_the_pair_in_half_precision_without_its_old_path(tmp_path):
     checkpoint.save_model(tmp_path / "run" / "tokenizer", {"model": RQVAE}, tokenizer.ema_variables)
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     checkpoint.ship(tmp_path / "run", tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer", "metrics.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer",
+        "metrics.jsonl",
+    }
     assert (tmp_path / "out" / "tokenizer" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     shipped = load_model(tmp_path / "out")
     expected = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), tokenizer.ema_variables)

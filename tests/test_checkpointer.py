@@ -123,7 +123,10 @@ def test_strict_stops_and_touches_nothing(run):
 def test_where_all_are_damaged_nothing_starts_anew(run):
     for step in (2, 5):
         flip(run / "checkpoints" / str(step) / "manifest.json")
-    with pytest.raises(ValueError, match=r"checkpoints': no checkpoint is whole, of steps \[5, 2\]; restore one from a copy, or give a new --workdir$"):
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoints': no checkpoint is whole, of steps \[5, 2\]; restore one from a copy, or give a new --workdir$",
+    ):
         restored_step(run)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "5"}
 
@@ -157,7 +160,9 @@ def test_what_a_killed_process_left_is_cleaned_up(run):
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "5"}
 
 
-@pytest.mark.fault("a kill between the last byte of the first checkpoint and its manifest", "does not count: starts anew")
+@pytest.mark.fault(
+    "a kill between the last byte of the first checkpoint and its manifest", "does not count: starts anew"
+)
 def test_what_was_never_sealed_does_not_count(run):
     (run / "checkpoints" / "5" / "manifest.json").unlink()
     (run / "checkpoints" / ".sealing-5").touch()
@@ -201,7 +206,9 @@ def test_a_failed_save_is_told_and_the_next_one_is_made(tmp_path, monkeypatch, c
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"7"}
 
 
-@pytest.mark.fault("best weights that cannot be written", "told; the best before stay, and the next better ones are kept")
+@pytest.mark.fault(
+    "best weights that cannot be written", "told; the best before stay, and the next better ones are kept"
+)
 def test_a_best_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "write", failing(5))
     with Checkpointer(tmp_path) as saving:
@@ -217,7 +224,10 @@ def test_a_best_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
 def test_a_last_save_that_fails_raises_and_harms_nothing(tmp_path, monkeypatch):
     save(tmp_path, 2, keep=1)
     monkeypatch.setattr(manifest, "write", failing(5))
-    with pytest.raises(SaveFailed, match=r"^checkpoint: the state of step 5 could not be written to .*No space left.*free the disk and run the same command again$"):
+    with pytest.raises(
+        SaveFailed,
+        match=r"^checkpoint: the state of step 5 could not be written to .*No space left.*free the disk and run the same command again$",
+    ):
         save(tmp_path, 5, keep=1)
     monkeypatch.undo()
     assert restored_step(tmp_path) == 2
@@ -303,7 +313,9 @@ def test_a_second_trainer_is_refused_until_the_first_ends(tmp_path):
     other = context.Process(target=hold, args=(tmp_path, ready, leave))
     other.start()
     ready.wait(60)
-    pattern = rf"^workdir: '.*' is in use by process {other.pid} on \S+ since \S+; wait for it, stop it, or give another"
+    pattern = (
+        rf"^workdir: '.*' is in use by process {other.pid} on \S+ since \S+; wait for it, stop it, or give another"
+    )
     with pytest.raises(ValueError, match=pattern), run_lock.RunLock(tmp_path):
         pass
     other.kill()  # -9: nothing is left to clean up

@@ -127,7 +127,10 @@ TRANSFORMS = {
     "jittered_crop",
     "squash",
 }
-SINGLE_KEYS = {"rqvae": {"seed", "init_from", "keep_optimizer"}, "rqtransformer": {"seed", "tokenizer", "tokenizer_preset"}}
+SINGLE_KEYS = {
+    "rqvae": {"seed", "init_from", "keep_optimizer"},
+    "rqtransformer": {"seed", "tokenizer", "tokenizer_preset"},
+}
 
 
 def get(file, preset):
@@ -137,11 +140,7 @@ def get(file, preset):
 def flatten(config):
     flat = {}
     for name, value in config.items():
-        flat |= (
-            {f"{name}.{key}": item for key, item in value.items()}
-            if hasattr(value, "items")
-            else {name: value}
-        )
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if hasattr(value, "items") else {name: value}
     return flat
 
 

@@ -34,8 +34,15 @@ def test_a_folder_becomes_a_prepared_set(folder, tmp_path, capsys):
     records = open_records("pets", "train[2:5]", tmp_path / "data", label_key="label")
     assert len(records) == 3 and records.class_names == helpers.CLASSES
     files = {path.name for path in (tmp_path / "data" / "pets" / "1.0.0").glob("*array_record*")}
-    assert files == {*(f"pets-train.array_record-0000{i}-of-00003" for i in range(3)), "pets-validation.array_record-00000-of-00001"}
-    batch = next(make_dataset(split="train", train=True, name="pets", data_dir=tmp_path / "data", batch_size=3, image_size=8).iterator())
+    assert files == {
+        *(f"pets-train.array_record-0000{i}-of-00003" for i in range(3)),
+        "pets-validation.array_record-00000-of-00001",
+    }
+    batch = next(
+        make_dataset(
+            split="train", train=True, name="pets", data_dir=tmp_path / "data", batch_size=3, image_size=8
+        ).iterator()
+    )
     assert batch["image"].shape == (3, 8, 8, 3)
 
 
@@ -113,13 +120,23 @@ def test_lsun(tmp_path):
         with lmdb.open(str(directory), map_size=2**20) as file, file.begin(write=True) as transaction:
             for key in keys:
                 transaction.put(key, pictures[key])
-    main(["lsun", f"--source={tmp_path / 'church'}", "--name=lsun/church", f"--data_dir={tmp_path}", "--pictures_per_file=3"])
+    main(
+        [
+            "lsun",
+            f"--source={tmp_path / 'church'}",
+            "--name=lsun/church",
+            f"--data_dir={tmp_path}",
+            "--pictures_per_file=3",
+        ]
+    )
     ours = [image for split in ("train", "validation") for image, _, _ in records_of("lsun/church", split, tmp_path)]
     assert ours == [pictures[key] for key in sorted(pictures)]
     only = convert.open_lsun(tmp_path / "church_val_lmdb")
     assert {split: len(found) for split, found in only.items()} == {"validation": 2}
     (tmp_path / "church_val_lmdb" / "data.mdb").unlink()
-    with pytest.raises(FileNotFoundError, match="^--source: no data.mdb in '.*church_val_lmdb'; give what LSUN's archive unpacks to$"):
+    with pytest.raises(
+        FileNotFoundError, match="^--source: no data.mdb in '.*church_val_lmdb'; give what LSUN's archive unpacks to$"
+    ):
         convert.open_lsun(tmp_path / "church_val_lmdb")
 
 
@@ -129,10 +146,19 @@ def test_lsun(tmp_path):
         (["folder", "--name=pets"], "--source: missing; 'folder' needs it"),
         (["folder", "--source=pictures"], "--name: missing; 'folder' needs it"),
         (["folder", "--source=nowhere", "--name=pets"], "no folder of pictures at data_dir='nowhere'"),
-        (["folder", "--source=pictures", "--name=My Pets"], "--name: 'My Pets' is no name of a data set; use small letters"),
+        (
+            ["folder", "--source=pictures", "--name=My Pets"],
+            "--name: 'My Pets' is no name of a data set; use small letters",
+        ),
         (["folder", "--source=pictures", "--name=a/b/c"], "--name: 'a/b/c' is no name of a data set"),
-        (["folder", "--source=pictures", "--name=pets", "--pictures_per_file=0"], "--pictures_per_file: 0 must be at least 1"),
-        (["lsun", "--source=nowhere/cat", "--name=cat"], "--source: neither 'nowhere/cat_train_lmdb' nor 'nowhere/cat_val_lmdb' is there"),
+        (
+            ["folder", "--source=pictures", "--name=pets", "--pictures_per_file=0"],
+            "--pictures_per_file: 0 must be at least 1",
+        ),
+        (
+            ["lsun", "--source=nowhere/cat", "--name=cat"],
+            "--source: neither 'nowhere/cat_train_lmdb' nor 'nowhere/cat_val_lmdb' is there",
+        ),
         (["foldr", "--source=pictures", "--name=pets"], "unknown bundled data set 'foldr'"),
     ],
 )
@@ -150,14 +176,19 @@ def test_a_source_that_changed_is_refused(folder, tmp_path):
     path = min((folder / "train" / "ape").glob("*.png"))
     for suffix in (".png", ".txt"):
         path.with_suffix(suffix).rename(path.with_name(f"new{suffix}"))
-    with pytest.raises(ValueError, match="^--source: its pictures are others than when '.*' was begun; delete that, or"):
+    with pytest.raises(
+        ValueError, match="^--source: its pictures are others than when '.*' was begun; delete that, or"
+    ):
         convert.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=4)
 
 
 def test_one_writer_at_a_time(folder, tmp_path):
     with (
         RunLock(tmp_path / "pets" / convert.VERSION),
-        pytest.raises(ValueError, match="^--name: '.*pets/1.0.0' is in use by process .*; wait for it, stop it, or give another --name$"),
+        pytest.raises(
+            ValueError,
+            match="^--name: '.*pets/1.0.0' is in use by process .*; wait for it, stop it, or give another --name$",
+        ),
     ):
         convert.write(convert.open_folder(folder), "pets", tmp_path)
 
@@ -172,5 +203,7 @@ def test_an_lmdb_that_is_none(tmp_path):
 
 def test_files_of_another_plan_are_refused(folder, tmp_path):
     convert.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=4)
-    with pytest.raises(ValueError, match="was begun with pictures_per_file 4, not 5; delete it, or choose another --name$"):
+    with pytest.raises(
+        ValueError, match="was begun with pictures_per_file 4, not 5; delete it, or choose another --name$"
+    ):
         convert.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=5)

@@ -33,7 +33,9 @@ def folder(tmp_path):
 
 def batches(folder, count=6, **settings):
     settings = {"batch_size": 4, "image_size": 6, "train_transform": "resize_center_crop", **settings}
-    iterator = make_dataset(split="all", train=True, name="folder", data_dir=folder, flip_probability=0.0, **settings).iterator()
+    iterator = make_dataset(
+        split="all", train=True, name="folder", data_dir=folder, flip_probability=0.0, **settings
+    ).iterator()
     return [next(iterator) for _ in range(count)]
 
 
@@ -68,7 +70,10 @@ def test_floating_point_is_refused():
         decode_image(encode(Image.fromarray(np.zeros((2, 2), np.float32)), "tiff"), 3)
 
 
-@pytest.mark.parametrize("orientation, upright", [(1, lambda x: x), (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1)), (8, np.rot90)])
+@pytest.mark.parametrize(
+    "orientation, upright",
+    [(1, lambda x: x), (3, lambda x: x[::-1, ::-1]), (6, lambda x: np.rot90(x, -1)), (8, np.rot90)],
+)
 def test_turned_photographs_are_upright(orientation, upright):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -77,7 +82,9 @@ def test_turned_photographs_are_upright(orientation, upright):
 
 def test_one_pixel(folder):
     (folder / f"{BAD:02}.png").write_bytes(encode(np.full((1, 1, 3), 255, np.uint8)))
-    found = {int(i): image for batch in batches(folder, 3) for i, image in zip(batch["index"], batch["image"], strict=True)}
+    found = {
+        int(i): image for batch in batches(folder, 3) for i, image in zip(batch["index"], batch["image"], strict=True)
+    }
     np.testing.assert_allclose(found[BAD], 1.0)
 
 
@@ -102,7 +109,9 @@ def test_broken_pictures_are_passed_over(folder, kind):
         np.testing.assert_array_equal(new["index"], np.where(stands_in, BAD + 1, old["index"]))
         np.testing.assert_array_equal(new["image"][~stands_in], old["image"][~stands_in])
     assert sum((old["index"] == BAD).sum() for old in before) == 2
-    with pytest.raises(ValueError, match=r"more than max_damaged=0 damaged pictures; the last is .*05.png: cannot decode"):
+    with pytest.raises(
+        ValueError, match=r"more than max_damaged=0 damaged pictures; the last is .*05.png: cannot decode"
+    ):
         batches(folder, max_damaged=0)
 
 
@@ -132,11 +141,16 @@ def test_a_missing_file_of_a_prepared_set(folder, tmp_path):
     pytest.importorskip("tensorflow_datasets")
     from rq_jax.data import convert
 
-    path = convert.write({"train": convert.FolderPictures(folder, "all", False, False)}, "set", tmp_path, pictures_per_file=3)
+    path = convert.write(
+        {"train": convert.FolderPictures(folder, "all", False, False)}, "set", tmp_path, pictures_per_file=3
+    )
     (path / "set-train.array_record-00002-of-00004").unlink()
     source = ImageSource(open_records("set", "train", tmp_path), max_damaged=3)
     assert [source[i]["index"] for i in range(COUNT)] == [0, 1, 2, 3, 4, 5, 9, 9, 9, 9, 10, 11]
-    with pytest.raises(ValueError, match=r"^more than max_damaged=2 damaged pictures; the last is example 8 of set/1.0.0, split train: cannot read: .*set-train.array_record-00002-of-00004"):
+    with pytest.raises(
+        ValueError,
+        match=r"^more than max_damaged=2 damaged pictures; the last is example 8 of set/1.0.0, split train: cannot read: .*set-train.array_record-00002-of-00004",
+    ):
         source = ImageSource(open_records("set", "train", tmp_path), max_damaged=2)
         [source[i] for i in range(COUNT)]
 

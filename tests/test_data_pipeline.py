@@ -114,9 +114,7 @@ def test_the_seed_decides_order_and_transforms(folder):
         def draw(example, rng):
             return {"draw": np.float64(rng.random())}
 
-        dataset = Dataset(
-            range(9), train=True, batch_size=9, train_transform=draw, eval_transform=draw, seed=seed
-        )
+        dataset = Dataset(range(9), train=True, batch_size=9, train_transform=draw, eval_transform=draw, seed=seed)
         return next(dataset.iterator())["draw"]
 
     np.testing.assert_array_equal(draws(5), draws(5))
@@ -144,9 +142,7 @@ def test_an_iterator_can_go_back(folder):
 
 
 def test_threads_do_not_matter(folder):
-    runs = [
-        take(make(folder, num_threads=threads, **with_everything(folder)).iterator(), 8) for threads in (1, 4)
-    ]
+    runs = [take(make(folder, num_threads=threads, **with_everything(folder)).iterator(), 8) for threads in (1, 4)]
     assert_equal_batches(*runs)
 
 
@@ -185,14 +181,9 @@ def test_evaluation_is_in_order_and_padded(folder):
 
 def test_evaluation_shards_in_order_are_the_whole_batch(folder):
     whole = list(make(folder, train=False, batch_size=10).iterator())
-    shards = [
-        list(make(folder, train=False, batch_size=10, shard_index=i, shard_count=5).iterator())
-        for i in range(5)
-    ]
+    shards = [list(make(folder, train=False, batch_size=10, shard_index=i, shard_count=5).iterator()) for i in range(5)]
     assert {len(batches) for batches in shards} == {len(whole)}
-    joined = [
-        {key: np.concatenate([shard[step][key] for shard in shards]) for key in whole[0]} for step in range(3)
-    ]
+    joined = [{key: np.concatenate([shard[step][key] for shard in shards]) for key in whole[0]} for step in range(3)]
     assert_equal_batches(joined, whole)
 
 

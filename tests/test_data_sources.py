@@ -156,13 +156,9 @@ def test_tfds_errors(tfds_dir, arguments, message):
 
 
 def test_tfds_unknown_keys(tfds_dir):
-    with pytest.raises(
-        ValueError, match="unknown label_key='said' of data set 'greys/1.2.3': choose one of kind"
-    ):
+    with pytest.raises(ValueError, match="unknown label_key='said' of data set 'greys/1.2.3': choose one of kind"):
         open_records("greys", "train", tfds_dir, label_key="said")
-    with pytest.raises(
-        ValueError, match=r"unknown text_key='said' of data set 'bare/1.2.3': choose one of \(none\)"
-    ):
+    with pytest.raises(ValueError, match=r"unknown text_key='said' of data set 'bare/1.2.3': choose one of \(none\)"):
         open_records("bare", "train", tfds_dir, text_key="said")
 
 
@@ -171,9 +167,7 @@ def test_tfds_set_in_another_format(tfds_dir, monkeypatch):
         raise NotImplementedError
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "as_data_source", refuse)
-    with pytest.raises(
-        ValueError, match="greys/1.2.3 is not stored as array_record, so it has no random access"
-    ):
+    with pytest.raises(ValueError, match="greys/1.2.3 is not stored as array_record, so it has no random access"):
         open_records("greys", "train", tfds_dir)
 
 
@@ -238,13 +232,17 @@ def test_lists_of_names_must_fit_the_folder(folder, tmp_path_factory):
     with pytest.raises(FileNotFoundError, match="no file of names at split='.*names.txt'"):
         open_records("folder", str(names), folder)
     names.write_text("00.png\n77.png\n")
-    with pytest.raises(FileNotFoundError, match="'77.png' of '.*names.txt' is 0 of the 12 pictures below '.*', not one"):
+    with pytest.raises(
+        FileNotFoundError, match="'77.png' of '.*names.txt' is 0 of the 12 pictures below '.*', not one"
+    ):
         open_records("folder", str(names), folder)
     (folder / "dogs" / "00.png").write_bytes(encode(grey_pictures(1)[0]))
     names.write_text("cats/deeper/00.png")
     assert len(open_records("folder", str(names), folder)) == 1
     names.write_text("00.png")
-    with pytest.raises(FileNotFoundError, match="'00.png' of .* is 2 of the 13 pictures .*: list paths as seen from there"):
+    with pytest.raises(
+        FileNotFoundError, match="'00.png' of .* is 2 of the 13 pictures .*: list paths as seen from there"
+    ):
         open_records("folder", str(names), folder)
 
 
@@ -266,13 +264,9 @@ def test_folder_errors(tmp_path, folder):
         match="unknown split 'test' of a folder: choose one of train, validation, all, or a .txt file of names",
     ):
         open_records("folder", "test", folder)
-    with pytest.raises(
-        ValueError, match="unknown label_key='breed' of data set 'folder': choose one of folder"
-    ):
+    with pytest.raises(ValueError, match="unknown label_key='breed' of data set 'folder': choose one of folder"):
         open_records("folder", "all", folder, label_key="breed")
-    with pytest.raises(
-        ValueError, match="unknown text_key='caption' of data set 'folder': choose one of txt"
-    ):
+    with pytest.raises(ValueError, match="unknown text_key='caption' of data set 'folder': choose one of txt"):
         open_records("folder", "all", folder, text_key="caption")
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no pictures below '.*empty': looked for .png"):
@@ -298,9 +292,7 @@ def test_damaged_pictures_are_replaced_counted_and_named(tfds_dir, caplog):
 
 def test_too_many_damaged_pictures_stop_the_run(tfds_dir):
     source = ImageSource(open_records("bare", "train", tfds_dir), max_damaged=1)
-    with pytest.raises(
-        ValueError, match="more than max_damaged=1 damaged pictures; the last is example 3 of bare"
-    ):
+    with pytest.raises(ValueError, match="more than max_damaged=1 damaged pictures; the last is example 3 of bare"):
         [source[i] for i in range(7)]
 
 

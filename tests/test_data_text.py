@@ -43,9 +43,7 @@ def test_cut_on_the_right(path):
 
 def test_case_is_folded_accents_are_kept_and_punctuation_is_split(path):
     tokenizer = load_tokenizer(path, 12)
-    same = tokenizer(
-        ["Flag: ÅLAND islands", "flag: åland  islands", "flag : åland islands", "flag: aland islands"]
-    )
+    same = tokenizer(["Flag: ÅLAND islands", "flag: åland  islands", "flag : åland islands", "flag: aland islands"])
     np.testing.assert_array_equal(same[0], same[1])
     np.testing.assert_array_equal(same[0], same[2])
     assert (same[0] != same[3]).any()
@@ -86,9 +84,7 @@ def test_a_pair_of_vocabulary_and_merges_is_the_same_tokenizer(path, tmp_path):
     one, pair = load_tokenizer(path, 20, 0.3), load_tokenizer(tmp_path / "bpe-vocab.json", 20, 0.3)
     assert pair.vocab_size == one.vocab_size == 90
     np.testing.assert_array_equal(one(CAPTIONS), pair(CAPTIONS))
-    np.testing.assert_array_equal(
-        one(CAPTIONS, np.random.default_rng(3)), pair(CAPTIONS, np.random.default_rng(3))
-    )
+    np.testing.assert_array_equal(one(CAPTIONS, np.random.default_rng(3)), pair(CAPTIONS, np.random.default_rng(3)))
 
 
 def test_worker_processes_can_have_it(path):

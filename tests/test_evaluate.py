@@ -91,7 +91,9 @@ def test_files(root, record):
 
 def test_one_tokenizer_is_shown_at_each_depth(root, monkeypatch):
     seen = []
-    monkeypatch.setattr(pictures, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr(
+        pictures, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8)
+    )
     found = evaluated(root, "first", out="alone", no_perceptual=True)["results"][str(root / "first")]
     evaluated(root, "first", "second", out="both", no_perceptual=True)
     alone, both = seen
@@ -178,7 +180,11 @@ def test_samples_have_their_distance_beside_the_marks(sampled):
     by_depth = np.asarray(loaded.model.apply(loaded.variables, pictures_of(sampled, "validation"), method="reconstruct_by_depth"))  # fmt: skip
     rebuilt = [Means().features({}, images) for images in by_depth]
     distances = found["kernel_distance"]["of"]
-    expected = {f"samples {sampled / 'samples'}": training[::-1], "training pictures": training, f"reconstructions by {sampled / 'first'}": rebuilt}
+    expected = {
+        f"samples {sampled / 'samples'}": training[::-1],
+        "training pictures": training,
+        f"reconstructions by {sampled / 'first'}": rebuilt,
+    }
     assert distances.keys() == expected.keys()
     for name, features in expected.items():
         sets = features if isinstance(features, list) else [features]
@@ -189,9 +195,16 @@ def test_samples_have_their_distance_beside_the_marks(sampled):
         np.testing.assert_allclose(std, values.std(-1), rtol=0.05, atol=2e-4)
     nearest = found["samples"]["median_squared_distance_to_nearest_training_picture"]
     assert abs(nearest[f"samples {sampled / 'samples'}"]) < 1e-4 < nearest["held-out pictures"]
-    assert found["samples"]["images"] == {str(sampled / "samples"): len(training)} and found["kernel_distance"]["features"] == "means"
+    assert (
+        found["samples"]["images"] == {str(sampled / "samples"): len(training)}
+        and found["kernel_distance"]["features"] == "means"
+    )
     assert found == json.loads((sampled / "sampled" / "evaluation.json").read_text())
-    assert {path.name for path in (sampled / "sampled").iterdir()} == {"evaluation.json", "neighbours.png", "reconstructions.png"}
+    assert {path.name for path in (sampled / "sampled").iterdir()} == {
+        "evaluation.json",
+        "neighbours.png",
+        "reconstructions.png",
+    }
 
 
 def test_reconstructions_have_a_distance_without_samples(sampled):
@@ -205,7 +218,9 @@ def test_several_samples_are_compared(sampled):
     for i, image in enumerate(pictures_of(sampled, "validation")):
         pictures.save_png(sampled / "held" / f"{i}.png", pictures.to_uint8(image))
     both = [sampled / "samples", sampled / "held"]
-    found = evaluated(sampled, out="several", samples=both, subset_size=5, data_name="folder", data_dir=sampled / "pictures")
+    found = evaluated(
+        sampled, out="several", samples=both, subset_size=5, data_name="folder", data_dir=sampled / "pictures"
+    )
     mean = {name: distance["mean"] for name, distance in found["kernel_distance"]["of"].items()}
     held, drawn = f"samples {sampled / 'held'}", f"samples {sampled / 'samples'}"
     assert mean[held] < mean[drawn] == pytest.approx(mean["training pictures"], abs=0.01)
@@ -217,13 +232,18 @@ def test_several_samples_are_compared(sampled):
 
 def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, monkeypatch):
     seen = []
-    monkeypatch.setattr(pictures, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr(
+        pictures, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8)
+    )
     evaluated(sampled, samples=sampled / "samples", out="alone", data_name="folder", data_dir=sampled / "pictures")
     (rows,) = seen
     assert list(rows) == ["sample", "nearest 1", "nearest 2", "nearest 3"]
     np.testing.assert_allclose(rows["sample"], rows["nearest 1"], atol=0.01)
     record = json.loads((sampled / "alone" / "evaluation.json").read_text())
-    assert "results" not in record and record["kernel_distance"]["subset_size"] == len(pictures_of(sampled, "validation")) // 2
+    assert (
+        "results" not in record
+        and record["kernel_distance"]["subset_size"] == len(pictures_of(sampled, "validation")) // 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -232,7 +252,10 @@ def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, 
         ({"samples": "nowhere"}, "^--samples: '.*nowhere' holds no pictures; give the --out of sample.py$"),
         ({"subset_size": 1}, "^--subset_size: 1 is outside 2..5, the size of the smallest set$"),
         ({"subset_size": 99}, "^--subset_size: 99 is outside 2..5, the size of the smallest set$"),
-        ({"subset_size": 3, "checkpoint": "first"}, "^--subset_size: 3 is outside 2..2, half of the pictures that are on both sides$"),
+        (
+            {"subset_size": 3, "checkpoint": "first"},
+            "^--subset_size: 3 is outside 2..2, half of the pictures that are on both sides$",
+        ),
         ({"num_subsets": 0}, "^--num_subsets: 0 must be at least 1$"),
         ({"checkpoint": "wide"}, r"^--samples: pictures of several shapes .*\(16, 16, 3\)\}; compare one shape$"),
         ({"data_name": ""}, "^--data_name: unset, and '.*samples' names no data set; give one$"),
@@ -250,7 +273,9 @@ def test_samples_refused(sampled, settings, message):
 def test_samples_of_several_shapes_are_refused(sampled, tmp_path):
     for side in (8, 16):
         pictures.save_png(tmp_path / f"{side}.png", np.zeros((side, side, 3), np.uint8))
-    with pytest.raises(ValueError, match=r"^--samples: .* holds pictures of several shapes \[\(8, 8, 3\), \(16, 16, 3\)\]; give"):
+    with pytest.raises(
+        ValueError, match=r"^--samples: .* holds pictures of several shapes \[\(8, 8, 3\), \(16, 16, 3\)\]; give"
+    ):
         evaluated(sampled, samples=tmp_path, out="refused", data_name="folder", data_dir=sampled / "pictures")
 
 
@@ -292,14 +317,18 @@ def test_likelihood_is_the_mean_over_the_pictures_that_are_there(root, transform
     tokenizer = loaded.tokenizer
     encode = jax.jit(functools.partial(tokenizer.model.apply, method="encode_to_codes"))
     codes = encode(tokenizer.variables, batch["image"])
-    log_probabilities = np.asarray(jax.nn.log_softmax(jax.jit(loaded.model.apply)(loaded.variables, codes, cond).logits))
+    log_probabilities = np.asarray(
+        jax.nn.log_softmax(jax.jit(loaded.model.apply)(loaded.variables, codes, cond).logits)
+    )
     nats = -np.take_along_axis(log_probabilities, np.asarray(codes)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(found["validation"]["nats"], nats.mean((0, 1, 2)), rtol=1e-4)
     assert found["validation"]["mean"] == pytest.approx(nats.mean(), rel=1e-4)
 
 
 def test_likelihood_refused(root):
-    with pytest.raises(ValueError, match="^--likelihood: '.*first' carries no tokenizer; give the directory of a stage-2 run$"):
+    with pytest.raises(
+        ValueError, match="^--likelihood: '.*first' carries no tokenizer; give the directory of a stage-2 run$"
+    ):
         evaluated(root, likelihood=root / "first", out="refused")
     with pytest.raises(ValueError, match="^--checkpoint: missing; give a tokenizer, --samples, or --likelihood$"):
         evaluated(root, out="refused")

@@ -32,7 +32,10 @@ def uninterrupted(tmp_path_factory):
 def start(workdir, **settings):
     options = [f"{name}={value}" for name, value in {**EVERY_STEP, **settings}.items()]
     process = subprocess.Popen(
-        [sys.executable, str(PROGRAM), str(workdir), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(PROGRAM), str(workdir), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     line = process.stdout.readline()
     assert line.startswith("begun "), line + process.stderr.read()
@@ -137,7 +140,9 @@ def test_a_disk_that_fills_up_in_the_middle(uninterrupted, tmp_path):
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a directory that nobody can write, even root")
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "run").symlink_to("/proc/self/task")
-    process = subprocess.run([sys.executable, str(PROGRAM), str(tmp_path / "run" / "new")], capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, str(PROGRAM), str(tmp_path / "run" / "new")], capture_output=True, text=True
+    )
     assert process.returncode == 2
     assert process.stderr.strip().splitlines()[-1].startswith("error: [Errno "), process.stderr
 
@@ -161,7 +166,9 @@ class Stopped(train_loop.Stop):
         return True
 
 
-@pytest.mark.fault("either stage stopped after each step before its 20th, adversary and workers on", "saves the step, exit code 143")
+@pytest.mark.fault(
+    "either stage stopped after each step before its 20th, adversary and workers on", "saves the step, exit code 143"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stopped_at_every_step(tmp_path, monkeypatch, record_property, stage):

@@ -60,9 +60,7 @@ def transformer(request, goldens, tokenizer) -> Golden:
 def assert_close(actual, expected, name: str = "") -> None:
     actual, expected = np.asarray(actual), np.asarray(expected)
     assert actual.shape == expected.shape, name
-    np.testing.assert_allclose(
-        actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max(), err_msg=name
-    )
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max(), err_msg=name)
 
 
 def nhwc(images):
@@ -169,9 +167,7 @@ def test_rqvae_ema_passes(tokenizer):
 
     @jax.jit
     def train(variables, images):
-        return model.apply(
-            variables, images, train=True, mutable=["codebook"]
-        )  # no restart without its rng stream
+        return model.apply(variables, images, train=True, mutable=["codebook"])  # no restart without its rng stream
 
     for i, images in enumerate(nhwc(io["ema_images"])):
         output, updated = train(variables, images)
@@ -251,9 +247,7 @@ def in_official_names(golden: Golden, params) -> dict[str, np.ndarray]:
             array = array[part]
         theirs, ours = rule.pattern.split(" -> ")
         sizes = {axis: size for axis, size in rule.sizes.items() if axis in rule.pattern}
-        official.update(
-            zip(rule.keys, rearrange(np.asarray(array), f"{ours} -> {theirs}", **sizes), strict=True)
-        )
+        official.update(zip(rule.keys, rearrange(np.asarray(array), f"{ours} -> {theirs}", **sizes), strict=True))
     return official
 
 
@@ -342,18 +336,14 @@ def test_sampling_filter(goldens):
     with np.load(goldens / "sampling-filter.io.npz") as file:
         io = dict(file)
     filter_logits = jax.jit(sampling.filter_logits)
-    for i, (temperature, top_k, top_p) in enumerate(
-        zip(io["temperature"], io["top_k"], io["top_p"], strict=True)
-    ):
+    for i, (temperature, top_k, top_p) in enumerate(zip(io["temperature"], io["top_k"], io["top_p"], strict=True)):
         probabilities = np.asarray(filter_logits(io["logits"], temperature, top_k, top_p))
         clear = io["unambiguous"][i]
         assert clear.any()
         np.testing.assert_allclose(probabilities[clear], io["probs"][i][clear], rtol=0, atol=1e-6)
         kept, expected = (probabilities > 0).sum(-1), (io["probs"][i] > 0).sum(-1)
         assert np.abs(kept - expected)[~clear].max(initial=0) <= 1
-        kept_logits = np.where(
-            io["topk_only_kept"][i], io["logits"].astype(np.float64) / temperature, -np.inf
-        )
+        kept_logits = np.where(io["topk_only_kept"][i], io["logits"].astype(np.float64) / temperature, -np.inf)
         expected = np.exp(kept_logits - kept_logits.max(-1, keepdims=True))
         expected /= expected.sum(-1, keepdims=True)
         only_top_k = filter_logits(io["logits"], temperature, top_k)
@@ -365,7 +355,5 @@ def test_sampling_filter_takes_nan_as_impossible(goldens):
         io = dict(file)
     # At the smaller top_k of the two the original counts a NaN among the k largest.
     whole = int(np.argmax(io["nan.top_k"]))
-    probabilities = sampling.filter_logits(
-        io["nan.logits"], 1.0, io["nan.top_k"][whole], io["nan.top_p"][whole]
-    )
+    probabilities = sampling.filter_logits(io["nan.logits"], 1.0, io["nan.top_k"][whole], io["nan.top_p"][whole])
     np.testing.assert_allclose(probabilities, io["nan.probs"][whole], rtol=0, atol=1e-6)

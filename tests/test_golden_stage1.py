@@ -101,9 +101,9 @@ def test_what_the_step_is_made_of(golden, step):
     io, _, _, (settings, _), (settings_d, _) = golden
     before, images = step[0], nhwc(io["images"])
     model = models.create("rqvae", **settings)
-    output, mutated = jax.jit(
-        lambda v: model.apply(v, images, train=True, mutable=["codebook", "intermediates"])
-    )(before.variables)
+    output, mutated = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["codebook", "intermediates"]))(
+        before.variables
+    )
     np.testing.assert_array_equal(output.codes, io["codes"])
     assert_close(output.reconstruction, nhwc(io["recon"]))
     discriminator = models.create("discriminator", **settings_d)

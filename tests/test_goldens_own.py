@@ -96,6 +96,8 @@ def test_transformer_forward_pass():
         spatial_layers=2, depth_layers=1, cond_vocab_size=9, cond_length=4,
     )  # fmt: skip
     variables = {"params": params, "codebook": {"codebook_KE": jnp.asarray(golden["codebook"])}}
-    output = jax.jit(model.apply)(variables, jnp.asarray(golden["codes"].reshape(2, 2, 3, 3)), jnp.asarray(golden["cond"]))
+    output = jax.jit(model.apply)(
+        variables, jnp.asarray(golden["codes"].reshape(2, 2, 3, 3)), jnp.asarray(golden["cond"])
+    )
     assert_close(output.logits.reshape(2, 6, 3, 7), golden["logits"])
     assert_close(output.cond_logits, golden["cond_logits"])

@@ -51,12 +51,18 @@ def test_others_are_named(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **settings: calls.append((args, settings)))
     hosts.join("a:1", 3, 0, 7)
     assert calls == [(("a:1", 3, 0), {"heartbeat_timeout_seconds": 7})]
-    with pytest.raises(ValueError, match="^--process_id: unset; --coordinator, --num_processes and --process_id belong together$"):
+    with pytest.raises(
+        ValueError, match="^--process_id: unset; --coordinator, --num_processes and --process_id belong together$"
+    ):
         hosts.join("a:1", 3)
-    with pytest.raises(ValueError, match="^--coordinator: 'localhost' has no port; give host:port, the same for every process$"):
+    with pytest.raises(
+        ValueError, match="^--coordinator: 'localhost' has no port; give host:port, the same for every process$"
+    ):
         hosts.join("localhost", 3, 0)
     for process_id in (-1, 3):
-        with pytest.raises(ValueError, match=rf"^--process_id: {process_id} is outside 0\.\.2, the processes of the run$"):
+        with pytest.raises(
+            ValueError, match=rf"^--process_id: {process_id} is outside 0\.\.2, the processes of the run$"
+        ):
             hosts.join("a:1", 3, process_id)
 
 
@@ -65,7 +71,8 @@ def test_several_processes_ask_by_one_count(monkeypatch):
     asked = []
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        "jax.experimental.multihost_utils.reached_preemption_sync_point", lambda number: asked.append(number) or number == 3
+        "jax.experimental.multihost_utils.reached_preemption_sync_point",
+        lambda number: asked.append(number) or number == 3,
     )
     stop = hosts.Stop()
     assert [stop.is_asked() for _ in range(3)] == [False, False, True]
@@ -140,7 +147,9 @@ def single(configs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count, mesh", [(2, []), (4, []), (2, ["data=1", "tensor=2"])], ids=["2", "4", "2 along tensor"])
+@pytest.mark.parametrize(
+    "count, mesh", [(2, []), (4, []), (2, ["data=1", "tensor=2"])], ids=["2", "4", "2 along tensor"]
+)
 @pytest.mark.parametrize("stage", STAGES)
 def test_many_processes_give_the_numbers_of_one(configs, single, tmp_path, stage, count, mesh):
     options = [f"--config.mesh.{axis}" for axis in mesh]
@@ -178,7 +187,9 @@ def test_a_run_goes_on_with_other_devices(configs, single, tmp_path, stage):
         np.testing.assert_allclose(two[step]["loss"], still_one[step]["loss"], rtol=1e-5)
 
 
-@pytest.mark.fault("kill -9 of one of two processes", "the other ends within the heartbeat; both go on from the last checkpoint")
+@pytest.mark.fault(
+    "kill -9 of one of two processes", "the other ends within the heartbeat; both go on from the last checkpoint"
+)
 @pytest.mark.slow
 def test_when_one_is_killed_the_others_end_and_the_run_goes_on(configs, single, tmp_path):
     config = configs / "vae.py"
@@ -211,10 +222,14 @@ def test_sigterm_to_one_stops_all_at_one_step(configs, tmp_path):
     assert all(f"stopped by signal 15 at step {last}" in output for output in outputs)
 
 
-@pytest.mark.fault("SIGTERM to one of two processes while both evaluate", "both save the step; the next start evaluates it")
+@pytest.mark.fault(
+    "SIGTERM to one of two processes while both evaluate", "both save the step; the next start evaluates it"
+)
 @pytest.mark.slow
 def test_sigterm_to_one_ends_the_evaluation_of_all(configs, tmp_path):
-    pictures = helpers.write_pictures(tmp_path / "pictures", num_train=8, num_validation=200)  # takes far longer than a step
+    pictures = helpers.write_pictures(
+        tmp_path / "pictures", num_train=8, num_validation=200
+    )  # takes far longer than a step
     options = [f"--config.data.data_dir={pictures}", "--config.loop.evaluate_every_steps=1"]
     processes = begin(STAGES["vae"], configs / "vae.py", tmp_path, 2, *options, "--config.loop.total_steps=2000")
     deadline = time.monotonic() + 300
@@ -227,6 +242,8 @@ def test_sigterm_to_one_ends_the_evaluation_of_all(configs, tmp_path):
     last = steps_of(tmp_path / "checkpoints")[-1]
     missing = [step for step, figures in helpers.read_metrics(tmp_path).items() if "validation_loss" not in figures]
     assert missing in ([last], [])  # nearly all of the time goes into evaluations, but not all
-    codes, outputs = end(begin(STAGES["vae"], configs / "vae.py", tmp_path, 2, *options, f"--config.loop.total_steps={last}"))
+    codes, outputs = end(
+        begin(STAGES["vae"], configs / "vae.py", tmp_path, 2, *options, f"--config.loop.total_steps={last}")
+    )
     assert codes == [0, 0], outputs[0][-3000:]
     assert all("validation_loss" in figures for figures in helpers.read_metrics(tmp_path).values())

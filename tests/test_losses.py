@@ -151,7 +151,9 @@ def test_hinge_has_no_gradient_beyond_the_margin_and_vanilla_no_overflow():
     to_real = jax.grad(losses.discriminator_loss_real)(logits)
     np.testing.assert_allclose(8 * to_fake, [0, 1, 1, 1], rtol=1e-6)
     np.testing.assert_allclose(8 * to_real, [-1, -1, -1, 0], rtol=1e-6)
-    np.testing.assert_allclose(losses.discriminator_loss(jnp.array([-1e4]), jnp.array([1e4]), "vanilla"), 1e4, rtol=1e-6)
+    np.testing.assert_allclose(
+        losses.discriminator_loss(jnp.array([-1e4]), jnp.array([1e4]), "vanilla"), 1e4, rtol=1e-6
+    )
 
 
 def test_defaults_are_the_released_ones():

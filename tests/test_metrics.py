@@ -76,7 +76,10 @@ def pictures(*shape, seed=0):
 def test_ssim_is_the_mean_over_channels_and_places():
     images, noise = pictures(2, 17, 14, 3), 0.3 * pictures(5, 2, 17, 14, 3, seed=1)
     expected = [
-        [np.mean([similarity(x[..., c], np.clip(x + n, -1, 1)[..., c]) for c in range(3)]) for x, n in zip(images, m, strict=True)]
+        [
+            np.mean([similarity(x[..., c], np.clip(x + n, -1, 1)[..., c]) for c in range(3)])
+            for x, n in zip(images, m, strict=True)
+        ]
         for m in noise
     ]
     # The pictures are compared with each of five reconstructions.

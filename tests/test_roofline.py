@@ -50,7 +50,11 @@ def compiled_text(function, *args):
 def test_huge_model_by_part():
     huge = paper_model("throughput_huge")
     flops = roofline.transformer_flops(huge)
-    assert {name: round(value / 1e9) for name, value in flops.items()} == {"spatial": 153, "depth": 87, "classifier": 13}
+    assert {name: round(value / 1e9) for name, value in flops.items()} == {
+        "spatial": 153,
+        "depth": 87,
+        "classifier": 13,
+    }
     assert sum(flops.values()) / 1e9 == pytest.approx(253, abs=0.5)
     read = sum(roofline.weights_read(huge, "bfloat16").values())
     assert read / 1e9 == pytest.approx(252, abs=0.5)

@@ -108,7 +108,9 @@ def test_neighbours_of_a_model_without_a_data_set_are_refused_before_anything_is
 
 @pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 def test_narrow_weights_draw_and_are_recorded(trained, tmp_path, weights):
-    exact, narrow = (draw(trained, tmp_path / name, f"--weights={name}", kind="class", num=8) for name in ("float32", weights))
+    exact, narrow = (
+        draw(trained, tmp_path / name, f"--weights={name}", kind="class", num=8) for name in ("float32", weights)
+    )
     assert (exact.settings["weights"], narrow.settings["weights"]) == ("float32", weights)
     assert (exact.codes[:, 0, 0, 0] == narrow.codes[:, 0, 0, 0]).mean() > 0.7
     with pytest.raises(ValueError, match="--weights: invalid choice: 'int4'"):
@@ -253,7 +255,9 @@ def test_classes_are_drawn_as_often_as_the_training_set_has_them(trained, tmp_pa
     counted = shutil.copytree(trained.stage2["class"], tmp_path / "counted")
     config = json.loads((counted / "config.json").read_text())
     (counted / "config.json").write_text(json.dumps({**config, "class_counts": [0, 300, 0, 100, 0]}))
-    drawn = draw(dataclasses.replace(trained, stage2={"class": counted}), tmp_path / "all", kind="class", num=40, batch=20)
+    drawn = draw(
+        dataclasses.replace(trained, stage2={"class": counted}), tmp_path / "all", kind="class", num=40, batch=20
+    )
     found = np.bincount(drawn.cond[:, 0], minlength=V)
     assert found[1] + found[3] == 40 and 20 < found[1] < 40  # of 30
     loaded = checkpoint.load_model(counted)
@@ -298,7 +302,9 @@ def test_classes_of_a_split_are_its_labels_in_turn(trained, tmp_path):
     config = json.loads((converted / "config.json").read_text())
     (converted / "config.json").write_text(json.dumps({**config, "data": {}}))
     arguments = sample.parse_args([f"--checkpoint={converted}", f"--out={tmp_path / 'none'}", "--classes_of=train"])
-    with pytest.raises(ValueError, match="^--classes_of: train needs the data set of the model, which names none; give --cl"):
+    with pytest.raises(
+        ValueError, match="^--classes_of: train needs the data set of the model, which names none; give --cl"
+    ):
         sample.run(arguments)
 
 
@@ -395,7 +401,10 @@ def test_bad_prefixes_are_refused(trained, tmp_path, nothing_compiles, arrays, p
 
 
 def test_directories_without_a_transformer_are_refused(trained, tmp_path, nothing_compiles):
-    cases = {trained.stage1: "carries no tokenizer; give the directory of a stage-2 run", tmp_path / "gone": "is no run directory"}
+    cases = {
+        trained.stage1: "carries no tokenizer; give the directory of a stage-2 run",
+        tmp_path / "gone": "is no run directory",
+    }
     for directory, message in cases.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
             sample.run(sample.parse_args([f"--checkpoint={directory}", f"--out={tmp_path / 'out'}"]))

@@ -15,7 +15,10 @@ SETTINGS = {"first_index": 0, "num_images": 3, "batch_size": 3, "out": "a", "top
     [
         ([], "^--samples: '.*' holds 2 pictures of an earlier run; draw into an empty --out$"),
         ([{"first_index": 3, "num_images": 1}], "^--samples: '.*' holds 1 pictures of an earlier run; draw"),
-        ([{"first_index": 3, "top_p": 0.5, "transformer": "y"}], "^--samples: '.*' holds pictures of several top_p, transformer; draw"),
+        (
+            [{"first_index": 3, "top_p": 0.5, "transformer": "y"}],
+            "^--samples: '.*' holds pictures of several top_p, transformer; draw",
+        ),
         ([{"first_index": 3, "num_images": 2, "batch_size": 8, "out": "b"}], None),  # two hosts, one set
     ],
 )

@@ -193,7 +193,11 @@ MISTAKES = {
     "num_images": ({}, {"num_images": 0}, r"^num_images: 0 must be at least 1$"),
     "temperature": ({}, {"temperature": -1.0}, r"^temperature: -1.0 must be at least 0"),
     "top_k": ({}, {"top_k": 0}, r"^top_k: 0 must be at least 1"),
-    "guidance nan": (NULL, {"cond": jnp.array([0, 1]), "guidance": float("nan")}, r"^guidance: nan must be a finite number"),
+    "guidance nan": (
+        NULL,
+        {"cond": jnp.array([0, 1]), "guidance": float("nan")},
+        r"^guidance: nan must be a finite number",
+    ),
     "top_p": ({}, {"top_p": 2.0}, r"^top_p: 2.0 is outside \[0, 1\]"),
     "temperatures": (
         {},

@@ -146,7 +146,9 @@ def test_the_program_sorts_nothing_makes_no_noise_in_the_loop_and_copies_no_cach
     counts = roofline.count_compiled(compiled.as_text())
     assert "sort" not in counts.ops and not counts.loop_ops.get("rng-bit-generator", 0)
     copied = set(re.findall(r"= (\S+?)(?:\{[^}]*\})? copy\(", compiled.as_text()))
-    assert copied and not {f"{short}[{B},4,{rows},4]" for rows in range(1 + D, 2 + T)} & copied  # no cache is, at any step
+    assert (
+        copied and not {f"{short}[{B},4,{rows},4]" for rows in range(1 + D, 2 + T)} & copied
+    )  # no cache is, at any step
     plain = jax.jit(lambda v: generate(model, v, RNG, B, CONDS["class"])).lower(variables).compile()
     work = sum(stage.flops for stage in roofline.sampling_work(model, B, "float32").values())
     assert roofline.count_compiled(plain.as_text()).flops == pytest.approx(work, rel=0.1)
@@ -212,14 +214,19 @@ def resting(dtype, **switches):
 def test_float32_at_rest_is_the_model_itself(switches):
     model, variables, rest = resting("float32", **dict(switches))
     codes = jax.random.randint(jax.random.key(0), (B, h, w, D), 0, 61)
-    np.testing.assert_allclose(run(model, rest, codes).logits, run(model, variables, codes).logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        run(model, rest, codes).logits, run(model, variables, codes).logits, rtol=1e-4, atol=1e-4
+    )
     np.testing.assert_array_equal(generate(model, rest, RNG, B), generate(model, variables, RNG, B))
     again = model.at_rest(rest)
     assert jax.tree.structure(again) == jax.tree.structure(rest)
     down = rest["params"]["spatial_stack"]["blocks"][1]["down_FM"]
     if jax.default_backend() == "cpu":
         np.testing.assert_array_equal(down.values.T, variables["params"]["spatial_stack"]["blocks"]["down_FM"][1])
-    assert not isinstance(model.clone(dtype="bfloat16").at_rest(variables)["params"]["spatial_stack"]["blocks"][1]["down_FM"], RestingWeight)
+    assert not isinstance(
+        model.clone(dtype="bfloat16").at_rest(variables)["params"]["spatial_stack"]["blocks"][1]["down_FM"],
+        RestingWeight,
+    )
 
 
 @pytest.mark.parametrize(("dtype", "distance", "loss_change"), [("bfloat16", 0.01, 1e-3), ("int8", 0.02, 5e-3)])
@@ -281,5 +288,3 @@ def test_single_rows_with_bfloat16_weights():
     codes = generate(model, rest, RNG, 1, temperature=0.0)
     assert bool(jnp.isfinite(run(model, rest, codes).logits).all())
     np.testing.assert_array_equal(codes[0], generate(model, rest, RNG, 3, temperature=0.0)[0])
-
-

@@ -195,14 +195,14 @@ def gradients_of_one_device(model, loss):
         "cond": rng.integers(0, 12, (8, 1)),
     }
     # As they begin, some are zero, and so are the gradients of what is behind them.
-    rest = jax.tree.map(
-        lambda x: rng.normal(0, 0.2, x.shape).astype(x.dtype), models.abstract_variables(model)
-    )
+    rest = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(x.dtype), models.abstract_variables(model))
     params = rest.pop("params")
     return params, rest, batch, jax.jit(jax.grad(loss))(params, rest, batch)
 
 
-@pytest.mark.parametrize("model, loss", [(TOKENIZER, tokenizer_loss), (MODEL, transformer_loss)], ids=["stage 1", "stage 2"])
+@pytest.mark.parametrize(
+    "model, loss", [(TOKENIZER, tokenizer_loss), (MODEL, transformer_loss)], ids=["stage 1", "stage 2"]
+)
 def test_gradients_are_those_of_one_device_on_every_mesh(mesh, model, loss):
     """Two convolutions in a row are what XLA's partitioner once got wrong."""
     params, rest, batch, expected = gradients_of_one_device(model, loss)
@@ -264,7 +264,9 @@ def test_processes_along_tensor_read_the_same_part(monkeypatch, sizes, processes
 
 @pytest.mark.parametrize("sizes, processes", [((2, 1, 3), [0, 0, 1, 1, 2, 2]), ((4, 1, 1), [0, 1, 1, 0])])
 def test_parts_that_overlap_are_refused(sizes, processes):
-    with pytest.raises(ValueError, match=r"^mesh: {'data': .*} over \d processes gives some of them parts .* overlap; let tensor"):
+    with pytest.raises(
+        ValueError, match=r"^mesh: {'data': .*} over \d processes gives some of them parts .* overlap; let tensor"
+    ):
         sharding.batch_part(Placed(sizes, processes))
 
 

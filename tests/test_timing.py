@@ -65,7 +65,9 @@ def test_measuring_waits_for_the_arrays(clock, monkeypatch):
 
 @helpers.full_optimization()
 def test_compiling_is_timed_apart():
-    compiled = timing.compile_program(lambda x, y: {"sum": x + y}, jnp.ones((3, 5)), jax.ShapeDtypeStruct((), jnp.float32))
+    compiled = timing.compile_program(
+        lambda x, y: {"sum": x + y}, jnp.ones((3, 5)), jax.ShapeDtypeStruct((), jnp.float32)
+    )
     assert compiled.seconds > 0
     assert compiled.memory["arguments"] == 4 * (15 + 1) and compiled.memory["outputs"] >= 4 * 15
     np.testing.assert_array_equal(compiled.call(jnp.ones((3, 5)), jnp.float32(2))["sum"], np.full((3, 5), 3.0))
@@ -80,7 +82,13 @@ def test_options_of_jit_reach_it():
 def test_result():
     stages = {"a": roofline.Work(3000.0, 20.0), "b": roofline.Work(2000.0, 100.0, "bfloat16")}
     program = timing.Program(
-        lambda: None, 6, 1.5, {"temporaries": 40}, stages, model_flops=2500.0, details=lambda seconds: {"half": seconds / 2}
+        lambda: None,
+        6,
+        1.5,
+        {"temporaries": 40},
+        stages,
+        model_flops=2500.0,
+        details=lambda seconds: {"half": seconds / 2},
     )
     entry = timing.result({"batch": 6}, program, [10.0, 8.0, 20.0], PEAKS)
     assert entry["config"] == {"batch": 6} and entry["count"] == 6 and entry["compile_seconds"] == 1.5
@@ -124,7 +132,11 @@ def test_environment(tmp_path):
 
 def test_a_checkout_is_dirty_where_code_is(tmp_path):
     def git(*args):
-        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", *args], check=True, capture_output=True)
+        subprocess.run(
+            ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", *args],
+            check=True,
+            capture_output=True,
+        )
 
     (tmp_path / "results").mkdir()
     for name in ("results/table.json", "code.py"):
@@ -200,10 +212,14 @@ def test_figures_name_parts_and_utilization():
 
 
 def test_compare():
-    old = record(entry(2.0, 10, batch=1, shape=(8, 8)), entry(batch=2), {"config": {"batch": 3}, "error": "out of memory"})
+    old = record(
+        entry(2.0, 10, batch=1, shape=(8, 8)), entry(batch=2), {"config": {"batch": 3}, "error": "out of memory"}
+    )
     old = json.loads(json.dumps(old))  # lists where there were tuples
     new = [entry(1.0, 30, shape=(8, 8), batch=1), entry(batch=4), entry(batch=3)]
-    assert timing.compare(new, old) == [{"config": {"shape": (8, 8), "batch": 1}, "per_second": 2.0, "temporaries": 3.0}]
+    assert timing.compare(new, old) == [
+        {"config": {"shape": (8, 8), "batch": 1}, "per_second": 2.0, "temporaries": 3.0}
+    ]
     timing.check_comparable("sample", [e["config"] for e in new], old, "old.json")
 
 
@@ -238,7 +254,9 @@ def test_a_file_that_is_no_record(tmp_path, text):
 
 
 def test_no_file():
-    with pytest.raises(FileNotFoundError, match="--compare: 'nowhere.json' is no file; give the JSON of an earlier run"):
+    with pytest.raises(
+        FileNotFoundError, match="--compare: 'nowhere.json' is no file; give the JSON of an earlier run"
+    ):
         timing.read_record("nowhere.json")
 
 

@@ -417,7 +417,9 @@ def test_finish_draws_curves_and_tells_where_pictures_are(uninterrupted, capsys)
     assert capsys.readouterr().out == f"pictures: {workdir / 'pictures'}\n"
 
 
-@pytest.mark.parametrize("batch_size, next_batch, missed", [(BATCH // 2, 10, 0), (BATCH * 5, 1, 0), (BATCH * 3, 2, BATCH)])
+@pytest.mark.parametrize(
+    "batch_size, next_batch, missed", [(BATCH // 2, 10, 0), (BATCH * 5, 1, 0), (BATCH * 3, 2, BATCH)]
+)
 def test_the_data_goes_on_where_it_was_with_another_batch_size(tmp_path, caplog, batch_size, next_batch, missed):
     with pytest.raises(SystemExit):
         train(tmp_path, ToyDataset({4: kill_self(signal.SIGTERM)}))

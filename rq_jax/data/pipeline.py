@@ -60,17 +60,11 @@ class Dataset:
     ):
         """Args as `make_dataset`; the transforms make the arrays of one example, without the batch axis."""
         if not 0 <= shard_index < shard_count:
-            raise ValueError(
-                f"shard_index={shard_index}: must be in [0, {shard_count}), the number of shards"
-            )
+            raise ValueError(f"shard_index={shard_index}: must be in [0, {shard_count}), the number of shards")
         if batch_size < 1 or batch_size % shard_count:
-            raise ValueError(
-                f"batch_size={batch_size}: must be a positive multiple of the {shard_count} shards"
-            )
+            raise ValueError(f"batch_size={batch_size}: must be a positive multiple of the {shard_count} shards")
         if num_threads < 1 or num_workers < 0:
-            raise ValueError(
-                f"num_threads={num_threads}, num_workers={num_workers}: at least 1 thread, 0 workers"
-            )
+            raise ValueError(f"num_threads={num_threads}, num_workers={num_workers}: at least 1 thread, 0 workers")
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed={seed}: must be in [0, 2**32)")
         self.source, self.train, self.batch_size = source, train, batch_size
@@ -90,9 +84,7 @@ class Dataset:
 
     def iterator(self) -> "BatchIterator":
         """A new iterator from the start; every array leads with batch_size // shard_count."""
-        return BatchIterator(
-            self._training_batches() if self.train else self._evaluation_batches(), self._prefetched
-        )
+        return BatchIterator(self._training_batches() if self.train else self._evaluation_batches(), self._prefetched)
 
     def examples(self, indices: Sequence[int]) -> Batch:
         """The examples at these positions of the source as one batch, through the evaluation transform."""
@@ -254,13 +246,9 @@ def make_dataset(
     """
     size = _check_size(image_size)
     if train_transform not in TRANSFORMS:
-        raise ValueError(
-            f"unknown train_transform={train_transform!r}: choose one of {', '.join(TRANSFORMS)}"
-        )
+        raise ValueError(f"unknown train_transform={train_transform!r}: choose one of {', '.join(TRANSFORMS)}")
     if eval_transform not in DETERMINISTIC:
-        raise ValueError(
-            f"unknown eval_transform={eval_transform!r}: choose one of {', '.join(DETERMINISTIC)}"
-        )
+        raise ValueError(f"unknown eval_transform={eval_transform!r}: choose one of {', '.join(DETERMINISTIC)}")
     if not 0.0 <= flip_probability <= 1.0:
         raise ValueError(f"flip_probability={flip_probability}: must be in [0, 1]")
     tokenizer = None

@@ -50,18 +50,14 @@ def prepare(data_dir: str | os.PathLike | None = None, name: str = "twemoji") ->
         return target
     missing = [package for package in _PACKAGES if importlib.util.find_spec(package) is None]
     if missing:
-        raise ModuleNotFoundError(
-            f"twemoji needs {', '.join(missing)}: install the extras rq_jax[train,demo]"
-        )
+        raise ModuleNotFoundError(f"twemoji needs {', '.join(missing)}: install the extras rq_jax[train,demo]")
 
     from rq_jax.data.twemoji import twemoji_dataset_builder
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=data_dir) as scratch:
         builder = twemoji_dataset_builder.Builder(data_dir=scratch, config=config)
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # it would announce the scratch directory; the bars remain
+        with contextlib.redirect_stdout(io.StringIO()):  # it would announce the scratch directory; the bars remain
             builder.download_and_prepare(file_format="array_record")
         try:
             os.rename(builder.data_dir, target)

@@ -45,9 +45,7 @@ class TfdsRecords:
         labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
         texts = list(_texts(features))
         if not images:
-            raise ValueError(
-                f"data set {self.name} has no Image feature: its features are {', '.join(features)}"
-            )
+            raise ValueError(f"data set {self.name} has no Image feature: its features are {', '.join(features)}")
         self.image_key = "image" if "image" in images else images[0]
         self.label_key = _check_key("label_key", label_key, labels, self.name)
         self.text_key = _check_key("text_key", text_key, texts, self.name)
@@ -56,9 +54,7 @@ class TfdsRecords:
             builder.info.splits[split]
         except (KeyError, ValueError) as error:
             splits = ", ".join(builder.info.splits)
-            raise ValueError(
-                f"unknown split {split!r} of data set {self.name}: choose one of {splits}"
-            ) from error
+            raise ValueError(f"unknown split {split!r} of data set {self.name}: choose one of {splits}") from error
         if builder.info.file_format == tfds.core.file_adapters.FileFormat.TFRECORD:
             files = builder.info.splits[split].file_instructions
             self._data = TfRecords([Part(os.fspath(f.filename), f.skip, f.take) for f in files])
@@ -100,9 +96,7 @@ class FolderRecords:
     `.txt` beside the picture (text_key="txt").
     """
 
-    def __init__(
-        self, data_dir: str | os.PathLike | None, split: str, label_key: str | None, text_key: str | None
-    ):
+    def __init__(self, data_dir: str | os.PathLike | None, split: str, label_key: str | None, text_key: str | None):
         if data_dir is None:
             raise ValueError("data_dir is missing: name='folder' needs the directory of the pictures")
         self.root = Path(data_dir).expanduser()
@@ -123,9 +117,7 @@ class FolderRecords:
         else:
             self._paths = [path for path in paths if split in ("all", _folder_split(path, has_folders))]
         if not self._paths:
-            raise FileNotFoundError(
-                f"split {split!r} of {str(self.root)!r} is empty: {len(paths)} pictures in all"
-            )
+            raise FileNotFoundError(f"split {split!r} of {str(self.root)!r} is empty: {len(paths)} pictures in all")
         self.class_names = None
         if label_key:
             self._classes = {path: self._class_of(path, has_folders) for path in paths}
@@ -134,9 +126,7 @@ class FolderRecords:
         if text_key:
             for path in self._paths:
                 if not (self.root / path).with_suffix(".txt").is_file():
-                    raise FileNotFoundError(
-                        f"no caption beside {str(self.root / path)!r}: text_key='txt' needs one"
-                    )
+                    raise FileNotFoundError(f"no caption beside {str(self.root / path)!r}: text_key='txt' needs one")
 
     def _class_of(self, path: Path, has_folders: bool) -> str:
         folders = path.parts[1:-1] if has_folders and path.parts[0] in _SPLITS else path.parts[:-1]
@@ -308,9 +298,7 @@ def _tfds_builder(name: str, data_dir: str | os.PathLike | None):
 
 def _check_key(what: str, key: str | None, allowed: list[str], name: str) -> str | None:
     if key is not None and key not in allowed:
-        raise ValueError(
-            f"unknown {what}={key!r} of data set {name!r}: choose one of {', '.join(allowed) or '(none)'}"
-        )
+        raise ValueError(f"unknown {what}={key!r} of data set {name!r}: choose one of {', '.join(allowed) or '(none)'}")
     return key
 
 

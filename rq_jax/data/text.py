@@ -54,9 +54,7 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The (lower-cased) text of one row of ids, without padding."""
-        words = "".join(
-            self._bpe.id_to_token(int(token)) or "" for token in tokens if token != self._ids[PAD]
-        )
+        words = "".join(self._bpe.id_to_token(int(token)) or "" for token in tokens if token != self._ids[PAD])
         return words.replace(_WORD_END, " ").strip()
 
     def save(self, path: str | os.PathLike) -> None:
@@ -72,9 +70,7 @@ class Tokenizer:
         """BPE-dropout (Provilkov et al. 2020, algorithm 1): every step may leave out each possible merge."""
         symbols = [*word[:-1], word[-1] + _WORD_END]
         while True:
-            ranked = (
-                (self._ranks.get(pair), i) for i, pair in enumerate(zip(symbols, symbols[1:], strict=False))
-            )
+            ranked = ((self._ranks.get(pair), i) for i, pair in enumerate(zip(symbols, symbols[1:], strict=False)))
             possible = [(rank, i) for rank, i in ranked if rank is not None and rng.random() >= self.dropout]
             if not possible:
                 return symbols
@@ -109,9 +105,7 @@ def load_tokenizer(path: str | os.PathLike, length: int, dropout: float = 0.0) -
     files = [path, path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")] if is_pair else [path]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(
-                f"no tokenizer file {str(file)!r}: train one with python -m rq_jax.data.text"
-            )
+            raise FileNotFoundError(f"no tokenizer file {str(file)!r}: train one with python -m rq_jax.data.text")
     try:
         if is_pair:
             vocab, merges = models.BPE.read_file(*map(str, files))
@@ -121,9 +115,7 @@ def load_tokenizer(path: str | os.PathLike, length: int, dropout: float = 0.0) -
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{str(path)!r} is not a tokenizer file: {error}") from error
     if not isinstance(bpe.model, models.BPE) or (bpe.token_to_id(PAD), bpe.token_to_id(UNKNOWN)) != (0, 1):
-        raise ValueError(
-            f"{str(path)!r} is not a byte-pair tokenizer with {PAD} as id 0 and {UNKNOWN} as id 1"
-        )
+        raise ValueError(f"{str(path)!r} is not a byte-pair tokenizer with {PAD} as id 0 and {UNKNOWN} as id 1")
     return Tokenizer(bpe, length, dropout)
 
 
@@ -146,9 +138,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | os.PathLik
     bpe = _untrained()
     texts = list(texts)
     words = {word for text in texts for word in _words(bpe, text)}
-    letters = sorted(
-        {letter for word in words for letter in word[:-1]} | {word[-1] + _WORD_END for word in words}
-    )
+    letters = sorted({letter for word in words for letter in word[:-1]} | {word[-1] + _WORD_END for word in words})
     if len(letters) + 2 > vocab_size:
         raise ValueError(f"vocab_size={vocab_size}: the letters alone need {len(letters) + 2}")
     # The trainer numbers letters in no fixed order unless they are special, which they must not stay.
@@ -195,16 +185,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     from rq_jax.data.sources import open_records
 
-    parser = argparse.ArgumentParser(
-        prog="python -m rq_jax.data.text", description="Train a byte-pair tokenizer."
-    )
+    parser = argparse.ArgumentParser(prog="python -m rq_jax.data.text", description="Train a byte-pair tokenizer.")
     parser.add_argument("--name", required=True, help="twemoji, folder, or a prepared TFDS data set")
     parser.add_argument("--data_dir", help="as in config.data")
     parser.add_argument("--split", default="train", help="the split to read (default: train)")
     parser.add_argument("--text_key", required=True, help="the feature that holds the captions")
-    parser.add_argument(
-        "--vocab_size", type=int, required=True, help="the most ids, the two special ones included"
-    )
+    parser.add_argument("--vocab_size", type=int, required=True, help="the most ids, the two special ones included")
     parser.add_argument("--out", required=True, help="the tokenizer.json to write")
     options = parser.parse_args(arguments)
     try:

@@ -20,9 +20,7 @@ def _resize(image: "Image.Image", size: Size) -> "Image.Image":
     from PIL import Image
 
     height, width = size
-    return (
-        image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
-    )
+    return image if image.size == (width, height) else image.resize((width, height), Image.Resampling.BILINEAR)
 
 
 def _crop(image: "Image.Image", top: int, left: int, size: Size) -> "Image.Image":
@@ -53,9 +51,7 @@ def resize_random_crop(image: "Image.Image", size: Size, rng: np.random.Generato
     return _random_crop(_resize_to_cover(image, size), size, rng)
 
 
-def resize_center_crop(
-    image: "Image.Image", size: Size, rng: np.random.Generator | None = None
-) -> "Image.Image":
+def resize_center_crop(image: "Image.Image", size: Size, rng: np.random.Generator | None = None) -> "Image.Image":
     """Evaluation, and LSUN training: resize to cover `size`, then the middle."""
     del rng
     return _center_crop(_resize_to_cover(image, size), size)

@@ -33,9 +33,7 @@ def create(name: str, **settings: Any) -> nn.Module:
     fields = {f.name: f for f in dataclasses.fields(MODELS[name]) if f.name not in ("parent", "name")}
     unknown = sorted(set(settings) - set(fields))
     if unknown:
-        raise ValueError(
-            f"model.{unknown[0]}: unknown setting of '{name}'; allowed are {', '.join(sorted(fields))}"
-        )
+        raise ValueError(f"model.{unknown[0]}: unknown setting of '{name}'; allowed are {', '.join(sorted(fields))}")
     missing = [k for k, f in fields.items() if f.default is dataclasses.MISSING and settings.get(k) is None]
     if missing:
         raise ValueError(f"model.{missing[0]}: '{name}' needs it and it is not set")

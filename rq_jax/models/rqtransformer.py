@@ -118,9 +118,7 @@ class RQTransformer(nn.Module):
         self.classifier_bias = self.param(f"classifier_bias_{suffix}K", zeros, (*per_depth, K))
         if self.cond_length > 1:
             self.cond_classifier_norm = LayerNorm(self._dtype)
-            self.cond_classifier_MV = stored_weight(
-                self, "cond_classifier_MV", (M, self.cond_vocab_size), self._dtype
-            )
+            self.cond_classifier_MV = stored_weight(self, "cond_classifier_MV", (M, self.cond_vocab_size), self._dtype)
             self.cond_classifier_bias_V = self.param("cond_classifier_bias_V", zeros, (self.cond_vocab_size,))
 
     # --- the forward pass ---

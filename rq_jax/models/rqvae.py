@@ -204,9 +204,7 @@ class RQVAE(nn.Module):
         """Latents on the latent grid, float32, after the 1x1 convolution and before quantisation."""
         if images.shape[1:] != (*self.image_shape, self.in_channels):
             expected = (*self.image_shape, self.in_channels)
-            raise ValueError(
-                f"images: shape {images.shape} does not fit this model; it takes (B, {str(expected)[1:]}"
-            )
+            raise ValueError(f"images: shape {images.shape} does not fit this model; it takes (B, {str(expected)[1:]}")
         return self.quant_conv(self.encoder(images, train)).astype(jnp.float32)
 
     def encode_to_codes(self, images: jax.Array) -> jax.Array:
@@ -225,9 +223,7 @@ class RQVAE(nn.Module):
         """
         expected = tuple(self.code_shape)
         if codes.shape[1:] != expected:
-            raise ValueError(
-                f"codes: shape {codes.shape} does not fit this model; it takes (B, {str(expected)[1:]}"
-            )
+            raise ValueError(f"codes: shape {codes.shape} does not fit this model; it takes (B, {str(expected)[1:]}")
         depth = expected[-1] if depth is None else depth
         if not 1 <= depth <= expected[-1]:
             raise ValueError(f"depth: {depth} is outside 1..{expected[-1]}, the code depth of this model")
@@ -249,10 +245,7 @@ class RQVAE(nn.Module):
         """Reconstructions (D, B, H, W, C) from the first 1, 2, ..., D codes of every position (paper, figure 3)."""
         sums = self._quantize(self.encode(images)).partial_sums
         return jnp.stack(
-            [
-                self.decode(quantize.unfold_patches(sums[..., d, :], self.latent_grid))
-                for d in range(sums.shape[-2])
-            ]
+            [self.decode(quantize.unfold_patches(sums[..., d, :], self.latent_grid)) for d in range(sums.shape[-2])]
         )
 
     def _quantize(self, latents: jax.Array) -> quantize.ResidualCodes:
@@ -290,9 +283,7 @@ class RQVAE(nn.Module):
                 f"model.width_multipliers: {self.width_multipliers} must be one positive integer a level, at least one"
             )
         if len(self.code_shape) != 3 or min(self.code_shape) < 1:
-            raise ValueError(
-                f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)"
-            )
+            raise ValueError(f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)")
         for axis, size in zip("HW", self.image_shape, strict=True):
             if size < 1 or size % self._downsampling:
                 raise ValueError(
@@ -308,7 +299,7 @@ class RQVAE(nn.Module):
         if self.code_dim < 1 or self.code_dim % patch:
             raise ValueError(
                 f"model.code_dim: {self.code_dim} must be a positive multiple of {patch}, "
-                    "the latents folded into one code vector"
+                "the latents folded into one code vector"
             )
         quantize.check_settings(
             quantize.ResidualQuantizer(

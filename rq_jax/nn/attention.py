@@ -200,11 +200,7 @@ class Block(nn.Module):
         hidden = project(x_BSM, self._weight("up_MF", (M, F)))
         if self.use_mlp_bias:
             hidden += self._bias("up_bias_F", (F,))
-        hidden = (
-            nn.gelu(hidden, approximate=False)
-            if self.gelu == "exact"
-            else hidden * nn.sigmoid(1.702 * hidden)
-        )
+        hidden = nn.gelu(hidden, approximate=False) if self.gelu == "exact" else hidden * nn.sigmoid(1.702 * hidden)
         out = project(hidden, self._weight("down_FM", (F, M)))
         if self.use_mlp_bias:
             out += self._bias("down_bias_M", (M,))

@@ -29,9 +29,7 @@ class Conv(nn.Module):
             self.stride,
             padding,
             kernel_init=_kernel_init,
-            bias_init=lambda key, shape, dtype=jnp.float32: jax.random.uniform(
-                key, shape, dtype, -bound, bound
-            ),
+            bias_init=lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound),
             dtype=self.dtype,
         )
         nn.share_scope(self, conv)
@@ -84,8 +82,7 @@ class AttentionBlock(nn.Module):
         B, H, W, C = x.shape
         normed = Norm(self.norm_groups, self.dtype, name="norm")(x)
         query, key, value = (
-            Conv(C, 1, dtype=self.dtype, name=name)(normed).reshape(B, H * W, C)
-            for name in ("query", "key", "value")
+            Conv(C, 1, dtype=self.dtype, name=name)(normed).reshape(B, H * W, C) for name in ("query", "key", "value")
         )
         scores = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=jnp.float32)
         weights = nn.softmax(scores * C**-0.5, axis=-1).astype(self.dtype)

