@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rq_jax import checkpoint, command_line, models, state_file, torch_import
+from rq_jax import checkpoint, command_line, models
+from rq_jax.interop import official, state_file
 
 STAGE2, DISCRIMINATOR, TEXT_TOKENIZER = "rqtransformer", "discriminator", "text_tokenizer.json"
 
@@ -92,7 +93,7 @@ class Converted(NamedTuple):
     dropped: list[str]
 
 
-def convert(kind: torch_import.Kind, state: Mapping[str, Any], settings: dict[str, Any]) -> Converted:
+def convert(kind: official.Kind, state: Mapping[str, Any], settings: dict[str, Any]) -> Converted:
     """Variables and config of one model.
 
     Args:
@@ -117,7 +118,7 @@ def import_checkpoint(args: argparse.Namespace) -> None:
       ValueError, FileNotFoundError: files that are missing, damaged, or do not fit together; nothing is left behind.
     """
     config = state_file.read_config(args.config)
-    kind = torch_import.find_kind(config)
+    kind = official.find_kind(config)
     for name in ("tokenizer", "text_tokenizer"):
         if getattr(args, name) and kind != STAGE2:
             raise ValueError(f"--{name}: {getattr(args, name)} is for stage 2, and this is a config of '{kind}'")
@@ -126,9 +127,9 @@ def import_checkpoint(args: argparse.Namespace) -> None:
     with whole(args.out) as partial:
         # What the configs refuse they refuse before the weights are read.
         pair = bind_tokenizer(partial, config, args) if args.tokenizer else None
-        settings = pair.settings if pair else torch_import.KINDS[kind].settings(config)
-        file = torch_import.unpack(state_file.read_state(args.state), kind, args.ema)
-        main = convert(torch_import.KINDS[kind], file.state, settings)
+        settings = pair.settings if pair else official.KINDS[kind].settings(config)
+        file = official.unpack(state_file.read_state(args.state), kind, args.ema)
+        main = convert(official.KINDS[kind], file.state, settings)
         if pair:
             main.config.update(pair.sections)
         if kind == STAGE2:
@@ -136,11 +137,11 @@ def import_checkpoint(args: argparse.Namespace) -> None:
             if model.uses_codebook:
                 main.variables["codebook"] = {"codebook_KE": pair.codebook} if pair else unknown_codebook(model)
         written, dropped = {".": main}, file.dropped
-        if file.discriminator is not None and not torch_import.has_discriminator(config):
+        if file.discriminator is not None and not official.has_discriminator(config):
             dropped = [*dropped, f"{DISCRIMINATOR} (the config does not describe it)"]
         elif file.discriminator is not None:
-            settings = torch_import.discriminator_settings(config)
-            written[DISCRIMINATOR] = convert(torch_import.KINDS[DISCRIMINATOR], file.discriminator, settings)
+            settings = official.discriminator_settings(config)
+            written[DISCRIMINATOR] = convert(official.KINDS[DISCRIMINATOR], file.discriminator, settings)
         for name, model in written.items():
             checkpoint.save_model(partial / name, model.config, model.variables)
     report(written, dropped, args, kind)
@@ -162,12 +163,12 @@ def bind_tokenizer(directory: Path, config: Mapping[str, Any], args: argparse.Na
     """
     tokenizer = checkpoint.load_tokenizer(args.tokenizer)
     theirs = settings_of(tokenizer.model)
-    settings = torch_import.rqtransformer_settings(config, theirs)
+    settings = official.rqtransformer_settings(config, theirs)
     if args.text_tokenizer:
         copy_text_tokenizer(args.text_tokenizer, settings, directory)
     checkpoint.bind_tokenizer(directory, tokenizer)
     data = {"name": "folder", "data_dir": None, "image_size": theirs["image_size"], "channels": theirs["in_channels"]}
-    sections = {"data": data, "sample": torch_import.sample_settings(config)}
+    sections = {"data": data, "sample": official.sample_settings(config)}
     return Pair(settings, sections, tokenizer.variables["codebook"]["codebook_KE"])
 
 
@@ -254,11 +255,11 @@ def export_model(args: argparse.Namespace) -> None:
             raise ValueError(f"--out: '{path}' is there already; give the name of a new file")
     ours = checkpoint.read_config(args.export)
     name, settings = ours["model"]["name"], settings_of(models.create(**ours["model"]))
-    config = torch_import.official_config(name, settings, ours.get("sample"))  # refuses before the weights are read
+    config = official.official_config(name, settings, ours.get("sample"))  # refuses before the weights are read
     variables = checkpoint.load_model(args.export).variables
     if name == STAGE2:
         variables.pop("codebook", None)  # the tokenizer's, and exported with it
-    state = torch_import.official_state(name, variables, settings)
+    state = official.official_state(name, variables, settings)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +273,7 @@ def export_model(args: argparse.Namespace) -> None:
     finally:
         partial.unlink(missing_ok=True)
     print(f"{name}: {len(state)} tensors, {sum(np.size(x) for x in state.values()):,} numbers, written to {out}")
-    left_out = torch_import.left_out_settings(name, settings)
+    left_out = official.left_out_settings(name, settings)
     if left_out:
         print(f"not in {beside.name}, which has no word for it: {', '.join(f'{k} {v}' for k, v in left_out.items())}")
     print(f"next: python convert_torch.py --config={beside} --state={out} --out=<directory> brings it back")

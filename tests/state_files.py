@@ -1,4 +1,4 @@
-"""The formats that rq_jax.state_file reads, written from their description and without torch; checks of what is read."""
+"""The formats that rq_jax.interop.state_file reads, written from their description and without torch; checks of what is read."""
 
 import dataclasses
 import io
@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from rq_jax.state_file import StateFileError, Tensor, read_state
+from rq_jax.interop.state_file import StateFileError, Tensor, read_state
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 FACTS = {"protocol_version": PROTOCOL, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}

@@ -29,8 +29,9 @@ from safetensors.numpy import load_file, save_file
 import convert_torch
 import sample
 import train_transformer
-from rq_jax import checkpoint, models, torch_import, train_state
+from rq_jax import checkpoint, models, train_state
 from rq_jax.data.text import train_tokenizer
+from rq_jax.interop import official
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Multiples of 32, as the original's norms need; not the code shape of `helpers`.
@@ -102,12 +103,12 @@ def test_a_whole_stage_1_checkpoint(tmp_path, stage1_state, capsys):
     }
     out = convert(tmp_path, WITH_GAN, state_files.write_zip(tmp_path / "model.pt", whole))
     loaded = checkpoint.load_model(out)
-    settings = torch_import.rqvae_settings(STAGE1)
-    helpers.assert_equal(loaded.variables, torch_import.rqvae_variables(stage1_state, settings))
+    settings = official.rqvae_settings(STAGE1)
+    helpers.assert_equal(loaded.variables, official.rqvae_variables(stage1_state, settings))
     assert loaded.model == models.create("rqvae", **settings)
     discriminator = checkpoint.load_model(out / "discriminator")
-    settings = torch_import.discriminator_settings(DISCRIMINATOR)
-    helpers.assert_equal(discriminator.variables, torch_import.discriminator_variables(discriminator_state(), settings))
+    settings = official.discriminator_settings(DISCRIMINATOR)
+    helpers.assert_equal(discriminator.variables, official.discriminator_variables(discriminator_state(), settings))
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.pt", "out"]
     lines = capsys.readouterr().out.splitlines()
     numbers = sum(x.size for x in jax.tree.leaves(loaded.variables["params"]))
@@ -162,8 +163,8 @@ def test_a_discriminator_alone(tmp_path, use_actnorm, capsys):
     state = discriminator_state(use_actnorm)
     config = {"gan": {"disc": {"arch": DISCRIMINATOR | {"use_actnorm": use_actnorm}}}}
     loaded = checkpoint.load_model(convert(tmp_path, config, state))
-    settings = torch_import.discriminator_settings(config)
-    helpers.assert_equal(loaded.variables, torch_import.discriminator_variables(state, settings))
+    settings = official.discriminator_settings(config)
+    helpers.assert_equal(loaded.variables, official.discriminator_variables(state, settings))
     assert "next: put it beside its tokenizer as <directory>/discriminator" in capsys.readouterr().out
     if use_actnorm:
         assert loaded.variables["batch_stats"]["norm1"]["initialized"].dtype == np.int32
@@ -191,8 +192,8 @@ def stage2(tmp_path_factory, stage1):
 
 def test_a_transformer_carries_its_tokenizer(stage1, stage2):
     loaded, tokenizer = checkpoint.load_model(stage2), checkpoint.load_model(stage1)
-    settings = torch_import.rqtransformer_settings(STAGE2_CLASS)
-    expected = torch_import.rqtransformer_variables(transformer_state(STAGE2_CLASS["arch"]), settings)
+    settings = official.rqtransformer_settings(STAGE2_CLASS)
+    expected = official.rqtransformer_variables(transformer_state(STAGE2_CLASS["arch"]), settings)
     helpers.assert_equal(loaded.variables["params"], expected["params"])
     codebook = {"codebook_KE": tokenizer.variables["codebook"]["codebook_KE"]}
     helpers.assert_equal(loaded.variables["codebook"], codebook)
@@ -389,9 +390,9 @@ def test_export_of_a_run_of_our_own(tmp_path, capsys):
     out = export(run, tmp_path / "own.safetensors")
     assert "not in own.config.json, which has no word for it: codebook_update pooled\n" in capsys.readouterr().out
     official = json.loads((tmp_path / "own.config.json").read_text())
-    settings = torch_import.rqvae_settings(official)
+    settings = official.rqvae_settings(official)
     assert models.create("rqvae", **settings) == dataclasses.replace(model, codebook_update="sequential", parent=None)
-    helpers.assert_equal(torch_import.rqvae_variables(load_file(out), settings), jax.tree.map(np.asarray, variables))
+    helpers.assert_equal(official.rqvae_variables(load_file(out), settings), jax.tree.map(np.asarray, variables))
 
 
 def test_export_refuses_what_the_original_cannot_express(tmp_path):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from rq_jax import losses, models, pictures, quantize, sampling, torch_import
+from rq_jax import losses, models, pictures, quantize, sampling
+from rq_jax.interop import official
 
 TOLERANCE = 1e-5
 TOKENIZER = "rqvae-8x8x4"
@@ -27,21 +28,21 @@ class Golden(NamedTuple):
     model: nn.Module
     variables: Any
     io: dict[str, np.ndarray]
-    table: torch_import.Table
+    table: official.Table
     zero_up_to_rounding: set[str]
 
 
 def load(directory, name: str, kind: str) -> Golden:
     config = json.loads((directory / f"{name}.config.json").read_text())
-    settings = getattr(torch_import, f"{kind}_settings")(config)
+    settings = getattr(official, f"{kind}_settings")(config)
     with np.load(directory / f"{name}.state.npz") as state:
-        variables = jax.device_put(getattr(torch_import, f"{kind}_variables")(dict(state), settings))
+        variables = jax.device_put(getattr(official, f"{kind}_variables")(dict(state), settings))
     with np.load(directory / f"{name}.io.npz") as file:
         io = {key: jnp.asarray(value) for key, value in file.items()}
     tolerances = json.loads((directory / "tolerances.json").read_text())[name]
     entries = {key: entry for key, entry in tolerances.items() if isinstance(entry, dict)}
     zeros = {key for key, entry in entries.items() if entry.get("zero_up_to_rounding")}
-    table = getattr(torch_import, f"{kind}_table")(settings)
+    table = getattr(official, f"{kind}_table")(settings)
     return Golden(models.create(kind, **settings), variables, io, table, zeros)
 
 

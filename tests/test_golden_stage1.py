@@ -13,7 +13,8 @@ import pytest
 from einops import rearrange
 
 import train_vae
-from rq_jax import losses, models, torch_import, train_state
+from rq_jax import losses, models, train_state
+from rq_jax.interop import official
 from rq_jax.models import rqvae
 
 TOLERANCE = 1e-5
@@ -31,10 +32,10 @@ def assert_close(actual, expected, name="") -> None:
     np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max(), err_msg=name)
 
 
-def official(kind, variables, settings):
+def official_arrays(kind, variables, settings):
     """Arrays by the names of the original."""
     variables = jax.tree.map(np.asarray, variables)
-    return {key: np.asarray(value) for key, value in torch_import.official_state(kind, variables, settings).items()}
+    return {key: np.asarray(value) for key, value in official.official_state(kind, variables, settings).items()}
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +45,12 @@ def golden(goldens):
     entries = json.loads((goldens / "tolerances.json").read_text())["stage1-train"]
     zeros = {key for key, entry in entries.items() if isinstance(entry, dict) and entry.get("zero_up_to_rounding")}
     stage1 = json.loads((goldens / f"{config['stage1']}.config.json").read_text())
-    settings = torch_import.rqvae_settings(stage1)
-    variables = torch_import.rqvae_variables(read(goldens, f"{config['stage1']}.state"), settings)
-    settings_d = torch_import.discriminator_settings(config)
+    settings = official.rqvae_settings(stage1)
+    variables = official.rqvae_variables(read(goldens, f"{config['stage1']}.state"), settings)
+    settings_d = official.discriminator_settings(config)
     state_d = read(goldens, f"{config['discriminator']}.state")
     state_d = {key: value for key, value in state_d.items() if not key.endswith("num_batches_tracked")}
-    variables_d = torch_import.discriminator_variables(state_d, settings_d)
+    variables_d = official.discriminator_variables(state_d, settings_d)
     return read(goldens, "stage1-train.io"), config, zeros, (settings, variables), (settings_d, variables_d)
 
 
@@ -131,10 +132,10 @@ def test_gradients_and_parameters_after_the_step(golden, step, prefix):
     _, after, _ = step
     if prefix:
         grads = {"params": gradients(after.discriminator_opt_state), "batch_stats": after.discriminator["batch_stats"]}
-        grads, new = (official("discriminator", tree, settings_d) for tree in (grads, after.discriminator))
+        grads, new = (official_arrays("discriminator", tree, settings_d) for tree in (grads, after.discriminator))
     else:
         tree = {"params": gradients(after.opt_state), **after.model_state}
-        grads, new = (official("rqvae", tree, settings) for tree in (tree, after.variables))
+        grads, new = (official_arrays("rqvae", tree, settings) for tree in (tree, after.variables))
     names = {key.removeprefix(f"{prefix}grad_norm.") for key in io if key.startswith(f"{prefix}grad_norm.")}
     parameters = {key for key in grads if "quantizer" not in key and "running" not in key and "tracked" not in key}
     assert names == parameters

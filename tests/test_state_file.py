@@ -23,8 +23,8 @@ from state_files import (
     write_zip,
 )  # fmt: skip
 
-import rq_jax.state_file
-from rq_jax.state_file import StateFileError, read_config, read_state
+import rq_jax.interop.state_file
+from rq_jax.interop.state_file import StateFileError, read_config, read_state
 
 DATA = np.random.default_rng(5).normal(size=(3, 5, 2)).astype(np.float32)
 both = pytest.mark.parametrize("write", [write_zip, write_stream])
@@ -180,7 +180,7 @@ def file(request, tmp_path) -> Path:
 
 
 def test_nothing_is_read_before_it_is_asked_for(file, monkeypatch):
-    monkeypatch.setattr(rq_jax.state_file.tensor.Storage, "read", None)
+    monkeypatch.setattr(rq_jax.interop.state_file.tensor.Storage, "read", None)
     x = read_state(file)["x"]
     assert (np.shape(x), x.shape, len(x), x.dtype, x.nbytes) == ((3, 5, 2), (3, 5, 2), 3, np.float32, 120)
     assert repr(x) == "Tensor(shape=(3, 5, 2), dtype=float32)" and hash(x.storage) is not None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from state_files import KINDS, assert_refused, assert_same, entry, write_members, write_safetensors
 
-from rq_jax.state_file import StateFileError, read_config, read_state
+from rq_jax.interop.state_file import StateFileError, read_config, read_state
 
 DATA = np.random.default_rng(5).normal(size=(3, 5, 2)).astype(np.float32)
 

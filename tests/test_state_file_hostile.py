@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from state_files import encode, entry, tensor, write_safetensors, write_stream, write_zip
 
-from rq_jax.state_file import StateFileError, Tensor, read_config, read_state
+from rq_jax.interop.state_file import StateFileError, Tensor, read_config, read_state
 
 SECONDS, MEGABYTES = 6, 500  # meant are 2 s, on a machine with nothing else to do
 DATA = np.random.default_rng(5).normal(size=(3, 5, 2)).astype(np.float32)
@@ -53,7 +53,7 @@ def make_cases(folder: Path) -> list[Case]:
 READER = """
 import json, pathlib, resource, signal, sys, time
 import ml_dtypes, numpy as np, yaml
-from rq_jax.state_file import StateFileError, Tensor, read_config, read_state
+from rq_jax.interop.state_file import StateFileError, Tensor, read_config, read_state
 
 def materialise(value):
     if isinstance(value, Tensor):

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rq_jax.state_file import StateFileError, Tensor, read_state
+from rq_jax.interop.state_file import StateFileError, Tensor, read_state
 
 torch = pytest.importorskip("torch")
 pytestmark = [

@@ -17,7 +17,8 @@ from official_states import (
     vqgan_state,
 )
 
-from rq_jax import models, torch_import
+from rq_jax import models
+from rq_jax.interop import official
 
 
 def shapes_of(tree):
@@ -44,8 +45,8 @@ def released(goldens):
 def test_released_configs_are_covered_to_the_last_key_and_parameter(released):
     for name, entry in released.items():
         kind = entry["config"].get("type", "discriminator").replace("-", "")
-        settings = getattr(torch_import, f"{kind}_settings")(entry["config"])
-        table = getattr(torch_import, f"{kind}_table")(settings)
+        settings = getattr(official, f"{kind}_settings")(entry["config"])
+        table = getattr(official, f"{kind}_table")(settings)
         shapes = {key: tuple(shape) for key, (shape, _) in entry["state_dict"].items()}
         assert table.official_shapes() | {key: value.shape for key, value in table.unread.items()} == shapes, name
         used = [key for rule in table.rules for key in (*rule.keys, *rule.aliases)]
@@ -81,9 +82,9 @@ def test_released_configs_are_covered_to_the_last_key_and_parameter(released):
     ids=["shared", "separate", "mixed sizes", "folded, depth 1", "separate, depth 1", "double z"],
 )
 def test_rqvae_variables(hparams, ddconfig, code_sizes, layout):
-    settings = torch_import.rqvae_settings(rqvae_config(hparams, ddconfig))
+    settings = official.rqvae_settings(rqvae_config(hparams, ddconfig))
     state = rqvae_state(code_sizes, settings["use_shared_codebook"], **layout)
-    variables = torch_import.rqvae_variables(state, settings)
+    variables = official.rqvae_variables(state, settings)
     assert shapes_of(variables) == shapes_of(models.abstract_variables(models.create("rqvae", **settings)))
     copies = [f"codebooks.{d}." for d in range(1, len(code_sizes)) if settings["use_shared_codebook"]]
     tensors = {key: value for key, value in state.items() if not any(copy in key for copy in copies)}
@@ -93,7 +94,7 @@ def test_rqvae_variables(hparams, ddconfig, code_sizes, layout):
 def test_rqvae_layout():
     state = rqvae_state((7, 9, 8))
     config = rqvae_config({"shared_codebook": False, "n_embed": [7, 9, 8]})
-    variables = torch_import.rqvae_variables(state, torch_import.rqvae_settings(config))
+    variables = official.rqvae_variables(state, official.rqvae_settings(config))
     params, codebook = variables["params"], variables["codebook"]
     weight = state["encoder.down.1.block.0.conv1.weight"]
     assert params["encoder"]["level1_block0"]["conv1"]["kernel"][2, 0, 3, 6] == weight[6, 3, 2, 0]
@@ -107,15 +108,15 @@ def test_rqvae_layout():
 
 def test_half_precision_becomes_contiguous_float32():
     state = {key: value.astype(np.float16) for key, value in rqvae_state((7, 7, 7), shared=True).items()}
-    variables = torch_import.rqvae_variables(state, torch_import.rqvae_settings(rqvae_config()))
+    variables = official.rqvae_variables(state, official.rqvae_settings(rqvae_config()))
     leaves = jax.tree.leaves(variables)
     assert all(leaf.dtype == np.float32 and leaf.flags.c_contiguous for leaf in leaves)
 
 
 def test_vqgan_variables_are_those_of_depth_1():
-    settings = torch_import.vqgan_settings(VQGAN)
-    state = torch_import.unpack(vqgan_state(), "vqgan").state
-    variables = torch_import.vqgan_variables(state, settings)
+    settings = official.vqgan_settings(VQGAN)
+    state = official.unpack(vqgan_state(), "vqgan").state
+    variables = official.vqgan_variables(state, settings)
     assert shapes_of(variables) == shapes_of(models.abstract_variables(models.create("rqvae", **settings)))
     assert_same_numbers(variables["params"], [v for k, v in state.items() if not k.startswith("quantize.")])
     codebook = variables["codebook"]
@@ -129,9 +130,9 @@ def test_vqgan_variables_are_those_of_depth_1():
 
 @pytest.mark.parametrize("use_actnorm", [False, True])
 def test_discriminator_variables(use_actnorm):
-    settings = torch_import.discriminator_settings(DISCRIMINATOR | {"use_actnorm": use_actnorm})
+    settings = official.discriminator_settings(DISCRIMINATOR | {"use_actnorm": use_actnorm})
     state = discriminator_state(use_actnorm)
-    variables = torch_import.discriminator_variables(state, settings)
+    variables = official.discriminator_variables(state, settings)
     expected = models.abstract_variables(models.create("discriminator", **settings))
     assert shapes_of(variables) == shapes_of(expected)
     assert jax.tree.map(lambda x: x.dtype, variables) == jax.tree.map(lambda x: x.dtype, expected)
@@ -150,8 +151,8 @@ def test_discriminator_variables(use_actnorm):
 
 def test_a_discriminator_of_before_batches_were_counted():
     state = {key: value for key, value in discriminator_state().items() if "num_batches" not in key}
-    settings = torch_import.discriminator_settings(DISCRIMINATOR)
-    torch_import.discriminator_variables(state, settings)
+    settings = official.discriminator_settings(DISCRIMINATOR)
+    official.discriminator_variables(state, settings)
 
 
 # --- RQ-Transformer -----------------------------------------------------------------------------------------
@@ -178,9 +179,9 @@ VARIANTS = {
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_rqtransformer_variables(changes):
     arch = TRANSFORMER | changes
-    settings = torch_import.rqtransformer_settings(arch)
+    settings = official.rqtransformer_settings(arch)
     state = transformer_state(arch)
-    variables = torch_import.rqtransformer_variables(state, settings)
+    variables = official.rqtransformer_variables(state, settings)
     expected = models.abstract_variables(models.create("rqtransformer", **settings))
     assert shapes_of(variables) == shapes_of({"params": expected["params"]})
     assert_same_numbers(variables, [value for key, value in state.items() if key != "tok_emb.offsets"])
@@ -188,7 +189,7 @@ def test_rqtransformer_variables(changes):
 
 def test_rqtransformer_layout():
     state = transformer_state(TRANSFORMER)
-    params = torch_import.rqtransformer_variables(state, torch_import.rqtransformer_settings(TRANSFORMER))["params"]
+    params = official.rqtransformer_variables(state, official.rqtransformer_settings(TRANSFORMER))["params"]
     x_M = np.random.default_rng(1).standard_normal(8).astype(np.float32)
     for stack, theirs, layer in (("spatial", "body", 2), ("depth", "head", 1)):
         blocks = params[f"{stack}_stack"]["blocks"]
@@ -216,13 +217,13 @@ def test_rqtransformer_layout():
 
 
 def test_all_wrong_keys_are_named_in_one_message():
-    settings = torch_import.rqtransformer_settings(TRANSFORMER)
+    settings = official.rqtransformer_settings(TRANSFORMER)
     state = transformer_state(TRANSFORMER)
     del state["pos_emb_d"], state["body_transformer.blocks.1.ln2.bias"]
     state["module.extra"] = np.zeros(3)
     state["input_mlp.weight"] = state["input_mlp.weight"].T
     with pytest.raises(ValueError) as error:
-        torch_import.rqtransformer_variables(state, settings)
+        official.rqtransformer_variables(state, settings)
     assert str(error.value) == (
         "state dict: does not fit its config: missing pos_emb_d, body_transformer.blocks.1.ln2.bias; "
         "unexpected module.extra; input_mlp.weight has shape (6, 8) instead of (8, 6); take both from one checkpoint"
@@ -233,21 +234,21 @@ def test_copies_of_a_shared_codebook_that_differ_are_named():
     state = rqvae_state((7, 7, 7), shared=True)
     state["quantizer.codebooks.2.embed_ema"][3, 1] += 1
     with pytest.raises(ValueError, match=r"codebooks\.2\.embed_ema differs from quantizer\.codebooks\.0\.embed_ema;"):
-        torch_import.rqvae_variables(state, torch_import.rqvae_settings(rqvae_config()))
+        official.rqvae_variables(state, official.rqvae_settings(rqvae_config()))
 
 
 def test_token_offsets_that_differ_are_named():
     arch = TRANSFORMER | VARIANTS["separate tokens"]
     state = transformer_state(arch) | {"tok_emb.offsets": np.array([0, 7, 15])}
     with pytest.raises(ValueError, match=r"tok_emb\.offsets differs from \[0, 7, 14\];"):
-        torch_import.rqtransformer_variables(state, torch_import.rqtransformer_settings(arch))
+        official.rqtransformer_variables(state, official.rqtransformer_settings(arch))
 
 
 def test_a_long_list_of_wrong_keys_is_cut():
-    settings = torch_import.rqtransformer_settings(TRANSFORMER)
+    settings = official.rqtransformer_settings(TRANSFORMER)
     with pytest.raises(ValueError) as error:
-        torch_import.rqtransformer_variables({"a": np.zeros(3)}, settings)
-    table = torch_import.rqtransformer_table(settings)
+        official.rqtransformer_variables({"a": np.zeros(3)}, settings)
+    table = official.rqtransformer_table(settings)
     assert f" and {len(table.official_shapes()) - 20} more; unexpected a; take both" in str(error.value)
 
 
@@ -256,14 +257,14 @@ def test_a_weight_of_a_wrong_type_is_named(dtype):
     state = transformer_state(TRANSFORMER)
     state["input_mlp.weight"] = state["input_mlp.weight"].astype(dtype)
     with pytest.raises(ValueError, match=f"input_mlp.weight is of type {np.dtype(dtype)} where floats are needed;"):
-        torch_import.rqtransformer_variables(state, torch_import.rqtransformer_settings(TRANSFORMER))
+        official.rqtransformer_variables(state, official.rqtransformer_settings(TRANSFORMER))
 
 
 def test_a_flag_of_a_wrong_type_is_named():
     state = discriminator_state(use_actnorm=True) | {"main.3.initialized": np.array(1.0)}
-    settings = torch_import.discriminator_settings(DISCRIMINATOR | {"use_actnorm": True})
+    settings = official.discriminator_settings(DISCRIMINATOR | {"use_actnorm": True})
     with pytest.raises(ValueError, match="main.3.initialized is of type float64 where integers are needed;"):
-        torch_import.discriminator_variables(state, settings)
+        official.discriminator_variables(state, settings)
 
 
 def test_all_kinds_of_mistakes_are_in_one_message():
@@ -273,7 +274,7 @@ def test_all_kinds_of_mistakes_are_in_one_message():
     state["post_quant_conv.weight"] = state["post_quant_conv.weight"].T
     state["encoder.conv_in.bias"] = np.arange(4)
     with pytest.raises(ValueError) as error:
-        torch_import.rqvae_variables(state, torch_import.rqvae_settings(rqvae_config()))
+        official.rqvae_variables(state, official.rqvae_settings(rqvae_config()))
     message = str(error.value)
     for part in (
         "missing quant_conv.bias; ",
@@ -290,7 +291,7 @@ def test_values_that_are_not_finite_are_kept_and_warned_of(caplog):
     state["body_transformer.blocks.1.attn.key.weight"][2, 3] = np.nan
     state["pos_emb_d"][0, 1, 2] = -np.inf
     with caplog.at_level(logging.WARNING):
-        variables = torch_import.rqtransformer_variables(state, torch_import.rqtransformer_settings(TRANSFORMER))
+        variables = official.rqtransformer_variables(state, official.rqtransformer_settings(TRANSFORMER))
     (message,) = caplog.messages
     assert message.startswith(
         "state dict: NaN or infinite values; they are kept in pos_emb_d, body_transformer.blocks.1"
@@ -304,14 +305,14 @@ def test_copies_with_nan_are_equal():
     state = rqvae_state((7, 7, 7), shared=True)
     for d in range(3):
         state[f"quantizer.codebooks.{d}.embed_ema"][1, 1] = np.nan
-    torch_import.rqvae_variables(state, torch_import.rqvae_settings(rqvae_config()))
+    official.rqvae_variables(state, official.rqvae_settings(rqvae_config()))
 
 
 def test_a_padding_row_that_is_not_zero_is_warned_of(caplog):
     state = rqvae_state((7, 9, 8))
     state["quantizer.codebooks.1.weight"][-1, 2] = 1
     config = rqvae_config({"shared_codebook": False, "n_embed": [7, 9, 8]})
-    torch_import.rqvae_variables(state, torch_import.rqvae_settings(config))
+    official.rqvae_variables(state, official.rqvae_settings(config))
     assert caplog.messages == ["state dict: a padding row that is not zero in quantizer.codebooks.1.weight"]
 
 
@@ -331,7 +332,7 @@ class Lazy:
 
 def test_each_tensor_is_read_once_and_copies_to_compare():
     state = {key: Lazy(value) for key, value in rqvae_state((7, 7, 7), shared=True).items()}
-    torch_import.rqvae_variables(state, torch_import.rqvae_settings(rqvae_config()))
+    official.rqvae_variables(state, official.rqvae_settings(rqvae_config()))
     reads = {key: tensor.reads for key, tensor in state.items()}
     assert all(count == 1 for key, count in reads.items() if not key.startswith("quantizer"))
     assert all(count >= 1 for count in reads.values())
@@ -341,7 +342,7 @@ def test_nothing_is_read_of_a_state_that_does_not_fit():
     state = {key: Lazy(value) for key, value in transformer_state(TRANSFORMER).items()}
     state["pos_emb_d"] = Lazy(np.zeros((1, 2)))
     with pytest.raises(ValueError, match="pos_emb_d has shape"):
-        torch_import.rqtransformer_variables(state, torch_import.rqtransformer_settings(TRANSFORMER))
+        official.rqtransformer_variables(state, official.rqtransformer_settings(TRANSFORMER))
     assert sum(tensor.reads for tensor in state.values()) == 0
 
 
@@ -371,23 +372,23 @@ STATES = {
 @pytest.mark.parametrize("make", STATES.values(), ids=STATES.keys())
 def test_export_gives_the_imported_tensors_back_bit_for_bit(make):
     name, config, state = make()
-    kind = torch_import.KINDS[name]
+    kind = official.KINDS[name]
     settings = kind.settings(config)
     variables = kind.variables(state, settings)
-    official = torch_import.official_state(name, variables, settings)
+    arrays = official.official_state(name, variables, settings)
     assert list(jax.tree.leaves(variables)) == []  # nothing was held twice
-    assert official.keys() == state.keys()
+    assert arrays.keys() == state.keys()
     for key, value in state.items():
         if not key.endswith("num_batches_tracked"):
-            assert official[key].dtype == value.dtype and official[key].shape == value.shape, key
-            np.testing.assert_array_equal(official[key], value, err_msg=key)
+            assert arrays[key].dtype == value.dtype and arrays[key].shape == value.shape, key
+            np.testing.assert_array_equal(arrays[key], value, err_msg=key)
 
 
 def test_export_refuses_arrays_that_the_original_does_not_have():
-    settings = torch_import.discriminator_settings(DISCRIMINATOR)
-    variables = torch_import.discriminator_variables(discriminator_state(), settings)
+    settings = official.discriminator_settings(DISCRIMINATOR)
+    variables = official.discriminator_variables(discriminator_state(), settings)
     variables["params"]["conv9"] = {"kernel": np.zeros(3)}
     with pytest.raises(
         ValueError, match=r"variables: the original has no place for \['params'\]\['conv9'\]\['kernel'\]"
     ):
-        torch_import.official_state("discriminator", variables, settings)
+        official.official_state("discriminator", variables, settings)

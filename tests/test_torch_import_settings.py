@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 from official_states import DISCRIMINATOR, TRANSFORMER, VQGAN, rqvae_config, without
 
-from rq_jax import models, torch_import
+from rq_jax import models
+from rq_jax.interop import official
 
 
 def test_rqvae_settings():
     config = {"dataset": {"type": "x"}, "arch": rqvae_config({"code_shape": [4, 2, 3]}, checkpointing=True)}
-    assert torch_import.rqvae_settings(config) == {
+    assert official.rqvae_settings(config) == {
         "image_size": 16,
         "code_shape": (4, 2, 3),
         "code_dim": 48,
@@ -38,7 +39,7 @@ def test_rqvae_settings_that_are_absent_take_the_defaults_of_the_original():
         ("ddconfig", ("double_z", "dropout")),
     ):
         config[section] = {key: value for key, value in config[section].items() if key not in names}
-    settings = torch_import.rqvae_settings(config)
+    settings = official.rqvae_settings(config)
     assert not settings["use_shared_codebook"] and not settings["use_restart"]
     assert settings["codebook_decay"] == 0.99
     assert (settings["codebook_size"], settings["use_double_z"], settings["dropout"]) == (512, True, 0.0)
@@ -48,7 +49,7 @@ def test_rqtransformer_settings():
     block = {"n_head": 2, "gelu": "v2", "attn_bias": False, "attn_pdrop": 0.2, "resid_pdrop": 0.3}
     arch = TRANSFORMER | {"embd_pdrop": 0.4, "shared_cls_emb": False, "vocab_size": None}
     arch |= {"body": {"n_layer": 3, "block": block}, "head": {"n_layer": 2, "block": block | {"n_head": 4}}}
-    assert torch_import.rqtransformer_settings({"arch": arch, "dataset": {"vocab_size": [7, 7, 7]}}) == {
+    assert official.rqtransformer_settings({"arch": arch, "dataset": {"vocab_size": [7, 7, 7]}}) == {
         "codebook_size": 7,
         "code_shape": (2, 5, 3),
         "code_dim": 6,
@@ -75,7 +76,7 @@ def test_rqtransformer_settings():
 
 def test_rqtransformer_settings_that_are_absent_take_the_defaults_of_the_original():
     kept = ("block_size", "vocab_size", "embed_dim", "body", "head")
-    settings = torch_import.rqtransformer_settings({key: TRANSFORMER[key] for key in kept})
+    settings = official.rqtransformer_settings({key: TRANSFORMER[key] for key in kept})
     switches = {name for name, value in settings.items() if name.startswith("use_") and value}
     assert switches == {"use_attention_bias", "use_mlp_bias"}
     assert (settings["cond_vocab_size"], settings["cond_length"], settings["gelu"]) == (1, 1, "exact")
@@ -116,7 +117,7 @@ def test_rqtransformer_settings_that_are_absent_take_the_defaults_of_the_origina
 )
 def test_rqvae_config_errors(config, message):
     with pytest.raises(ValueError, match=message):
-        torch_import.rqvae_settings(config)
+        official.rqvae_settings(config)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_rqvae_config_errors(config, message):
 )
 def test_rqtransformer_config_errors(config, message):
     with pytest.raises(ValueError, match=message):
-        torch_import.rqtransformer_settings(config)
+        official.rqtransformer_settings(config)
 
 
 # --- structures that the released configs do not have -------------------------------------------------------
@@ -167,26 +168,26 @@ def test_pictures_follow_the_latent_grid_and_attention_the_resolution(
 ):
     hparams = {"latent_shape": latent_shape, "code_shape": [*latent_shape[:2], 3]}
     config = rqvae_config(hparams, {"resolution": resolution, "attn_resolutions": chosen})
-    settings = torch_import.rqvae_settings(config)
+    settings = official.rqvae_settings(config)
     assert (settings["image_size"], settings["attention_resolutions"]) == (image_size, heights)
     models.create("rqvae", **settings)
 
 
 def test_stacks_without_layers_need_no_blocks():
     arch = TRANSFORMER | {"body": {"n_layer": 0}, "head": {"n_layer": 0}}
-    settings = torch_import.rqtransformer_settings(arch)
+    settings = official.rqtransformer_settings(arch)
     assert settings["num_heads"] == 1 and settings["gelu"] == "exact" and "depth_num_heads" not in settings
     arch = TRANSFORMER | {"body": {"n_layer": 0}, "head": {"n_layer": 1, "block": {"n_head": 4, "gelu": "v2"}}}
-    settings = torch_import.rqtransformer_settings(arch)
+    settings = official.rqtransformer_settings(arch)
     assert (settings["num_heads"], settings["gelu"]) == (4, "sigmoid")
 
 
 def test_fields_that_nothing_reads_are_ignored():
     arch = {"ema": True, "ar_hierarchy": True, "use_padding_emb": True, "scaled_head_emb_vqvae": True, "whatever": 1}
-    assert torch_import.rqtransformer_settings(TRANSFORMER | arch) == torch_import.rqtransformer_settings(TRANSFORMER)
+    assert official.rqtransformer_settings(TRANSFORMER | arch) == official.rqtransformer_settings(TRANSFORMER)
     hparams = {"use_padding_idx": True, "masked_dropout": 0.5, "loss_type": "l1", "latent_loss_weight": 3}
     config = rqvae_config(hparams, {"tanh_out": True, "attn_type": "none"}, code_hier=2, ema=0.9)
-    assert torch_import.rqvae_settings(config) == torch_import.rqvae_settings(rqvae_config())
+    assert official.rqvae_settings(config) == official.rqvae_settings(rqvae_config())
 
 
 # --- the tokenizer of a transformer -------------------------------------------------------------------------
@@ -195,16 +196,16 @@ TOKENIZER = {"code_shape": (2, 5, 3), "codebook_size": 7, "code_dim": 6, "use_sh
 
 
 def test_the_tokenizer_says_whether_its_codebook_is_shared():
-    settings = torch_import.rqtransformer_settings(TRANSFORMER, TOKENIZER)
+    settings = official.rqtransformer_settings(TRANSFORMER, TOKENIZER)
     assert settings["use_shared_codebook"] is False
-    assert settings | {"use_shared_codebook": True} == torch_import.rqtransformer_settings(
+    assert settings | {"use_shared_codebook": True} == official.rqtransformer_settings(
         TRANSFORMER, TOKENIZER | {"use_shared_codebook": True, "code_shape": [2, 5, 3]}
     )
 
 
 def test_a_transformer_that_reads_no_code_vectors_takes_their_length_from_the_tokenizer():
     arch = TRANSFORMER | {"input_emb_vqvae": False, "head_emb_vqvae": False}
-    assert torch_import.rqtransformer_settings(arch, TOKENIZER | {"code_dim": 5})["code_dim"] == 5
+    assert official.rqtransformer_settings(arch, TOKENIZER | {"code_dim": 5})["code_dim"] == 5
 
 
 @pytest.mark.parametrize(
@@ -221,7 +222,7 @@ def test_a_transformer_that_reads_no_code_vectors_takes_their_length_from_the_to
 )
 def test_a_tokenizer_of_another_pair_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        torch_import.rqtransformer_settings(TRANSFORMER, TOKENIZER | change)
+        official.rqtransformer_settings(TRANSFORMER, TOKENIZER | change)
 
 
 # --- discriminator, VQGAN, sampling -------------------------------------------------------------------------
@@ -231,15 +232,15 @@ def test_discriminator_settings():
     expected = {"in_channels": 3, "width": 5, "num_layers": 2, "use_actnorm": False}
     nested = {"gan": {"disc": {"arch": DISCRIMINATOR}}}
     for config in (DISCRIMINATOR, nested, VQGAN, nested | {"arch": rqvae_config()}):
-        assert torch_import.discriminator_settings(config) == expected
+        assert official.discriminator_settings(config) == expected
     defaults = {"model": {"params": {"lossconfig": {"params": {"disc_start": 1}}}}}
-    assert torch_import.discriminator_settings(defaults) == expected | {"width": 64, "num_layers": 3}
+    assert official.discriminator_settings(defaults) == expected | {"width": 64, "num_layers": 3}
     with pytest.raises(ValueError, match="gan.disc.arch.ndf: missing"):
-        torch_import.discriminator_settings({"gan": {"disc": {"arch": without(DISCRIMINATOR, "ndf")}}})
+        official.discriminator_settings({"gan": {"disc": {"arch": without(DISCRIMINATOR, "ndf")}}})
 
 
 def test_vqgan_settings():
-    settings = torch_import.vqgan_settings(VQGAN)
+    settings = official.vqgan_settings(VQGAN)
     model = models.create("rqvae", **settings)
     assert (model.code_shape, model.code_dim, model.codebook_size) == ((8, 8, 1), 6, 7)
     assert (model.image_size, model.width, model.z_channels) == (16, 4, 5)
@@ -263,7 +264,7 @@ def test_vqgan_settings():
 )
 def test_vqgan_config_errors(change, message):
     with pytest.raises(ValueError, match=message):
-        torch_import.vqgan_settings({"model": VQGAN["model"] | change})
+        official.vqgan_settings({"model": VQGAN["model"] | change})
 
 
 @pytest.mark.parametrize("name, value", [("tanh_out", True), ("use_linear_attn", True), ("attn_type", "none")])
@@ -271,15 +272,15 @@ def test_relatives_of_vqgan_are_refused_by_name(name, value):
     params = VQGAN["model"]["params"]
     config = {"model": {"params": params | {"ddconfig": params["ddconfig"] | {name: value}}}}
     with pytest.raises(ValueError, match=f"model.params.ddconfig.{name}: '{value}' is not supported; allowed is"):
-        torch_import.vqgan_settings(config)
+        official.vqgan_settings(config)
 
 
 def test_sample_settings():
-    assert torch_import.sample_settings({}) == {}
+    assert official.sample_settings({}) == {}
     config = {"experiment": {"sample": {"top_k": 250, "top_p": 1.0}}}
-    assert torch_import.sample_settings(config) == {"top_k": 250, "top_p": 1.0}
+    assert official.sample_settings(config) == {"top_k": 250, "top_p": 1.0}
     config |= {"sampling": {"temp": 0.9, "top_k": [5], "top_p": [0.5, 0.6, 0.7]}}
-    assert torch_import.sample_settings(config) == {"temperature": 0.9, "top_k": 5, "top_p": (0.5, 0.6, 0.7)}
+    assert official.sample_settings(config) == {"temperature": 0.9, "top_k": 5, "top_p": (0.5, 0.6, 0.7)}
 
 
 # --- which model, and where its tensors are -----------------------------------------------------------------
@@ -294,27 +295,27 @@ def test_find_kind():
         (gan, "discriminator"),
         (VQGAN, "vqgan"),
     ):
-        assert torch_import.find_kind(config) == kind
+        assert official.find_kind(config) == kind
     with pytest.raises(ValueError, match="arch.type: 'dalle' is unknown; allowed are rq-vae, rq-transformer"):
-        torch_import.find_kind({"arch": {"type": "dalle"}})
+        official.find_kind({"arch": {"type": "dalle"}})
     with pytest.raises(ValueError, match="config: has neither arch.type, nor gan.disc.arch, nor model.params; give"):
-        torch_import.find_kind({"optimizer": {}})
+        official.find_kind({"optimizer": {}})
 
 
 def test_unpack():
     whole = {"state_dict": {"a": 1}, "discriminator": {"module.b": 2}, "optimizer": 3, "epoch": 4}
-    assert torch_import.unpack(whole, "rqvae") == ({"a": 1}, {"b": 2}, ["optimizer", "epoch"])
-    assert torch_import.unpack(whole | {"state_dict_ema": {"a": 5}}, "rqvae").dropped == [
+    assert official.unpack(whole, "rqvae") == ({"a": 1}, {"b": 2}, ["optimizer", "epoch"])
+    assert official.unpack(whole | {"state_dict_ema": {"a": 5}}, "rqvae").dropped == [
         "optimizer",
         "epoch",
         "state_dict_ema",
     ]
-    ema = torch_import.unpack(whole | {"state_dict_ema": {"module.a": 5}}, "rqvae", use_ema=True)
+    ema = official.unpack(whole | {"state_dict_ema": {"module.a": 5}}, "rqvae", use_ema=True)
     assert ema == ({"a": 5}, {"b": 2}, ["state_dict", "optimizer", "epoch"])
-    assert torch_import.unpack({"module.a": 1, "module.b": 2}, "rqvae").state == {"a": 1, "b": 2}
-    assert torch_import.unpack({"module.a": 1, "b": 2}, "rqvae").state == {"module.a": 1, "b": 2}
-    assert torch_import.unpack({"main.0.weight": 1}, "discriminator") == ({"main.0.weight": 1}, None, [])
-    assert torch_import.unpack(whole, "discriminator") == ({"b": 2}, None, ["state_dict", "optimizer", "epoch"])
+    assert official.unpack({"module.a": 1, "module.b": 2}, "rqvae").state == {"a": 1, "b": 2}
+    assert official.unpack({"module.a": 1, "b": 2}, "rqvae").state == {"module.a": 1, "b": 2}
+    assert official.unpack({"main.0.weight": 1}, "discriminator") == ({"main.0.weight": 1}, None, [])
+    assert official.unpack(whole, "discriminator") == ({"b": 2}, None, ["state_dict", "optimizer", "epoch"])
 
 
 @pytest.mark.parametrize(
@@ -333,20 +334,20 @@ def test_unpack():
 )
 def test_unpack_errors(file, use_ema, message):
     with pytest.raises(ValueError, match=message):
-        torch_import.unpack(file, "rqvae", use_ema)
+        official.unpack(file, "rqvae", use_ema)
 
 
 def test_unpack_vqgan():
     tensors = {"encoder.a": 1, "loss.discriminator.main.0.weight": 2, "colorize": 5}
     tensors |= {"loss.perceptual_loss.lin0": 3, "loss.perceptual_loss.lin1": 4}
-    found = torch_import.unpack({"state_dict": tensors, "epoch": 1}, "vqgan")
+    found = official.unpack({"state_dict": tensors, "epoch": 1}, "vqgan")
     assert found == (
         {"encoder.a": 1},
         {"main.0.weight": 2},
         ["epoch", "colorize", "loss.perceptual_loss.* (2 tensors)"],
     )
     with pytest.raises(ValueError, match="quantize.proj.weight: this is a Gumbel quantizer"):
-        torch_import.unpack(tensors | {"quantize.proj.weight": 6}, "vqgan")
+        official.unpack(tensors | {"quantize.proj.weight": 6}, "vqgan")
 
 
 # --- the way back -------------------------------------------------------------------------------------------
@@ -391,21 +392,21 @@ def groups_of_32(hparams=None, ddconfig=None):
     ],
 )
 def test_official_config_is_the_way_back(name, config):
-    settings = torch_import.KINDS[name].settings(config)
+    settings = official.KINDS[name].settings(config)
     if name == "rqtransformer":
         settings.setdefault("use_shared_codebook", True)
-    back = torch_import.official_config(name, all_settings(name, settings))
-    assert torch_import.find_kind(back) == name
-    again = torch_import.KINDS[name].settings(back)
+    back = official.official_config(name, all_settings(name, settings))
+    assert official.find_kind(back) == name
+    again = official.KINDS[name].settings(back)
     if name == "rqtransformer":
         again.setdefault("use_shared_codebook", True)
     assert models.create(name, **again) == models.create(name, **settings)
 
 
 def test_defaults_of_sampling_are_in_the_official_config():
-    settings = all_settings("rqtransformer", torch_import.rqtransformer_settings(TRANSFORMER))
-    config = torch_import.official_config("rqtransformer", settings, {"temperature": 0.8, "top_k": 5, "top_p": None})
-    assert torch_import.sample_settings(config) == {"temperature": 0.8, "top_k": 5}
+    settings = all_settings("rqtransformer", official.rqtransformer_settings(TRANSFORMER))
+    config = official.official_config("rqtransformer", settings, {"temperature": 0.8, "top_k": 5, "top_p": None})
+    assert official.sample_settings(config) == {"temperature": 0.8, "top_k": 5}
 
 
 @pytest.mark.parametrize(
@@ -428,20 +429,20 @@ def test_defaults_of_sampling_are_in_the_official_config():
     ],
 )
 def test_what_the_original_cannot_express_is_refused_by_name(name, settings, change, message):
-    settings = all_settings(name, torch_import.KINDS[name].settings(settings) | change)
+    settings = all_settings(name, official.KINDS[name].settings(settings) | change)
     with pytest.raises(ValueError, match=message):
-        torch_import.official_config(name, settings)
+        official.official_config(name, settings)
 
 
 def test_a_model_that_the_original_does_not_have_is_refused():
     with pytest.raises(
         ValueError, match="model 'dqvae': the original has none; allowed are rqvae, rqtransformer, disc"
     ):
-        torch_import.official_config("dqvae", {})
+        official.official_config("dqvae", {})
 
 
 def test_what_the_config_cannot_say_is_told():
-    settings = all_settings("rqvae", torch_import.rqvae_settings(groups_of_32()))
-    assert torch_import.left_out_settings("rqvae", settings) == {}
+    settings = all_settings("rqvae", official.rqvae_settings(groups_of_32()))
+    assert official.left_out_settings("rqvae", settings) == {}
     changes = {"codebook_update": "pooled", "use_kmeans_init": True, "dtype": "bfloat16"}
-    assert torch_import.left_out_settings("rqvae", settings | changes) == changes
+    assert official.left_out_settings("rqvae", settings | changes) == changes

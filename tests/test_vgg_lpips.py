@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from rq_jax import state_file
+from rq_jax.interop import state_file
 from rq_jax.pretrained import vgg_lpips
 
 B, H, W = 2, 18, 17  # halved four times, with a row or a column left over

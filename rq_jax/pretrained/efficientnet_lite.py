@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import state_file
+from rq_jax.interop import state_file
 from rq_jax.pretrained.files import array_of, check_digest, package_file
 
 SIZE, NUM_FEATURES, NUM_CLASSES = 224, 1280, 1000

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import state_file
+from rq_jax.interop import state_file
 from rq_jax.pretrained.files import array_of, check_digest, digest, package_file
 
 # Widths of the five blocks and the number of convolutions in each; the features are the last activations of each.

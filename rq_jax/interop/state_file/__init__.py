@@ -6,11 +6,11 @@
 import os
 from typing import Any
 
-from rq_jax.state_file.array_files import read_npz, read_safetensors, safetensors_header_size
-from rq_jax.state_file.config import read_config
-from rq_jax.state_file.tensor import StateFileError, Tensor, find_file
-from rq_jax.state_file.torch_files import read_torch_stream, read_torch_zip
-from rq_jax.state_file.zip_members import read_members
+from rq_jax.interop.state_file.array_files import read_npz, read_safetensors, safetensors_header_size
+from rq_jax.interop.state_file.config import read_config
+from rq_jax.interop.state_file.tensor import StateFileError, Tensor, find_file
+from rq_jax.interop.state_file.torch_files import read_torch_stream, read_torch_zip
+from rq_jax.interop.state_file.zip_members import read_members
 
 __all__ = ["StateFileError", "Tensor", "read_config", "read_state"]
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from rq_jax.state_file.tensor import File, StateFileError, find_file
+from rq_jax.interop.state_file.tensor import File, StateFileError, find_file
 
 _MAX_BYTES = 256 << 10
 _MAX_NODES = 10_000

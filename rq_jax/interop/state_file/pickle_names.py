@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rq_jax.state_file.tensor import DAMAGED, Tensor
+from rq_jax.interop.state_file.tensor import DAMAGED, Tensor
 
 ALLOWED = "only tensors, numbers, strings, lists and dicts are read; save the state_dict alone"
 MAX_ARGS = 9

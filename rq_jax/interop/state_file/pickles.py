@@ -13,8 +13,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from rq_jax.state_file.pickle_names import ALLOWED, MAX_ARGS, Bad, Name, NumberType, find, set_item
-from rq_jax.state_file.tensor import DAMAGED, File, Tensor
+from rq_jax.interop.state_file.pickle_names import ALLOWED, MAX_ARGS, Bad, Name, NumberType, find, set_item
+from rq_jax.interop.state_file.tensor import DAMAGED, File, Tensor
 
 MAX_BYTES = 32 << 20
 _MAX_STEPS = 700_000

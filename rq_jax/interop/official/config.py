@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rq_jax.torch_import.settings import (
+from rq_jax.interop.official.settings import (
     BLOCK,
     BOTTLENECK,
     CODER,

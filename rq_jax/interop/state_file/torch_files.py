@@ -9,10 +9,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rq_jax.state_file.pickle_names import StorageType, torch_dtype
-from rq_jax.state_file.pickles import MAX_BYTES, read_pickle
-from rq_jax.state_file.tensor import DAMAGED, File, Storage, Tensor
-from rq_jax.state_file.zip_members import Member, locate
+from rq_jax.interop.state_file.pickle_names import StorageType, torch_dtype
+from rq_jax.interop.state_file.pickles import MAX_BYTES, read_pickle
+from rq_jax.interop.state_file.tensor import DAMAGED, File, Storage, Tensor
+from rq_jax.interop.state_file.zip_members import Member, locate
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001

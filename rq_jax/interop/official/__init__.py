@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rq_jax.torch_import.checkpoints import Checkpoint, find_kind, unpack
-from rq_jax.torch_import.official_config import left_out_settings, official_config
-from rq_jax.torch_import.rules import Rule, Table, export_state, import_state
-from rq_jax.torch_import.settings import (
+from rq_jax.interop.official.checkpoints import Checkpoint, find_kind, unpack
+from rq_jax.interop.official.config import left_out_settings, official_config
+from rq_jax.interop.official.rules import Rule, Table, export_state, import_state
+from rq_jax.interop.official.settings import (
     Settings,
     discriminator_settings,
     has_discriminator,
@@ -21,7 +21,7 @@ from rq_jax.torch_import.settings import (
     sample_settings,
     vqgan_settings,
 )
-from rq_jax.torch_import.tables import discriminator_table, rqtransformer_table, rqvae_table, vqgan_table
+from rq_jax.interop.official.tables import discriminator_table, rqtransformer_table, rqvae_table, vqgan_table
 
 __all__ = [
     "KINDS",

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from rq_jax.torch_import.rules import Rule, Table
-from rq_jax.torch_import.settings import (
+from rq_jax.interop.official.rules import Rule, Table
+from rq_jax.interop.official.settings import (
     Settings,
     codebook_sizes,
     depth_heads,

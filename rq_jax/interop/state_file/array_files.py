@@ -10,8 +10,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from rq_jax.state_file.tensor import DAMAGED, File, Storage, Tensor, inflate
-from rq_jax.state_file.zip_members import Member, locate
+from rq_jax.interop.state_file.tensor import DAMAGED, File, Storage, Tensor, inflate
+from rq_jax.interop.state_file.zip_members import Member, locate
 
 _MAX_NPY_HEADER = 10_000
 _NPY_HEADER = re.compile(r"\{'descr': '([^']*)', 'fortran_order': (True|False), 'shape': \(([\dL, ]*)\),? ?\}\s*")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from rq_jax.torch_import.settings import discriminator_section, is_vqgan
+from rq_jax.interop.official.settings import discriminator_section, is_vqgan
 
 _KINDS = {"rq-vae": "rqvae", "rq-transformer": "rqtransformer"}
 _DISCRIMINATOR, _VQGAN_DISCRIMINATOR = "discriminator", "loss.discriminator."

@@ -7,7 +7,7 @@ and it holds a directory of any size in memory.
 import struct
 from typing import BinaryIO, NamedTuple
 
-from rq_jax.state_file.tensor import DAMAGED, File, Storage
+from rq_jax.interop.state_file.tensor import DAMAGED, File, Storage
 
 _MAX_DIRECTORY = 8 << 20
 _MAX_MEMBERS = 50_000
