@@ -23,6 +23,7 @@ import numpy as np
 
 from configs import ablations
 from rq_jax import checkpoint, command_line, pictures, timing
+from rq_jax.files import write_atomic
 from rq_jax.progress import METRICS_FILE
 
 ROOT = Path(__file__).parent
@@ -112,7 +113,7 @@ def once(directory: Path, settings: Mapping[str, Any], run: Callable[[], Figures
     took = {"seconds": time.perf_counter() - start, "core_seconds": core_seconds() - start_cores}
     found |= {name: round(value, 1) if is_whole else None for name, value in took.items()}
     found |= {"settings": settings, **{name: environment[name] for name in ("commit", "dirty", "date")}}
-    pictures.write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
+    write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
     return found
 
 
@@ -349,7 +350,7 @@ def picture(args: argparse.Namespace, rows: list[dict[str, Any]], marks: Figures
         pictures.save_png(path, pictures.labelled_grid(shown, scale=2))
     else:
         source = ROOT / args.workdir / "evaluations" / f"{args.table}_pictures" / "reconstructions.png"
-        pictures.write_atomic(path, source.read_bytes())
+        write_atomic(path, source.read_bytes())
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -379,8 +380,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     table = markdown(columns, rows, by_depth)
     picture(args, rows, marks, out / f"{args.table}.png")
-    pictures.write_atomic(out / f"{args.table}.json", (json.dumps(record, indent=1) + "\n").encode())
-    pictures.write_atomic(out / f"{args.table}.md", table.encode())
+    write_atomic(out / f"{args.table}.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_atomic(out / f"{args.table}.md", table.encode())
     print(table, *(f"{name}: {value:.4g}" for name, value in marks.items()), sep="\n")
     print(f"table: {Path(args.out) / args.table}.md, .json, .png")
     return record

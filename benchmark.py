@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks import quantize, sample, train
 from rq_jax import command_line, roofline, timing
-from rq_jax.pictures import write_atomic
+from rq_jax.files import write_atomic
 from rq_jax.progress import Progress
 
 ROOT = Path(__file__).parent

@@ -21,7 +21,7 @@ import numpy as np
 
 from rq_jax import checkpoint, command_line, losses, metrics, pictures
 from rq_jax.data import make_dataset
-from rq_jax.pictures import write_atomic
+from rq_jax.files import write_atomic
 from rq_jax.pretrained import efficientnet_lite, vgg_lpips
 from rq_jax.progress import Progress
 from rq_jax.samples import read_images

@@ -21,7 +21,7 @@ import train_vae
 from benchmarks import train as training
 from configs import rqtransformer, rqvae
 from rq_jax import command_line, models, sampling, sharding, timing, train_loop, watch
-from rq_jax.pictures import write_atomic
+from rq_jax.files import write_atomic
 from rq_jax.pretrained import vgg_lpips
 
 ROOT = Path(__file__).parents[1]

@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 from rq_jax import manifest
+from rq_jax.files import write_atomic
 from rq_jax.model_dir import named_leaves
-from rq_jax.pictures import write_atomic
 
 CHECKPOINTS, BEST, DAMAGED, AMENDED = "checkpoints", "best", "damaged", "amended.json"
 DISCRIMINATOR = "discriminator"

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from rq_jax.pictures import write_atomic
+from rq_jax.files import write_atomic
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 2**20

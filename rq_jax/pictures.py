@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from rq_jax.files import write_atomic
+
 WHITE = 255
 CAPTION_LINES = 3
 
@@ -271,26 +273,6 @@ def save_png(path: str | os.PathLike, array: Any) -> None:
       ValueError: another dtype or shape.
     """
     write_atomic(path, encode_png(array))
-
-
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file whole or not at all, making its directory where it is missing.
-
-    Args:
-      path: file to write; an older one stays until the new one is complete.
-      data: what the file shall hold.
-
-    Raises:
-      OSError: the disk is full or may not be written; nothing half written is left.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _cells(images: Any, what: str, scale: int) -> np.ndarray:

@@ -16,7 +16,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from rq_jax.pictures import encode_png, write_atomic
+from rq_jax.files import write_atomic
+from rq_jax.pictures import encode_png
 
 METRICS_FILE = "metrics.jsonl"
 LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"

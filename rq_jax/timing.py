@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import roofline
-from rq_jax.pictures import write_atomic
+from rq_jax.files import write_atomic
 
 clock = time.perf_counter
 # Of the measured peaks: side of the matrices, and numbers in the array (256 MB: more than a cache holds).

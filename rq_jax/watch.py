@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from rq_jax import roofline, timing
-from rq_jax.pictures import write_atomic
+from rq_jax.files import write_atomic
 
 COMPILE_FACTOR = 20  # for steps that compile
 # Fields of a state, and what they are called.

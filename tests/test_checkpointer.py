@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import pytest
 from test_checkpoint import assert_equal, toy_state
 
-from rq_jax import checkpoint, checkpointer, manifest, run_lock
+from rq_jax import checkpoint, checkpointer, manifest
 from rq_jax.checkpointer import Checkpointer, SaveFailed, steps_of
+from rq_jax.files import RunLock
 
 
 def save(directory, *steps, **settings):
@@ -274,7 +275,7 @@ def test_an_error_inside_orbax_is_no_different(tmp_path, monkeypatch, caplog):
 
 
 def hold(directory, ready, leave):
-    with run_lock.RunLock(directory):
+    with RunLock(directory):
         ready.set()
         leave.wait()
 
@@ -316,20 +317,20 @@ def test_a_second_trainer_is_refused_until_the_first_ends(tmp_path):
     pattern = (
         rf"^workdir: '.*' is in use by process {other.pid} on \S+ since \S+; wait for it, stop it, or give another"
     )
-    with pytest.raises(ValueError, match=pattern), run_lock.RunLock(tmp_path):
+    with pytest.raises(ValueError, match=pattern), RunLock(tmp_path):
         pass
     other.kill()  # -9: nothing is left to clean up
     other.join()
-    with run_lock.RunLock(tmp_path):
+    with RunLock(tmp_path):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
-    with run_lock.RunLock(tmp_path):
+    with RunLock(tmp_path):
         pass
 
 
 def test_a_holder_that_cannot_be_read_is_still_refused(tmp_path):
-    with run_lock.RunLock(tmp_path):
+    with RunLock(tmp_path):
         (tmp_path / "lock.json").write_text("{}")
-        with pytest.raises(ValueError, match="is in use by another process; "), run_lock.RunLock(tmp_path):
+        with pytest.raises(ValueError, match="is in use by another process; "), RunLock(tmp_path):
             pass
 
 

@@ -11,7 +11,7 @@ import helpers  # noqa: E402
 from rq_jax.data import convert, make_dataset  # noqa: E402
 from rq_jax.data.prepare import main  # noqa: E402
 from rq_jax.data.sources import open_records  # noqa: E402
-from rq_jax.run_lock import RunLock  # noqa: E402
+from rq_jax.files import RunLock  # noqa: E402
 
 
 @pytest.fixture

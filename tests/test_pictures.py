@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from rq_jax import pictures
+from rq_jax.files import write_atomic
 
 WHITE = 255
 
@@ -254,14 +255,14 @@ def test_save_png_refuses_other_shapes(tmp_path, shape):
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    pictures.write_atomic(path, b"old")
+    write_atomic(path, b"old")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pictures.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
-        pictures.write_atomic(path, b"new")
+        write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 

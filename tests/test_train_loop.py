@@ -14,8 +14,8 @@ import pytest
 
 from rq_jax import sharding, train_loop, train_state
 from rq_jax.checkpoint import Checkpointer
+from rq_jax.files import RunLock
 from rq_jax.progress import Rate
-from rq_jax.run_lock import RunLock
 from rq_jax.train_loop import LoopSettings
 
 TOTAL = 12

@@ -20,7 +20,7 @@ import sample
 import train_transformer
 from rq_jax import checkpoint
 from rq_jax.data.text import train_tokenizer
-from rq_jax.run_lock import RunLock
+from rq_jax.files import RunLock
 
 (h, w, D), K = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE
 DEPTHS = range(1, D + 1)

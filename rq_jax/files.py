@@ -1,4 +1,4 @@
-"""One writer at a time in a directory."""
+"""Files written whole or not at all, and one writer at a time in a directory."""
 
 import fcntl
 import json
@@ -54,3 +54,23 @@ def _describe(content: bytes) -> str:
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (ValueError, KeyError, TypeError):
         return "another process"
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+    """Writes a file whole or not at all, making its directory where it is missing.
+
+    Args:
+      path: file to write; an older one stays until the new one is complete.
+      data: what the file shall hold.
+
+    Raises:
+      OSError: the disk is full or may not be written; nothing half written is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
