@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from rq_jax import pictures, sharding, watch
-from rq_jax.checkpointer import Checkpointer
+from rq_jax.checkpoint.model_dir import write_config
+from rq_jax.checkpoint.saver import Checkpointer
 from rq_jax.files import RunLock
 from rq_jax.hosts import Stop
-from rq_jax.model_dir import write_config
 from rq_jax.progress import METRICS_FILE, MetricWriter, Progress, Rate
 from rq_jax.validation import NOTHING_EVALUATED, Evaluations, Validation
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import pytest
 from test_checkpoint import assert_equal, toy_state
 
-from rq_jax import checkpoint, checkpointer, manifest
-from rq_jax.checkpointer import Checkpointer, SaveFailed, steps_of
+from rq_jax import checkpoint
+from rq_jax.checkpoint import manifest, saver
+from rq_jax.checkpoint.saver import Checkpointer, SaveFailed, steps_of
 from rq_jax.files import RunLock
 
 
@@ -81,7 +82,7 @@ def test_damage_to_any_file_is_seen_and_passed_over(saved, tmp_path, kind, caplo
         times += 1
         caplog.clear()
         assert restored_step(root) == 2, name
-        (message,) = [record.message for record in caplog.records if record.name == "rq_jax.checkpointer"]
+        (message,) = [record.message for record in caplog.records if record.name == "rq_jax.checkpoint.saver"]
         assert message.startswith(f"'{root / 'checkpoints' / '5'}' is damaged: ") and message.endswith("; going on from the checkpoint before")  # fmt: skip
         assert {path.name for path in (root / "checkpoints").iterdir()} == {"2"}
         assert {path.name for path in (root / "damaged").iterdir()} == {"5"}
@@ -200,7 +201,7 @@ def failing(*steps):
 def test_a_failed_save_is_told_and_the_next_one_is_made(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(manifest, "write", failing(5))
     save(tmp_path, 2, 5, 7, keep=1)
-    (message,) = [record.message for record in caplog.records if record.name == "rq_jax.checkpointer"]
+    (message,) = [record.message for record in caplog.records if record.name == "rq_jax.checkpoint.saver"]
     assert message.startswith(f"the state of step 5 could not be written to '{tmp_path / 'checkpoints'}' (OSError: ")
     assert message.endswith("the run goes on and tries again at the next checkpoint")
     assert restored_step(tmp_path) == 7
@@ -335,4 +336,4 @@ def test_a_holder_that_cannot_be_read_is_still_refused(tmp_path):
 
 
 def test_shapes_of_keys_are_those_of_their_numbers():
-    assert checkpointer.shapes_of({"rng": toy_state().rng, "x": jnp.zeros((2, 3))}) == {"rng": (2,), "x": (2, 3)}
+    assert saver.shapes_of({"rng": toy_state().rng, "x": jnp.zeros((2, 3))}) == {"rng": (2,), "x": (2, 3)}

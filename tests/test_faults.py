@@ -15,8 +15,9 @@ from test_train_loop import TOTAL, assert_same_run, draw_state, train
 
 import train_transformer
 import train_vae
-from rq_jax import checkpointer, manifest, train_loop
-from rq_jax.checkpointer import Checkpointer
+from rq_jax import train_loop
+from rq_jax.checkpoint import manifest, saver
+from rq_jax.checkpoint.saver import Checkpointer
 
 PROGRAM = Path(__file__).parent / "faulty_run.py"
 EVERY_STEP = {"checkpoint_every_steps": 1, "evaluate_every_steps": 4, "keep_checkpoints": 3}
@@ -50,7 +51,7 @@ def finished(workdir):
 
 def newest_whole(workdir):
     """By its manifest alone, as the next process must find it; 0 where there is none."""
-    steps = checkpointer.steps_of(workdir / "checkpoints")
+    steps = saver.steps_of(workdir / "checkpoints")
     return max((step for step in steps if not manifest.problems(workdir / "checkpoints" / str(step))), default=0)
 
 
@@ -111,7 +112,7 @@ def test_sigterm_twice_during_a_step_and_its_save(uninterrupted, tmp_path):
     process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
     step = newest_whole(tmp_path)
-    assert 0 < step < TOTAL and step == max(checkpointer.steps_of(tmp_path / "checkpoints"))
+    assert 0 < step < TOTAL and step == max(saver.steps_of(tmp_path / "checkpoints"))
     process, begun = start(tmp_path, milliseconds=0)
     assert begun == step and process.communicate()[0] == f"ended {TOTAL}\n"
     assert_same_run(finished(tmp_path), tmp_path, uninterrupted)
@@ -187,7 +188,7 @@ def test_stopped_at_every_step(tmp_path, monkeypatch, record_property, stage):
                 patch.setattr(train_loop, "Stop", Stopped)
                 script.train_and_evaluate(make(), str(tmp_path / "stopped"))
             assert stopped.value.code == 128 + signal.SIGTERM
-            assert checkpointer.steps_of(tmp_path / "stopped" / "checkpoints")[-1] == step
+            assert saver.steps_of(tmp_path / "stopped" / "checkpoints")[-1] == step
         state = script.train_and_evaluate(make(), str(tmp_path / "stopped"))
     record_property("times", STEPS - 1)
     helpers.assert_equal(helpers.host(state), helpers.host(expected))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from rq_jax import checkpoint, hosts
-from rq_jax.checkpointer import steps_of
+from rq_jax.checkpoint.saver import steps_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_train_loop import TOTAL, ToyDataset, jitted_step, metrics_of, train
 
 from rq_jax import roofline, sharding, train_loop, watch
-from rq_jax.checkpointer import Checkpointer
+from rq_jax.checkpoint.saver import Checkpointer
 
 # --- steps that are not finite ----------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 A run directory is self-contained:
 
     config.json          the resolved config
-    checkpoints/<step>/  the states of the run, see `checkpointer`
+    checkpoints/<step>/  the states of the run, see `saver`
     best/<step>/         weights of the best evaluation, with loop.keep_best or early stopping
     tokenizer/           stage 2 only: the tokenizer as a model directory
     discriminator/       converted checkpoints only: the discriminator of stage 1 as a model directory
@@ -20,44 +20,26 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from rq_jax import manifest, models
-from rq_jax.checkpointer import (
-    BEST,
-    CHECKPOINTS,
-    DISCRIMINATOR,
-    Checkpointer,
-    SaveFailed,
-    check_fits,
-    newest_whole,
-    shapes_of,
-    split,
-    steps_of,
-)
-from rq_jax.model_dir import (
+from rq_jax import models
+from rq_jax.checkpoint import manifest
+from rq_jax.checkpoint.model_dir import (
     CONFIG,
     WEIGHTS,
     fingerprint,
     read_config,
     read_weights,
     save_model,
-    write_config,
 )
-
-__all__ = [
-    "Checkpointer",
-    "LoadedModel",
-    "SaveFailed",
-    "bind_tokenizer",
-    "fingerprint",
-    "has_checkpoint",
-    "load_model",
-    "load_tokenizer",
-    "read_config",
-    "save_model",
-    "ship",
-    "start_from",
-    "write_config",
-]
+from rq_jax.checkpoint.saver import (
+    BEST,
+    CHECKPOINTS,
+    DISCRIMINATOR,
+    check_fits,
+    newest_whole,
+    shapes_of,
+    split,
+    steps_of,
+)
 
 _TOKENIZER = "tokenizer"
 _LOG = "metrics.jsonl"

@@ -23,9 +23,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax import manifest
+from rq_jax.checkpoint import manifest
+from rq_jax.checkpoint.model_dir import named_leaves
 from rq_jax.files import write_atomic
-from rq_jax.model_dir import named_leaves
 
 CHECKPOINTS, BEST, DAMAGED, AMENDED = "checkpoints", "best", "damaged", "amended.json"
 DISCRIMINATOR = "discriminator"

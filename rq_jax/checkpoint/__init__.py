@@ -1,0 +1,33 @@
+"""From a training run to a model: load, save, resume, ship.
+
+`load` turns a directory into a model, `saver` writes and restores the states of a run, `model_dir` holds weights alone,
+`manifest` the checksums that seal a checkpoint.
+"""
+
+from rq_jax.checkpoint.load import (
+    LoadedModel,
+    bind_tokenizer,
+    has_checkpoint,
+    load_model,
+    load_tokenizer,
+    ship,
+    start_from,
+)
+from rq_jax.checkpoint.model_dir import fingerprint, read_config, save_model, write_config
+from rq_jax.checkpoint.saver import Checkpointer, SaveFailed
+
+__all__ = [
+    "Checkpointer",
+    "LoadedModel",
+    "SaveFailed",
+    "bind_tokenizer",
+    "fingerprint",
+    "has_checkpoint",
+    "load_model",
+    "load_tokenizer",
+    "read_config",
+    "save_model",
+    "ship",
+    "start_from",
+    "write_config",
+]
