@@ -17,6 +17,7 @@ import numpy as np
 
 from benchmarks import quantize, sample, train
 from rq_jax import command_line, roofline, timing
+from rq_jax.devices.peaks import Peaks
 from rq_jax.files import write_atomic
 from rq_jax.progress import Progress
 
@@ -154,7 +155,7 @@ def add_data(add: Callable[..., Any]) -> None:
 # --- measuring ---
 
 
-def measure_group(group: list[dict[str, Any]], args: argparse.Namespace, peaks: roofline.Peaks, progress: Progress):
+def measure_group(group: list[dict[str, Any]], args: argparse.Namespace, peaks: Peaks, progress: Progress):
     """Results of configurations that are measured in turn; one that does not fit into memory fails its group alone."""
     programs = []
     try:

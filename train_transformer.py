@@ -25,11 +25,11 @@ from rq_jax import (
     quantize,
     roofline,
     sampling,
-    sharding,
     train_loop,
     train_state,
 )
 from rq_jax.data import CacheDataset, load_tokenizer, make_dataset, read_meta, write_cache
+from rq_jax.devices import sharding
 from rq_jax.validation import Validation
 
 SECTIONS = (

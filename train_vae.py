@@ -16,19 +16,9 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from rq_jax import (
-    checkpoint,
-    command_line,
-    losses,
-    metrics,
-    models,
-    pictures,
-    roofline,
-    sharding,
-    train_loop,
-    train_state,
-)
+from rq_jax import checkpoint, command_line, losses, metrics, models, pictures, roofline, train_loop, train_state
 from rq_jax.data import make_dataset
+from rq_jax.devices import sharding
 from rq_jax.models.discriminator import initialize_actnorm, update_statistics_again
 from rq_jax.models.rqvae import last_kernel_gradient
 from rq_jax.pretrained import vgg_lpips

@@ -20,7 +20,9 @@ import train_transformer
 import train_vae
 from benchmarks import train as training
 from configs import rqtransformer, rqvae
-from rq_jax import command_line, models, sampling, sharding, timing, train_loop, watch
+from rq_jax import command_line, models, sampling, timing, train_loop
+from rq_jax.devices import sharding
+from rq_jax.devices.memory import device_bytes
 from rq_jax.files import write_atomic
 from rq_jax.pretrained import vgg_lpips
 
@@ -101,11 +103,11 @@ def train_entry(args: argparse.Namespace, preset: str, sizes: tuple[int, ...]) -
     shardings = jax.tree.map(lambda x: x.sharding, state)
     compiled, seconds = compile_on_shapes(step, state, batch, frozen, out_shardings=(shardings, None), donate_argnums=0)
     held = {
-        "parameters": watch.device_bytes(state.params),
-        "optimizer": watch.device_bytes(state.opt_state),
-        "average": watch.device_bytes(state.ema_params),
-        "other state": watch.device_bytes((state.model_state, state.discriminator, state.discriminator_opt_state)),
-        "frozen": watch.device_bytes(frozen),
+        "parameters": device_bytes(state.params),
+        "optimizer": device_bytes(state.opt_state),
+        "average": device_bytes(state.ema_params),
+        "other state": device_bytes((state.model_state, state.discriminator, state.discriminator_opt_state)),
+        "frozen": device_bytes(frozen),
         "temporaries": compiled.memory_analysis().temp_size_in_bytes,
     }
     config = {"stage": args.stage, "preset": preset, "mesh": "x".join(map(str, sizes)), "batch": full.data.batch_size}
@@ -126,7 +128,7 @@ def sample_entry(args: argparse.Namespace, preset: str) -> dict[str, Any]:
         return sampling.generate(model, variables, rng, batch, cond, **full.sample)
 
     compiled, seconds = compile_on_shapes(generate, variables, jax.eval_shape(lambda: jax.random.key(0)), cond)
-    held = {"parameters": watch.device_bytes(variables), "temporaries": compiled.memory_analysis().temp_size_in_bytes}
+    held = {"parameters": device_bytes(variables), "temporaries": compiled.memory_analysis().temp_size_in_bytes}
     return entry({"stage": 2, "preset": preset, "sample": True, "batch": batch}, held, seconds)
 
 

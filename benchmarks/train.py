@@ -13,8 +13,9 @@ import train_transformer
 import train_vae
 from benchmarks import weights
 from configs import rqtransformer, rqvae
-from rq_jax import checkpoint, models, roofline, sharding, timing, train_loop, train_state
+from rq_jax import checkpoint, models, roofline, timing, train_loop, train_state
 from rq_jax.data import make_dataset
+from rq_jax.devices import sharding
 from rq_jax.pretrained import vgg_lpips
 
 # Of durations in epochs, which no speed depends on: a run need not know the size of its data set.

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from rq_jax import hosts
+from rq_jax.devices import hosts
 
 
 def main(train_and_evaluate: Callable[..., Any]) -> None:

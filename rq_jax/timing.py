@@ -9,10 +9,8 @@ import io
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -25,6 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import roofline
+from rq_jax.devices.memory import peak_memory
+from rq_jax.devices.peaks import Peaks, device_peaks
 from rq_jax.files import write_atomic
 
 clock = time.perf_counter
@@ -101,7 +101,7 @@ def measure(
     return seconds
 
 
-def result(config: dict[str, Any], program: Program, seconds: list[float], peaks: roofline.Peaks) -> dict[str, Any]:
+def result(config: dict[str, Any], program: Program, seconds: list[float], peaks: Peaks) -> dict[str, Any]:
     """The entry of a record for one measurement; its roofline is that of the devices that shared the work."""
     median = statistics.median(seconds)
     entry = {
@@ -127,14 +127,6 @@ def result(config: dict[str, Any], program: Program, seconds: list[float], peaks
             share = program.model_flops / flops
             entry |= {"model_flops": program.model_flops, "model_flops_utilization": share * entry["flops_utilization"]}
     return entry | program.details(median)
-
-
-def peak_memory() -> dict[str, int]:
-    """The most that was in use since the process began, on its first device where the device tells, and in the host."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = {"process_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return peak | ({"device_peak": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {})
 
 
 # --- where it was measured ---
@@ -173,15 +165,15 @@ def _git(root: Path, *args: str) -> str | None:
     return done.stdout.strip()
 
 
-def device_and_peaks() -> tuple[dict[str, Any], roofline.Peaks]:
+def device_and_peaks() -> tuple[dict[str, Any], Peaks]:
     """The devices as a record names them, and the peaks of one: from the table, or else measured here and now."""
     device = jax.devices()[0]
-    peaks = roofline.device_peaks(device.device_kind) or measured_peaks(device.device_kind)
+    peaks = device_peaks(device.device_kind) or measured_peaks(device.device_kind)
     named = {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()}
     return {**named, "peaks": {**peaks._asdict(), "flops": dict(peaks.flops)}}, peaks
 
 
-def measured_peaks(name: str, side: int = _MATRIX_SIDE, length: int = _ARRAY_LENGTH) -> roofline.Peaks:
+def measured_peaks(name: str, side: int = _MATRIX_SIDE, length: int = _ARRAY_LENGTH) -> Peaks:
     """Peaks of one device: the fastest of ten products of square matrices, and of ten passes over a long array."""
 
     def fastest(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
@@ -200,7 +192,7 @@ def measured_peaks(name: str, side: int = _MATRIX_SIDE, length: int = _ARRAY_LEN
         seconds = fastest(lambda x: jnp.dot(x, x), jnp.zeros((side, side), dtype))
         flops[dtype] = 2.0 * side**3 / seconds
     seconds = fastest(lambda x: x + 1, jnp.zeros(length, jnp.float32))
-    return roofline.Peaks(name, flops, 2.0 * 4 * length / seconds, "measured")  # read and written
+    return Peaks(name, flops, 2.0 * 4 * length / seconds, "measured")  # read and written
 
 
 # --- what is made of it ---

@@ -14,12 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax import pictures, sharding, watch
+from rq_jax import pictures, watch
 from rq_jax.checkpoint.model_dir import write_config
 from rq_jax.checkpoint.saver import Checkpointer
+from rq_jax.devices import sharding
+from rq_jax.devices.memory import explained_memory
 from rq_jax.files import RunLock
-from rq_jax.hosts import Stop
 from rq_jax.progress import METRICS_FILE, MetricWriter, Progress, Rate
+from rq_jax.training.signals import Stop
 from rq_jax.validation import NOTHING_EVALUATED, Evaluations, Validation
 
 logger = logging.getLogger(__name__)
@@ -231,7 +233,7 @@ def run(
         metrics, batch = None, None
         progress = Progress(settings.total_steps, step, "step", title, enabled=is_first)
         evaluations = Evaluations(validation, settings, host, writer, checkpointer, progress, stop, hang, title)
-        with progress, watch.explained_memory(state, remedies):
+        with progress, explained_memory(state, remedies):
             if host["owes_evaluation"]:
                 evaluations.make_up(state, step)
                 log.restart(step)

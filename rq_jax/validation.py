@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax.hosts import Stop
 from rq_jax.progress import Progress
+from rq_jax.training.signals import Stop
 from rq_jax.watch import HangGuard
 
 # What a run knows of its evaluations when it begins.

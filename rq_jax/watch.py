@@ -4,39 +4,26 @@ import contextlib
 import faulthandler
 import json
 import logging
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from rq_jax import roofline, timing
+from rq_jax.devices.memory import peak_memory
+from rq_jax.devices.peaks import device_peaks
 from rq_jax.files import write_atomic
 
 COMPILE_FACTOR = 20  # for steps that compile
-# Fields of a state, and what they are called.
-_PARTS = {
-    "params": "parameters",
-    "opt_state": "optimizer",
-    "ema_params": "average",
-    "model_state": "codebook",
-    "discriminator": "discriminator",
-    "discriminator_opt_state": "its optimizer",
-}
 
 logger = logging.getLogger(__name__)
 
 
 class NotFinite(ValueError):
     """Too many steps in a row were left out because their loss or gradient is not finite."""
-
-
-class OutOfMemory(MemoryError):
-    """A step does not fit a device."""
 
 
 class HangGuard:
@@ -102,52 +89,13 @@ class FiniteGuard:
             )
 
 
-@contextlib.contextmanager
-def explained_memory(state: Any, remedies: Sequence[str]) -> Iterator[None]:
-    """Say what takes the memory of a device where there is too little of it.
-
-    Args:
-      state: a `TrainState`; its shapes and shardings alone are read, it may have been donated.
-      remedies: settings that need less, the cheapest first.
-
-    Raises:
-      OutOfMemory: in the place of the error of the device.
-    """
-    sizes = {name: device_bytes(getattr(state, name)) for name in _PARTS if getattr(state, name) is not None}
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        parts = ", ".join(f"{_PARTS[name]} {size / 2**30:.2f}" for name, size in sizes.items() if size)
-        total = sum(sizes.values()) / 2**30
-        stats = jax.local_devices()[0].memory_stats() or {}
-        limit = f" of {stats['bytes_limit'] / 2**30:.1f}" if "bytes_limit" in stats else ""
-        raise OutOfMemory(
-            f"memory: a step does not fit a device; the state alone takes {total:.2f}{limit} GiB there ({parts}), the "
-            f"rest are gradients and activations; try, the cheapest first: {'; '.join(remedies)}"
-        ) from error
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays, or of shapes with shardings, on its fullest device."""
-
-    def size(leaf: Any) -> int:
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return 0
-        shape = leaf.sharding.shard_shape(leaf.shape) if getattr(leaf, "sharding", None) else leaf.shape
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    return sum(size(leaf) for leaf in jax.tree.leaves(tree))
-
-
 class Meter:
     """Where the time of a run goes: waiting for data, arithmetic of the model, memory."""
 
     def __init__(self, flops_per_image: float | None = None, dtype: str = "float32"):
         """Args: flops_per_image: forward and backward; dtype: whose peak the utilization is of."""
         self._flops = flops_per_image
-        peaks = roofline.device_peaks(jax.devices()[0].device_kind)
+        peaks = device_peaks(jax.devices()[0].device_kind)
         self._peak = peaks.flops.get(dtype, 0.0) * jax.device_count() if peaks else 0.0
         self._waited, self._start = 0.0, time.monotonic()
 
@@ -170,7 +118,7 @@ class Meter:
         elapsed = time.monotonic() - self._start
         found = {"data_wait_share": self._waited / elapsed if elapsed > 0 else 0.0}
         self.restart()
-        found |= {name.replace("peak", "gib"): value / 2**30 for name, value in timing.peak_memory().items()}
+        found |= {name.replace("peak", "gib"): value / 2**30 for name, value in peak_memory().items()}
         if self._flops and "images_per_second" in rates:
             rate = self._flops * rates["images_per_second"]
             found["teraflops_per_second"] = rate / 1e12

@@ -15,7 +15,8 @@ from PIL import Image
 
 import train_transformer
 from configs import rqtransformer, rqvae
-from rq_jax import checkpoint, models, sharding, train_state
+from rq_jax import checkpoint, models, train_state
+from rq_jax.devices import sharding
 from rq_jax.validation import Validation
 
 # Every number differs from every other, so that no two axes can be mixed up unseen.

@@ -20,9 +20,10 @@ from benchmarks import quantize as quantize_benchmark
 from benchmarks import sample, train, weights
 from rq_jax import models, quantize, roofline, sampling, timing
 from rq_jax.data import make_dataset
+from rq_jax.devices.peaks import Peaks
 
 ROOT = Path(benchmark.__file__).parent
-PEAKS = roofline.Peaks("toy", {"float32": 1e9, "bfloat16": 2e9}, 1e9)
+PEAKS = Peaks("toy", {"float32": 1e9, "bfloat16": 2e9}, 1e9)
 OWN_TINY = sample.TINY
 TINY = {"model_dim": 36, "num_heads": 2, "spatial_layers": 2, "depth_layers": 1}
 SMALL = ("--codebook_size=13", "--runs=2")

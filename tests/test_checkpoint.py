@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rq_jax import checkpoint, models, sharding, train_state
+from rq_jax import checkpoint, models, train_state
 from rq_jax.checkpoint import Checkpointer, load_model
+from rq_jax.devices import sharding
 
 OPTIMIZER = train_state.make_optimizer(name="adamw", learning_rate=0.1, total_steps=9, weight_decay=0.1)
 RQVAE = dict(

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rq_jax import models, sharding
+from rq_jax import models
+from rq_jax.devices import sharding
 from rq_jax.models.discriminator import BatchNorm, initialize_actnorm, update_statistics_again
 
 B, H, W, C, WIDTH = 4, 21, 17, 2, 5

@@ -12,7 +12,9 @@ import train_vae
 from benchmarks import memory
 from benchmarks import train as training
 from configs import rqtransformer, rqvae
-from rq_jax import models, sharding, watch
+from rq_jax import models
+from rq_jax.devices import sharding
+from rq_jax.devices.memory import device_bytes
 
 SMALL = {"model.width": 8, "discriminator.width": 8}
 
@@ -59,7 +61,7 @@ def test_a_transformer_on_two_meshes(tmp_path, monkeypatch):
         run = training.prepare(full, sharding.make_mesh(**sizes))
         state = train_transformer.init_state(full, run, zeros)
         gib = found["gib_per_device"]
-        assert gib["parameters"] == fullest(state.params) == watch.device_bytes(state.params)
+        assert gib["parameters"] == fullest(state.params) == device_bytes(state.params)
         assert gib["optimizer"] == fullest(state.opt_state) and gib["average"] == fullest(state.ema_params)
         assert gib["temporaries"] > 0 and gib["total"] == sum(gib[name] for name in memory.COLUMNS[:-1])
     assert split["gib_per_device"]["parameters"] < 0.4 * whole["gib_per_device"]["parameters"]
@@ -76,7 +78,7 @@ def test_a_tokenizer_and_a_sampler(tmp_path, monkeypatch):
     gib = found["gib_per_device"]
     assert gib["parameters"] == fullest(state.params) and gib["average"] == fullest(state.ema_params)
     assert gib["other state"] == fullest((state.model_state, state.discriminator, state.discriminator_opt_state))
-    assert gib["frozen"] == watch.device_bytes(memory.vgg_lpips.abstract_variables())
+    assert gib["frozen"] == device_bytes(memory.vgg_lpips.abstract_variables())
     (drawn,) = measured(tmp_path, "--sample", "--preset=demo", "--batch=2")
     assert 0 < drawn["gib_per_device"]["parameters"] < drawn["gib_per_device"]["total"]
 

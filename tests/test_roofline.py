@@ -11,8 +11,9 @@ import pytest
 
 from configs import rqtransformer, rqvae
 from rq_jax import models, quantize, roofline, sampling
+from rq_jax.devices.peaks import Peaks, device_peaks
 
-H100 = roofline.device_peaks("NVIDIA H100 80GB HBM3")
+H100 = device_peaks("NVIDIA H100 80GB HBM3")
 Shape = jax.ShapeDtypeStruct
 B = 3
 
@@ -250,7 +251,7 @@ def test_dtype_of_the_products(dtype, weights, products):
 
 
 def test_stages_run_one_after_another():
-    peaks = roofline.Peaks("toy", {"float32": 10.0, "bfloat16": 20.0}, 5.0)
+    peaks = Peaks("toy", {"float32": 10.0, "bfloat16": 20.0}, 5.0)
     stages = {"a": roofline.Work(100.0, 5.0), "b": roofline.Work(20.0, 100.0, "bfloat16")}
     assert roofline.roofline(stages, peaks) == (10.0 + 20.0, "bandwidth", 10.0 + 1.0)
     assert roofline.roofline({"a": stages["a"] * 3, "b": stages["b"]}, peaks) == (50.0, "compute", 31.0)
@@ -269,7 +270,7 @@ def test_stages_run_one_after_another():
     ],
 )  # fmt: skip
 def test_devices(kind, name):
-    peaks = roofline.device_peaks(kind)
+    peaks = device_peaks(kind)
     assert (peaks and peaks.name) == name
     if peaks:
         assert peaks.source == "table" and 1e12 < peaks.flops["float32"] <= peaks.flops["bfloat16"]

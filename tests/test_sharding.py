@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
-from rq_jax import models, sharding, train_state
+from rq_jax import models, train_state
+from rq_jax.devices import sharding
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight (fake) devices")
 

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from rq_jax import roofline, timing
+from rq_jax.devices.memory import peak_memory
+from rq_jax.devices.peaks import Peaks
 
-PEAKS = roofline.Peaks("toy", {"float32": 1000.0, "bfloat16": 4000.0}, 100.0)
+PEAKS = Peaks("toy", {"float32": 1000.0, "bfloat16": 4000.0}, 100.0)
 
 
 class Clock:
@@ -119,7 +121,7 @@ def test_memory_of_a_device_that_tells(monkeypatch):
         memory_stats = staticmethod(lambda: {"peak_bytes_in_use": 123})
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device])
-    assert timing.peak_memory()["device_peak"] == 123
+    assert peak_memory()["device_peak"] == 123
 
 
 def test_environment(tmp_path):

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rq_jax import sharding, train_loop, train_state
+from rq_jax import train_loop, train_state
 from rq_jax.checkpoint import Checkpointer
+from rq_jax.devices import sharding
 from rq_jax.files import RunLock
 from rq_jax.progress import Rate
 from rq_jax.train_loop import LoopSettings

@@ -13,8 +13,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import train_transformer
-from rq_jax import losses, models, quantize, sharding, train_state
+from rq_jax import losses, models, quantize, train_state
 from rq_jax.data.text import train_tokenizer
+from rq_jax.devices import sharding
 
 (h, w, D), E, K = helpers.CODE_SHAPE, helpers.CODE_DIM, helpers.CODEBOOK_SIZE
 RATE = 1000.0  # of SGD: so much larger than the parameters that their difference is the gradient to all digits

@@ -14,7 +14,8 @@ import pytest
 
 import train_vae
 from configs import rqvae
-from rq_jax import checkpoint, models, sharding
+from rq_jax import checkpoint, models
+from rq_jax.devices import sharding
 
 DEPTHS = (1, 2, 3)
 SGD = {"optim__name": "sgd", "optim__learning_rate": 0.1}

@@ -11,7 +11,8 @@ import optax
 import pytest
 
 import train_vae
-from rq_jax import checkpoint, losses, models, sharding
+from rq_jax import checkpoint, losses, models
+from rq_jax.devices import sharding
 from rq_jax.pretrained import vgg_lpips
 
 WEIGHT = 0.7

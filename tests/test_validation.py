@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rq_jax import validation, watch
-from rq_jax.hosts import Stop
 from rq_jax.progress import Progress
+from rq_jax.training.signals import Stop
 from rq_jax.validation import Validation, validate
 
 QUIET = watch.HangGuard(0)

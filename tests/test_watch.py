@@ -13,8 +13,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_train_loop import TOTAL, ToyDataset, jitted_step, metrics_of, train
 
-from rq_jax import roofline, sharding, train_loop, watch
+from rq_jax import roofline, train_loop, watch
 from rq_jax.checkpoint.saver import Checkpointer
+from rq_jax.devices import sharding
+from rq_jax.devices.memory import OutOfMemory, device_bytes
+from rq_jax.devices.peaks import Peaks
 
 # --- steps that are not finite ----------------------------------------------------------------------------------------
 
@@ -141,7 +144,7 @@ def test_what_does_not_fit_is_explained(tmp_path):
     def exhausted(state, batch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
 
-    with pytest.raises(watch.OutOfMemory) as error:
+    with pytest.raises(OutOfMemory) as error:
         train(tmp_path, step=exhausted, remedies=["--config.a=1", "--config.b=2"])
     assert str(error.value) == (
         "memory: a step does not fit a device; the state alone takes 0.00 GiB there (parameters 0.00, optimizer 0.00, "
@@ -164,7 +167,7 @@ def test_bytes_are_those_of_one_device():
         "split": jax.ShapeDtypeStruct((8, 3), jnp.bfloat16, sharding=split),
         "rng": jax.random.key(0),
     }
-    assert watch.device_bytes(tree) == 8 * 3 * 4 + 2 * 3 * 2
+    assert device_bytes(tree) == 8 * 3 * 4 + 2 * 3 * 2
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ def test_arithmetic_rates(monkeypatch):
     rates = {"images_per_second": 8.0}
     unknown = watch.Meter(flops_per_image=5e11).measure(rates)
     assert unknown["teraflops_per_second"] == pytest.approx(4.0) and "mfu" not in unknown
-    peaks = roofline.Peaks("toy", {"bfloat16": 2e12, "float32": 1e12}, 1.0)
+    peaks = Peaks("toy", {"bfloat16": 2e12, "float32": 1e12}, 1.0)
     monkeypatch.setattr(roofline, "device_peaks", lambda kind: peaks)
     assert watch.Meter(5e11, "bfloat16").measure(rates)["mfu"] == pytest.approx(2.0 / jax.device_count())
     assert "mfu" not in watch.Meter(5e11).measure({})

@@ -1,0 +1,1 @@
+"""Meshes, hosts, chips and their memory: the only room that knows them."""
