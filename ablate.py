@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from configs import ablations
-from rq_jax import checkpoint, command_line, pictures, timing
+from rq_jax import checkpoint, command_line, timing
 from rq_jax.files import write_atomic
-from rq_jax.progress import METRICS_FILE
+from rq_jax.report import curves, grids
+from rq_jax.training.log import METRICS_FILE
 
 ROOT = Path(__file__).parent
 NOTE = "ablation.json"  # in the directory of a run that is finished
@@ -137,7 +138,7 @@ def train(args: argparse.Namespace, stage: int, row: str, seed: int, changes: Ma
 
     def run() -> Figures:
         shown = command(script, *(f"--{name}={value}" for name, value in settings.items()), f"--workdir={directory}")
-        return {"command": shown, "steps": pictures.read_metrics(ROOT / directory / METRICS_FILE)["loss"][0][-1]}
+        return {"command": shown, "steps": curves.read_metrics(ROOT / directory / METRICS_FILE)["loss"][0][-1]}
 
     return once(directory, settings, run)
 
@@ -242,7 +243,7 @@ def measure_transformers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple
     samples = {run: place / "samples" for run, place in places.items()}
     marks, found = measure_samples(args, base_tokenizer(args), samples)
     for run, place in places.items():
-        logged = {name: values[-1] for name, (_, values) in pictures.read_metrics(ROOT / place / METRICS_FILE).items()}
+        logged = {name: values[-1] for name, (_, values) in curves.read_metrics(ROOT / place / METRICS_FILE).items()}
         by_depth = [logged[name] for name in sorted(logged) if name.startswith("validation_nats/")]
         found[run] |= {name: logged[name] for name in ("validation_loss", "loss")} | {"validation_nats": by_depth}
     return marks, found
@@ -329,7 +330,7 @@ def picture(args: argparse.Namespace, rows: list[dict[str, Any]], marks: Figures
                 figure = row["figures"][name]
                 std = figure["std"] or [0.0] * len(figure["mean"])
                 panels[title][row["row"]] = list(range(1, len(std) + 1)), figure["mean"], std
-        pictures.panels(panels, "code depth", path)
+        curves.panels(panels, "code depth", path)
     elif args.table == "filter":
         panels = {}
         for option, title in (("top_p", "top-p"), ("top_k", "top-k"), ("guidance", "guidance")):
@@ -340,14 +341,14 @@ def picture(args: argparse.Namespace, rows: list[dict[str, Any]], marks: Figures
                 for mark, value in marks.items():
                     if mark.startswith(name):
                         panels[f"{name}, {title}"][mark] = values, [value] * len(values), [0.0] * len(values)
-        pictures.panels(panels, "", path)
+        curves.panels(panels, "", path)
     elif args.table == "soft_labels":
         chosen = np.linspace(0, (NUM_QUICK if args.quicktest else NUM_SAMPLES) - 1, NUM_SHOWN).astype(int)
         shown = {}
         for row in rows:
             folder = ROOT / directory_of(args, row["row"], args.seeds[0]) / "samples" / "images"
-            shown[row["row"]] = np.stack([pictures.read_image(folder / f"{i:06d}.png") for i in chosen])
-        pictures.save_png(path, pictures.labelled_grid(shown, scale=2))
+            shown[row["row"]] = np.stack([grids.read_image(folder / f"{i:06d}.png") for i in chosen])
+        grids.save_png(path, grids.labelled_grid(shown, scale=2))
     else:
         source = ROOT / args.workdir / "evaluations" / f"{args.table}_pictures" / "reconstructions.png"
         write_atomic(path, source.read_bytes())

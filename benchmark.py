@@ -19,7 +19,7 @@ from benchmarks import quantize, sample, train
 from rq_jax import command_line, roofline, timing
 from rq_jax.devices.peaks import Peaks
 from rq_jax.files import write_atomic
-from rq_jax.progress import Progress
+from rq_jax.report.progress import Progress
 
 ROOT = Path(__file__).parent
 # Command: configurations side by side, how one is built, what is counted.

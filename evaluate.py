@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, command_line, losses, metrics, pictures
+from rq_jax import checkpoint, command_line, losses, metrics
 from rq_jax.data import make_dataset
 from rq_jax.files import write_atomic
 from rq_jax.pretrained import efficientnet_lite, vgg_lpips
-from rq_jax.progress import Progress
+from rq_jax.report import grids
+from rq_jax.report.progress import Progress
 from rq_jax.samples import read_images
 
 NUM_SHOWN, SHOWN_SIZE = 8, 128
@@ -257,7 +258,7 @@ def find_neighbours(
         for rank, nearest in enumerate(order.T[:NUM_NEIGHBOURS], start=1):
             rows[f"nearest {rank}"] = training.examples([int(index) for index in nearest])["image"]
         sheet = Path(args.out) / f"neighbours{i if i else ''}.png"
-        pictures.save_png(sheet, pictures.labelled_grid(rows, scale=max(1, SHEET_SIZE // images.shape[1])))
+        grids.save_png(sheet, grids.labelled_grid(rows, scale=max(1, SHEET_SIZE // images.shape[1])))
         print(f"nearest training pictures of samples {directory}: {sheet}")
     median = {name: float(np.median(distances_NM.min(axis=-1))) for name, distances_NM in distances.items()}
     return {
@@ -360,8 +361,8 @@ def compare_tokenizers(args: argparse.Namespace, tokenizers: dict[str, Any], dat
             rows[f"{Path(directory).name}: {figures['psnr'][-1]:.1f} dB"] = by_depth[-1]
         shown = [f"{name} {figures[name][-1]:.4g}" for name in FIGURES if name in figures]
         print(f"{directory}: {', '.join(shown)} over {figures['images']} pictures")
-    grid = pictures.labelled_grid(rows, scale=max(1, SHOWN_SIZE // data["image_size"][0]))
-    pictures.save_png(Path(args.out) / "reconstructions.png", grid)
+    grid = grids.labelled_grid(rows, scale=max(1, SHOWN_SIZE // data["image_size"][0]))
+    grids.save_png(Path(args.out) / "reconstructions.png", grid)
     print(f"pictures: {Path(args.out) / 'reconstructions.png'}")
     return {
         "protocol": "clipped to [-1, 1]; lists are by code depth 1..D; means over pictures; sharpness: a ratio of two",

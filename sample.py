@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, command_line, pictures, sampling
-from rq_jax.progress import Progress
+from rq_jax import checkpoint, command_line, sampling
+from rq_jax.report import grids
+from rq_jax.report.progress import Progress
 from rq_jax.samples import read_codes
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
@@ -230,7 +231,7 @@ def draw(
 def neighbour_sheet(loaded: checkpoint.LoadedModel, images: np.ndarray, num_neighbours: int) -> np.ndarray:
     """Samples beside the training pictures nearest to them in mean squared pixel distance."""
     batches = _open_split(loaded.config, "train").iterator()
-    training = np.concatenate([pictures.to_uint8(batch["image"][batch["mask"]]) for batch in batches])
+    training = np.concatenate([grids.to_uint8(batch["image"][batch["mask"]]) for batch in batches])
     columns = []
     for image in images:
         distances = np.mean((training.astype(np.float32) - image.astype(np.float32)) ** 2, axis=(1, 2, 3))
@@ -238,7 +239,7 @@ def neighbour_sheet(loaded: checkpoint.LoadedModel, images: np.ndarray, num_neig
     rows = {"sample": images}
     for i in range(min(num_neighbours, len(training))):
         rows[f"nearest {i + 1}"] = np.stack([column[i] for column in columns])
-    return pictures.labelled_grid(rows, scale=max(1, 64 // images.shape[1]))
+    return grids.labelled_grid(rows, scale=max(1, 64 // images.shape[1]))
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -270,7 +271,7 @@ def run(args: argparse.Namespace) -> Path:
     with Progress(args.num_images, unit="image", title="sampling") as progress:
         for ids, codes, images in draw(loaded, args, settings, conds, prefix):
             for image_id, image in zip(ids, images, strict=True):
-                pictures.save_png(out / "images" / f"{image_id:06d}.png", image)
+                grids.save_png(out / "images" / f"{image_id:06d}.png", image)
             shown += list(images[: max(0, NUM_IN_GRID - len(shown))])
             all_codes.append(codes)
             progress.update(len(ids))
@@ -280,14 +281,14 @@ def run(args: argparse.Namespace) -> Path:
     captions = [names[i % len(names)] for i in ids[: len(shown)]]
     scale = max(1, 64 // shown[0].shape[0])
     grid = out / f"grid_{tag}.png"
-    pictures.save_png(grid, pictures.captioned_grid(np.stack(shown), captions, columns=10, scale=scale))
+    grids.save_png(grid, grids.captioned_grid(np.stack(shown), captions, columns=10, scale=scale))
     drawn_from = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
     record = {**vars(args), **settings, **{name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}}
     (out / f"settings_{tag}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"samples: {grid}")
     if args.neighbours:
         sheet = out / f"neighbours_{tag}.png"
-        pictures.save_png(sheet, neighbour_sheet(loaded, np.stack(shown[:12]), args.neighbours))
+        grids.save_png(sheet, neighbour_sheet(loaded, np.stack(shown[:12]), args.neighbours))
         print(f"nearest training pictures: {sheet}")
     return grid
 

@@ -21,7 +21,6 @@ from rq_jax import (
     losses,
     metrics,
     models,
-    pictures,
     quantize,
     roofline,
     sampling,
@@ -30,6 +29,7 @@ from rq_jax import (
 )
 from rq_jax.data import CacheDataset, load_tokenizer, make_dataset, read_meta, write_cache
 from rq_jax.devices import sharding
+from rq_jax.report import grids
 from rq_jax.validation import Validation
 
 SECTIONS = (
@@ -200,7 +200,7 @@ def make_validation(
         )
         images = np.asarray(decode(tokenizer_variables, codes))
         scale = max(1, 64 // images.shape[1])
-        return scalars, {"samples": pictures.grid(images, columns=9, scale=scale)}
+        return scalars, {"samples": grids.grid(images, columns=9, scale=scale)}
 
     return Validation(run["validation"], measure, report)
 

@@ -16,12 +16,13 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from rq_jax import checkpoint, command_line, losses, metrics, models, pictures, roofline, train_loop, train_state
+from rq_jax import checkpoint, command_line, losses, metrics, models, roofline, train_loop, train_state
 from rq_jax.data import make_dataset
 from rq_jax.devices import sharding
 from rq_jax.models.discriminator import initialize_actnorm, update_statistics_again
 from rq_jax.models.rqvae import last_kernel_gradient
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.report import grids
 from rq_jax.validation import Validation
 
 SECTIONS = (
@@ -336,7 +337,7 @@ def make_validation(model, dataset, mesh, loss: Losses, perceptual: vgg_lpips.Pe
         for d, images in enumerate(by_depth, start=1):
             rows[f"depth {d}: {psnr_D[d - 1]:.1f} dB"] = images
         scale = max(1, 96 // originals.shape[1])
-        return scalars, {"reconstructions": pictures.labelled_grid(rows, scale=scale)}
+        return scalars, {"reconstructions": grids.labelled_grid(rows, scale=scale)}
 
     return Validation(dataset, measure, report)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rq_jax import pictures
+from rq_jax.report import grids
 
 # What may differ between the parts of one set of samples, as several hosts draw it.
 _SLICE = ("first_index", "num_images", "batch_size", "neighbours", "out")
@@ -27,7 +27,7 @@ def read_images(directory: str | os.PathLike) -> np.ndarray:
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
     if not paths:
         raise FileNotFoundError(f"--samples: '{directory}' holds no pictures; give the --out of sample.py")
-    images = [pictures.read_image(path) for path in paths]
+    images = [grids.read_image(path) for path in paths]
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
         raise ValueError(f"--samples: '{directory}' holds pictures of several shapes {sorted(shapes)}; give one size")

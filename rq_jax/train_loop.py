@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax import pictures, watch
+from rq_jax import watch
 from rq_jax.checkpoint.model_dir import write_config
 from rq_jax.checkpoint.saver import Checkpointer
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import explained_memory
 from rq_jax.files import RunLock
-from rq_jax.progress import METRICS_FILE, MetricWriter, Progress, Rate
+from rq_jax.report.progress import Progress
+from rq_jax.training.log import METRICS_FILE, MetricWriter, Rate
 from rq_jax.training.signals import Stop
 from rq_jax.validation import NOTHING_EVALUATED, Evaluations, Validation
 
@@ -334,5 +335,5 @@ def finish(workdir: str, curves: list[str]) -> None:
     if jax.process_index() != 0:
         return
     directory = Path(workdir)
-    pictures.curves(directory / METRICS_FILE, curves, directory / "pictures" / "curves.png")
+    curves.curves(directory / METRICS_FILE, curves, directory / "pictures" / "curves.png")
     print(f"pictures: {directory / 'pictures'}")

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax.progress import Progress
+from rq_jax.report.progress import Progress
 from rq_jax.training.signals import Stop
 from rq_jax.watch import HangGuard
 

@@ -13,7 +13,8 @@ from PIL import Image
 
 import ablate
 from configs import ablations, rqtransformer, rqvae
-from rq_jax import checkpoint, pictures
+from rq_jax import checkpoint
+from rq_jax.report import grids
 
 ROOT = Path(ablate.__file__).parent
 SIDE = 16
@@ -36,7 +37,7 @@ class Scripts:
             (out / "metrics.jsonl").write_text(json.dumps({"step": 7, **scalars}) + "\n")
         elif script == "sample.py":
             for i in range(ablate.NUM_SAMPLES):
-                pictures.save_png(
+                grids.save_png(
                     self.root / values["out"] / "images" / f"{i:06d}.png", np.zeros((SIDE, SIDE, 3), np.uint8)
                 )
         else:
@@ -63,7 +64,7 @@ class Scripts:
         }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
         (out / "evaluation.json").write_text(json.dumps(record))
-        pictures.save_png(out / "reconstructions.png", np.zeros((SIDE, SIDE, 3), np.uint8))
+        grids.save_png(out / "reconstructions.png", np.zeros((SIDE, SIDE, 3), np.uint8))
 
 
 @pytest.fixture

@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 import evaluate
-from rq_jax import checkpoint, metrics, pictures
+from rq_jax import checkpoint, metrics
 from rq_jax.data import make_dataset
 from rq_jax.data.text import train_tokenizer
+from rq_jax.report import grids
 
 ROOT = Path(evaluate.__file__).parent
 D, K = helpers.CODE_SHAPE[-1], helpers.CODEBOOK_SIZE
@@ -91,9 +92,7 @@ def test_files(root, record):
 
 def test_one_tokenizer_is_shown_at_each_depth(root, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        pictures, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8)
-    )
+    monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8))
     found = evaluated(root, "first", out="alone", no_perceptual=True)["results"][str(root / "first")]
     evaluated(root, "first", "second", out="both", no_perceptual=True)
     alone, both = seen
@@ -169,7 +168,7 @@ def sampled(root, monkeypatch):
     """The training pictures, last first, as samples."""
     monkeypatch.setattr(evaluate.efficientnet_lite, "load", lambda path: Means())
     for i, image in enumerate(pictures_of(root, "train")[::-1]):
-        pictures.save_png(root / "samples" / "images" / f"{i:06d}.png", pictures.to_uint8(image))
+        grids.save_png(root / "samples" / "images" / f"{i:06d}.png", grids.to_uint8(image))
     return root
 
 
@@ -216,7 +215,7 @@ def test_reconstructions_have_a_distance_without_samples(sampled):
 
 def test_several_samples_are_compared(sampled):
     for i, image in enumerate(pictures_of(sampled, "validation")):
-        pictures.save_png(sampled / "held" / f"{i}.png", pictures.to_uint8(image))
+        grids.save_png(sampled / "held" / f"{i}.png", grids.to_uint8(image))
     both = [sampled / "samples", sampled / "held"]
     found = evaluated(
         sampled, out="several", samples=both, subset_size=5, data_name="folder", data_dir=sampled / "pictures"
@@ -232,9 +231,7 @@ def test_several_samples_are_compared(sampled):
 
 def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        pictures, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8)
-    )
+    monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8))
     evaluated(sampled, samples=sampled / "samples", out="alone", data_name="folder", data_dir=sampled / "pictures")
     (rows,) = seen
     assert list(rows) == ["sample", "nearest 1", "nearest 2", "nearest 3"]
@@ -272,7 +269,7 @@ def test_samples_refused(sampled, settings, message):
 
 def test_samples_of_several_shapes_are_refused(sampled, tmp_path):
     for side in (8, 16):
-        pictures.save_png(tmp_path / f"{side}.png", np.zeros((side, side, 3), np.uint8))
+        grids.save_png(tmp_path / f"{side}.png", np.zeros((side, side, 3), np.uint8))
     with pytest.raises(
         ValueError, match=r"^--samples: .* holds pictures of several shapes \[\(8, 8, 3\), \(16, 16, 3\)\]; give"
     ):

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from einops import rearrange
 
-from rq_jax import losses, models, pictures, quantize, sampling
+from rq_jax import losses, models, quantize, sampling
 from rq_jax.interop import official
+from rq_jax.report import grids
 
 TOLERANCE = 1e-5
 TOKENIZER = "rqvae-8x8x4"
@@ -120,7 +121,7 @@ def test_rqvae_losses(tokenizer, apply):
 def test_rqvae_pictures(tokenizer, apply):
     io, images = tokenizer.io, nhwc(tokenizer.io["images"])
     assert_close(0.5 * images + 0.5, nhwc(io["recon_imgs_real"]))
-    shown = pictures.to_uint8(apply("__call__", images).reconstruction)
+    shown = grids.to_uint8(apply("__call__", images).reconstruction)
     np.testing.assert_allclose(shown / 255, nhwc(io["recon_imgs_recon"]), atol=0.501 / 255)
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rq_jax import pictures
 from rq_jax.files import write_atomic
+from rq_jax.report import curves, grids
 
 WHITE = 255
 
@@ -23,25 +23,25 @@ def random_pictures(*shape):
 
 def test_to_uint8_maps_the_range_rounds_and_clips():
     inside = np.array([-1.0, -1 + 2 / 255, -1 + 2.9 / 255, -1 + 3.1 / 255, 0.999, 1.0])
-    np.testing.assert_array_equal(pictures.to_uint8(inside), [0, 1, 1, 2, 255, 255])
-    np.testing.assert_array_equal(pictures.to_uint8(np.array([-2.0, 7.0, -np.inf, np.inf])), [0, 255, 0, 255])
+    np.testing.assert_array_equal(grids.to_uint8(inside), [0, 1, 1, 2, 255, 255])
+    np.testing.assert_array_equal(grids.to_uint8(np.array([-2.0, 7.0, -np.inf, np.inf])), [0, 255, 0, 255])
 
 
 def test_to_uint8_returns_every_byte_unchanged():
     every = np.arange(256, dtype=np.uint8)
-    np.testing.assert_array_equal(pictures.to_uint8(every / 127.5 - 1), every)
-    np.testing.assert_array_equal(pictures.to_uint8(every), every)
+    np.testing.assert_array_equal(grids.to_uint8(every / 127.5 - 1), every)
+    np.testing.assert_array_equal(grids.to_uint8(every), every)
 
 
 def test_to_uint8_takes_device_arrays_of_half_precision_and_nan_is_black():
-    assert pictures.to_uint8(jnp.array([jnp.nan, 1.0, -1.0], jnp.bfloat16)).tolist() == [0, 255, 0]
+    assert grids.to_uint8(jnp.array([jnp.nan, 1.0, -1.0], jnp.bfloat16)).tolist() == [0, 255, 0]
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int8, bool])
 def test_to_uint8_refuses_integers_of_unknown_range(dtype):
     message = f"images have dtype {np.dtype(dtype)}: give floats in [-1, 1] or uint8"
     with pytest.raises(ValueError, match=re.escape(message)):
-        pictures.to_uint8(np.zeros((2, 3), dtype))
+        grids.to_uint8(np.zeros((2, 3), dtype))
 
 
 # grid
@@ -51,7 +51,7 @@ def test_to_uint8_refuses_integers_of_unknown_range(dtype):
 @pytest.mark.parametrize("scale", [1, 2])
 def test_grid_places_every_image_and_leaves_the_rest_white(channels, scale):
     images = random_pictures(5, 2, 3, channels)
-    sheet = pictures.grid(images, columns=3, padding=4, scale=scale)
+    sheet = grids.grid(images, columns=3, padding=4, scale=scale)
     H, W = 2 * scale, 3 * scale
     assert sheet.shape == (2 * (H + 4) + 4, 3 * (W + 4) + 4, channels) and sheet.dtype == np.uint8
     rest = sheet.copy()
@@ -65,7 +65,7 @@ def test_grid_places_every_image_and_leaves_the_rest_white(channels, scale):
 
 
 def test_grid_is_no_wider_than_its_images():
-    assert pictures.grid(random_pictures(2, 4, 5, 3), columns=9, padding=1).shape == (6, 13, 3)
+    assert grids.grid(random_pictures(2, 4, 5, 3), columns=9, padding=1).shape == (6, 13, 3)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_grid_is_no_wider_than_its_images():
 )
 def test_grid_refuses(shape, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        pictures.grid(np.zeros(shape, np.uint8), **{"columns": 2, **options})
+        grids.grid(np.zeros(shape, np.uint8), **{"columns": 2, **options})
 
 
 # labelled_grid
@@ -88,11 +88,11 @@ def test_grid_refuses(shape, options, message):
 
 def test_labelled_grid_has_text_at_the_left_and_images_at_the_right():
     rows = {"original": random_pictures(3, 20, 24, 3), "depth 1: 21.3 dB": random_pictures(2, 20, 24, 3)}
-    sheet = pictures.labelled_grid(rows, padding=2)
+    sheet = grids.labelled_grid(rows, padding=2)
     assert sheet.shape[0] == 2 * (20 + 4) and sheet.shape[2] == 3
     label_width = sheet.shape[1] - (3 * 26 + 2)
     for top, images in zip((0, 24), rows.values(), strict=True):
-        strip = pictures.grid(images, columns=3, padding=2)
+        strip = grids.grid(images, columns=3, padding=2)
         shown = sheet[top : top + 24, label_width : label_width + strip.shape[1]]
         np.testing.assert_array_equal(shown, strip)
         label = sheet[top : top + 24, :label_width]
@@ -102,12 +102,12 @@ def test_labelled_grid_has_text_at_the_left_and_images_at_the_right():
 
 def test_labelled_grid_draws_different_labels_differently():
     images = random_pictures(1, 20, 24, 1)
-    one, other = (pictures.labelled_grid({label: images}) for label in ("depth 1", "depth 8"))
+    one, other = (grids.labelled_grid({label: images}) for label in ("depth 1", "depth 8"))
     assert one.shape == other.shape and (one != other).any()
 
 
 def test_labelled_grid_makes_room_for_text_beside_tiny_images():
-    sheet = pictures.labelled_grid({"a": random_pictures(2, 3, 3, 1), "b": random_pictures(2, 3, 3, 1)})
+    sheet = grids.labelled_grid({"a": random_pictures(2, 3, 3, 1), "b": random_pictures(2, 3, 3, 1)})
     dark = (sheet[:, :8] < 128).any(axis=(1, 2))
     starts = np.flatnonzero(np.diff(dark.astype(int)) == 1)
     assert len(starts) == 2, "the two labels are drawn over each other"
@@ -129,7 +129,7 @@ def test_labelled_grid_makes_room_for_text_beside_tiny_images():
 )
 def test_labelled_grid_refuses(rows, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        pictures.labelled_grid(rows)
+        grids.labelled_grid(rows)
 
 
 # captioned_grid
@@ -137,7 +137,7 @@ def test_labelled_grid_refuses(rows, message):
 
 def test_captioned_grid_has_each_caption_below_its_image():
     images = random_pictures(3, 20, 40, 3)
-    sheet = pictures.captioned_grid(images, ["cat", "", "dog"], columns=3, padding=4)
+    sheet = grids.captioned_grid(images, ["cat", "", "dog"], columns=3, padding=4)
     captions = []
     for index, image in enumerate(images):
         left = 4 + index * 44
@@ -150,11 +150,11 @@ def test_captioned_grid_has_each_caption_below_its_image():
 def test_captions_wrap_to_the_image_and_stop_after_three_lines():
     image = random_pictures(1, 20, 64, 1)
     heights = [
-        pictures.captioned_grid(image, [caption], columns=1).shape[0]
+        grids.captioned_grid(image, [caption], columns=1).shape[0]
         for caption in ("woman", "woman bowing", "woman bowing deeply", "woman bowing " * 30, "W" * 200)
     ]
     assert heights[0] < heights[1] < heights[2] == heights[3] == heights[4]
-    sheet = pictures.captioned_grid(image, ["W" * 200], columns=1, padding=4)
+    sheet = grids.captioned_grid(image, ["W" * 200], columns=1, padding=4)
     assert (sheet[:, :4] == WHITE).all() and (sheet[:, -4:] == WHITE).all(), "text leaves its column"
 
 
@@ -174,12 +174,12 @@ def test_captions_break_at_spaces_and_after_hyphens(text, lines):
     class Font:
         getlength = len
 
-    assert pictures._wrap(text, Font, 12) == lines
+    assert grids._wrap(text, Font, 12) == lines
 
 
 def test_captioned_grid_wants_one_caption_per_image():
     with pytest.raises(ValueError, match="2 captions for 3 images: give one per image"):
-        pictures.captioned_grid(random_pictures(3, 4, 5, 3), ["a", "b"], columns=2)
+        grids.captioned_grid(random_pictures(3, 4, 5, 3), ["a", "b"], columns=2)
 
 
 # curves
@@ -195,7 +195,7 @@ def log(tmp_path):
 
 
 def test_read_metrics_leaves_out_a_line_without_an_end(log):
-    metrics = pictures.read_metrics(log)
+    metrics = curves.read_metrics(log)
     assert metrics["loss"] == ([1, 2, 3, 5], [1.0, 1 / 2, 1 / 3, 1 / 5])
     assert list(metrics) == ["loss", "eval/psnr", "odd", "rate"] and np.isnan(metrics["odd"][1]).all()
 
@@ -203,7 +203,7 @@ def test_read_metrics_leaves_out_a_line_without_an_end(log):
 def test_curves_draw_a_panel_for_each_metric(log, tmp_path):
     sizes = {}
     for names in (["loss"], ["loss", "eval/psnr"], ["loss", "odd", "eval/psnr", "rate"]):
-        pictures.curves(log, names, tmp_path / "new" / "curves.png")
+        curves.curves(log, names, tmp_path / "new" / "curves.png")
         picture = np.asarray(Image.open(tmp_path / "new" / "curves.png").convert("RGB")).astype(int)
         sizes[len(names)] = picture.shape[:2]
         blue = (picture[..., 2] > picture[..., 0] + 60) & (picture[..., 2] > 120)
@@ -213,7 +213,7 @@ def test_curves_draw_a_panel_for_each_metric(log, tmp_path):
 
 def test_panels_draw_lines_with_error_bars_and_a_legend(tmp_path):
     def drawn(lines):
-        pictures.panels({"PSNR": lines}, "code depth", tmp_path / "panels.png")
+        curves.panels({"PSNR": lines}, "code depth", tmp_path / "panels.png")
         return np.asarray(Image.open(tmp_path / "panels.png").convert("L")).astype(int)
 
     x, y = [1, 2, 3], [1.0, 3.0, 2.0]
@@ -226,11 +226,11 @@ def test_panels_draw_lines_with_error_bars_and_a_legend(tmp_path):
 def test_curves_refuse_what_the_log_does_not_hold(log, tmp_path):
     message = f"{log} holds no ['psnr']: choose from ['eval/psnr', 'loss', 'odd', 'rate']"
     with pytest.raises(ValueError, match=re.escape(message)):
-        pictures.curves(log, ["loss", "psnr"], tmp_path / "curves.png")
+        curves.curves(log, ["loss", "psnr"], tmp_path / "curves.png")
     with pytest.raises(ValueError, match="names is empty: give at least one metric to draw"):
-        pictures.curves(log, [], tmp_path / "curves.png")
+        curves.curves(log, [], tmp_path / "curves.png")
     with pytest.raises(FileNotFoundError, match=r"absent\.jsonl"):
-        pictures.curves(tmp_path / "absent.jsonl", ["loss"], tmp_path / "curves.png")
+        curves.curves(tmp_path / "absent.jsonl", ["loss"], tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
 
@@ -240,9 +240,9 @@ def test_curves_refuse_what_the_log_does_not_hold(log, tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_save_png_round_trips_and_replaces(tmp_path, channels):
     path = tmp_path / "new" / "picture.png"
-    pictures.save_png(path, np.zeros((4, 6, channels), np.uint8))
+    grids.save_png(path, np.zeros((4, 6, channels), np.uint8))
     picture = random_pictures(5, 7, channels)
-    pictures.save_png(path, picture)
+    grids.save_png(path, picture)
     np.testing.assert_array_equal(np.asarray(Image.open(path)).reshape(picture.shape), picture)
     assert [entry.name for entry in path.parent.iterdir()] == ["picture.png"]
 
@@ -250,7 +250,7 @@ def test_save_png_round_trips_and_replaces(tmp_path, channels):
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 2), (1, 4, 6, 3)])
 def test_save_png_refuses_other_shapes(tmp_path, shape):
     with pytest.raises(ValueError, match=re.escape(f"picture is uint8 {shape}: give uint8 (H, W, 1 or 3)")):
-        pictures.save_png(tmp_path / "picture.png", np.zeros(shape, np.uint8))
+        grids.save_png(tmp_path / "picture.png", np.zeros(shape, np.uint8))
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -260,7 +260,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pictures.os, "replace", full)
+    monkeypatch.setattr(grids.os, "replace", full)
     with pytest.raises(OSError, match="No space left"):
         write_atomic(path, b"new")
     assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
@@ -269,11 +269,11 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_picture_comes_back_as_it_was_saved(tmp_path, channels):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
-    pictures.save_png(tmp_path / "a.png", image)
-    np.testing.assert_array_equal(pictures.read_image(tmp_path / "a.png"), image)
+    grids.save_png(tmp_path / "a.png", image)
+    np.testing.assert_array_equal(grids.read_image(tmp_path / "a.png"), image)
 
 
 def test_what_is_no_picture_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
     with pytest.raises(ValueError, match=r"a.png' is no picture that can be read \(.*\); remove or replace it$"):
-        pictures.read_image(tmp_path / "a.png")
+        grids.read_image(tmp_path / "a.png")

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rq_jax.pictures import read_metrics
-from rq_jax.progress import MetricWriter, Progress, Rate
+from rq_jax.report.curves import read_metrics
+from rq_jax.report.progress import Progress
+from rq_jax.training.log import MetricWriter, Rate
 
 
 def lines_of(directory):
@@ -73,7 +74,7 @@ def test_what_passes_leaves_no_last_line():
 
 def test_time_left_follows_the_recent_rate(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("rq_jax.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rq_jax.report.progress.time.monotonic", lambda: now[0])
     stream = io.StringIO()
     progress = Progress(100, line_seconds=10.0, stream=stream)
     for seconds in (100.0, 110.0):  # ten steps in 100 s of compilation, then ten in 10 s
@@ -235,7 +236,7 @@ def test_truncating_needs_no_room(tmp_path, monkeypatch):
 
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in range(1, 10)))
-    monkeypatch.setattr("rq_jax.progress.write_atomic", full)
+    monkeypatch.setattr("rq_jax.training.log.write_atomic", full)
     MetricWriter(tmp_path).truncate_after(5)
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5]
 

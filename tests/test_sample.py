@@ -13,9 +13,10 @@ import pytest
 from PIL import Image
 
 import sample
-from rq_jax import checkpoint, pictures, sampling
+from rq_jax import checkpoint, sampling
 from rq_jax.data import make_dataset
 from rq_jax.data.text import load_tokenizer, train_tokenizer
+from rq_jax.report import grids
 
 (h, w, D), K, V = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE, len(helpers.CLASSES)
 KINDS = ("unconditional", "class", "text", "guided")
@@ -279,13 +280,13 @@ def test_prompts_go_through_the_runs_own_tokenizer(trained, tmp_path):
 
 
 def test_grid_says_what_each_image_is(trained, tmp_path, monkeypatch):
-    seen, captioned_grid = {}, pictures.captioned_grid
+    seen, captioned_grid = {}, grids.captioned_grid
 
     def grid(images, captions, **options):
         seen.update(images=images, captions=captions)
         return captioned_grid(images, captions, **options)
 
-    monkeypatch.setattr(pictures, "captioned_grid", grid)
+    monkeypatch.setattr(grids, "captioned_grid", grid)
     drawn = draw(trained, tmp_path, "--classes=dog,0", kind="class", num=3, first=1)
     assert seen["captions"] == ["ape", "dog", "ape"]
     np.testing.assert_array_equal(seen["images"], np.stack([drawn.image(i) for i in (1, 2, 3)]))
@@ -317,7 +318,7 @@ def test_neighbours_are_the_nearest_training_pictures(trained, tmp_path, monkeyp
     training = np.stack([np.asarray(Image.open(path)) for path in paths])
     noisy = np.clip(training[[4, 11]].astype(int) + 3, 0, 255).astype(np.uint8)
     seen = {}
-    monkeypatch.setattr(pictures, "labelled_grid", lambda rows, scale: seen.update(rows))
+    monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale: seen.update(rows))
     sample.neighbour_sheet(loaded, noisy, 2)
     assert list(seen) == ["sample", "nearest 1", "nearest 2"]
     np.testing.assert_array_equal(seen["sample"], noisy)

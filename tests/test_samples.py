@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from rq_jax import pictures, samples
+from rq_jax import samples
+from rq_jax.report import grids
 
 SETTINGS = {"first_index": 0, "num_images": 3, "batch_size": 3, "out": "a", "top_p": 0.9, "transformer": "x"}
 
@@ -24,7 +25,7 @@ SETTINGS = {"first_index": 0, "num_images": 3, "batch_size": 3, "out": "a", "top
 )
 def test_samples_of_several_settings_are_refused(tmp_path, others, message):
     for i in range(5):
-        pictures.save_png(tmp_path / "images" / f"{i:06d}.png", np.zeros((8, 8, 3), np.uint8))
+        grids.save_png(tmp_path / "images" / f"{i:06d}.png", np.zeros((8, 8, 3), np.uint8))
     for one in [SETTINGS, *({**SETTINGS, **other} for other in others)]:
         (tmp_path / f"settings_{one['first_index']:06d}.json").write_text(json.dumps(one))
     if message is None:

@@ -16,8 +16,8 @@ from rq_jax import train_loop, train_state
 from rq_jax.checkpoint import Checkpointer
 from rq_jax.devices import sharding
 from rq_jax.files import RunLock
-from rq_jax.progress import Rate
 from rq_jax.train_loop import LoopSettings
+from rq_jax.training.log import Rate
 
 TOTAL = 12
 BATCH, FEATURES = 8, 3

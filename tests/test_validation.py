@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rq_jax import validation, watch
-from rq_jax.progress import Progress
+from rq_jax.report.progress import Progress
 from rq_jax.training.signals import Stop
 from rq_jax.validation import Validation, validate
 

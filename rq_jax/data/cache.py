@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rq_jax.data.pipeline import Batch, Dataset
-from rq_jax.progress import Progress
+from rq_jax.report.progress import Progress
 
 _META = "meta.json"
 _FORMAT = 1

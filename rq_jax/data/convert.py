@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from rq_jax.data.sources import FolderRecords
 from rq_jax.data.tfrecord import make_example
 from rq_jax.files import RunLock, write_atomic
-from rq_jax.progress import Progress
+from rq_jax.report.progress import Progress
 
 VERSION = "1.0.0"
 PLAN = ".plan.json"  # of the call that began a set

@@ -1,4 +1,4 @@
-"""Memory of devices and of the process: what a state takes, what was in use at most, what to do where it does not fit."""
+"""Memory of devices and of the process: what a state takes, the peak, and remedies where a step does not fit."""
 
 import contextlib
 import logging

@@ -5,11 +5,9 @@ Pictures are uint8 HWC arrays with one (grey) or three channels. PIL and matplot
 
 import io
 import itertools
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -141,86 +139,6 @@ def captioned_grid(images: Any, captions: Sequence[str], columns: int, scale: in
         ImageDraw.Draw(canvas).text(middle, text, "black", font, anchor="ma", align="center")
         captioned[index] = np.asarray(canvas)
     return grid(captioned, columns, padding)
-
-
-def curves(metrics_jsonl_path: str | os.PathLike, names: Sequence[str], out_path: str | os.PathLike) -> None:
-    """Draws metrics against the step, a panel for each, as PNG.
-
-    Args:
-      metrics_jsonl_path: the log that `progress.MetricWriter` wrote.
-      names: metrics to draw; non-finite values leave a gap.
-      out_path: PNG file to write.
-
-    Raises:
-      FileNotFoundError: no such log.
-      ValueError: no names, or a name that the log does not hold.
-    """
-    if not names:
-        raise ValueError("names is empty: give at least one metric to draw")
-    logged = read_metrics(metrics_jsonl_path)
-    unknown = [name for name in names if name not in logged]
-    if unknown:
-        raise ValueError(f"{metrics_jsonl_path} holds no {unknown}: choose from {sorted(logged)}")
-    panels({name: {"": (*logged[name], None)} for name in names}, "step", out_path)
-
-
-def panels(
-    lines: Mapping[str, Mapping[str, tuple[Sequence, Sequence, Sequence | None]]],
-    xlabel: str,
-    out_path: str | os.PathLike,
-) -> None:
-    """Draws lines, a panel for each title, as PNG.
-
-    Args:
-      lines: title -> label -> (x, y, half the length of the error bars or None); labels that are empty or start with
-        "_" stay out of the legend.
-      xlabel: what x is.
-      out_path: PNG file to write.
-    """
-    from matplotlib.figure import Figure
-
-    columns = min(3, len(lines))
-    # A Figure of its own, not pyplot: no global state and no window.
-    figure = Figure(figsize=(4.5 * columns, 3.0 * -(-len(lines) // columns)), layout="constrained")
-    axes = list(figure.subplots(-(-len(lines) // columns), columns, squeeze=False).flat)
-    for panel, (title, of_panel) in zip(axes, lines.items(), strict=False):
-        for label, (x, y, error) in of_panel.items():
-            is_short = len(x) < 20
-            panel.errorbar(x, y, error, label=label or "_", marker="." if is_short else None, capsize=2)
-        panel.set(title=title, xlabel=xlabel)
-        panel.grid(alpha=0.3)
-        if any(of_panel):
-            panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2))  # covers no line
-    for panel in axes[len(lines) :]:
-        panel.set_axis_off()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    write_atomic(out_path, buffer.getvalue())
-
-
-def read_metrics(metrics_jsonl_path: str | os.PathLike) -> dict[str, tuple[list[int], list[float]]]:
-    """Reads the log of a run.
-
-    Args:
-      metrics_jsonl_path: the log that `progress.MetricWriter` wrote; a last line without an end is left out.
-
-    Returns:
-      Metric name -> (steps, values), in the order of the log.
-
-    Raises:
-      FileNotFoundError: no such log.
-    """
-    logged: dict[str, tuple[list[int], list[float]]] = {}
-    for line in Path(metrics_jsonl_path).read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        record = json.loads(line)
-        step = record.pop("step")
-        for name, value in record.items():
-            steps, values = logged.setdefault(name, ([], []))
-            steps.append(step)
-            values.append(float(value))
-    return logged
 
 
 def encode_png(array: Any) -> bytes:

@@ -1,0 +1,134 @@
+"""What a run tells while it goes on: a progress bar, rates, and metrics on disk. It knows no model."""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TextIO
+
+LINE_FORMAT = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """A bar over training steps, encoded or sampled images: count, rate, time left and a few scalars.
+
+    On a terminal it is tqdm's bar; elsewhere (a log file, a batch queue) a plain line every `line_seconds`.
+
+    Args:
+      total: count at which the work is done; None where nobody knows.
+      start: count that an earlier run has done already; the rate leaves it out.
+      unit: what is counted, for instance "step" or "image".
+      title: words in front of the bar.
+      enabled: False shows nothing; of several hosts only the first shows a bar.
+      line_seconds: seconds between two lines where there is no terminal.
+      stream: where to show it; None is stderr.
+      leave: False takes the bar away at the end, and shows none of work that is done within two seconds; where there
+        is no terminal it shows no last line.
+    """
+
+    def __init__(
+        self,
+        total: int | None,
+        start: int = 0,
+        unit: str = "step",
+        title: str = "",
+        enabled: bool = True,
+        line_seconds: float = 30.0,
+        stream: TextIO | None = None,
+        leave: bool = True,
+    ):
+        from tqdm import tqdm
+
+        stream = sys.stderr if stream is None else stream
+        common = {"total": total, "initial": start, "unit": f" {unit}", "desc": title, "file": stream, "leave": leave}
+        if not enabled:
+            self._bar = None
+        elif _has_width(stream):
+            self._bar = tqdm(mininterval=0.5, dynamic_ncols=True, delay=0.0 if leave else 2.0, **common)
+        else:
+            self._bar = _Lines(tqdm.format_meter, line_seconds, **common)
+
+    def update(self, count: int = 1, **scalars: float) -> None:
+        """Counts work that is done.
+
+        Args:
+          count: how much more is done.
+          **scalars: shown beside the bar from now on. A device array is waited for: give numbers of the host.
+        """
+        if self._bar is None:
+            return
+        if scalars:
+            self._bar.set_postfix({name: float(value) for name, value in scalars.items()}, refresh=False)
+        self._bar.update(count)
+
+    def message(self, text: str) -> None:
+        """Prints a line above the bar, which stays whole."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._bar.fp)
+
+    def close(self) -> None:
+        """Shows the last count and ends the line; a second call does nothing."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Lines:
+    """As much of tqdm's interface as `Progress` needs, for a stream that is no terminal."""
+
+    def __init__(
+        self,
+        format_meter: Callable[..., str],
+        seconds: float,
+        initial: int,
+        desc: str,
+        file: TextIO,
+        leave: bool,
+        **meter: Any,
+    ):
+        self.fp = file
+        self._format = partial(format_meter, bar_format=LINE_FORMAT, initial=initial, prefix=desc, **meter)
+        self._seconds, self._leave = seconds, leave
+        self._count, self._postfix = initial, ""
+        self._start = self._shown_at = time.monotonic()
+        self._shown_count = initial
+
+    def set_postfix(self, scalars: Mapping[str, float], refresh: bool) -> None:
+        self._postfix = ", ".join(f"{name}={value:.4g}" for name, value in scalars.items())
+
+    def update(self, count: int) -> None:
+        self._count += count
+        if time.monotonic() - self._shown_at >= self._seconds:
+            self._show()
+
+    def write(self, text: str, file: TextIO) -> None:
+        file.write(f"{text}\n")
+        file.flush()
+
+    def close(self) -> None:
+        if self._leave:
+            self._show()
+
+    def _show(self) -> None:
+        now = time.monotonic()
+        # The rate since the last line, so that compilation does not spoil the time left for ever.
+        rate = (self._count - self._shown_count) / max(now - self._shown_at, 1e-9)
+        elapsed = now - self._start
+        line = self._format(n=self._count, elapsed=elapsed, rate=rate or None, postfix=self._postfix)
+        self.write(line, self.fp)
+        self._shown_at, self._shown_count = now, self._count
+
+
+def _has_width(stream: TextIO) -> bool:
+    """Whether a bar can be drawn: files and pipes are no terminals, and a container's may have no columns."""
+    return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
