@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from configs import ablations
-from rq_jax import checkpoint, command_line, timing
+from rq_jax import checkpoint, command_line
+from rq_jax.evaluation.protocol import environment
 from rq_jax.files import write_atomic
 from rq_jax.report import curves, grids
 from rq_jax.training.log import METRICS_FILE
@@ -107,7 +108,7 @@ def once(directory: Path, settings: Mapping[str, Any], run: Callable[[], Figures
                 f"--workdir: '{directory}' is a run of {note['settings']}, not of {settings}; give another --workdir"
             )
         return note
-    environment = timing.environment(ROOT)
+    environment = environment(ROOT)
     is_whole, start, start_cores = not path.parent.exists(), time.perf_counter(), core_seconds()
     found = run()
     # A run that was interrupted took longer than this call.
@@ -377,7 +378,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     ]  # fmt: skip
     record = {
         "table": args.table, "command": args.command, "protocol": PROTOCOL, "marks": marks,
-        "environment": timing.environment(ROOT), "rows": rows,
+        "environment": environment(ROOT), "rows": rows,
     }  # fmt: skip
     table = markdown(columns, rows, by_depth)
     picture(args, rows, marks, out / f"{args.table}.png")

@@ -15,9 +15,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks import quantize, sample, train
-from rq_jax import command_line, roofline, timing
+from benchmarks import quantize, roofline, sample, timing, train
+from rq_jax import command_line
 from rq_jax.devices.peaks import Peaks
+from rq_jax.evaluation.protocol import environment
 from rq_jax.files import write_atomic
 from rq_jax.report.progress import Progress
 
@@ -227,7 +228,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 comparisons += [side_by_side(found[0], other) for other in found[1:]]
     paths = ("out", "compare", "plot", "save")  # say nothing of what was measured
     arguments = {name: value for name, value in vars(args).items() if value is not None and name not in paths}
-    record = {"benchmark": args.command, "arguments": arguments, "environment": timing.environment(ROOT),
+    record = {"benchmark": args.command, "arguments": arguments, "environment": environment(ROOT),
               "device": device, "unit": unit, "results": results, "comparisons": comparisons}  # fmt: skip
     print(timing.table(configs, [timing.figures(entry, unit) for entry in results]))
     if comparisons:

@@ -15,20 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rq_jax import (
-    checkpoint,
-    command_line,
-    losses,
-    metrics,
-    models,
-    quantize,
-    roofline,
-    sampling,
-    train_loop,
-    train_state,
-)
+from rq_jax import checkpoint, command_line, losses, metrics, models, quantize, sampling, train_loop, train_state
 from rq_jax.data import CacheDataset, load_tokenizer, make_dataset, read_meta, write_cache
 from rq_jax.devices import sharding
+from rq_jax.models.flops import transformer_flops
 from rq_jax.report import grids
 from rq_jax.validation import Validation
 
@@ -533,7 +523,7 @@ def _train(run: dict[str, Any], config: ConfigDict, workdir: str, strict: bool) 
         summarize=summarize,
         validation=make_validation(run, tokenizer_variables, unigram_D, config),
         strict=strict,
-        flops_per_image=sum(roofline.transformer_flops(run["model"], train=True).values()),
+        flops_per_image=sum(transformer_flops(run["model"], train=True).values()),
         dtype=run["model"].dtype,
         remedies=train_loop.memory_remedies(config, run["mesh"], accumulates=True),
         is_locked=True,

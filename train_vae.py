@@ -16,10 +16,11 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from rq_jax import checkpoint, command_line, losses, metrics, models, roofline, train_loop, train_state
+from rq_jax import checkpoint, command_line, losses, metrics, models, train_loop, train_state
 from rq_jax.data import make_dataset
 from rq_jax.devices import sharding
 from rq_jax.models.discriminator import initialize_actnorm, update_statistics_again
+from rq_jax.models.flops import autoencoder_flops
 from rq_jax.models.rqvae import last_kernel_gradient
 from rq_jax.pretrained import vgg_lpips
 from rq_jax.report import grids
@@ -494,7 +495,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
             perceptual if run["use_perceptual_evaluation"] else None,
         ),
         strict=strict,
-        flops_per_image=roofline.autoencoder_flops(run["model"]),
+        flops_per_image=autoencoder_flops(run["model"]),
         dtype=run["model"].dtype,
         remedies=train_loop.memory_remedies(config, run["mesh"]),
         compiles_at={loss.perceptual_start_steps, loss.start_steps},

@@ -18,11 +18,13 @@ import jax.numpy as jnp
 
 import train_transformer
 import train_vae
+from benchmarks import timing
 from benchmarks import train as training
 from configs import rqtransformer, rqvae
-from rq_jax import command_line, models, sampling, timing, train_loop
+from rq_jax import command_line, models, sampling, train_loop
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import device_bytes
+from rq_jax.evaluation.protocol import environment
 from rq_jax.files import write_atomic
 from rq_jax.pretrained import vgg_lpips
 
@@ -156,7 +158,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             results = [sample_entry(args, preset) for preset in args.preset]
         else:
             results = [train_entry(args, preset, sizes) for preset in args.preset for sizes in args.mesh]
-    record = {"benchmark": "memory", "environment": timing.environment(ROOT), "results": results}
+    record = {"benchmark": "memory", "environment": environment(ROOT), "results": results}
     rows = [{name: f"{one['gib_per_device'].get(name, 0.0):.2f}" for name in COLUMNS} for one in results]
     print("GiB on each device:")
     print(timing.table([one["config"] for one in results], rows))

@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rq_jax import quantize, roofline, timing
+from benchmarks import timing
+from rq_jax import quantize
+from rq_jax.models.flops import search_work
 
 DECAY = 0.99
 
@@ -83,7 +85,7 @@ def build(config: Config, args: argparse.Namespace) -> timing.Program:
     x_NE, codebook_KE = jax.random.normal(rng_x, (N, E)), jax.random.normal(rng_codebook, (K, E))
     state = quantize.CodebookState(codebook_KE, jnp.full(K, 2.0), 2 * codebook_KE)
     compiled = timing.compile_program(make_method(config["method"], D), x_NE, state, rng)
-    work = roofline.search_work(N, E, K, D)
+    work = search_work(N, E, K, D)
     if config["method"].startswith("dense"):
         work = dataclasses.replace(work, bytes=work.bytes + 2 * 4.0 * D * N * K)  # distances, written and read
     stages = {"search": work}

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import weights
+from benchmarks import roofline, timing, weights
 from configs import rqtransformer, rqvae
-from rq_jax import models, roofline, sampling, timing
+from rq_jax import models, sampling
+from rq_jax.models.flops import decoder_work
 
 # Presets of configs/rqtransformer.py; at code depth 1 the layers of their depth stack join the spatial one.
 MODELS = {
@@ -184,7 +185,7 @@ def build(config: Config, args: argparse.Namespace) -> timing.Program:
     if config["decode"]:
         tokenizer = make_tokenizer(config)
         decode = compile_decoder(config, tokenizer)
-        stages["decoding"] = roofline.decoder_work(tokenizer, config["batch"])
+        stages["decoding"] = decoder_work(tokenizer, config["batch"])
         compile_seconds["decoding"] = decode.seconds
         memory = {name: max(memory[name], decode.memory[name]) for name in memory}
     parts: list[dict[str, float]] = []
@@ -256,5 +257,5 @@ def build_decode(config: Config, args: argparse.Namespace) -> timing.Program:
     model, shape = make_tokenizer(config, config["dtype"]), (config["batch"], *config["code_shape"])
     compiled = compile_decoder(config, model)
     codes = jax.random.randint(jax.random.key(2), shape, 0, config["codebook_size"])
-    stages = {"decoding": roofline.decoder_work(model, config["batch"])}
+    stages = {"decoding": decoder_work(model, config["batch"])}
     return timing.Program(lambda: compiled.call(codes), config["batch"], compiled.seconds, compiled.memory, stages)

@@ -11,11 +11,12 @@ import numpy as np
 
 import train_transformer
 import train_vae
-from benchmarks import weights
+from benchmarks import timing, weights
 from configs import rqtransformer, rqvae
-from rq_jax import checkpoint, models, roofline, timing, train_loop, train_state
+from rq_jax import checkpoint, models, train_loop, train_state
 from rq_jax.data import make_dataset
 from rq_jax.devices import sharding
+from rq_jax.models.flops import Work, autoencoder_flops, count_traced, encoder_work, transformer_flops
 from rq_jax.pretrained import vgg_lpips
 
 # Of durations in epochs, which no speed depends on: a run need not know the size of its data set.
@@ -82,7 +83,7 @@ class Stage(NamedTuple):
     model: Any
     tokenizer: Any
     model_flops: float
-    frozen_work: dict[str, roofline.Work]
+    frozen_work: dict[str, Work]
 
 
 def prepare(full: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def prepare_stage1(full: Any, mesh: jax.sharding.Mesh) -> Stage:
         return train_step(state, batch, phase, frozen)
 
     state = train_vae.init_state(full, {**run, "adversary": adversary})
-    return Stage(state, step, frozen, model, model, roofline.autoencoder_flops(model), {})
+    return Stage(state, step, frozen, model, model, autoencoder_flops(model), {})
 
 
 def fill_from_preset(full: Any) -> Any:
@@ -134,8 +135,8 @@ def prepare_stage2(full: Any, mesh: jax.sharding.Mesh) -> Stage:
     loss.check(model)
     frozen = weights.draw(models.abstract_variables(tokenizer), sharding.replicated(mesh))
     step = train_transformer.make_train_step(model, tokenizer, run["optimizer"], loss, run["settings"].ema_decay)
-    encoder = roofline.encoder_work(tokenizer)
-    model_flops = sum(roofline.transformer_flops(model, train=True).values())
+    encoder = encoder_work(tokenizer)
+    model_flops = sum(transformer_flops(model, train=True).values())
     state = train_transformer.init_state(full, run, frozen)
     return Stage(state, step, frozen, model, tokenizer, model_flops, {"tokenizer": encoder})
 
@@ -166,12 +167,12 @@ def build(config: Config, args: argparse.Namespace) -> timing.Program:
     state, frozen, steps = stage.state, stage.frozen, config["steps"]
     count, batch = steps * config["batch"], next_batch()
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    counts = roofline.count_traced(stage.step, state, batch, frozen)
+    counts = count_traced(stage.step, state, batch, frozen)
     options = {"donate_argnums": 0, "out_shardings": (shardings, None)}
     compiled = timing.compile_program(stage.step, state, batch, frozen, **options)
     stages = {name: work * count for name, work in stage.frozen_work.items()}
     flops, traffic = (sum(getattr(work, name) for work in stages.values()) for name in ("flops", "bytes"))
-    stages["training"] = roofline.Work(steps * counts.flops - flops, steps * counts.bytes - traffic, full.model.dtype)
+    stages["training"] = Work(steps * counts.flops - flops, steps * counts.bytes - traffic, full.model.dtype)
 
     def call() -> Any:
         nonlocal state

@@ -17,10 +17,11 @@ from PIL import Image
 
 import benchmark
 from benchmarks import quantize as quantize_benchmark
-from benchmarks import sample, train, weights
-from rq_jax import models, quantize, roofline, sampling, timing
+from benchmarks import roofline, sample, timing, train, weights
+from rq_jax import models, quantize, sampling
 from rq_jax.data import make_dataset
 from rq_jax.devices.peaks import Peaks
+from rq_jax.models.flops import count_traced, decoder_work, encoder_work, transformer_flops
 
 ROOT = Path(benchmark.__file__).parent
 PEAKS = Peaks("toy", {"float32": 1e9, "bfloat16": 2e9}, 1e9)
@@ -282,7 +283,7 @@ def test_decoding_and_the_papers_protocol(monkeypatch, capsys):
     tokenizer = sample.make_tokenizer(entry["config"])
     model = sample.make_transformer(entry["config"])
     assert model.code_dim == tokenizer.code_dim == 16
-    flops = sum(roofline.transformer_flops(model).values()) + roofline.decoder_work(tokenizer).flops
+    flops = sum(transformer_flops(model).values()) + decoder_work(tokenizer).flops
     assert entry["flops"] == pytest.approx(6 * flops)
     assert set(entry["compile_parts"]) == {"sampling", "decoding"}
     assert "sampling ms" in capsys.readouterr().out
@@ -408,7 +409,7 @@ def test_train_stage_1(zeros):
     assert entry["count"] == 48 and entry["per_second"] == pytest.approx(16 * entry["steps_per_second"])
     assert entry["memory"]["aliased"] > 0, "the state is not donated"
     model = models.create(**train.rqvae.get_config("demo,quicktest").model)
-    passes = 3 * (roofline.encoder_work(model).flops + roofline.decoder_work(model).flops)
+    passes = 3 * (encoder_work(model).flops + decoder_work(model).flops)
     assert entry["model_flops"] == pytest.approx(48 * passes, rel=0.05)
     assert entry["flops"] == pytest.approx(entry["model_flops"], rel=0.05)
     peak = 8 * PEAKS.flops["float32"]
@@ -421,7 +422,7 @@ def test_terms_of_stage_1_are_on(zeros):
     batch = {"image": jax.ShapeDtypeStruct((8, *stage.model.image_shape, 3), jnp.float32)}
     _, metrics = jax.eval_shape(stage.step, stage.state, batch, stage.frozen)
     assert {"perceptual_loss", "generator_loss"} <= set(metrics)
-    counted = roofline.count_traced(stage.step, stage.state, batch, stage.frozen)
+    counted = count_traced(stage.step, stage.state, batch, stage.frozen)
     assert counted.flops > 2 * 8 * stage.model_flops, "VGG16 alone is more than this tokenizer"
 
 

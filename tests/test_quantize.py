@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from rq_jax import quantize
-from rq_jax.quantize import blocks
 from rq_jax.quantize import codes as codes_module
+from rq_jax.quantize import search
 
 B, h, w, D, K, E = 2, 3, 5, 4, 7, 6
 SIZES = (7, 5, 3, 2)
@@ -44,7 +44,7 @@ def codebook(request):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """The codebook is read in blocks of 128 codes."""
-    monkeypatch.setattr(blocks, "_SCORES_PER_BLOCK", 1)
+    monkeypatch.setattr(search, "_SCORES_PER_BLOCK", 1)
 
 
 # --- search ---------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ def test_block_search_equals_single_search(monkeypatch):
     x_NE, codebook_KE = normal(23, E), normal(300, E, seed=1)  # 300 codes are 128 + 128 + 44
     single_N = quantize.nearest_codes(x_NE, codebook_KE)
     assert int(single_N.max()) >= 256, "no vector tests the last block"
-    monkeypatch.setattr(blocks, "_SCORES_PER_BLOCK", 1)
+    monkeypatch.setattr(search, "_SCORES_PER_BLOCK", 1)
     assert "scan" in str(jax.make_jaxpr(quantize.nearest_codes)(x_NE, codebook_KE))
     np.testing.assert_array_equal(quantize.nearest_codes(x_NE, codebook_KE), single_N)
 

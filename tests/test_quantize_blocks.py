@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from rq_jax import quantize
-from rq_jax.quantize import blocks
+from rq_jax.quantize import search
 
 K, E = 7, 6
 
@@ -21,12 +21,12 @@ def normal(*shape, seed=0):
 @pytest.fixture
 def small_slices(monkeypatch):
     """Vectors are taken in slices of at most 8 on a CPU."""
-    monkeypatch.setattr(blocks, "_VECTORS_PER_SLICE", 8)
+    monkeypatch.setattr(search, "_VECTORS_PER_SLICE", 8)
 
 
 @pytest.mark.parametrize("N", [16, 17, 32, 77])
 def test_slices_of_vectors_change_no_code(small_slices, monkeypatch, N):
-    monkeypatch.setattr(blocks, "_SCORES_PER_BLOCK", 1)  # blocks of 128 codes
+    monkeypatch.setattr(search, "_SCORES_PER_BLOCK", 1)  # blocks of 128 codes
     x_NE, codebook_KE = normal(N, E), normal(300, E, seed=1)
     codes_N = quantize.nearest_codes(x_NE, codebook_KE)
     assert codes_N.tolist() == [oracle.nearest(x_E, codebook_KE) for x_E in x_NE]
@@ -38,12 +38,12 @@ def test_slices_of_vectors_save_memory_on_a_cpu_and_are_left_alone_elsewhere():
     def temporaries(function):
         return jax.jit(function).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(quantize.nearest_codes) < 0.5 * temporaries(blocks._search)
+    assert temporaries(quantize.nearest_codes) < 0.5 * temporaries(search._search)
 
     def loops(function, platform):
         return jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text().count("stablehlo.while")
 
-    assert loops(quantize.nearest_codes, "cpu") > loops(blocks._search, "cpu") == loops(quantize.nearest_codes, "cuda")
+    assert loops(quantize.nearest_codes, "cpu") > loops(search._search, "cpu") == loops(quantize.nearest_codes, "cuda")
 
 
 @pytest.mark.parametrize("N", [64, 72])

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import roofline
 from configs import rqtransformer, rqvae
-from rq_jax import models, quantize, roofline, sampling
+from rq_jax import models, quantize, sampling
 from rq_jax.devices.peaks import Peaks, device_peaks
+from rq_jax.models.flops import BACKWARD, Work, count_traced, decoder_work, encoder_work, search_work, transformer_flops
 
 H100 = device_peaks("NVIDIA H100 80GB HBM3")
 Shape = jax.ShapeDtypeStruct
@@ -50,7 +52,7 @@ def compiled_text(function, *args):
 
 def test_huge_model_by_part():
     huge = paper_model("throughput_huge")
-    flops = roofline.transformer_flops(huge)
+    flops = transformer_flops(huge)
     assert {name: round(value / 1e9) for name, value in flops.items()} == {
         "spatial": 153,
         "depth": 87,
@@ -64,7 +66,7 @@ def test_huge_model_by_part():
 
 @pytest.mark.parametrize(("preset", "gflops"), [("throughput_huge", 758), ("imagenet256_3800m", 2061)])
 def test_training_is_three_forward_passes(preset, gflops):
-    flops = roofline.transformer_flops(paper_model(preset), train=True)
+    flops = transformer_flops(paper_model(preset), train=True)
     assert sum(flops.values()) / 1e9 == pytest.approx(gflops, abs=1)
 
 
@@ -86,7 +88,7 @@ def test_roofline_of_sampling_on_an_h100(preset, code_shape, weights, ms):
 
 def test_decoder_of_the_paper():
     tokenizer = models.create(**rqvae.get_config("imagenet256").model)
-    assert roofline.decoder_work(tokenizer).flops / 1e9 == pytest.approx(250, abs=0.5)
+    assert decoder_work(tokenizer).flops / 1e9 == pytest.approx(250, abs=0.5)
 
 
 # --- closed forms against programs ---
@@ -105,11 +107,11 @@ def test_decoder_of_the_paper():
 def test_forward_pass(settings):
     model = make_model(**settings)
     variables, (codes, cond) = models.abstract_variables(model), model.example_inputs(B)
-    counted = roofline.count_traced(model.apply, variables, codes, cond)
+    counted = count_traced(model.apply, variables, codes, cond)
     (T, D), M, U = (math.prod(model.code_shape[:2]), model.code_shape[2]), model.model_dim, model.cond_length
-    expected = sum(roofline.transformer_flops(model).values())
+    expected = sum(transformer_flops(model).values())
     if U > 1:
-        expected += roofline.transformer_flops(model, train=True)["condition"] / 3
+        expected += transformer_flops(model, train=True)["condition"] / 3
     # Without a cache attention also multiplies what its mask hides, and the last position is embedded and dropped.
     hidden = {model.spatial_layers: (U + T - 1, 1), model.depth_layers: (D, T)}
     expected += sum(layers * times * 4 * M * S * (S - 1) / 2 for layers, (S, times) in hidden.items())
@@ -125,10 +127,10 @@ def test_backward_pass_is_twice_the_forward_pass():
     def loss(params, variables):
         return model.apply({**variables, "params": params}, codes, cond, train=True).logits.sum()
 
-    forward = roofline.count_traced(loss, variables["params"], variables)
-    both = roofline.count_traced(jax.grad(loss), variables["params"], variables)
+    forward = count_traced(loss, variables["params"], variables)
+    both = count_traced(jax.grad(loss), variables["params"], variables)
     # The code vectors at the input are constants: no gradient goes there.
-    assert both.flops == pytest.approx((1 + roofline.BACKWARD) * forward.flops, rel=0.01)
+    assert both.flops == pytest.approx((1 + BACKWARD) * forward.flops, rel=0.01)
 
 
 def sampler(model, **settings):
@@ -147,7 +149,7 @@ def test_compiled_sampler_does_what_arithmetic_says_and_sorts_nothing():
     model = make_model()
     draw, args = sampler(model)
     expected = sum(part.flops for part in roofline.sampling_work(model, B, "float32").values())
-    for counts in (roofline.count_traced(draw, *args), roofline.count_compiled(compiled_text(draw, *args))):
+    for counts in (count_traced(draw, *args), roofline.count_compiled(compiled_text(draw, *args))):
         assert counts.flops == pytest.approx(expected, rel=0.1)
         assert counts.loop_ops["sort"] == counts.loop_ops["top_k"] == counts.loop_ops["topk"] == 0
         assert sum(counts.loop_ops[name] for name in ("dot", "dot_general")) > math.prod(model.code_shape)
@@ -157,7 +159,7 @@ def test_sampler_under_guidance():
     model = make_model(use_null_cond=True)
     draw, args = sampler(model, guidance=2.0)
     expected = sum(part.flops for part in roofline.sampling_work(model, B, "float32", guidance=True).values())
-    assert roofline.count_traced(draw, *args).flops == pytest.approx(expected, rel=0.1)
+    assert count_traced(draw, *args).flops == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("gradient", [False, True])
@@ -170,17 +172,17 @@ def test_autoencoder(gradient):
 
     function = jax.grad(reconstruct) if gradient else reconstruct
     args = variables["params"], variables, images
-    traced, compiled = roofline.count_traced(function, *args), roofline.count_compiled(compiled_text(function, *args))
-    coder = roofline.encoder_work(model, B).flops + roofline.decoder_work(model, B).flops
-    search = roofline.search_work(B * 16, 24, 13, 3).flops
+    traced, compiled = count_traced(function, *args), roofline.count_compiled(compiled_text(function, *args))
+    coder = encoder_work(model, B).flops + decoder_work(model, B).flops
+    search = search_work(B * 16, 24, 13, 3).flops
     assert compiled.flops == pytest.approx(traced.flops, rel=0.01)
     assert traced.flops == pytest.approx(coder * (3 if gradient else 1) + search, rel=0.02 if gradient else 1e-9)
 
 
 def test_search():
     x, codebook = Shape((40, 6), jnp.float32), Shape((11, 6), jnp.float32)
-    counted = roofline.count_traced(lambda x, codebook: quantize.residual_quantize(x, codebook, 3), x, codebook)
-    work = roofline.search_work(40, 6, 11, 3)
+    counted = count_traced(lambda x, codebook: quantize.residual_quantize(x, codebook, 3), x, codebook)
+    work = search_work(40, 6, 11, 3)
     assert counted.flops == work.flops
     assert work.bytes == 4 * 3 * (11 * 6 + 2 * 40 * 6)
 
@@ -222,7 +224,7 @@ def test_cache():
 
 def test_bytes_of_a_program_are_operands_and_results():
     x, weight = Shape((5, 7), jnp.float32), Shape((7, 11), jnp.bfloat16)
-    counted = roofline.count_traced(lambda x, weight: jnp.dot(x, weight.astype(jnp.float32)), x, weight)
+    counted = count_traced(lambda x, weight: jnp.dot(x, weight.astype(jnp.float32)), x, weight)
     assert (counted.flops, counted.bytes) == (2 * 5 * 7 * 11, 4 * (5 * 7 + 7 * 11 + 5 * 11))
 
 
@@ -252,7 +254,7 @@ def test_dtype_of_the_products(dtype, weights, products):
 
 def test_stages_run_one_after_another():
     peaks = Peaks("toy", {"float32": 10.0, "bfloat16": 20.0}, 5.0)
-    stages = {"a": roofline.Work(100.0, 5.0), "b": roofline.Work(20.0, 100.0, "bfloat16")}
+    stages = {"a": Work(100.0, 5.0), "b": Work(20.0, 100.0, "bfloat16")}
     assert roofline.roofline(stages, peaks) == (10.0 + 20.0, "bandwidth", 10.0 + 1.0)
     assert roofline.roofline({"a": stages["a"] * 3, "b": stages["b"]}, peaks) == (50.0, "compute", 31.0)
     assert roofline.roofline(stages, peaks.times(2)).seconds == 15.0
@@ -288,7 +290,7 @@ def looped(x):
 
 def test_trip_counts_are_multiplied():
     x = Shape((6, 6), jnp.float32)
-    for counts in (roofline.count_traced(looped, x), roofline.count_compiled(compiled_text(looped, x))):
+    for counts in (count_traced(looped, x), roofline.count_compiled(compiled_text(looped, x))):
         assert counts.flops == 35 * 2 * 6**3
         assert counts.ops["sort"] == counts.loop_ops["sort"] == 35
         assert counts.unknown_loops == 0
@@ -297,7 +299,7 @@ def test_trip_counts_are_multiplied():
 def test_what_stands_outside_loops_is_no_loop_op():
     x = Shape((6, 6), jnp.float32)
     for counts in (
-        roofline.count_traced(lambda x: looped(jnp.sort(x)), x),
+        count_traced(lambda x: looped(jnp.sort(x)), x),
         roofline.count_compiled(compiled_text(lambda x: looped(jnp.sort(x)), x)),
     ):
         assert (counts.ops["sort"], counts.loop_ops["sort"]) == (36, 35)
@@ -309,7 +311,7 @@ def test_branches_and_loops_of_unknown_length():
         return jax.lax.while_loop(lambda state: state[1] > 0, lambda state: (state[0] @ x, state[1] - 1), (x, n))[0]
 
     args = Shape((6, 6), jnp.float32), Shape((), jnp.int32)
-    for counts in (roofline.count_traced(function, *args), roofline.count_compiled(compiled_text(function, *args))):
+    for counts in (count_traced(function, *args), roofline.count_compiled(compiled_text(function, *args))):
         assert counts.flops == 3 * 2 * 6**3
         assert counts.unknown_loops == 1
 
@@ -317,7 +319,7 @@ def test_branches_and_loops_of_unknown_length():
 def test_recomputation_counts():
     x = Shape((6, 6), jnp.float32)
     plain, remat = (lambda x: jnp.sum(jnp.sin(x @ x) @ x)), jax.checkpoint(lambda x: jnp.sum(jnp.sin(x @ x) @ x))
-    plain, remat = (roofline.count_traced(jax.grad(function), x).flops for function in (plain, remat))
+    plain, remat = (count_traced(jax.grad(function), x).flops for function in (plain, remat))
     assert remat > plain
 
 
@@ -337,7 +339,7 @@ def test_convolutions(shape, kernel, options):
     out = jax.eval_shape(conv, *args)
     zeros = math.prod(options.get("lhs_dilation", (1,)))
     expected = 2 * out.size * 9 * kernel[2] / zeros
-    assert roofline.count_traced(conv, *args).flops == expected
+    assert count_traced(conv, *args).flops == expected
     assert roofline.count_compiled(compiled_text(conv, *args)).flops == pytest.approx(expected)
 
 
@@ -387,6 +389,6 @@ def test_nothing_is_computed():
     """Counts of the largest model take no memory: shapes do."""
     model = paper_model("imagenet256_3800m")
     codes, cond = Shape((1, 8, 8, 4), jnp.int32), Shape((1, 1), jnp.int32)
-    counted = roofline.count_traced(model.apply, models.abstract_variables(model), codes, cond)
-    assert counted.flops == pytest.approx(sum(roofline.transformer_flops(model).values()), rel=5e-3)
+    counted = count_traced(model.apply, models.abstract_variables(model), codes, cond)
+    assert counted.flops == pytest.approx(sum(transformer_flops(model).values()), rel=5e-3)
     assert np.isfinite(counted.bytes)

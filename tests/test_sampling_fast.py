@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 from test_rqtransformer import CLASS, CONDS, TEXT, UNEQUAL, B, D, T, build, h, run, w
 
-from rq_jax import losses, roofline, sampling
-from rq_jax.models.at_rest import at_rest
+from benchmarks import roofline
+from rq_jax import losses, sampling
 from rq_jax.nn.attention import RestingWeight
+from rq_jax.nn.inference_weights import at_rest
 from rq_jax.sampling import filter_logits, generate
 
 RNG = jax.random.key(11)

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rq_jax import roofline, timing
+from benchmarks import timing
 from rq_jax.devices.memory import peak_memory
 from rq_jax.devices.peaks import Peaks
+from rq_jax.evaluation.protocol import environment
+from rq_jax.models.flops import Work
 
 PEAKS = Peaks("toy", {"float32": 1000.0, "bfloat16": 4000.0}, 100.0)
 
@@ -82,7 +84,7 @@ def test_options_of_jit_reach_it():
 
 
 def test_result():
-    stages = {"a": roofline.Work(3000.0, 20.0), "b": roofline.Work(2000.0, 100.0, "bfloat16")}
+    stages = {"a": Work(3000.0, 20.0), "b": Work(2000.0, 100.0, "bfloat16")}
     program = timing.Program(
         lambda: None,
         6,
@@ -106,7 +108,7 @@ def test_result():
 
 
 def test_devices_share_the_roofline():
-    program = timing.Program(lambda: None, 1, stages={"a": roofline.Work(3000.0, 20.0)}, num_devices=4)
+    program = timing.Program(lambda: None, 1, stages={"a": Work(3000.0, 20.0)}, num_devices=4)
     entry = timing.result({}, program, [3.0], PEAKS)
     assert entry["roofline"]["seconds"] == 0.75 and entry["flops_utilization"] == 0.25
 
@@ -125,10 +127,10 @@ def test_memory_of_a_device_that_tells(monkeypatch):
 
 
 def test_environment(tmp_path):
-    found = timing.environment(Path(timing.__file__).parents[1])
+    found = environment(Path(timing.__file__).parents[1])
     assert {"python", "jax", "jaxlib", "flax", "date", "cpu_count", "xla_flags", "matmul_precision"} <= set(found)
     assert found["jax"] == jax.__version__
-    nowhere = timing.environment(tmp_path)
+    nowhere = environment(tmp_path)
     assert nowhere["commit"] is None and nowhere["dirty"] is False
 
 
@@ -150,7 +152,7 @@ def test_a_checkout_is_dirty_where_code_is(tmp_path):
     for name in (None, "new.py", "results/table.json", "code.py"):
         if name:
             (tmp_path / name).write_text("2\n")
-        found.append(timing.environment(tmp_path)["dirty"])
+        found.append(environment(tmp_path)["dirty"])
     assert found == [False, False, False, True]
 
 
@@ -181,7 +183,7 @@ def test_device_of_the_table(monkeypatch):
 
 
 def entry(seconds=2.0, temporaries=10, **config):
-    program = timing.Program(lambda: None, 4, 1.0, {"temporaries": temporaries}, {"a": roofline.Work(500.0, 20.0)})
+    program = timing.Program(lambda: None, 4, 1.0, {"temporaries": temporaries}, {"a": Work(500.0, 20.0)})
     return timing.result(config, program, [seconds, seconds / 2, seconds * 2], PEAKS)
 
 

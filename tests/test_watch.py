@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_train_loop import TOTAL, ToyDataset, jitted_step, metrics_of, train
 
-from rq_jax import roofline, train_loop, watch
+from benchmarks import roofline
+from rq_jax import train_loop, watch
 from rq_jax.checkpoint.saver import Checkpointer
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import OutOfMemory, device_bytes

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import quantize
-from rq_jax.models.at_rest import at_rest
 from rq_jax.nn.attention import KVCache, LayerNorm, Stack, empty_cache, init_weight, project, stored_weight
+from rq_jax.nn.inference_weights import at_rest
 
 
 class RQTransformerOutput(NamedTuple):

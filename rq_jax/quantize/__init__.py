@@ -30,8 +30,8 @@ from rq_jax.quantize.codes import (
     soft_labels,
     unfold_patches,
 )
+from rq_jax.quantize.ema import CodebookState, ema_update, kmeans, quantize_and_update, restart_candidates
 from rq_jax.quantize.module import ResidualQuantizer, check_settings
-from rq_jax.quantize.update import CodebookState, ema_update, kmeans, quantize_and_update, restart_candidates
 
 __all__ = [
     "Codebook",

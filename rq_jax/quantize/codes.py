@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from rq_jax.quantize.blocks import best_codes
+from rq_jax.quantize.search import best_codes
 
 Codebook = jax.Array | tuple[jax.Array, ...]
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rq_jax.quantize.codes import Codebook, ResidualCodes, quantize_once, residual_quantize
-from rq_jax.quantize.update import CodebookState, kmeans, quantize_and_update, restart_candidates
+from rq_jax.quantize.ema import CodebookState, kmeans, quantize_and_update, restart_candidates
 
 
 class ResidualQuantizer(nn.Module):

@@ -8,12 +8,9 @@ in bytes.
 import io
 import json
 import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,10 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import roofline
+from benchmarks import roofline
 from rq_jax.devices.memory import peak_memory
 from rq_jax.devices.peaks import Peaks, device_peaks
 from rq_jax.files import write_atomic
+from rq_jax.models.flops import Work
 
 clock = time.perf_counter
 # Of the measured peaks: side of the matrices, and numbers in the array (256 MB: more than a cache holds).
@@ -58,7 +56,7 @@ class Program(NamedTuple):
     count: int
     compile_seconds: float = 0.0
     memory: Mapping[str, int] = MappingProxyType({})
-    stages: Mapping[str, roofline.Work] = MappingProxyType({})
+    stages: Mapping[str, Work] = MappingProxyType({})
     model_flops: float | None = None
     num_devices: int = 1
     details: Callable[[float], dict[str, Any]] = lambda seconds: {}
@@ -130,39 +128,6 @@ def result(config: dict[str, Any], program: Program, seconds: list[float], peaks
 
 
 # --- where it was measured ---
-
-
-_NO_CODE = (":(exclude)results", ":(exclude)benchmarks/results")  # what a measurement writes itself
-
-
-def environment(root: Path) -> dict[str, Any]:
-    """Versions, date, commit of the checkout at `root`, and what else decides how fast a program is."""
-    import flax
-    import jaxlib
-
-    return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "commit": _git(root, "rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *_NO_CODE)),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
-        "flax": flax.__version__,
-        "cpu_count": os.cpu_count(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "matmul_precision": jax.config.jax_default_matmul_precision or "default",
-        # Where programs are read back from a cache, compile_seconds says little.
-        "compilation_cache": bool(jax.config.jax_compilation_cache_dir),
-    }
-
-
-def _git(root: Path, *args: str) -> str | None:
-    """What git says; None where there is no git or no repository."""
-    try:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def device_and_peaks() -> tuple[dict[str, Any], Peaks]:
