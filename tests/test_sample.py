@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 import sample
-from rq_jax import checkpoint, sampling
+from rq_jax import checkpoint
 from rq_jax.data import make_dataset
 from rq_jax.data.text import load_tokenizer, train_tokenizer
 from rq_jax.report import grids
+from rq_jax.sampling import generate
 
 (h, w, D), K, V = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE, len(helpers.CLASSES)
 KINDS = ("unconditional", "class", "text", "guided")
@@ -369,7 +370,7 @@ def nothing_compiles(monkeypatch):
     def fail(*_):
         raise AssertionError("arguments must be refused before anything compiles")
 
-    monkeypatch.setattr(sampling, "_generate", fail)
+    monkeypatch.setattr(generate, "_generate", fail)
 
 
 @pytest.mark.parametrize("case", REFUSED)

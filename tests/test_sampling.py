@@ -8,8 +8,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_rqtransformer import CLASS, CONDS, KINDS, SIZES, TEXT, UNEQUAL, B, D, E, K, M, T, U, V, build, h, run, w
 
-from rq_jax import sampling
 from rq_jax.sampling import filter_logits, generate, keep_best
+from rq_jax.sampling.generate import _generate
 
 RNG = jax.random.key(5)
 
@@ -115,7 +115,7 @@ def test_eight_devices_draw_the_same_codes():
 def test_changing_values_never_recompiles():
     model, variables = build()
     generate(model, variables, RNG, B)
-    compiled = sampling._generate._cache_size()
+    compiled = _generate._cache_size()
     for values in (
         {"temperature": 0.5},
         {"temperature": 0},
@@ -127,9 +127,9 @@ def test_changing_values_never_recompiles():
         {"prefix": jnp.zeros((B, 0, D), int)},
     ):
         generate(model, variables, jax.random.key(len(values)), B, **values)
-        assert sampling._generate._cache_size() == compiled, values
+        assert _generate._cache_size() == compiled, values
     generate(model, variables, RNG, B, prefix=jnp.zeros((B, T, D), int))
-    assert sampling._generate._cache_size() == compiled + 1, "the count sees no compilation"
+    assert _generate._cache_size() == compiled + 1, "the count sees no compilation"
 
 
 def test_bfloat16_sampling():
@@ -247,10 +247,10 @@ MISTAKES = {
 def test_mistakes_get_one_line_before_anything_compiles(mistake):
     settings, arguments, message = MISTAKES[mistake]
     model, variables = build(**settings)
-    before = sampling._generate._cache_size()
+    before = _generate._cache_size()
     with pytest.raises(ValueError, match=message):
         generate(model, variables, RNG, **{"num_images": B, **arguments})
-    assert sampling._generate._cache_size() == before
+    assert _generate._cache_size() == before
 
 
 def test_a_forgotten_tokenizer_is_refused():

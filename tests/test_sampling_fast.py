@@ -15,10 +15,11 @@ from jax.extend.core import jaxprs_in_params
 from test_rqtransformer import CLASS, CONDS, TEXT, UNEQUAL, B, D, T, build, h, run, w
 
 from benchmarks import roofline
-from rq_jax import losses, sampling
+from rq_jax import losses
 from rq_jax.nn.attention import RestingWeight
 from rq_jax.nn.inference_weights import at_rest
 from rq_jax.sampling import filter_logits, generate
+from rq_jax.sampling.generate import _draw, _generate, _stretches
 
 RNG = jax.random.key(11)
 WIDE = {"codebook_size": 300, "model_dim": 16}  # more than two parts of 128 codes
@@ -76,7 +77,7 @@ def test_draws_follow_the_probabilities(codebook_size):
     probabilities[-1] = 0.5
     probabilities /= probabilities.sum()
     uniforms = jax.random.uniform(jax.random.key(1), (2, n))
-    draw = jax.jit(jax.vmap(lambda u, p: sampling._draw(u[:, None], p[None])[0], in_axes=(1, None)))
+    draw = jax.jit(jax.vmap(lambda u, p: _draw(u[:, None], p[None])[0], in_axes=(1, None)))
     codes = np.asarray(draw(uniforms, jnp.asarray(probabilities, jnp.float32)))
     counts, expected = np.bincount(codes, minlength=codebook_size), n * probabilities
     assert not counts[probabilities == 0].any()
@@ -96,7 +97,7 @@ def test_a_code_of_probability_zero_is_never_drawn(seed):
         assert weights[0, code] > 0
 
 
-_draw = jax.jit(sampling._draw)
+_draw = jax.jit(_draw)
 
 # --- the threshold search -------------------------------------------------------------------------
 
@@ -176,25 +177,25 @@ def names(jaxpr):
 @pytest.mark.parametrize("kind", ["none", "text"])
 def test_a_cache_that_grows_in_stretches_changes_no_code(kind, monkeypatch):
     model, variables = build(**({} if kind == "none" else TEXT))
-    monkeypatch.setattr(sampling, "_MIN_STRETCH", 100)
+    monkeypatch.setattr(generate, "_MIN_STRETCH", 100)
     draw = lambda **more: jax.jit(lambda: generate(model, variables, RNG, B, CONDS[kind], **more))()  # noqa: E731
     whole = draw()
-    monkeypatch.setattr(sampling, "_MIN_STRETCH", 2)
-    monkeypatch.setattr(sampling, "_MAX_STRETCHES", 5)
-    sampling._generate.clear_cache()
+    monkeypatch.setattr(generate, "_MIN_STRETCH", 2)
+    monkeypatch.setattr(generate, "_MAX_STRETCHES", 5)
+    _generate.clear_cache()
     np.testing.assert_array_equal(draw(), whole)
     np.testing.assert_array_equal(draw(prefix=whole.reshape(B, T, D)[:, :7]), whole)
-    sampling._generate.clear_cache()
+    _generate.clear_cache()
 
 
 def test_stretches_cover_every_position_once():
     for start, end, share in ((0, 64, 0.0), (0, 64, 0.36), (0, 64, 5.0), (17, 64, 5.0), (63, 64, 5.0), (0, 1, 5.0)):
-        parts = sampling._stretches(start, end, share)
+        parts = _stretches(start, end, share)
         assert [p for a, b in parts for p in range(a, b)] == list(range(start, end))
-    assert sampling._stretches(0, 64, 0.0) == [(0, 64)]
-    assert sampling._stretches(0, 64, 0.36) == [(0, 32), (32, 64)]
-    assert sampling._stretches(0, 64, 5.0) == [(0, 16), (16, 32), (32, 48), (48, 64)]
-    assert sampling._stretches(20, 64, 5.0) == [(20, 32), (32, 48), (48, 64)]
+    assert _stretches(0, 64, 0.0) == [(0, 64)]
+    assert _stretches(0, 64, 0.36) == [(0, 32), (32, 64)]
+    assert _stretches(0, 64, 5.0) == [(0, 16), (16, 32), (32, 48), (48, 64)]
+    assert _stretches(20, 64, 5.0) == [(20, 32), (32, 48), (48, 64)]
 
 
 # --- weights at rest ------------------------------------------------------------------------------

@@ -1,0 +1,139 @@
+"""Temperature, top-k and top-p."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def filter_logits(
+    logits: jax.Array,
+    temperature: float | jax.Array = 1.0,
+    top_k: int | jax.Array | None = None,
+    top_p: float | jax.Array | None = None,
+) -> jax.Array:
+    """Probabilities to draw from: temperature, then top-k, softmax, top-p, renormalised (paper, appendix B).
+
+    The order is that of kakaobrain/rq-vae-transformer:sample_from_logits. All values are traced: changing them never
+    recompiles a program.
+
+    Args:
+      logits: (..., K); computed in float32, NaN counts as -inf.
+      temperature: at least 0; 0 is the argmax (its first index).
+      top_k: keep logits at or above the k-th largest, ties included; None or more than K keeps all.
+      top_p: keep the most probable items until their sum reaches p, the one that reaches it included; None keeps all.
+        Of equal items the first index counts as the more probable.
+
+    Returns:
+      Probabilities (..., K), float32.
+
+    Raises:
+      ValueError: a concrete value out of range.
+    """
+    check_filter(temperature, top_k, top_p)
+    K = logits.shape[-1]
+    # +inf becomes a number that stays finite when it is divided by a small temperature.
+    logits = jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=1e30, neginf=-jnp.inf)
+    # A row without any finite logit has no distribution; its first index is a code all the same.
+    greedy = (jnp.asarray(temperature) == 0) | (jnp.max(logits, -1, keepdims=True) == -jnp.inf)
+    scaled = logits / jnp.where(greedy, 1.0, temperature)
+    top_k = jnp.minimum(K if top_k is None else top_k, K)
+    top_p = jnp.asarray(1.0 if top_p is None else top_p, jnp.float32)
+    filters = jnp.any(top_k < K) | jnp.any(top_p < 1)
+    probabilities = jax.lax.cond(filters, _cut, lambda x, k, p: jax.nn.softmax(x, -1), scaled, top_k, top_p)
+
+    def choose(probabilities: jax.Array) -> jax.Array:
+        return jnp.where(greedy, jax.nn.one_hot(jnp.argmax(logits, -1), K), probabilities)
+
+    return jax.lax.cond(jnp.any(greedy), choose, lambda x: x, probabilities)
+
+
+def _cut(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Top-k, softmax, top-p, without sorting: each keeps what is at or above a threshold, which is searched for."""
+    K, shape = logits.shape[-1], (*logits.shape[:-1], 1)
+    top_k, top_p = jnp.broadcast_to(top_k, shape), jnp.broadcast_to(top_p, shape)
+    kth = _threshold(logits, lambda _: 1.0, jnp.where(top_k < K, top_k, jnp.inf))
+    probabilities = jax.nn.softmax(jnp.where(logits >= kth, logits, -jnp.inf), -1)
+    # At 1 nothing is cut: rounding of the sum must not cut the tail.
+    last = _threshold(probabilities, lambda value: value, jnp.where(top_p < 1, top_p, jnp.inf))
+    kept = jnp.where(probabilities >= last, probabilities, 0.0)
+    # Of the items at the threshold only the first are kept, as many as the sum needs.
+    tied = kept == last
+    needed = jnp.maximum(1, jnp.ceil((top_p - jnp.sum(kept, -1, where=~tied, keepdims=True)) / last))
+    too_many = (top_p < 1) & (jnp.sum(tied, -1, keepdims=True) > needed)
+
+    def keep_first(kept: jax.Array) -> jax.Array:
+        return jnp.where(too_many & tied & (jnp.cumsum(tied, -1) > needed), 0.0, kept)
+
+    kept = jax.lax.cond(jnp.any(too_many), keep_first, lambda kept: kept, kept)
+    return kept / jnp.sum(kept, -1, keepdims=True)
+
+
+def _threshold(values: jax.Array, weight: Callable[[jax.Array], Any], target: jax.Array) -> jax.Array:
+    """The largest of the values such that the weights of all values from it on sum to at least the target.
+
+    By bisection of the floats as ordered integers, until at most one value is left between the two ends.
+
+    Args:
+      values: (..., K).
+      weight: of a value; at least 0, and no smaller for a larger value.
+      target: (..., 1); where it is more than the sum of all weights the answer is the smallest value, at once.
+
+    Returns:
+      (..., 1).
+    """
+    keys = _ordered(values)
+    low, high = jnp.min(keys, -1, keepdims=True), jnp.max(keys, -1, keepdims=True) + 1
+
+    def sum_from(key: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(keys >= key, weight(values), 0.0), -1, keepdims=True)
+
+    def is_open(state: Any) -> jax.Array:
+        low, high, sum_low, sum_high = state  # the sum from `low` on reaches the target, that from `high` on does not
+        several = sum_low - sum_high > 1.5 * weight(_from_ordered(low))
+        return (high - low > 1) & several & (target <= sum_low)
+
+    def halve(state: Any) -> Any:
+        low, high, sum_low, sum_high = state
+        middle = low + (high - low) // 2
+        total = sum_from(middle)
+        up = total >= target
+        return (
+            jnp.where(up, middle, low),
+            jnp.where(up, high, middle),
+            jnp.where(up, total, sum_low),
+            jnp.where(up, sum_high, total),
+        )
+
+    state = low, high, sum_from(low), jnp.zeros(low.shape)
+    low = jax.lax.while_loop(lambda state: jnp.any(is_open(state)), halve, state)[0]
+    return jnp.min(values, -1, keepdims=True, initial=jnp.inf, where=keys >= low)
+
+
+def _ordered(x: jax.Array) -> jax.Array:
+    """Float32 as uint32 in the same order."""
+    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)  # -0 becomes 0
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _from_ordered(keys: jax.Array) -> jax.Array:
+    bits = jnp.where(keys >> 31 == 1, keys & jnp.uint32((1 << 31) - 1), ~keys)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def check_filter(temperature: Any, top_k: Any, top_p: Any) -> None:
+    """Refuse concrete filter values out of range, with one line each; traced ones pass."""
+    _check("temperature", temperature, lambda v: v >= 0, "must be at least 0 (0 takes the most probable code)")
+    whole = "must be at least 1 and whole; leave it out to keep all codes"
+    _check("top_k", top_k, lambda v: (v >= 1) & (v == np.floor(v)), whole)
+    _check("top_p", top_p, lambda v: (v >= 0) & (v <= 1), "is outside [0, 1]; leave it out to keep all codes")
+
+
+def _check(name, value, allowed, message):
+    if value is None or isinstance(value, jax.core.Tracer):
+        return
+    values = np.asarray(value, np.float64)
+    if not np.all(allowed(values)):  # also refuses NaN
+        raise ValueError(f"{name}: {value} {message}")
