@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from configs import ablations
-from rq_jax import checkpoint, command_line
+from rq_jax import checkpoint
 from rq_jax.evaluation.protocol import environment
 from rq_jax.files import write_atomic
 from rq_jax.report import curves, grids
+from rq_jax.training import cli
 from rq_jax.training.log import METRICS_FILE
 
 ROOT = Path(__file__).parent
@@ -108,13 +109,13 @@ def once(directory: Path, settings: Mapping[str, Any], run: Callable[[], Figures
                 f"--workdir: '{directory}' is a run of {note['settings']}, not of {settings}; give another --workdir"
             )
         return note
-    environment = environment(ROOT)
+    origin = environment(ROOT)
     is_whole, start, start_cores = not path.parent.exists(), time.perf_counter(), core_seconds()
     found = run()
     # A run that was interrupted took longer than this call.
     took = {"seconds": time.perf_counter() - start, "core_seconds": core_seconds() - start_cores}
     found |= {name: round(value, 1) if is_whole else None for name, value in took.items()}
-    found |= {"settings": settings, **{name: environment[name] for name in ("commit", "dirty", "date")}}
+    found |= {"settings": settings, **{name: origin[name] for name in ("commit", "dirty", "date")}}
     write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
     return found
 
@@ -391,8 +392,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    command_line.keep_compiled_programs()  # as the scripts do: the record says so
-    with command_line.one_line_errors():
+    cli.keep_compiled_programs()  # as the scripts do: the record says so
+    with cli.one_line_errors():
         run(parse_args())
 
 

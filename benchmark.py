@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from benchmarks import quantize, roofline, sample, timing, train
-from rq_jax import command_line
 from rq_jax.devices.peaks import Peaks
 from rq_jax.evaluation.protocol import environment
 from rq_jax.files import write_atomic
 from rq_jax.report.progress import Progress
+from rq_jax.training import cli
 
 ROOT = Path(__file__).parent
 # Command: configurations side by side, how one is built, what is counted.
@@ -260,7 +260,7 @@ def report_changes(results: list[dict[str, Any]], old: dict[str, Any], path: str
 
 def main() -> None:
     """Command line."""
-    with command_line.one_line_errors():
+    with cli.one_line_errors():
         run(parse_args())
 
 

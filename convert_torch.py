@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rq_jax import checkpoint, command_line, models
+from rq_jax import checkpoint, models
 from rq_jax.interop import official, state_file
+from rq_jax.training import cli
 
 STAGE2, DISCRIMINATOR, TEXT_TOKENIZER = "rqtransformer", "discriminator", "text_tokenizer.json"
 
@@ -284,7 +285,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # numbers are moved, not computed
     logging.basicConfig(format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # what is half written is removed
-    with command_line.one_line_errors(OSError):
+    with cli.one_line_errors(OSError):
         args = parse_args()
         export_model(args) if args.export else import_checkpoint(args)
 

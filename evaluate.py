@@ -19,13 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, command_line, losses, metrics
+from rq_jax import checkpoint, losses, metrics
 from rq_jax.data import make_dataset
 from rq_jax.files import write_atomic
 from rq_jax.pretrained import efficientnet_lite, vgg_lpips
 from rq_jax.report import grids
 from rq_jax.report.progress import Progress
 from rq_jax.samples import read_images
+from rq_jax.training import cli
 
 NUM_SHOWN, SHOWN_SIZE = 8, 128
 NUM_NEIGHBOURS, NUM_SHEET, SHEET_SIZE = 3, 12, 64
@@ -373,8 +374,8 @@ def compare_tokenizers(args: argparse.Namespace, tokenizers: dict[str, Any], dat
 
 def main() -> None:
     """Command line."""
-    command_line.keep_compiled_programs()
-    with command_line.one_line_errors():
+    cli.keep_compiled_programs()
+    with cli.one_line_errors():
         run(parse_args())
 
 

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, command_line, sampling
+from rq_jax import checkpoint, sampling
 from rq_jax.report import grids
 from rq_jax.report.progress import Progress
 from rq_jax.samples import read_codes
+from rq_jax.training import cli
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
 NUM_IN_GRID = 100
@@ -295,8 +296,8 @@ def run(args: argparse.Namespace) -> Path:
 
 def main() -> None:
     """Command line."""
-    command_line.keep_compiled_programs()
-    with command_line.one_line_errors():
+    cli.keep_compiled_programs()
+    with cli.one_line_errors():
         run(parse_args())
 
 

@@ -15,12 +15,17 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rq_jax import checkpoint, command_line, losses, metrics, models, quantize, sampling, train_loop, train_state
+from rq_jax import checkpoint, losses, metrics, models, quantize, sampling
 from rq_jax.data import CacheDataset, load_tokenizer, make_dataset, read_meta, write_cache
 from rq_jax.devices import sharding
 from rq_jax.models.flops import transformer_flops
 from rq_jax.report import grids
-from rq_jax.validation import Validation
+from rq_jax.training import cli
+from rq_jax.training.evaluation import Validation
+from rq_jax.training.loop import LoopSettings, finish, locked
+from rq_jax.training.optimizer import Optimizer, make_optimizer
+from rq_jax.training.settings import call, check_sections, memory_remedies, resolve_durations
+from rq_jax.training.state import TrainState, accumulate_gradients, apply_gradients, create_state
 
 SECTIONS = (
     "seed",
@@ -96,7 +101,7 @@ class Losses:
         return losses.cross_entropy_by_depth(classify, max(model.codebook_sizes), hidden, codes, *targets)
 
 
-def make_train_step(model, tokenizer, optimizer: train_state.Optimizer, loss: Losses, ema_decay: float):
+def make_train_step(model, tokenizer, optimizer: Optimizer, loss: Losses, ema_decay: float):
     """One update of the transformer: (state, batch, tokenizer variables) -> (state, metrics).
 
     The batch has "image" or "latents", and "cond" where the model takes a condition.
@@ -130,17 +135,13 @@ def make_train_step(model, tokenizer, optimizer: train_state.Optimizer, loss: Lo
         (total, parts), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         return {"loss": total, **parts}, grads
 
-    def train_step(state: train_state.TrainState, batch: dict[str, jax.Array], tokenizer_variables: Any):
+    def train_step(state: TrainState, batch: dict[str, jax.Array], tokenizer_variables: Any):
         rngs = state.rng_of_step("codes", "dropout", "cond")
         compute = functools.partial(
             loss_and_grads, model_state=state.model_state, tokenizer_variables=tokenizer_variables
         )
-        means, grads = train_state.accumulate_gradients(
-            compute, state.params, batch, optimizer.accumulation_steps, rngs
-        )
-        state, update = train_state.apply_gradients(
-            state, optimizer, grads, means["loss"], state.model_state, ema_decay
-        )
+        means, grads = accumulate_gradients(compute, state.params, batch, optimizer.accumulation_steps, rngs)
+        state, update = apply_gradients(state, optimizer, grads, means["loss"], state.model_state, ema_decay)
         return state, {**means, **update}
 
     return train_step
@@ -173,11 +174,11 @@ def make_validation(
     decode = functools.partial(tokenizer.apply, method="decode_codes")
     decode = jax.jit(decode, out_shardings=sharding.replicated(mesh))
 
-    def measure(state: train_state.TrainState, batch: dict[str, np.ndarray]):
+    def measure(state: TrainState, batch: dict[str, np.ndarray]):
         placed = sharding.put_batch(mesh, with_cond(batch, config, ("image", "mask")))
         return sum_nats(state.ema_variables, tokenizer_variables, placed), None
 
-    def report(state: train_state.TrainState, sums: dict[str, jax.Array], shown: None):
+    def report(state: TrainState, sums: dict[str, jax.Array], shown: None):
         nats_D = np.asarray(sums["nats"]) / float(sums["count"])
         scalars = {"validation_loss": float(nats_D.mean())}
         scalars["bits_per_image"] = float(nats_D.sum() * h * w / math.log(2))
@@ -248,32 +249,32 @@ def fill_from_tokenizer(config: ConfigDict, tokenizer: checkpoint.LoadedModel) -
 
 def prepare(config: ConfigDict) -> dict[str, Any]:
     """Everything that a run needs except its state; all settings are checked here, before anything compiles."""
-    train_loop.check_sections(config, SECTIONS)
+    check_sections(config, SECTIONS)
     if not config.tokenizer:
         raise ValueError(
             "config.tokenizer: unset; give --config.tokenizer=<workdir of a stage-1 run>, this preset expects one of "
             f"configs/rqvae.py:{config.tokenizer_preset}"
         )
-    mesh = train_loop.call(sharding.make_mesh, "mesh", config.mesh)
+    mesh = call(sharding.make_mesh, "mesh", config.mesh)
     tokenizer = checkpoint.load_tokenizer(config.tokenizer)
     fill_from_tokenizer(config, tokenizer)
     model = models.create(**config.model)
-    loss = train_loop.call(Losses, "loss", config.loss)
+    loss = call(Losses, "loss", config.loss)
     loss.check(model)
     sample = dict(config.sample)
     sampling.check_guidance(model, sample.pop("guidance", None))
     check_filter = functools.partial(sampling.check_filter, top_k=None, top_p=None)  # None: no filter
-    train_loop.call(check_filter, "sample", sample)
+    call(check_filter, "sample", sample)
     shard_index, shard_count = sharding.batch_part(mesh)
     shard = dict(shard_index=shard_index, shard_count=shard_count, seed=config.seed)
-    open_split = functools.partial(train_loop.call, make_dataset, "data", dict(config.data), **shard)
+    open_split = functools.partial(call, make_dataset, "data", dict(config.data), **shard)
     dataset = open_split(split="train", train=True)
     check_condition(model, dataset, config)
     dataset.examples([0])  # raises where no picture can be read
-    loop = train_loop.resolve_durations(config.loop, "loop", ("total",), dataset.steps_per_epoch)
-    settings = train_loop.call(train_loop.LoopSettings, "loop", loop)
-    optim = train_loop.resolve_durations(config.optim, "optim", ("warmup", "hold"), dataset.steps_per_epoch)
-    optimizer = train_loop.call(train_state.make_optimizer, "optim", optim, total_steps=settings.total_steps)
+    loop = resolve_durations(config.loop, "loop", ("total",), dataset.steps_per_epoch)
+    settings = call(LoopSettings, "loop", loop)
+    optim = resolve_durations(config.optim, "optim", ("warmup", "hold"), dataset.steps_per_epoch)
+    optimizer = call(make_optimizer, "optim", optim, total_steps=settings.total_steps)
     sharding.check_batch_size(mesh, config.data.batch_size, optimizer.accumulation_steps)
     check_cache(config, settings)
     return dict(
@@ -313,7 +314,7 @@ def check_condition(model: Any, dataset: Any, config: ConfigDict) -> None:
         )
 
 
-def check_cache(config: ConfigDict, settings: train_loop.LoopSettings) -> None:
+def check_cache(config: ConfigDict, settings: LoopSettings) -> None:
     """Refuse random transforms that a cache of latents would leave out.
 
     Raises:
@@ -452,17 +453,17 @@ def report_soft_codes(run: dict[str, Any], tokenizer_variables: Any) -> None:
 def state_program(config: ConfigDict, run: dict[str, Any], codebook: Any) -> tuple[Callable[..., Any], Any]:
     """What draws the state at step 0 from a key and the tokenizer's codebook, and its shapes with their shardings."""
 
-    def init(rng: jax.Array, codebook: Any) -> train_state.TrainState:
+    def init(rng: jax.Array, codebook: Any) -> TrainState:
         rng_init, rng_train = jax.random.split(rng)
         variables = models.init_variables(run["model"], rng_init)
         if run["model"].uses_codebook:
             variables["codebook"] = {"codebook_KE": codebook}
-        return train_state.create_state(variables, run["optimizer"], rng_train, run["settings"].ema_decay > 0)
+        return create_state(variables, run["optimizer"], rng_train, run["settings"].ema_decay > 0)
 
     return init, sharding.sharded_shapes(run["mesh"], init, jax.random.key(config.seed), codebook)
 
 
-def init_state(config: ConfigDict, run: dict[str, Any], tokenizer_variables: Any) -> train_state.TrainState:
+def init_state(config: ConfigDict, run: dict[str, Any], tokenizer_variables: Any) -> TrainState:
     """The state at step 0, drawn on the devices where it will live, with the tokenizer's codebook in place."""
     codebook = tokenizer_variables["codebook"]["codebook_KE"]
     init, shapes = state_program(config, run, codebook)
@@ -475,7 +476,7 @@ def _codebook(tokenizer_variables: Any) -> quantize.Codebook:
     return tuple(value) if isinstance(value, (tuple, list)) else value
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -> train_state.TrainState:
+def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -> TrainState:
     """Train a transformer as `config` says, in `workdir`, going on from its newest checkpoint.
 
     Returns:
@@ -487,11 +488,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
     run = prepare(config)
     if Path(workdir).resolve() == Path(config.tokenizer).resolve():
         raise ValueError(f"workdir: '{workdir}' is that of the tokenizer; give stage 2 a --workdir of its own")
-    with train_loop.locked(workdir):
+    with locked(workdir):
         return _train(run, config, workdir, strict)
 
 
-def _train(run: dict[str, Any], config: ConfigDict, workdir: str, strict: bool) -> train_state.TrainState:
+def _train(run: dict[str, Any], config: ConfigDict, workdir: str, strict: bool) -> TrainState:
     """Bind the tokenizer, look at its codes, train."""
     checkpoint.bind_tokenizer(workdir, run["tokenizer"])
     if config.data.text_key:  # sampling needs it, and the run directory has to suffice
@@ -511,7 +512,7 @@ def _train(run: dict[str, Any], config: ConfigDict, workdir: str, strict: bool) 
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(run["mesh"])))
-    state = train_loop.run(
+    state = run(
         workdir=workdir,
         config={**config.to_dict(), "class_names": run["dataset"].class_names, "class_counts": class_counts},
         title="stage 2",
@@ -525,10 +526,10 @@ def _train(run: dict[str, Any], config: ConfigDict, workdir: str, strict: bool) 
         strict=strict,
         flops_per_image=sum(transformer_flops(run["model"], train=True).values()),
         dtype=run["model"].dtype,
-        remedies=train_loop.memory_remedies(config, run["mesh"], accumulates=True),
+        remedies=memory_remedies(config, run["mesh"], accumulates=True),
         is_locked=True,
     )
-    train_loop.finish(workdir, ["loss", "validation_loss"])
+    finish(workdir, ["loss", "validation_loss"])
     return state
 
 
@@ -540,4 +541,4 @@ def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...], shared: bool) ->
 
 
 if __name__ == "__main__":
-    command_line.main(train_and_evaluate)
+    cli.main(train_and_evaluate)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from rq_jax import checkpoint, command_line, losses, metrics, models, train_loop, train_state
+from rq_jax import checkpoint, losses, metrics, models
 from rq_jax.data import make_dataset
 from rq_jax.devices import sharding
 from rq_jax.models.discriminator import initialize_actnorm, update_statistics_again
@@ -24,7 +24,12 @@ from rq_jax.models.flops import autoencoder_flops
 from rq_jax.models.rqvae import last_kernel_gradient
 from rq_jax.pretrained import vgg_lpips
 from rq_jax.report import grids
-from rq_jax.validation import Validation
+from rq_jax.training import cli
+from rq_jax.training.evaluation import Validation
+from rq_jax.training.loop import LoopSettings, finish
+from rq_jax.training.optimizer import Optimizer, make_optimizer
+from rq_jax.training.settings import call, check_sections, memory_remedies, resolve_durations
+from rq_jax.training.state import TrainState, apply_gradients, create_state
 
 SECTIONS = (
     "seed", "init_from", "keep_optimizer", "model", "discriminator", "data", "optim", "discriminator_optim", "loss",
@@ -55,7 +60,7 @@ class Adversary(NamedTuple):
     """The discriminator and its optimizer."""
 
     model: Any
-    optimizer: train_state.Optimizer
+    optimizer: Optimizer
 
 
 class Losses:
@@ -141,7 +146,7 @@ class Losses:
 
 def make_train_step(
     model: Any,
-    optimizer: train_state.Optimizer,
+    optimizer: Optimizer,
     loss: Losses,
     ema_decay: float,
     perceptual: vgg_lpips.Perceptual | None = None,
@@ -159,9 +164,7 @@ def make_train_step(
 
     gather = functools.partial(sharding.gathered, mesh) if mesh is not None else lambda params: params
 
-    def train_step(
-        state: train_state.TrainState, batch: dict[str, jax.Array], phase: Phase, perceptual_variables: Any = None
-    ):
+    def train_step(state: TrainState, batch: dict[str, jax.Array], phase: Phase, perceptual_variables: Any = None):
         images, rngs = batch["image"], state.rng_of_step("restart", "dropout")
 
         def autoencode(params):
@@ -191,7 +194,7 @@ def make_train_step(
         elif adversary is not None:
             parts |= dict.fromkeys(ADVERSARIAL_SCALARS, jnp.float32(0))
         (grads,) = go_back((image_gradient, jnp.float32(loss.commitment_weight)))
-        state, update = train_state.apply_gradients(
+        state, update = apply_gradients(
             state, optimizer, grads, [total, *parts.values()], mutated, ema_decay, **updated
         )
         counts_DK = metrics.code_counts(codes, largest_codebook(model))
@@ -203,7 +206,7 @@ def make_train_step(
 def adversarial_step(
     adversary: Adversary,
     loss: Losses,
-    state: train_state.TrainState,
+    state: TrainState,
     images: jax.Array,
     reconstruction: jax.Array,
     image_gradient: jax.Array,
@@ -323,12 +326,12 @@ def make_validation(model, dataset, mesh, loss: Losses, perceptual: vgg_lpips.Pe
         # Only what is shown leaves the device.
         return {**sums, "count": jnp.sum(mask)}, (images[:NUM_SHOWN], by_depth[:, :NUM_SHOWN])
 
-    def measure(state: train_state.TrainState, batch: dict[str, np.ndarray]):
+    def measure(state: TrainState, batch: dict[str, np.ndarray]):
         placed = sharding.put_batch(mesh, {"image": batch["image"], "mask": batch["mask"]})
         frozen = perceptual.variables if perceptual else None
         return sum_figures(state.ema_variables, placed["image"], placed["mask"], frozen)
 
-    def report(state: train_state.TrainState, sums: dict[str, jax.Array], shown: tuple[jax.Array, jax.Array]):
+    def report(state: TrainState, sums: dict[str, jax.Array], shown: tuple[jax.Array, jax.Array]):
         means = {name: np.asarray(value) / float(sums["count"]) for name, value in sums.items() if name != "count"}
         psnr_D = means.pop("psnr")
         scalars = {f"psnr/depth{d}": float(value) for d, value in enumerate(psnr_D, start=1)}
@@ -345,8 +348,8 @@ def make_validation(model, dataset, mesh, loss: Losses, perceptual: vgg_lpips.Pe
 
 def prepare(config: ConfigDict) -> dict[str, Any]:
     """Everything that a run needs except its state; all settings are checked here, before anything compiles."""
-    train_loop.check_sections(config, SECTIONS)
-    mesh = train_loop.call(sharding.make_mesh, "mesh", config.mesh)
+    check_sections(config, SECTIONS)
+    mesh = call(sharding.make_mesh, "mesh", config.mesh)
     model = models.create(**config.model)
     sharding.check_batch_size(mesh, config.data.batch_size)
     data = dict(config.data, channels=config.model.in_channels)
@@ -358,19 +361,19 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
         raise ValueError("keep_optimizer: True needs init_from, a run whose optimizer is kept; set both or neither")
     shard_index, shard_count = sharding.batch_part(mesh)
     shard = dict(shard_index=shard_index, shard_count=shard_count, seed=config.seed)
-    dataset = train_loop.call(make_dataset, "data", data, split="train", train=True, **shard)
-    validation = train_loop.call(make_dataset, "data", data, split="validation", train=False, **shard)
+    dataset = call(make_dataset, "data", data, split="train", train=True, **shard)
+    validation = call(make_dataset, "data", data, split="validation", train=False, **shard)
     dataset.examples([0])  # raises where no picture can be read
 
     def with_steps(section: str, *names: str) -> dict[str, Any]:
-        return train_loop.resolve_durations(config[section], section, names, dataset.steps_per_epoch)
+        return resolve_durations(config[section], section, names, dataset.steps_per_epoch)
 
-    loss = train_loop.call(Losses, "loss", with_steps("loss", *LOSS_DURATIONS))
-    evaluation = train_loop.call(Evaluation, "evaluation", config.evaluation)
-    settings = train_loop.call(train_loop.LoopSettings, "loop", with_steps("loop", "total"))
+    loss = call(Losses, "loss", with_steps("loss", *LOSS_DURATIONS))
+    evaluation = call(Evaluation, "evaluation", config.evaluation)
+    settings = call(LoopSettings, "loop", with_steps("loop", "total"))
     loss.check(settings.total_steps)
     optim = with_steps("optim", "warmup", "hold")
-    optimizer = train_loop.call(train_state.make_optimizer, "optim", optim, total_steps=settings.total_steps)
+    optimizer = call(make_optimizer, "optim", optim, total_steps=settings.total_steps)
     if optimizer.accumulation_steps != 1:
         raise ValueError(
             f"optim.accumulation_steps: {optimizer.accumulation_steps} is for stage 2; the codebook update of stage 1 "
@@ -378,7 +381,7 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
         )
     perceptual = None
     if loss.perceptual_weight or evaluation.use_perceptual:
-        perceptual = train_loop.call(vgg_lpips.load, "perceptual", config.perceptual)
+        perceptual = call(vgg_lpips.load, "perceptual", config.perceptual)
         perceptual = perceptual._replace(variables=jax.device_put(perceptual.variables, sharding.replicated(mesh)))
     return dict(
         mesh=mesh,
@@ -410,7 +413,7 @@ def make_adversary(config: ConfigDict, model: Any, optim: dict[str, Any], total_
         discriminator = models.create("discriminator", **settings)
         jax.eval_shape(discriminator.init, jax.random.key(0), images)  # raises where the pictures are too small
     with in_section("optim", "discriminator_optim"):
-        optimizer = train_state.make_optimizer(**{**optim, **own}, total_steps=total_steps)
+        optimizer = make_optimizer(**{**optim, **own}, total_steps=total_steps)
     return Adversary(discriminator, optimizer)
 
 
@@ -423,11 +426,11 @@ def in_section(theirs: str, ours: str):
         raise ValueError(str(error).replace(f"{theirs}.", f"{ours}.", 1)) from None
 
 
-def state_program(config: ConfigDict, run: dict[str, Any]) -> tuple[Callable[[jax.Array], train_state.TrainState], Any]:
+def state_program(config: ConfigDict, run: dict[str, Any]) -> tuple[Callable[[jax.Array], TrainState], Any]:
     """What draws the state at step 0 from a key, and the state's shapes with the shardings of its arrays."""
     adversary = run["adversary"]
 
-    def init(rng: jax.Array) -> train_state.TrainState:
+    def init(rng: jax.Array) -> TrainState:
         rng_init, rng_train = jax.random.split(rng)
         variables = models.init_variables(run["model"], rng_init)
         discriminator = None
@@ -435,18 +438,18 @@ def state_program(config: ConfigDict, run: dict[str, Any]) -> tuple[Callable[[ja
             drawn = models.init_variables(adversary.model, jax.random.fold_in(rng_init, 1))
             discriminator = drawn, adversary.optimizer
         use_ema = run["settings"].ema_decay > 0
-        return train_state.create_state(variables, run["optimizer"], rng_train, use_ema, discriminator)
+        return create_state(variables, run["optimizer"], rng_train, use_ema, discriminator)
 
     return init, sharding.sharded_shapes(run["mesh"], init, jax.random.key(config.seed))
 
 
-def init_state(config: ConfigDict, run: dict[str, Any]) -> train_state.TrainState:
+def init_state(config: ConfigDict, run: dict[str, Any]) -> TrainState:
     """The state at step 0, drawn on the devices where it will live."""
     init, shapes = state_program(config, run)
     return jax.jit(init, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))(jax.random.key(config.seed))
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -> train_state.TrainState:
+def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -> TrainState:
     """Train a tokenizer as `config` says, in `workdir`, going on from its newest checkpoint.
 
     Returns:
@@ -477,7 +480,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
         counted = int(state.step) if counted is None else counted + 1
         return step(state, batch, loss.phase(counted), frozen)
 
-    state = train_loop.run(
+    state = run(
         workdir=workdir,
         config=config.to_dict(),
         title="stage 1",
@@ -497,15 +500,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str, strict: bool = False) -
         strict=strict,
         flops_per_image=autoencoder_flops(run["model"]),
         dtype=run["model"].dtype,
-        remedies=train_loop.memory_remedies(config, run["mesh"]),
+        remedies=memory_remedies(config, run["mesh"]),
         compiles_at={loss.perceptual_start_steps, loss.start_steps},
     )
     names = ["loss", "validation_loss", *(f"psnr/depth{d + 1}" for d in range(run["model"].code_shape[-1]))]
     names += ["perceptual_loss"] * bool(loss.perceptual_weight)
     names += ["generator_loss", "discriminator_loss", "d_weight"] * bool(loss.adversarial_weight)
-    train_loop.finish(workdir, names)
+    finish(workdir, names)
     return state
 
 
 if __name__ == "__main__":
-    command_line.main(train_and_evaluate)
+    cli.main(train_and_evaluate)

@@ -21,12 +21,14 @@ import train_vae
 from benchmarks import timing
 from benchmarks import train as training
 from configs import rqtransformer, rqvae
-from rq_jax import command_line, models, sampling, train_loop
+from rq_jax import models, sampling
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import device_bytes
 from rq_jax.evaluation.protocol import environment
 from rq_jax.files import write_atomic
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.training import cli
+from rq_jax.training.settings import call, resolve_durations
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -58,8 +60,8 @@ def on_shapes(mesh: jax.sharding.Mesh, tree: Any) -> Any:
 def stage1_program(full: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any, Any]:
     """(step, shapes of its state, of what it reads, the model)."""
     run = training.prepare(full, mesh)
-    durations = train_loop.resolve_durations(full.loss, "loss", train_vae.LOSS_DURATIONS, training.STEPS_PER_EPOCH)
-    loss = train_loop.call(train_vae.Losses, "loss", durations)
+    durations = resolve_durations(full.loss, "loss", train_vae.LOSS_DURATIONS, training.STEPS_PER_EPOCH)
+    loss = call(train_vae.Losses, "loss", durations)
     adversary = perceptual = frozen = None
     if loss.adversarial_weight:
         adversary = train_vae.make_adversary(full, run["model"], run["optim"], run["settings"].total_steps)
@@ -78,7 +80,7 @@ def stage2_program(full: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any, A
     """(step, shapes of its state, of the frozen tokenizer, the tokenizer)."""
     tokenizer = training.fill_from_preset(full)
     run = training.prepare(full, mesh)
-    loss = train_loop.call(train_transformer.Losses, "loss", full.loss)
+    loss = call(train_transformer.Losses, "loss", full.loss)
     loss.check(run["model"])
     frozen = on_shapes(mesh, models.abstract_variables(tokenizer))
     step = train_transformer.make_train_step(run["model"], tokenizer, run["optimizer"], loss, run["settings"].ema_decay)
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     count = max(data * fsdp * tensor for data, fsdp, tensor in args.mesh)
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     jax.config.update("jax_platforms", "cpu")
-    with command_line.one_line_errors():
+    with cli.one_line_errors():
         if args.sample:
             results = [sample_entry(args, preset) for preset in args.preset]
         else:

@@ -13,11 +13,15 @@ import train_transformer
 import train_vae
 from benchmarks import timing, weights
 from configs import rqtransformer, rqvae
-from rq_jax import checkpoint, models, train_loop, train_state
+from rq_jax import checkpoint, models
 from rq_jax.data import make_dataset
 from rq_jax.devices import sharding
 from rq_jax.models.flops import Work, autoencoder_flops, count_traced, encoder_work, transformer_flops
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.training.loop import LoopSettings
+from rq_jax.training.optimizer import make_optimizer
+from rq_jax.training.settings import call, resolve_durations
+from rq_jax.training.state import TrainState
 
 # Of durations in epochs, which no speed depends on: a run need not know the size of its data set.
 STEPS_PER_EPOCH = 1000
@@ -77,7 +81,7 @@ class Stage(NamedTuple):
       frozen_work: one picture's share of the step that does not run in the model's dtype.
     """
 
-    state: train_state.TrainState
+    state: TrainState
     step: Callable[..., Any]
     frozen: Any
     model: Any
@@ -88,11 +92,11 @@ class Stage(NamedTuple):
 
 def prepare(full: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """The pieces of a run that both stages have."""
-    resolve = functools.partial(train_loop.resolve_durations, steps_per_epoch=STEPS_PER_EPOCH)
+    resolve = functools.partial(resolve_durations, steps_per_epoch=STEPS_PER_EPOCH)
     loop = resolve(full.loop, "loop", ("total",))
-    settings = train_loop.call(train_loop.LoopSettings, "loop", loop)
+    settings = call(LoopSettings, "loop", loop)
     optim = resolve(full.optim, "optim", ("warmup", "hold"))
-    optimizer = train_loop.call(train_state.make_optimizer, "optim", optim, total_steps=settings.total_steps)
+    optimizer = call(make_optimizer, "optim", optim, total_steps=settings.total_steps)
     return dict(mesh=mesh, model=models.create(**full.model), settings=settings, optim=optim, optimizer=optimizer)
 
 
@@ -100,8 +104,8 @@ def prepare_stage1(full: Any, mesh: jax.sharding.Mesh) -> Stage:
     """The step of train_vae.py, all its terms begun."""
     run = prepare(full, mesh)
     model, settings, optimizer = run["model"], run["settings"], run["optimizer"]
-    durations = train_loop.resolve_durations(full.loss, "loss", train_vae.LOSS_DURATIONS, STEPS_PER_EPOCH)
-    loss = train_loop.call(train_vae.Losses, "loss", durations)
+    durations = resolve_durations(full.loss, "loss", train_vae.LOSS_DURATIONS, STEPS_PER_EPOCH)
+    loss = call(train_vae.Losses, "loss", durations)
     adversary = perceptual = frozen = None
     if loss.adversarial_weight:
         adversary = train_vae.make_adversary(full, model, run["optim"], settings.total_steps)
@@ -131,7 +135,7 @@ def prepare_stage2(full: Any, mesh: jax.sharding.Mesh) -> Stage:
     tokenizer = fill_from_preset(full)
     run = prepare(full, mesh)
     model = run["model"]
-    loss = train_loop.call(train_transformer.Losses, "loss", full.loss)
+    loss = call(train_transformer.Losses, "loss", full.loss)
     loss.check(model)
     frozen = weights.draw(models.abstract_variables(tokenizer), sharding.replicated(mesh))
     step = train_transformer.make_train_step(model, tokenizer, run["optimizer"], loss, run["settings"].ema_decay)
@@ -231,4 +235,4 @@ def build_data(config: Config, args: argparse.Namespace) -> timing.Program:
 def open_dataset(full: Any, channels: int = 3) -> Any:
     """The training split that a config names."""
     data = {**full.data, "channels": channels}
-    return train_loop.call(make_dataset, "data", data, split="train", train=True, seed=full.seed)
+    return call(make_dataset, "data", data, split="train", train=True, seed=full.seed)

@@ -12,7 +12,7 @@ import conftest  # noqa: E402, F401  # settings that hold for every test
 import jax  # noqa: E402
 from test_train_loop import ToyDataset, train  # noqa: E402
 
-from rq_jax import command_line  # noqa: E402
+from rq_jax.training import cli  # noqa: E402
 
 jax.config.update("jax_enable_compilation_cache", False)  # a kill would leave half an entry to everybody
 
@@ -40,7 +40,7 @@ def main() -> None:
     if file_bytes := settings.pop("file_bytes", None):  # as on a full disk, no file can grow beyond these
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
-    with command_line.one_line_errors():
+    with cli.one_line_errors():
         state = train(workdir, dataset, **settings)
     print(f"ended {int(state.step)}", flush=True)
 

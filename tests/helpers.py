@@ -15,9 +15,10 @@ from PIL import Image
 
 import train_transformer
 from configs import rqtransformer, rqvae
-from rq_jax import checkpoint, models, train_state
+from rq_jax import checkpoint, models
 from rq_jax.devices import sharding
-from rq_jax.validation import Validation
+from rq_jax.training.evaluation import Validation
+from rq_jax.training.state import TrainState, create_state
 
 # Every number differs from every other, so that no two axes can be mixed up unseen.
 CODE_SHAPE, CODE_DIM, CODEBOOK_SIZE = (4, 2, 3), 24, 13
@@ -191,9 +192,9 @@ def host(state) -> dict:
     return {**arrays, "rng": np.asarray(jax.random.key_data(state.rng))}
 
 
-def start_state(variables, config, optimizer, discriminator=None) -> train_state.TrainState:
+def start_state(variables, config, optimizer, discriminator=None) -> TrainState:
     """The state before the first step, from variables drawn before."""
-    return train_state.create_state(variables, optimizer, jax.random.key(5), config.loop.ema_decay > 0, discriminator)
+    return create_state(variables, optimizer, jax.random.key(5), config.loop.ema_decay > 0, discriminator)
 
 
 def place(state, mesh):

@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rq_jax import checkpoint, models, train_state
+from rq_jax import checkpoint, models
 from rq_jax.checkpoint import Checkpointer, load_model
 from rq_jax.devices import sharding
+from rq_jax.training.optimizer import make_optimizer
+from rq_jax.training.state import apply_gradients, create_state
 
-OPTIMIZER = train_state.make_optimizer(name="adamw", learning_rate=0.1, total_steps=9, weight_decay=0.1)
+OPTIMIZER = make_optimizer(name="adamw", learning_rate=0.1, total_steps=9, weight_decay=0.1)
 RQVAE = dict(
     name="rqvae", image_size=4, code_shape=(2, 1, 3), code_dim=4, codebook_size=(7, 5, 3), use_shared_codebook=False,
     width=2, width_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(), z_channels=3,
@@ -43,7 +45,7 @@ def shapes_of(name):
 
 def model_state_of(name, step, use_ema=True):
     """A state of a real model after `step` steps, no two of its leaves equal."""
-    state = train_state.create_state(fill(shapes_of(name), seed=step), OPTIMIZER, jax.random.key(step), use_ema)
+    state = create_state(fill(shapes_of(name), seed=step), OPTIMIZER, jax.random.key(step), use_ema)
     ema_params = fill(state.params, seed=100 + step) if use_ema else None
     return state.replace(step=jnp.int32(step), ema_params=ema_params)
 
@@ -52,7 +54,7 @@ def toy_state(step=0, codebook=None, use_ema=True, size=5, optimizer=OPTIMIZER):
     variables = {"params": {"w_MF": jnp.asarray(numbers((size, 3), step)), "bias_F": jnp.asarray(numbers(3, step + 1))}}
     if codebook is not None:
         variables["codebook"] = {"codebook_KE": codebook}
-    state = train_state.create_state(variables, optimizer, jax.random.key(step), use_ema)
+    state = create_state(variables, optimizer, jax.random.key(step), use_ema)
     opt_state = jax.tree.map(lambda x: x + jnp.asarray(step + 0.25).astype(x.dtype), state.opt_state)
     return state.replace(step=jnp.int32(step), opt_state=opt_state, skipped_steps=jnp.int32(step // 2))
 
@@ -130,7 +132,7 @@ def test_the_newest_checkpoints_stay(tmp_path):
             "'model_state/codebook/codebook_KE' has shape None, the config needs (7, 2)",
         ),
         (
-            dict(optimizer=train_state.make_optimizer(name="sgd", learning_rate=0.1, total_steps=9)),
+            dict(optimizer=make_optimizer(name="sgd", learning_rate=0.1, total_steps=9)),
             {},
             "'training/opt_state/0/0/count' has shape None, the config needs ()",
         ),
@@ -157,7 +159,7 @@ def test_updates_in_place_do_not_reach_a_pending_save(tmp_path, size):
     def step(state):
         grads = jax.tree.map(jnp.ones_like, state.params)
         model_state = jax.tree.map(lambda x: x + 1, state.model_state)
-        return train_state.apply_gradients(state, OPTIMIZER, grads, jnp.float32(0), model_state, 0.5)[0]
+        return apply_gradients(state, OPTIMIZER, grads, jnp.float32(0), model_state, 0.5)[0]
 
     before, state = state, step(state)  # compiled: the next ones follow the save at once
     assert before.step.is_deleted() and before.params["w_MF"].is_deleted()

@@ -7,23 +7,23 @@ import textwrap
 
 import pytest
 
-from rq_jax import command_line
+from rq_jax.training import cli
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, OSError, MemoryError, TypeError])
 def test_errors_of_the_user_end_with_one_line(capsys, monkeypatch, kind):
     monkeypatch.delenv("RQ_JAX_TRACEBACK", raising=False)
-    with pytest.raises(SystemExit) as stopped, command_line.one_line_errors(TypeError):
+    with pytest.raises(SystemExit) as stopped, cli.one_line_errors(TypeError):
         raise kind("data.name: 'x'\n  is unknown")
     assert stopped.value.code == 2
     assert capsys.readouterr() == ("", "error: data.name: 'x' is unknown\n")
     monkeypatch.setenv("RQ_JAX_TRACEBACK", "1")
-    with pytest.raises(kind), command_line.one_line_errors(TypeError):
+    with pytest.raises(kind), cli.one_line_errors(TypeError):
         raise kind("where")
 
 
 def test_other_errors_keep_their_traceback():
-    with pytest.raises(TypeError), command_line.one_line_errors():
+    with pytest.raises(TypeError), cli.one_line_errors():
         raise TypeError("a defect")
 
 
@@ -67,7 +67,7 @@ def test_the_command_line(tmp_path, arguments, code, out, err):
         """)
     )
     command = [sys.executable, "script.py", "--config=settings.py", *arguments]
-    root = os.path.dirname(os.path.dirname(command_line.__file__))
+    root = os.path.dirname(os.path.dirname(cli.__file__))
     result = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
     )

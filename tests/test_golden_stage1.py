@@ -13,9 +13,11 @@ import pytest
 from einops import rearrange
 
 import train_vae
-from rq_jax import losses, models, train_state
+from rq_jax import losses, models
 from rq_jax.interop import official
 from rq_jax.models import rqvae
+from rq_jax.training.optimizer import make_optimizer
+from rq_jax.training.state import create_state
 
 TOLERANCE = 1e-5
 OPTIM = dict(name="adam", learning_rate=4e-5, b1=0.5, b2=0.9, schedule="constant", total_steps=9)
@@ -60,7 +62,7 @@ def step(golden):
     io, config, _, (settings, variables), (settings_d, variables_d) = golden
     assert config["restart_unused_codes"] is False  # otherwise than the model's own config
     model = models.create("rqvae", **{**settings, "use_restart": False})
-    optimizer, gan = train_state.make_optimizer(**OPTIM), config["gan"]["loss"]
+    optimizer, gan = make_optimizer(**OPTIM), config["gan"]["loss"]
     loss = train_vae.Losses(
         adversarial_weight=gan["disc_weight"],
         discriminator_loss=gan["disc_loss"],
@@ -68,7 +70,7 @@ def step(golden):
         perceptual_weight=gan["perceptual_weight"],
     )
     adversary = train_vae.Adversary(models.create("discriminator", **settings_d), optimizer)
-    before = train_state.create_state(variables, optimizer, jax.random.key(0), False, (variables_d, optimizer))
+    before = create_state(variables, optimizer, jax.random.key(0), False, (variables_d, optimizer))
     train_step = train_vae.make_train_step(model, optimizer, loss, 0.0, None, adversary)
     train_step = jax.jit(train_step, static_argnums=2)
     return before, *train_step(before, {"image": nhwc(io["images"])}, loss.phase(0))

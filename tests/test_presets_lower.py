@@ -14,8 +14,10 @@ import pytest
 import train_transformer
 import train_vae
 from configs import rqtransformer, rqvae
-from rq_jax import models, sampling, train_state
+from rq_jax import models, sampling
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.training.optimizer import make_optimizer
+from rq_jax.training.state import create_state
 
 ROWS = 2  # of a micro-batch
 OPTIM = ("name", "learning_rate", "b1", "b2", "weight_decay", "schedule", "clip_norm", "accumulation_steps")
@@ -32,8 +34,8 @@ def shapes(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-def make_optimizer(program):
-    return train_state.make_optimizer(**program["optim"], total_steps=1000, warmup_steps=10)
+def optimizer_of(program):
+    return make_optimizer(**program["optim"], total_steps=1000, warmup_steps=10)
 
 
 def lower_step(make_step, variables, batch, program, *more, discriminator=None):
@@ -42,7 +44,7 @@ def lower_step(make_step, variables, batch, program, *more, discriminator=None):
 
     def create(variables, rng, discriminator):
         adversary = None if discriminator is None else (discriminator, optimizer)
-        return train_state.create_state(variables, optimizer, rng, program["ema_decay"] > 0, adversary)
+        return create_state(variables, optimizer, rng, program["ema_decay"] > 0, adversary)
 
     state = jax.eval_shape(create, variables, rng, discriminator)
     step = make_step(optimizer=optimizer, ema_decay=program["ema_decay"])

@@ -1,6 +1,7 @@
 """sample.py: pictures, codes and settings on disk; the same image in any batch; conditions, prefixes, refusals."""
 
 import dataclasses
+import importlib
 import json
 import shutil
 import subprocess
@@ -17,7 +18,6 @@ from rq_jax import checkpoint
 from rq_jax.data import make_dataset
 from rq_jax.data.text import load_tokenizer, train_tokenizer
 from rq_jax.report import grids
-from rq_jax.sampling import generate
 
 (h, w, D), K, V = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE, len(helpers.CLASSES)
 KINDS = ("unconditional", "class", "text", "guided")
@@ -370,7 +370,7 @@ def nothing_compiles(monkeypatch):
     def fail(*_):
         raise AssertionError("arguments must be refused before anything compiles")
 
-    monkeypatch.setattr(generate, "_generate", fail)
+    monkeypatch.setattr(importlib.import_module("rq_jax.sampling.generate"), "_generate", fail)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -1,6 +1,7 @@
 """What makes sampling fast changes nothing: the draw, the threshold search, the growing cache, weights at rest."""
 
 import functools
+import importlib
 import re
 
 import helpers
@@ -20,6 +21,8 @@ from rq_jax.nn.attention import RestingWeight
 from rq_jax.nn.inference_weights import at_rest
 from rq_jax.sampling import filter_logits, generate
 from rq_jax.sampling.generate import _draw, _generate, _stretches
+
+loop = importlib.import_module("rq_jax.sampling.generate")  # the package's attribute of this name is the function
 
 RNG = jax.random.key(11)
 WIDE = {"codebook_size": 300, "model_dim": 16}  # more than two parts of 128 codes
@@ -177,11 +180,11 @@ def names(jaxpr):
 @pytest.mark.parametrize("kind", ["none", "text"])
 def test_a_cache_that_grows_in_stretches_changes_no_code(kind, monkeypatch):
     model, variables = build(**({} if kind == "none" else TEXT))
-    monkeypatch.setattr(generate, "_MIN_STRETCH", 100)
+    monkeypatch.setattr(loop, "_MIN_STRETCH", 100)
     draw = lambda **more: jax.jit(lambda: generate(model, variables, RNG, B, CONDS[kind], **more))()  # noqa: E731
     whole = draw()
-    monkeypatch.setattr(generate, "_MIN_STRETCH", 2)
-    monkeypatch.setattr(generate, "_MAX_STRETCHES", 5)
+    monkeypatch.setattr(loop, "_MIN_STRETCH", 2)
+    monkeypatch.setattr(loop, "_MAX_STRETCHES", 5)
     _generate.clear_cache()
     np.testing.assert_array_equal(draw(), whole)
     np.testing.assert_array_equal(draw(prefix=whole.reshape(B, T, D)[:, :7]), whole)

@@ -10,8 +10,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
-from rq_jax import models, train_state
+from rq_jax import models
 from rq_jax.devices import sharding
+from rq_jax.training.optimizer import make_optimizer
+from rq_jax.training.state import apply_gradients, create_state
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight (fake) devices")
 
@@ -107,13 +109,13 @@ MODEL = models.create(
     "rqtransformer", codebook_size=6, code_shape=(3, 5, 4), code_dim=10, model_dim=8, num_heads=2,
     spatial_layers=2, depth_layers=1, cond_vocab_size=12, use_shared_classifier=False,
 )  # fmt: skip
-OPTIMIZER = train_state.make_optimizer(name="adamw", learning_rate=0.1, total_steps=9, weight_decay=0.1, clip_norm=1.0)
+OPTIMIZER = make_optimizer(name="adamw", learning_rate=0.1, total_steps=9, weight_decay=0.1, clip_norm=1.0)
 
 
 def init(rng):
     variables = models.init_variables(MODEL, rng)
     variables["codebook"]["codebook_KE"] = jnp.ones((6, 10))
-    return train_state.create_state(variables, OPTIMIZER, rng, use_ema=True)
+    return create_state(variables, OPTIMIZER, rng, use_ema=True)
 
 
 SHAPES = jax.eval_shape(init, jax.random.key(0))
@@ -152,8 +154,8 @@ def draw_and_update(rng):
     """A small state, drawn and updated once."""
     names = {"up_MF": (8, 6), "kernel": (3, 3, 4, 2), "scale": (5,)}
     params = {name: jax.random.normal(jax.random.fold_in(rng, len(name)), shape) for name, shape in names.items()}
-    state = train_state.create_state({"params": params}, OPTIMIZER, rng, use_ema=True)
-    return train_state.apply_gradients(state, OPTIMIZER, params, jnp.float32(1.0), {}, 0.9)[0]
+    state = create_state({"params": params}, OPTIMIZER, rng, use_ema=True)
+    return apply_gradients(state, OPTIMIZER, params, jnp.float32(1.0), {}, 0.9)[0]
 
 
 def test_a_state_is_the_same_on_every_mesh(mesh):

@@ -12,17 +12,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rq_jax import train_loop, train_state
 from rq_jax.checkpoint import Checkpointer
 from rq_jax.devices import sharding
 from rq_jax.files import RunLock
-from rq_jax.train_loop import LoopSettings
+from rq_jax.training import loop as training_loop
 from rq_jax.training.log import Rate
+from rq_jax.training.loop import LoopSettings, Stop, finish, run
+from rq_jax.training.optimizer import make_optimizer
+from rq_jax.training.settings import call, check_sections, resolve_durations
+from rq_jax.training.state import apply_gradients, create_state
 
 TOTAL = 12
 BATCH, FEATURES = 8, 3
 MESH = sharding.make_mesh()
-OPTIMIZER = train_state.make_optimizer(learning_rate=0.1, total_steps=TOTAL, warmup_steps=2, clip_norm=1.0)
+OPTIMIZER = make_optimizer(learning_rate=0.1, total_steps=TOTAL, warmup_steps=2, clip_norm=1.0)
 
 
 # --- a linear model and its data ----------------------------------------------------------------------------
@@ -62,7 +65,7 @@ class ToyDataset:
 def init(rng):
     params = {"w_M": jax.random.normal(rng, (FEATURES,))}
     variables = {"params": params, "seen": {"order": jnp.zeros(TOTAL, jnp.int32)}}
-    return train_state.create_state(variables, OPTIMIZER, rng, use_ema=True)
+    return create_state(variables, OPTIMIZER, rng, use_ema=True)
 
 
 SHARDINGS = sharding.state_shardings(MESH, jax.eval_shape(init, jax.random.key(0)))
@@ -78,7 +81,7 @@ def toy_step(state, batch):
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
     index = batch["index"][0]
     model_state = {"seen": {"order": state.model_state["seen"]["order"].at[state.step].set(index)}}
-    state, update = train_state.apply_gradients(state, OPTIMIZER, grads, loss, model_state, 0.9)
+    state, update = apply_gradients(state, OPTIMIZER, grads, loss, model_state, 0.9)
     return state, {"loss": loss, **update, "index": index, "pair": jnp.stack([index, 10 * index])}
 
 
@@ -107,7 +110,7 @@ def train(
     **settings,
 ):
     defaults = dict(log_every_steps=1, evaluate_every_steps=5, checkpoint_every_steps=5)
-    return train_loop.run(
+    return run(
         workdir=str(workdir),
         config={"toy": True},
         title="toy",
@@ -268,7 +271,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, uninterrupted, 
 def test_a_signal_at_any_moment_saves_the_step(tmp_path, monkeypatch, reads):
     """The signal comes right after the loop has looked for one `reads` times."""
 
-    class LateStop(train_loop.Stop):
+    class LateStop(Stop):
         looked = 0
 
         @property
@@ -280,7 +283,7 @@ def test_a_signal_at_any_moment_saves_the_step(tmp_path, monkeypatch, reads):
         def signal(self, value):
             assert value is None
 
-    monkeypatch.setattr(train_loop, "Stop", LateStop)
+    monkeypatch.setattr(training_loop, "Stop", LateStop)
     dataset = ToyDataset()
     with pytest.raises(SystemExit):
         train(tmp_path, dataset, checkpoint_every_steps=100, evaluate_every_steps=100)
@@ -369,7 +372,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
     seen = []
 
     def look():
-        with train_loop.Stop() as stop:
+        with Stop() as stop:
             seen.extend([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)])
             seen.append(stop.signal)
 
@@ -395,7 +398,7 @@ def test_logged_values_are_means_over_the_interval(tmp_path, uninterrupted):
 
 def test_rates_leave_out_evaluations(tmp_path, monkeypatch):
     seconds = [0.0]
-    monkeypatch.setattr(train_loop, "Rate", functools.partial(Rate, clock=lambda: seconds[0]))
+    monkeypatch.setattr(training_loop, "Rate", functools.partial(Rate, clock=lambda: seconds[0]))
 
     def timed_step(state, batch):
         seconds[0] += 0.5
@@ -413,7 +416,7 @@ def test_rates_leave_out_evaluations(tmp_path, monkeypatch):
 
 def test_finish_draws_curves_and_tells_where_pictures_are(uninterrupted, capsys):
     _, workdir = uninterrupted
-    train_loop.finish(str(workdir), ["loss", "validation_loss"])
+    finish(str(workdir), ["loss", "validation_loss"])
     assert (workdir / "pictures" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out == f"pictures: {workdir / 'pictures'}\n"
 
@@ -561,31 +564,31 @@ def test_loop_settings_refuses(settings, message):
 )
 def test_durations_are_resolved_to_steps(section, expected):
     given = dict(section)
-    resolved = train_loop.resolve_durations({**section, "other": "kept"}, "loop", ("total",), 10)
+    resolved = resolve_durations({**section, "other": "kept"}, "loop", ("total",), 10)
     assert resolved == {"total_steps": expected, "other": "kept"}
     assert section == given
 
 
 def test_a_duration_must_be_given():
     with pytest.raises(ValueError) as error:
-        train_loop.resolve_durations({"warmup_steps": 1, "total_steps": None}, "loop", ("warmup", "total"), 10)
+        resolve_durations({"warmup_steps": 1, "total_steps": None}, "loop", ("warmup", "total"), 10)
     assert str(error.value) == "loop.total_steps and loop.total_epochs are both unset; set one of them"
 
 
 def test_a_duration_is_given_once():
     with pytest.raises(ValueError) as error:
-        train_loop.resolve_durations({"total_steps": 9, "total_epochs": 2.5}, "loop", ("total",), 10)
+        resolve_durations({"total_steps": 9, "total_epochs": 2.5}, "loop", ("total",), 10)
     expected = "loop.total_steps and loop.total_epochs are both set, to 9 and 2.5; set the one that is not wanted to 0"
     assert str(error.value) == expected
 
 
 def test_sections_are_checked():
-    train_loop.check_sections({"model": 1, "seed": 0}, ("seed", "model"))
+    check_sections({"model": 1, "seed": 0}, ("seed", "model"))
     with pytest.raises(ValueError) as error:
-        train_loop.check_sections({"seed": 0, "model": 1, "lop": 2}, ("seed", "model"))
+        check_sections({"seed": 0, "model": 1, "lop": 2}, ("seed", "model"))
     assert str(error.value) == "config.lop: unknown; allowed are seed, model"
     with pytest.raises(ValueError) as error:
-        train_loop.check_sections({"seed": 0}, ("seed", "model"))
+        check_sections({"seed": 0}, ("seed", "model"))
     assert str(error.value) == "config.model: missing; the config needs seed, model"
 
 
@@ -593,13 +596,13 @@ def test_a_constructor_is_called_with_its_section():
     def build(*, width, depth=2, total_steps):
         return width, depth, total_steps
 
-    assert train_loop.call(build, "net", {"width": 3}, total_steps=9) == (3, 2, 9)
+    assert call(build, "net", {"width": 3}, total_steps=9) == (3, 2, 9)
     with pytest.raises(ValueError) as error:
-        train_loop.call(build, "net", {"width": 3, "wdith": 4}, total_steps=9)
+        call(build, "net", {"width": 3, "wdith": 4}, total_steps=9)
     assert str(error.value) == "config.net.wdith: unknown; allowed are depth, width"
     with pytest.raises(ValueError, match="^config.net.total_steps: unknown"):  # the script's, not the config's
-        train_loop.call(build, "net", {"width": 3, "total_steps": 4}, total_steps=9)
+        call(build, "net", {"width": 3, "total_steps": 4}, total_steps=9)
     for section in ({}, {"width": None}):
         with pytest.raises(ValueError) as error:
-            train_loop.call(build, "net", section, total_steps=9)
+            call(build, "net", section, total_steps=9)
         assert str(error.value) == "config.net.width: unset and without a default; set it"

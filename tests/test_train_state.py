@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from rq_jax import models, train_state
-from rq_jax.train_state import accumulate_gradients, apply_gradients, average_weights, create_state, make_optimizer
+from rq_jax import models
+from rq_jax.training.optimizer import decay_mask, make_optimizer
+from rq_jax.training.state import accumulate_gradients, apply_gradients, average_weights, create_state
 
 I, O = 5, 3  # noqa: E741  axes of the toy weight
 
@@ -178,7 +179,7 @@ def test_make_optimizer_refuses(settings, message):
 
 
 def decayed_names(model):
-    mask = train_state.decay_mask(models.abstract_variables(model)["params"])
+    mask = decay_mask(models.abstract_variables(model)["params"])
     leaves = jax.tree_util.tree_leaves_with_path(mask)
     return {path[-1].key for path, decays in leaves if decays}, {path[-1].key for path, decays in leaves if not decays}
 

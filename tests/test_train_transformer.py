@@ -13,9 +13,10 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import train_transformer
-from rq_jax import losses, models, quantize, train_state
+from rq_jax import losses, models, quantize
 from rq_jax.data.text import train_tokenizer
 from rq_jax.devices import sharding
+from rq_jax.training.state import TrainState
 
 (h, w, D), E, K = helpers.CODE_SHAPE, helpers.CODE_DIM, helpers.CODEBOOK_SIZE
 RATE = 1000.0  # of SGD: so much larger than the parameters that their difference is the gradient to all digits
@@ -68,8 +69,8 @@ class Step:
     """A step that was made: what went in and what came out."""
 
     run: dict[str, Any]
-    start: train_state.TrainState
-    end: train_state.TrainState
+    start: TrainState
+    end: TrainState
     metrics: dict[str, np.ndarray]
 
     @property

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rq_jax import validation, watch
 from rq_jax.report.progress import Progress
+from rq_jax.training import evaluation as training_evaluation
+from rq_jax.training import monitor
+from rq_jax.training.evaluation import Validation, validate
 from rq_jax.training.signals import Stop
-from rq_jax.validation import Validation, validate
 
-QUIET = watch.HangGuard(0)
+QUIET = monitor.HangGuard(0)
 
 
 def measure(state, batch):
@@ -51,7 +52,7 @@ def test_a_signal_ends_it_after_the_batch(batch):
 def test_every_batch_is_watched_and_what_follows_is_not():
     events = []
 
-    class Guard(watch.HangGuard):
+    class Guard(monitor.HangGuard):
         def arm(self):
             events.append("arm")
 
@@ -74,7 +75,7 @@ def test_every_batch_is_watched_and_what_follows_is_not():
 @pytest.mark.parametrize("enabled", [True, False])
 def test_batches_are_counted_while_it_goes_on(monkeypatch, enabled):
     stream = io.StringIO()
-    monkeypatch.setattr(validation, "Progress", functools.partial(Progress, line_seconds=0.0, stream=stream))
+    monkeypatch.setattr(training_evaluation, "Progress", functools.partial(Progress, line_seconds=0.0, stream=stream))
     with Stop() as stop:
         held_out = Validation(helpers.HeldOut(), measure, report)
         validate(held_out, 2.0, stop=stop, hang=QUIET, title="stage 9, evaluation", enabled=enabled)

@@ -13,12 +13,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_train_loop import TOTAL, ToyDataset, jitted_step, metrics_of, train
 
-from benchmarks import roofline
-from rq_jax import train_loop, watch
 from rq_jax.checkpoint.saver import Checkpointer
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import OutOfMemory, device_bytes
 from rq_jax.devices.peaks import Peaks
+from rq_jax.training import monitor
+from rq_jax.training.settings import memory_remedies
 
 # --- steps that are not finite ----------------------------------------------------------------------------------------
 
@@ -39,7 +39,7 @@ class BrokenDataset(ToyDataset):
 
 @pytest.mark.fault("steps that are not finite, too many in a row", "weights untouched, examples listed, stops")
 def test_too_many_in_a_row_stop_the_run_with_their_examples(tmp_path):
-    with pytest.raises(watch.NotFinite) as error:
+    with pytest.raises(monitor.NotFinite) as error:
         train(tmp_path, BrokenDataset(1, 6, 7, 8, 9), max_skipped_steps=3)
     assert str(error.value) == (
         "loss: not finite in 3 steps in a row, 7 to 9; none of them changed the weights, their examples are listed in "
@@ -120,7 +120,7 @@ def test_the_loop_arms_it(tmp_path):
     """Step 3 is one that compiles anew; the evaluation has three batches."""
     armed = []
 
-    class Guard(watch.HangGuard):
+    class Guard(monitor.HangGuard):
         def arm(self):
             armed.append("arm")
 
@@ -131,7 +131,7 @@ def test_the_loop_arms_it(tmp_path):
             armed.append("compiles")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(watch, "HangGuard", Guard)
+        patch.setattr(monitor, "HangGuard", Guard)
         train(tmp_path, compiles_at={2}, total_steps=3)
     step, evaluation = ["arm", "disarm"], ["compiles", *["arm"] * 4, "disarm"]
     assert armed == ["compiles", *step, *step, "compiles", *step, *evaluation, "disarm"]
@@ -183,7 +183,7 @@ def test_bytes_are_those_of_one_device():
 )  # fmt: skip
 def test_remedies_are_settings_that_the_run_would_take(mesh, accumulates, use_remat, batch, expected):
     config = {"model": {"use_remat": use_remat}, "optim": {"accumulation_steps": 2}, "data": {"batch_size": batch}}
-    found = train_loop.memory_remedies(config, sharding.make_mesh(**mesh), accumulates)
+    found = memory_remedies(config, sharding.make_mesh(**mesh), accumulates)
     assert found == (["more devices"] if expected is None else [f"--config.{one}" for one in expected])
 
 
@@ -202,19 +202,19 @@ def test_the_log_says_where_the_time_goes(tmp_path):
 
 def test_arithmetic_rates(monkeypatch):
     rates = {"images_per_second": 8.0}
-    unknown = watch.Meter(flops_per_image=5e11).measure(rates)
+    unknown = monitor.Meter(flops_per_image=5e11).measure(rates)
     assert unknown["teraflops_per_second"] == pytest.approx(4.0) and "mfu" not in unknown
     peaks = Peaks("toy", {"bfloat16": 2e12, "float32": 1e12}, 1.0)
-    monkeypatch.setattr(roofline, "device_peaks", lambda kind: peaks)
-    assert watch.Meter(5e11, "bfloat16").measure(rates)["mfu"] == pytest.approx(2.0 / jax.device_count())
-    assert "mfu" not in watch.Meter(5e11).measure({})
-    assert "mfu" not in watch.Meter().measure(rates)
+    monkeypatch.setattr(monitor, "device_peaks", lambda kind: peaks)
+    assert monitor.Meter(5e11, "bfloat16").measure(rates)["mfu"] == pytest.approx(2.0 / jax.device_count())
+    assert "mfu" not in monitor.Meter(5e11).measure({})
+    assert "mfu" not in monitor.Meter().measure(rates)
 
 
 def test_waiting_is_measured(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(watch.time, "monotonic", lambda: now[0])
-    meter = watch.Meter()
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
+    meter = monitor.Meter()
     with meter.waiting():
         now[0] += 3
     now[0] += 9
@@ -256,7 +256,7 @@ def test_a_profile_that_never_began_is_told(tmp_path, caplog):
 
 
 def test_a_trace_is_written(tmp_path):
-    with watch.Profiler(str(tmp_path), 1, 1) as profiler:
+    with monitor.Profiler(str(tmp_path), 1, 1) as profiler:
         profiler.before(1)
         profiler.after(jnp.ones(3) + 1)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

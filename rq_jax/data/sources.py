@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rq_jax.data.prepare import prepare
 from rq_jax.data.tfrecord import Part, TfRecords
+from rq_jax.data.twemoji.prepare import prepare
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _SPLITS = ("train", "validation")

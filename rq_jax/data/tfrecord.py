@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rq_jax.data.prepare import default_data_dir
+from rq_jax.data.paths import default_data_dir
 from rq_jax.files import write_atomic
 
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")

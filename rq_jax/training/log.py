@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from rq_jax.files import write_atomic
 from rq_jax.report.grids import encode_png
+from rq_jax.training import monitor
 
 logger = logging.getLogger(__name__)
 
@@ -239,3 +241,35 @@ def _number(name: str, value: Any) -> float:
         return float(np.asarray(value).reshape(()))
     except (TypeError, ValueError):
         raise ValueError(f"metric {name}={value!r} is not one number: give a scalar") from None
+
+
+class _StepLog:
+    """Means of the metrics since the last log point, with the rates of these steps."""
+
+    def __init__(self, writer: MetricWriter, summarize: Callable[[Any], dict], rate: Rate, meter: monitor.Meter):
+        self._writer, self._summarize, self._rate, self._meter = writer, summarize, rate, meter
+        self._sum, self._count = None, 0
+
+    def add(self, metrics: Any) -> None:
+        """Of one step; stays on the devices."""
+        self._sum = metrics if self._sum is None else _add(self._sum, metrics)
+        self._count += 1
+
+    def write(self, step: int) -> dict[str, float]:
+        """Write what `step` steps came to, return it and start anew; waits for the last of them."""
+        means = jax.tree.map(lambda x: np.asarray(x) / self._count, self._sum)
+        rates = self._rate.measure(step)
+        shown = {**self._summarize(means), **rates, **self._meter.measure(rates)}
+        self._writer.write_scalars(step, shown)
+        self._sum, self._count = None, 0
+        return shown
+
+    def restart(self, step: int) -> None:
+        """Leave the time since the last log point out of the rates: it was no training."""
+        self._rate.restart(step)
+        self._meter.restart()
+
+
+@jax.jit
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: x + y, a, b)

@@ -49,7 +49,7 @@ def main(train_and_evaluate: Callable[..., Any]) -> None:
     def run(argv: list[str]) -> None:
         del argv
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells every file that it writes
-        logging.getLogger("rq_jax.train_loop").setLevel(logging.INFO)
+        logging.getLogger("rq_jax.training.loop").setLevel(logging.INFO)
         keep_compiled_programs()
         with one_line_errors():
             hosts.join(coordinator.value, num_processes.value, process_id.value, heartbeat.value)

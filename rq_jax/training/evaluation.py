@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax.report.progress import Progress
+from rq_jax.training.monitor import HangGuard
 from rq_jax.training.signals import Stop
-from rq_jax.watch import HangGuard
 
 # What a run knows of its evaluations when it begins.
 NOTHING_EVALUATED = {"best_loss": math.inf, "bad_evaluations": 0, "stopped": False, "owes_evaluation": False}

@@ -5,7 +5,6 @@ A script hands it a state, a jitted step, an evaluation and the data.
 
 import contextlib
 import dataclasses
-import inspect
 import logging
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -14,16 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax import watch
 from rq_jax.checkpoint.model_dir import write_config
 from rq_jax.checkpoint.saver import Checkpointer
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import explained_memory
 from rq_jax.files import RunLock
 from rq_jax.report.progress import Progress
-from rq_jax.training.log import METRICS_FILE, MetricWriter, Rate
+from rq_jax.training import monitor
+from rq_jax.training.evaluation import NOTHING_EVALUATED, Evaluations, Validation
+from rq_jax.training.log import METRICS_FILE, MetricWriter, Rate, _StepLog
 from rq_jax.training.signals import Stop
-from rq_jax.validation import NOTHING_EVALUATED, Evaluations, Validation
 
 logger = logging.getLogger(__name__)
 
@@ -92,72 +91,6 @@ class LoopSettings:
             )
 
 
-def resolve_durations(
-    section: Mapping[str, Any], prefix: str, names: tuple[str, ...], steps_per_epoch: int
-) -> dict[str, Any]:
-    """Replace `<name>_epochs` by `<name>_steps` in a config section; 0 gives way to the other of the two.
-
-    Raises:
-      ValueError: neither of the two is set, or both.
-    """
-    settings = dict(section)
-    for name in names:
-        steps, epochs = settings.get(f"{name}_steps"), settings.pop(f"{name}_epochs", None)
-        both = f"{prefix}.{name}_steps and {prefix}.{name}_epochs are both"
-        if steps is None and epochs is None:
-            raise ValueError(f"{both} unset; set one of them")
-        if steps and epochs:
-            raise ValueError(f"{both} set, to {steps} and {epochs}; set the one that is not wanted to 0")
-        settings[f"{name}_steps"] = steps or round((epochs or 0) * steps_per_epoch)
-    return settings
-
-
-def check_sections(config: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    """Refuse a config with sections that nothing reads, or without one that is needed.
-
-    Raises:
-      ValueError: naming the section.
-    """
-    for name in config:
-        if name not in allowed:
-            raise ValueError(f"config.{name}: unknown; allowed are {', '.join(allowed)}")
-    for name in allowed:
-        if name not in config:
-            raise ValueError(f"config.{name}: missing; the config needs {', '.join(allowed)}")
-
-
-def call(function: Callable[..., Any], section: str, settings: Mapping[str, Any], **others: Any) -> Any:
-    """Call a constructor with its config section.
-
-    Raises:
-      ValueError: a key that it does not take, or one without a default that is unset.
-    """
-    allowed = {name: p for name, p in inspect.signature(function).parameters.items() if name not in others}
-    unknown = sorted(set(settings) - set(allowed))
-    if unknown:
-        raise ValueError(f"config.{section}.{unknown[0]}: unknown; allowed are {', '.join(sorted(allowed))}")
-    for name, parameter in allowed.items():
-        if parameter.default is parameter.empty and settings.get(name) is None:
-            raise ValueError(f"config.{section}.{name}: unset and without a default; set it")
-    return function(**settings, **others)
-
-
-def memory_remedies(config: Mapping[str, Any], mesh: jax.sharding.Mesh, accumulates: bool = False) -> list[str]:
-    """Settings that make a step smaller, the cheapest first; `accumulates`: the stage takes a batch in parts."""
-    found = []
-    if not config["model"]["use_remat"]:
-        found.append("--config.model.use_remat=True")
-    steps, batch, devices = config["optim"]["accumulation_steps"], config["data"]["batch_size"], mesh.devices.size
-    split = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))
-    if accumulates and batch % (2 * steps * split) == 0:
-        found.append(f"--config.optim.accumulation_steps={2 * steps}")
-    if mesh.shape["fsdp"] < devices:
-        found.append(f"--config.mesh.data=1 --config.mesh.fsdp={devices}")
-    if batch % (2 * steps * split) == 0:
-        found.append(f"--config.data.batch_size={batch // 2}")
-    return found or ["more devices"]
-
-
 def run(
     *,
     workdir: str,
@@ -216,8 +149,8 @@ def run(
         contextlib.closing(iterator),
         Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer,
         Stop() as stop,
-        watch.HangGuard(settings.hang_timeout_seconds) as hang,
-        watch.Profiler(workdir, settings.profile_first_step, settings.profile_steps) as profiler,
+        monitor.HangGuard(settings.hang_timeout_seconds) as hang,
+        monitor.Profiler(workdir, settings.profile_first_step, settings.profile_steps) as profiler,
     ):
         host = dict(NOTHING_EVALUATED)
         if checkpointer.latest_step is not None:
@@ -229,7 +162,7 @@ def run(
         step = int(state.step)
         # A start that made up for it may have been killed before it could note that.
         writer.truncate_after(step, without="validation_loss" if host["owes_evaluation"] else None)
-        meter, finite = watch.Meter(flops_per_image, dtype), watch.FiniteGuard(workdir, settings.max_skipped_steps)
+        meter, finite = monitor.Meter(flops_per_image, dtype), monitor.FiniteGuard(workdir, settings.max_skipped_steps)
         log = _StepLog(writer, summarize, Rate(dataset.batch_size, step), meter)
         metrics, batch = None, None
         progress = Progress(settings.total_steps, step, "step", title, enabled=is_first)
@@ -296,38 +229,6 @@ def _data_position(host: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
         words = "data.batch_size: %d was %d; %d pictures are passed over, up to a multiple of it"
         logger.warning(words, batch_size, before, missed)
     return {**host["data"], "next_batch": -(-seen // batch_size)}
-
-
-class _StepLog:
-    """Means of the metrics since the last log point, with the rates of these steps."""
-
-    def __init__(self, writer: MetricWriter, summarize: Callable[[Any], dict], rate: Rate, meter: watch.Meter):
-        self._writer, self._summarize, self._rate, self._meter = writer, summarize, rate, meter
-        self._sum, self._count = None, 0
-
-    def add(self, metrics: Any) -> None:
-        """Of one step; stays on the devices."""
-        self._sum = metrics if self._sum is None else _add(self._sum, metrics)
-        self._count += 1
-
-    def write(self, step: int) -> dict[str, float]:
-        """Write what `step` steps came to, return it and start anew; waits for the last of them."""
-        means = jax.tree.map(lambda x: np.asarray(x) / self._count, self._sum)
-        rates = self._rate.measure(step)
-        shown = {**self._summarize(means), **rates, **self._meter.measure(rates)}
-        self._writer.write_scalars(step, shown)
-        self._sum, self._count = None, 0
-        return shown
-
-    def restart(self, step: int) -> None:
-        """Leave the time since the last log point out of the rates: it was no training."""
-        self._rate.restart(step)
-        self._meter.restart()
-
-
-@jax.jit
-def _add(a: Any, b: Any) -> Any:
-    return jax.tree.map(lambda x, y: x + y, a, b)
 
 
 def finish(workdir: str, curves: list[str]) -> None:
