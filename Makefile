@@ -67,8 +67,7 @@ test-all: setup
 
 # Every fault that the tests put in, and docs/reliability.md from what happened: a quarter of an hour.
 reliability: setup
-	$(PYTHON) -m pytest tests/test_faults.py tests/test_train_loop.py tests/test_checkpointer.py tests/test_hosts.py \
-	  tests/test_watch.py tests/test_data_damage.py tests/test_data_tfrecord.py -m fault --reliability=docs/reliability.md
+	$(PYTHON) -m pytest tests/training tests/checkpoint tests/devices tests/data -m fault --reliability=docs/reliability.md
 
 # Three minutes on two CPU cores, a JSON record for each command; larger sweeps are the same commands with other lists.
 bench: setup

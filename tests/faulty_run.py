@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import conftest  # noqa: E402, F401  # settings that hold for every test
 import jax  # noqa: E402
-from test_train_loop import ToyDataset, train  # noqa: E402
+from toy_run import ToyDataset, train  # noqa: E402
 
 from rq_jax.training import cli  # noqa: E402
 

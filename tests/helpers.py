@@ -20,6 +20,7 @@ from rq_jax.devices import sharding
 from rq_jax.training.evaluation import Validation
 from rq_jax.training.state import TrainState, create_state
 
+ROOT = Path(__file__).parents[1]
 # Every number differs from every other, so that no two axes can be mixed up unseen.
 CODE_SHAPE, CODE_DIM, CODEBOOK_SIZE = (4, 2, 3), 24, 13
 CLASSES = ("ape", "bee", "cat", "dog", "elk")

@@ -8,42 +8,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import helpers
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = helpers.ROOT
 
-MATHEMATICS = {"nn", "quantize", "grains", "losses", "metrics", "roofline", "sampling"}
-NETWORKS = {"models": {"nn", "quantize", "grains", "sampling"}, "pretrained": {"nn", "state_file"}}
-MACHINERY = {
-    "checkpoint",
-    "checkpointer",
-    "command_line",
-    "data",
-    "hosts",
-    "manifest",
-    "model_dir",
-    "pictures",
-    "progress",
-    "run_lock",
-    "samples",
-    "sharding",
-    "state_file",
-    "timing",
-    "torch_import",
-    "train_loop",
-    "train_state",
-    "validation",
-    "watch",
-}
-# The rooms that each room may import. Machinery may import machinery as long as nothing goes in a circle.
-MAY_IMPORT = (
-    {"__init__": set()}
-    | {room: set() for room in MATHEMATICS}
-    | NETWORKS
-    | {room: MATHEMATICS | MACHINERY for room in MACHINERY}
-    | {"checkpoint": MATHEMATICS | MACHINERY | {"models"}}  # load_model builds through models.create
-    | {"state_file": set()}  # reads files that nobody trusts, and is used by the judges too
+# Folders and loose modules of the package, from the ground up. A room imports rooms below its own floor and, above the
+# ground, rooms of its own floor, as long as nothing goes in a circle.
+FLOORS = (
+    {"files", "grains", "losses", "metrics", "nn", "quantize", "settings"},
+    {"models", "sampling"},
+    {"checkpoint", "data", "devices", "interop", "pretrained", "report"},
+    {"evaluation", "training"},
+    {"recipes"},
 )
+GROUND = FLOORS[0]
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# They load where only jax, flax, optax, einops and numpy are installed.
+PURE = {"grains", "losses", "metrics", "models", "nn", "quantize", "sampling", "settings"}
+# Some rooms see less: networks return values and never losses, readers of foreign files trust nobody.
+NARROWER = {
+    "models": {"grains", "nn", "quantize", "sampling", "settings"},
+    "interop": {"settings"},
+    "pretrained": {"interop", "nn", "settings"},
+}
+MODEL_CLASSES = "rq_jax.models"  # the loop knows none
 CORE = {"jax", "flax", "optax", "einops", "numpy"}
 FOREIGN_FRAMEWORKS = {"tensorflow", "torch", "torchvision"}
 # These load TensorFlow themselves.
@@ -95,52 +84,87 @@ def scripts(root: Path) -> list[Path]:
 
 
 def room_of(name: str) -> str | None:
-    """The room that a name leads into; "__init__" for the package itself, None for what is not ours."""
+    """The room that a dotted name leads into: "__init__" for the package itself, None for what is not ours."""
     package, *rest = name.split(".")
     if package != "rq_jax":
         return None
-    return rest[0] if rest and rest[0] in MAY_IMPORT else "__init__"
+    return rest[0] if rest and rest[0] in FLOOR_OF else "__init__"
+
+
+def module_of(root: Path, name: str) -> str | None:
+    """The module of ours behind a dotted name, which may end in something that the module holds."""
+    parts = name.split(".")
+    for count in range(len(parts), 1, -1):
+        path = root.joinpath(*parts[:count])
+        if path.with_suffix(".py").is_file() or (path / "__init__.py").is_file():
+            return ".".join(parts[:count])
+    return None
+
+
+def may_import(room: str, target: str) -> bool:
+    if room == "__init__" or target == "__init__" or room == target:
+        return room == target or target == "__init__"
+    if room in NARROWER:
+        return target in NARROWER[room]
+    if FLOOR_OF[room] == FLOOR_OF[target]:
+        return room not in GROUND
+    return FLOOR_OF[target] < FLOOR_OF[room]
+
+
+def circle(graph: dict[str, set[str]]) -> str | None:
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return " -> ".join(error.args[1])
+    return None
 
 
 def layering_errors(root: Path) -> list[str]:
     """Every import in a checkout that breaks the order of the house, as "file:line: what is wrong"."""
     script_names = {path.stem for path in scripts(root)}
-    errors, machinery = [], {room: set() for room in MACHINERY}
+    errors, rooms, modules = [], {}, {}
 
     def check(path: Path, line: int, allowed: bool, what: str) -> None:
         if not allowed:
             errors.append(f"{path.relative_to(root)}:{line}: {what}")
 
     for path in sources(root, "rq_jax"):
-        room = path.relative_to(root / "rq_jax").parts[0].removesuffix(".py")
-        check(path, 1, room in MAY_IMPORT, f"no floor knows the room {room!r}")
+        inside = path.relative_to(root / "rq_jax")
+        room, package = inside.parts[0].removesuffix(".py"), len(inside.parts) > 1 and path.name == "__init__.py"
+        module = ".".join(("rq_jax", *inside.with_suffix("").parts)).removesuffix(".__init__")
+        check(path, 1, room in FLOOR_OF or room == "__init__", f"no floor knows the room {room!r}")
+        if room not in FLOOR_OF and room != "__init__":
+            continue
         for line, name, at_load in imports_of(path):
             top, target = name.split(".")[0], room_of(name)
             check(path, line, not name.startswith("."), "relative import")
             check(path, line, top not in script_names | {"benchmarks", "configs", "tests"}, f"rq_jax imports {name}")
-            if target not in (None, "__init__", room):
-                check(path, line, target in MAY_IMPORT.get(room, ()), f"{room} imports {target}")
-                machinery.get(room, set()).add(target)
+            if target is not None:
+                check(path, line, may_import(room, target), f"{room} imports {target}")
+                rooms.setdefault(room, set()).add(target)
+                if not package:  # a package's face hands on what its modules hold
+                    modules.setdefault(module, set()).add(module_of(root, name))
+            names_model = room == "training" and (name + ".").startswith(f"{MODEL_CLASSES}.")
+            check(path, line, not names_model, f"{room} imports {MODEL_CLASSES}")
             third_party = target is None and top and top not in CORE | sys.stdlib_module_names
-            if room in MATHEMATICS | {"models", "__init__"}:
+            if room in PURE | {"__init__"}:
                 check(path, line, not third_party, f"{room} imports {top}")
             elif not path.name.endswith("_dataset_builder.py"):  # loaded by tensorflow-datasets alone
                 check(path, line, not (third_party and at_load), f"{top} is imported before it is used")
-    try:
-        graph = {room: targets & MACHINERY for room, targets in machinery.items()}
-        graphlib.TopologicalSorter(graph).prepare()
-    except graphlib.CycleError as error:
-        errors.append(f"rq_jax: machinery imports in a circle: {' -> '.join(error.args[1])}")
+    for what, graph in (("rooms", rooms), ("modules", modules)):
+        graph = {node: targets - {node, None, "__init__", "rq_jax"} for node, targets in graph.items()}
+        if found := circle(graph):
+            errors.append(f"rq_jax: {what} import in a circle: {found}")
 
     for path in sources(root, "configs"):
         for line, name, _ in imports_of(path):
             allowed = name.split(".")[0] in {"ml_collections", *sys.stdlib_module_names}
             allowed |= (name + ".").startswith("configs.common.")
             check(path, line, allowed, f"configs imports {name}")
-    benchmarks = list(sources(root, "benchmarks"))  # what benchmark.py is made of; it times the scripts' own steps
+    benchmarks = list(sources(root, "benchmarks"))  # what benchmark.py is made of
     for path in [*scripts(root), *benchmarks]:
-        forbidden = {"tests"} if path in benchmarks else script_names | {"benchmarks", "tests"}
-        forbidden -= {"benchmarks"} if path.name == "benchmark.py" else set()
+        forbidden = script_names | {"benchmarks", "tests"}
+        forbidden -= {"benchmarks"} if path.name == "benchmark.py" or path in benchmarks else set()
         for line, name, _ in imports_of(path):
             check(path, line, name.split(".")[0] not in forbidden, f"script imports {name}")
     for path in [*sources(root, "rq_jax", "configs"), *scripts(root), *benchmarks]:
@@ -158,40 +182,42 @@ def test_the_house_is_in_order():
 @pytest.mark.parametrize(
     ("path", "source", "error"),
     [
-        ("rq_jax/quantize.py", "from rq_jax import nn", "quantize imports nn"),
+        ("rq_jax/quantize/ema.py", "from rq_jax import nn", "quantize imports nn"),
         ("rq_jax/nn/conv.py", "import rq_jax.losses", "nn imports losses"),
         ("rq_jax/losses.py", "def f():\n  from rq_jax.models.rqvae import RQVAE", "losses imports models"),
         ("rq_jax/metrics.py", "import scipy.linalg", "metrics imports scipy"),
         ("rq_jax/models/rqvae.py", "from rq_jax import losses", "models imports losses"),
-        ("rq_jax/models/rqvae.py", "from rq_jax.sharding import RULES", "models imports sharding"),
+        ("rq_jax/models/rqvae.py", "from rq_jax.devices.sharding import RULES", "models imports devices"),
         ("rq_jax/models/rqvae.py", "def f():\n  import orbax.checkpoint", "models imports orbax"),
         ("rq_jax/pretrained/clip.py", "from rq_jax.quantize import lookup", "pretrained imports quantize"),
-        ("rq_jax/train_loop.py", "from rq_jax.models import create", "train_loop imports models"),
-        ("rq_jax/interop/state_file/tensor.py", "from rq_jax import checkpoint", "state_file imports checkpoint"),
-        ("rq_jax/interop/official/rules.py", "from rq_jax.models import create", "torch_import imports models"),
-        ("rq_jax/data/text.py", "from rq_jax import pretrained", "data imports pretrained"),
+        ("rq_jax/training/loop.py", "from rq_jax.models import create", "training imports rq_jax.models"),
+        ("rq_jax/training/loop.py", "from rq_jax import models", "training imports rq_jax.models"),
+        ("rq_jax/training/loop.py", "from rq_jax.recipes import tokenizer", "training imports recipes"),
+        ("rq_jax/interop/state_file/tensor.py", "from rq_jax import checkpoint", "interop imports checkpoint"),
+        ("rq_jax/interop/official/rules.py", "from rq_jax.models import create", "interop imports models"),
+        ("rq_jax/data/text.py", "from rq_jax import evaluation", "data imports evaluation"),
         ("rq_jax/data/text.py", "import tokenizers", "tokenizers is imported before it is used"),
         ("rq_jax/data/text.py", "class A:\n  import PIL.Image", "PIL is imported before it is used"),
         ("rq_jax/models/rqvae.py", "from .discriminator import D", "relative import"),
         ("rq_jax/models/rqvae.py", "from . import discriminator", "relative import"),
         ("rq_jax/__init__.py", "from rq_jax.models import create", "__init__ imports models"),
         ("rq_jax/utils.py", "", "no floor knows the room 'utils'"),
-        ("rq_jax/train_loop.py", "import train_vae", "rq_jax imports train_vae"),
-        ("rq_jax/train_loop.py", "from configs import rqvae", "rq_jax imports configs.rqvae"),
-        ("rq_jax/checkpoint.py", "import_module('torch')", "imports torch"),
+        ("rq_jax/training/loop.py", "import train_vae", "rq_jax imports train_vae"),
+        ("rq_jax/training/loop.py", "from configs import rqvae", "rq_jax imports configs.rqvae"),
+        ("rq_jax/checkpoint/load.py", "import_module('torch')", "imports torch"),
         ("configs/rqvae.py", "import jax", "configs imports jax"),
         ("configs/rqvae.py", "from configs import rqtransformer", "configs imports configs.rqtransformer"),
         ("configs/rqvae.py", "from rq_jax import models", "configs imports rq_jax.models"),
         ("sample.py", "from train_vae import main", "script imports train_vae.main"),
         ("sample.py", "import benchmarks.train", "script imports benchmarks.train"),
         ("benchmark.py", "import train_vae", "script imports train_vae"),
+        ("benchmarks/train.py", "import train_vae", "script imports train_vae"),
         ("benchmarks/train.py", "import tests.helpers", "script imports tests.helpers"),
         ("benchmarks/train.py", "import torch", "imports torch"),
-        ("rq_jax/timing.py", "import benchmarks", "rq_jax imports benchmarks"),
-        ("rq_jax/roofline.py", "from rq_jax import models", "roofline imports models"),
+        ("rq_jax/report/grids.py", "import benchmarks", "rq_jax imports benchmarks"),
         ("sample.py", "import torch.nn", "imports torch.nn"),
         ("sample.py", "def f():\n  from tensorflow import io", "imports tensorflow.io"),
-        ("rq_jax/progress.py", "def f():\n  from clu import metric_writers", "imports clu.metric_writers"),
+        ("rq_jax/training/log.py", "def f():\n  from clu import metric_writers", "imports clu.metric_writers"),
     ],
 )
 def test_a_wrong_import_is_found(tmp_path, path, source, error):
@@ -203,13 +229,33 @@ def test_a_wrong_import_is_found(tmp_path, path, source, error):
     assert f"{path}:{line}: {error}" in layering_errors(tmp_path)
 
 
-def test_a_circle_is_found(tmp_path):
-    (tmp_path / "rq_jax").mkdir()
-    (tmp_path / "rq_jax" / "pictures.py").write_text("from rq_jax import progress")
-    (tmp_path / "rq_jax" / "progress.py").write_text("from rq_jax import checkpoint")
-    (tmp_path / "rq_jax" / "checkpoint.py").write_text("def f():\n  from rq_jax.pictures import grid")
-    (error,) = layering_errors(tmp_path)
-    assert error.startswith("rq_jax: machinery imports in a circle: ")
+@pytest.mark.parametrize(
+    ("what", "files"),
+    [
+        (
+            "rooms",
+            {
+                "report/grids.py": "from rq_jax import data",
+                "data/cache.py": "def f():\n  from rq_jax import checkpoint",
+                "checkpoint/load.py": "from rq_jax.report.grids import grid",
+            },
+        ),
+        (
+            "modules",
+            {
+                "data/__init__.py": "from rq_jax.data.text import encode",
+                "data/cache.py": "from rq_jax.data import text",
+                "data/text.py": "def f():\n  from rq_jax.data.cache import write",
+            },
+        ),
+    ],
+)
+def test_a_circle_is_found(tmp_path, what, files):
+    for name, source in files.items():
+        path = tmp_path / "rq_jax" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    assert any(error.startswith(f"rq_jax: {what} import in a circle: ") for error in layering_errors(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -217,15 +263,18 @@ def test_a_circle_is_found(tmp_path):
     [
         ("rq_jax/models/rqvae.py", "import math\nimport jax.numpy as jnp\nfrom rq_jax import quantize"),
         ("rq_jax/models/rqvae.py", "from rq_jax.models.gan import D\nfrom rq_jax import __version__"),
-        ("rq_jax/checkpoint.py", "from rq_jax import models\ndef f():\n  import orbax.checkpoint"),
-        ("rq_jax/pretrained/vgg_lpips.py", "from rq_jax import nn, state_file"),
+        ("rq_jax/checkpoint/load.py", "from rq_jax import models\ndef f():\n  import orbax.checkpoint"),
+        ("rq_jax/pretrained/vgg_lpips.py", "from rq_jax import nn\nfrom rq_jax.interop import state_file"),
         ("rq_jax/interop/official/tables.py", "from rq_jax.interop.official.rules import Rule"),
         ("rq_jax/data/text.py", "import typing\nif typing.TYPE_CHECKING:\n  import PIL"),
         ("rq_jax/data/own/own_dataset_builder.py", "import tensorflow_datasets as tfds"),
         ("configs/rqvae.py", "import ml_collections\nfrom configs import common\nimport configs.common"),
-        ("sample.py", "import absl.app\nfrom clu import metrics\nfrom rq_jax import models, pictures"),
+        ("sample.py", "import absl.app\nfrom clu import metrics\nfrom rq_jax import models, report"),
         ("benchmark.py", "from benchmarks import train"),
-        ("benchmarks/train.py", "import train_vae\nfrom configs import rqvae\nfrom rq_jax import models, timing"),
+        (
+            "benchmarks/train.py",
+            "from benchmarks import timing\nfrom configs import rqvae\nfrom rq_jax import models, recipes",
+        ),
         ("tests/test_oracle.py", "import torch"),
     ],
 )

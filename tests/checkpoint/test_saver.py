@@ -10,9 +10,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import helpers
 import jax.numpy as jnp
 import pytest
-from test_checkpoint import assert_equal, toy_state
+from toy_state import assert_equal, toy_state
 
 from rq_jax import checkpoint
 from rq_jax.checkpoint import manifest, saver
@@ -241,11 +242,12 @@ def test_an_error_inside_orbax_is_no_different(tmp_path, monkeypatch, caplog):
     program = textwrap.dedent(
         f"""
         import logging, resource, signal, sys
-        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+        sys.path[:0] = {[str(helpers.ROOT / "tests"), str(helpers.ROOT)]!r}
         logging.basicConfig(level=logging.ERROR)
         import jax
         jax.config.update("jax_platforms", "cpu")
-        from test_checkpointer import Checkpointer, SaveFailed, toy_state
+        from toy_state import toy_state
+        from rq_jax.checkpoint import Checkpointer, SaveFailed
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         with Checkpointer({str(tmp_path)!r}, keep=1) as saving:
             saving.save(toy_state(2, size=70000), {{"note": 2}})

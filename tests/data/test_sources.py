@@ -1,6 +1,5 @@
 """Sources: TFDS sets that this project did not write, folders, damaged pictures, and one-line errors."""
 
-import io
 import logging
 import pickle
 import sys
@@ -9,41 +8,12 @@ import numpy as np
 import pytest
 
 tfds = pytest.importorskip("tensorflow_datasets")
-from PIL import Image  # noqa: E402
+
+from tfds_sets import encode, grey_pictures, write_tfds  # noqa: E402
 
 from rq_jax.data import make_dataset  # noqa: E402
 from rq_jax.data import sources as sources_module  # noqa: E402
 from rq_jax.data.sources import ImageSource, decode_image, open_records  # noqa: E402
-
-
-def encode(pixels, kind="png"):
-    out = io.BytesIO()
-    Image.fromarray(pixels).save(out, kind)
-    return out.getvalue()
-
-
-def grey_pictures(count):
-    return np.random.default_rng(0).integers(0, 256, (count, 9, 7), dtype=np.uint8)
-
-
-def write_tfds(name, features, splits, data_dir):
-    """Prepare a data set that exists as files only, as if somebody else had made it."""
-
-    class ForeignSet(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.2.3")
-
-        def _info(self):
-            features_dict = tfds.features.FeaturesDict(features)
-            return tfds.core.DatasetInfo(builder=self, features=features_dict, disable_shuffling=True)
-
-        def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(rows) for split, rows in splits.items()}
-
-        def _generate_examples(self, rows):
-            return enumerate(rows)
-
-    ForeignSet.name = name
-    ForeignSet(data_dir=data_dir).download_and_prepare(file_format="array_record")
 
 
 @pytest.fixture(scope="module")

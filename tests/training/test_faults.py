@@ -11,7 +11,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from test_train_loop import TOTAL, assert_same_run, draw_state, train
+from toy_run import TOTAL, assert_same_run, draw_state, train
 
 import train_transformer
 import train_vae
@@ -20,7 +20,7 @@ from rq_jax.checkpoint.saver import Checkpointer
 from rq_jax.training import loop as training_loop
 from rq_jax.training.loop import Stop
 
-PROGRAM = Path(__file__).parent / "faulty_run.py"
+PROGRAM = helpers.ROOT / "tests" / "faulty_run.py"
 EVERY_STEP = {"checkpoint_every_steps": 1, "evaluate_every_steps": 4, "keep_checkpoints": 3}
 
 

@@ -13,7 +13,7 @@ from rq_jax import quantize
 from rq_jax.models import create
 from rq_jax.sampling import filter_logits
 
-DIRECTORY = Path(__file__).with_name("goldens")
+DIRECTORY = Path(__file__).parent
 
 
 def load(name):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from toy_state import OPTIMIZER, assert_equal, numbers, toy_state
 
 from rq_jax import checkpoint, models
 from rq_jax.checkpoint import Checkpointer, load_model
@@ -15,7 +16,6 @@ from rq_jax.devices import sharding
 from rq_jax.training.optimizer import make_optimizer
 from rq_jax.training.state import apply_gradients, create_state
 
-OPTIMIZER = make_optimizer(name="adamw", learning_rate=0.1, total_steps=9, weight_decay=0.1)
 RQVAE = dict(
     name="rqvae", image_size=4, code_shape=(2, 1, 3), code_dim=4, codebook_size=(7, 5, 3), use_shared_codebook=False,
     width=2, width_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(), z_channels=3,
@@ -25,10 +25,6 @@ RQTRANSFORMER = dict(
     use_shared_token_embedding=False, use_shared_classifier=False, model_dim=2, num_heads=1, spatial_layers=1,
     depth_layers=1,
 )  # fmt: skip
-
-
-def numbers(shape, seed):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def fill(shapes, seed=0):
@@ -50,29 +46,11 @@ def model_state_of(name, step, use_ema=True):
     return state.replace(step=jnp.int32(step), ema_params=ema_params)
 
 
-def toy_state(step=0, codebook=None, use_ema=True, size=5, optimizer=OPTIMIZER):
-    variables = {"params": {"w_MF": jnp.asarray(numbers((size, 3), step)), "bias_F": jnp.asarray(numbers(3, step + 1))}}
-    if codebook is not None:
-        variables["codebook"] = {"codebook_KE": codebook}
-    state = create_state(variables, optimizer, jax.random.key(step), use_ema)
-    opt_state = jax.tree.map(lambda x: x + jnp.asarray(step + 0.25).astype(x.dtype), state.opt_state)
-    return state.replace(step=jnp.int32(step), opt_state=opt_state, skipped_steps=jnp.int32(step // 2))
-
-
 CODEBOOKS = {
     "none": None,
     "shared": numbers((7, 2), 1),
     "unequal": (numbers((7, 2), 2), numbers((5, 2), 3), numbers((3, 2), 4)),
 }
-
-
-def assert_equal(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.dtype == b.dtype
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        np.testing.assert_array_equal(a, b)
 
 
 # --- states -------------------------------------------------------------------------------------------------

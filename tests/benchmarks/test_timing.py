@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-from pathlib import Path
 
 import helpers
 import jax
@@ -127,7 +126,7 @@ def test_memory_of_a_device_that_tells(monkeypatch):
 
 
 def test_environment(tmp_path):
-    found = environment(Path(timing.__file__).parents[1])
+    found = environment(helpers.ROOT)
     assert {"python", "jax", "jaxlib", "flax", "date", "cpu_count", "xla_flags", "matmul_precision"} <= set(found)
     assert found["jax"] == jax.__version__
     nowhere = environment(tmp_path)

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import helpers
 import hostile_containers
 import hostile_pickles
 import numpy as np
@@ -101,7 +102,7 @@ def outcomes(tmp_path_factory):
         case.file = f"{i}.{suffix}"
         (folder / case.file).write_bytes(case.data)
     command = [sys.executable, "-c", READER]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(helpers.ROOT)}
     lines = "\n".join(case.file for case in cases)
     run = subprocess.run(command, cwd=folder, input=lines, capture_output=True, text=True, env=environment)
     results = [json.loads(line) for line in run.stdout.splitlines()]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 
+import helpers
 import pytest
 
 from rq_jax.training import cli
@@ -67,7 +68,7 @@ def test_the_command_line(tmp_path, arguments, code, out, err):
         """)
     )
     command = [sys.executable, "script.py", "--config=settings.py", *arguments]
-    root = os.path.dirname(os.path.dirname(cli.__file__))
+    root = str(helpers.ROOT)
     result = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True
     )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_rqtransformer import CLASS, CONDS, KINDS, SIZES, TEXT, UNEQUAL, B, D, E, K, M, T, U, V, build, h, run, w
+from toy_transformer import CLASS, CONDS, KINDS, SIZES, TEXT, UNEQUAL, B, D, E, K, M, T, U, V, build, h, run, w
 
 from rq_jax.sampling import filter_logits, generate, keep_best
 from rq_jax.sampling.generate import _generate

@@ -13,7 +13,7 @@ import pytest
 tfds = pytest.importorskip("tensorflow_datasets")
 from array_record.python.array_record_module import ArrayRecordReader  # noqa: E402
 from tensorboardX.record_writer import RecordWriter  # noqa: E402
-from test_data_sources import encode, grey_pictures, write_tfds  # noqa: E402
+from tfds_sets import encode, grey_pictures, write_tfds  # noqa: E402
 
 from rq_jax.data import make_dataset, tfrecord  # noqa: E402
 from rq_jax.data.sources import ImageSource, open_records  # noqa: E402

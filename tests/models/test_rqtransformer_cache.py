@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_rqtransformer import (
+from toy_transformer import (
     BASE,
     CLASS,
     CODES,
@@ -25,8 +25,8 @@ from test_rqtransformer import (
     build,
     h,
     run,
-    w,
-)  # fmt: skip
+    w,  # fmt: skip
+)
 
 from rq_jax.models import create
 

@@ -4,14 +4,14 @@ import json
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_train_loop import TOTAL, ToyDataset, jitted_step, metrics_of, train
+from toy_run import TOTAL, ToyDataset, jitted_step, metrics_of, train
 
 from rq_jax.checkpoint.saver import Checkpointer
 from rq_jax.devices import sharding
@@ -68,7 +68,8 @@ def test_fewer_in_a_row_are_left_out_and_counted(tmp_path, record_property, brok
 
 
 def run_program(body):
-    program = f"import sys\nsys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+    paths = [str(helpers.ROOT / "tests"), str(helpers.ROOT)]
+    program = f"import sys\nsys.path[:0] = {paths!r}\n"
     program += textwrap.dedent(body)
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
 

@@ -13,7 +13,7 @@ from goldens import make_goldens as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
-from test_rqtransformer import CLASS, CONDS, TEXT, UNEQUAL, B, D, T, build, h, run, w
+from toy_transformer import CLASS, CONDS, TEXT, UNEQUAL, B, D, T, build, h, run, w
 
 from benchmarks import roofline
 from rq_jax import losses

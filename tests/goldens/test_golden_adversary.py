@@ -16,7 +16,7 @@ from rq_jax import losses, metrics, models
 from rq_jax.models.discriminator import initialize_actnorm
 from rq_jax.pretrained import vgg_lpips
 
-OWN = Path(__file__).with_name("goldens")
+OWN = Path(__file__).parent
 
 distance = jax.jit(vgg_lpips.feature_distance)
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import helpers
 import jax
@@ -20,7 +19,7 @@ from rq_jax.checkpoint.saver import steps_of
 from rq_jax.devices import hosts
 from rq_jax.training.signals import Stop
 
-ROOT = Path(__file__).parents[1]
+ROOT = helpers.ROOT
 
 
 # --- who they are -----------------------------------------------------------------------------------------------------
