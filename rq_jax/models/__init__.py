@@ -44,6 +44,13 @@ def create(name: str, **settings: Any) -> nn.Module:
     return model
 
 
+def settings_of(model: nn.Module) -> dict[str, Any]:
+    """The keywords of `create` that make this model, its name included."""
+    (name,) = (name for name, kind in MODELS.items() if kind is type(model))
+    fields = (f.name for f in dataclasses.fields(model) if f.name not in ("parent", "name"))
+    return {"name": name, **{field: getattr(model, field) for field in fields}}
+
+
 def abstract_variables(model: nn.Module) -> dict[str, Any]:
     """Shapes and dtypes of the model's variables, without computing them."""
     return jax.eval_shape(lambda rng: init_variables(model, rng), jax.random.key(0))

@@ -258,6 +258,12 @@ class RQVAE(nn.Module):
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
 
     @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """K_d of each depth."""
+        sizes = self.codebook_size
+        return tuple(sizes) if isinstance(sizes, tuple) else (sizes,) * self.code_shape[-1]
+
+    @property
     def latent_grid(self) -> tuple[int, int]:
         """Height and width of the latents."""
         H, W = self.image_shape
