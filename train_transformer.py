@@ -175,7 +175,7 @@ def make_validation(
     decode = jax.jit(decode, out_shardings=sharding.replicated(mesh))
 
     def measure(state: TrainState, batch: dict[str, np.ndarray]):
-        placed = sharding.put_batch(mesh, with_cond(batch, config, ("image", "mask")))
+        placed = sharding.put_batch(mesh, {name: batch[name] for name in ("image", "mask", "cond") if name in batch})
         return sum_nats(state.ema_variables, tokenizer_variables, placed), None
 
     def report(state: TrainState, sums: dict[str, jax.Array], shown: None):
@@ -194,34 +194,6 @@ def make_validation(
         return scalars, {"samples": grids.grid(images, columns=9, scale=scale)}
 
     return Validation(run["validation"], measure, report)
-
-
-def with_cond(batch: dict[str, np.ndarray], config: ConfigDict, keep: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The arrays of a batch that a step reads, with its labels or captions under "cond"."""
-    kept = {name: batch[name] for name in keep if name in batch}
-    if config.data.text_key:
-        kept["cond"] = batch["text"]
-    elif config.data.label_key:
-        kept["cond"] = batch["label"][:, None]
-    return kept
-
-
-class Conditioned:
-    """A data set whose batches hold what a train step reads, with the interface of `data.Dataset`."""
-
-    def __init__(self, dataset: Any, config: ConfigDict):
-        self.dataset, self.config, self.batch_size = dataset, config, dataset.batch_size
-
-    def iterator(self) -> "Conditioned":
-        """A new iterator from the start."""
-        self._batches = self.dataset.iterator()
-        self.get_state, self.set_state, self.close = (
-            self._batches.get_state, self._batches.set_state, self._batches.close,
-        )  # fmt: skip
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        return with_cond(next(self._batches), self.config, ("image", "latents", "index"))
 
 
 def fill_from_tokenizer(config: ConfigDict, tokenizer: checkpoint.LoadedModel) -> None:
@@ -291,8 +263,6 @@ def check_condition(model: Any, dataset: Any, config: ConfigDict) -> None:
       ValueError: naming both sides.
     """
     data, V, U = config.data, model.cond_vocab_size, model.cond_length
-    if data.label_key and data.text_key:
-        raise ValueError(f"data.label_key '{data.label_key}' and data.text_key '{data.text_key}': set one of them")
     if not model.is_conditional:
         if data.label_key or data.text_key:
             raise ValueError(
@@ -338,7 +308,7 @@ def check_cache(config: ConfigDict, settings: LoopSettings) -> None:
 def shown_cond(model: Any, dataset: Any, config: ConfigDict) -> np.ndarray | None:
     """Conditions of the sample grid: all classes in turn, or the first captions of the training set."""
     if config.data.text_key:
-        return dataset.examples(np.arange(NUM_SHOWN) % dataset.num_examples)["text"]
+        return dataset.examples(np.arange(NUM_SHOWN) % dataset.num_examples)["cond"]
     if config.data.label_key:
         return (np.arange(NUM_SHOWN) % model.cond_vocab_size)[:, None]
     return None
@@ -394,10 +364,10 @@ def count_training_set(run: dict[str, Any], tokenizer_variables: Any) -> tuple[n
         codes = model.apply(variables, batch["image"], method="encode_to_codes")
         # Padding rows count as one more code, which is dropped.
         codes = jnp.where(batch["mask"][:, None, None, None], codes, K)
-        classes_V = jnp.bincount(batch["label"], batch["mask"].astype(jnp.int32), length=V) if V else None
+        classes_V = jnp.bincount(batch["cond"][:, 0], batch["mask"].astype(jnp.int32), length=V) if V else None
         return metrics.code_counts(codes, K + 1)[:, :K], classes_V
 
-    names = ("image", "mask", "label") if V else ("image", "mask")
+    names = ("image", "mask", "cond") if V else ("image", "mask")
     counts, seen = None, 0
     for batch in run["in_order"].iterator():
         placed = sharding.put_batch(run["mesh"], {name: batch[name] for name in names})
@@ -518,7 +488,7 @@ def _train(run: dict[str, Any], config: ConfigDict, workdir: str, strict: bool) 
         title="stage 2",
         state=state,
         train_step=lambda state, batch: step(state, batch, tokenizer_variables),
-        dataset=Conditioned(dataset, config),
+        dataset=dataset,
         mesh=run["mesh"],
         settings=run["settings"],
         summarize=summarize,
