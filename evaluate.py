@@ -169,8 +169,7 @@ def measure_likelihood(
         dataset, values = make_dataset(**data, split=split, train=False, batch_size=args.batch_size), []
         with Progress(dataset.num_examples, unit="image", title=f"likelihood of {split}") as progress:
             for batch in dataset.iterator():
-                cond = batch["text"] if "text_key" in data else batch["label"][:, None] if "label_key" in data else None
-                values.append(np.asarray(nats(*variables, batch["image"], cond))[batch["mask"]])
+                values.append(np.asarray(nats(*variables, batch["image"], batch.get("cond")))[batch["mask"]])
                 progress.update(int(batch["mask"].sum()))
         nats_ND = np.concatenate(values)
         by_depth = nats_ND.mean(0).tolist()

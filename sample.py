@@ -156,7 +156,7 @@ def _labels(config: dict[str, Any], split: str) -> list[int]:
     if not data.get("name") or not data.get("label_key"):
         raise ValueError(f"--classes_of: {split} needs the data set of the model, which names none; give --classes")
     batches = _open_split(config, split).iterator()
-    return [int(label) for batch in batches for label in batch["label"][batch["mask"]]]
+    return [int(label) for batch in batches for label in batch["cond"][batch["mask"], 0]]
 
 
 def _open_split(config: dict[str, Any], split: str) -> Any:

@@ -153,7 +153,7 @@ def open_batches(config: Config, full: Any, stage: Stage, mesh: jax.sharding.Mes
         if config["stage"] == 2:
             train_transformer.check_condition(stage.model, dataset, full)
         iterator = dataset.iterator()
-        return lambda: put(train_transformer.with_cond(next(iterator), full, ("image",))), iterator.close
+        return lambda: put({k: v for k, v in next(iterator).items() if k in ("image", "cond")}), iterator.close
     rng, B = np.random.default_rng(0), config["batch"]
     shape = (B, *stage.tokenizer.image_shape, stage.tokenizer.in_channels)
     batch = {"image": rng.uniform(-1, 1, shape).astype(np.float32)}

@@ -310,7 +310,7 @@ def test_likelihood_is_the_mean_over_the_pictures_that_are_there(root, transform
     condition = {"unconditional": {}, "class": {"label_key": "folder"}, "text": {"text_key": "txt", "text_length": 6, "text_tokenizer": str(root / "bpe.json")}}[kind]  # fmt: skip
     data = make_dataset(name="folder", data_dir=str(root / "pictures"), split="validation", train=False, image_size=16, batch_size=5, **condition)  # fmt: skip
     batch = next(iter(data.iterator()))
-    cond = batch["label"][:, None] if kind == "class" else batch.get("text")
+    cond = batch.get("cond")
     tokenizer = loaded.tokenizer
     encode = jax.jit(functools.partial(tokenizer.model.apply, method="encode_to_codes"))
     codes = encode(tokenizer.variables, batch["image"])

@@ -296,7 +296,7 @@ def test_grid_says_what_each_image_is(trained, tmp_path, monkeypatch):
 def test_classes_of_a_split_are_its_labels_in_turn(trained, tmp_path):
     drawn = draw(trained, tmp_path / "out", "--classes_of=validation", kind="class", num=7, batch=7)
     data = make_dataset(name="folder", data_dir=str(trained.pictures), split="validation", label_key="folder", train=False, image_size=16, batch_size=5)  # fmt: skip
-    labels = next(iter(data.iterator()))["label"]
+    labels = next(iter(data.iterator()))["cond"][:, 0]
     assert len(labels) == data.num_examples == 5 and len(set(labels)) > 1
     np.testing.assert_array_equal(drawn.cond[:, 0], [*labels, *labels[:2]])
     assert drawn.settings["classes_of"] == "validation"
