@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from rq_jax import checkpoint, losses, metrics, models, quantize, sampling
 from rq_jax.data import CacheDataset, load_tokenizer, make_dataset, read_meta, write_cache
 from rq_jax.devices import sharding
+from rq_jax.evaluation.likelihood import code_nats
 from rq_jax.models.flops import transformer_flops
 from rq_jax.report import grids
 from rq_jax.training import cli
@@ -168,7 +169,7 @@ def make_validation(
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def sum_nats(variables, tokenizer_variables, batch):
         codes = tokenizer.apply(tokenizer_variables, batch["image"], method="encode_to_codes")
-        nats_BD = losses.code_nats(model, variables, codes, batch.get("cond"))
+        nats_BD = code_nats(model, variables, codes, batch.get("cond"))
         return {"nats": jnp.sum(nats_BD * batch["mask"][:, None], axis=0), "count": batch["mask"].sum()}
 
     decode = functools.partial(tokenizer.apply, method="decode_codes")
