@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, losses, metrics
+from rq_jax import checkpoint, metrics
 from rq_jax.data import make_dataset
+from rq_jax.evaluation.likelihood import code_nats
 from rq_jax.files import write_atomic
 from rq_jax.pretrained import efficientnet_lite, vgg_lpips
 from rq_jax.report import grids
@@ -162,7 +163,7 @@ def measure_likelihood(
     @jax.jit
     def nats(variables, tokenizer_variables, images, cond):
         codes = tokenizer.apply(tokenizer_variables, images, method="encode_to_codes")
-        return losses.code_nats(loaded.model, variables, codes, cond)
+        return code_nats(loaded.model, variables, codes, cond)
 
     variables, found = jax.device_put((loaded.variables, loaded.tokenizer.variables)), {}
     for split in ("train", args.split):

@@ -1,6 +1,5 @@
 """Losses: arrays in, scalars out. All are float32 whatever the dtype of the networks."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -161,20 +160,6 @@ def cross_entropy_by_depth(
 
     limit = CHUNK_ELEMENTS * jax.device_count()  # the devices of the mesh share a chunk
     return sum_over_chunks(chunk_sums, arrays, num_loss_chunks(B, h * w, D, num_codes, limit)) / (h * w)
-
-
-def code_nats(model: Any, variables: Any, codes: jax.Array, cond: jax.Array | None) -> jax.Array:
-    """Nats per code of each picture at each depth (B, D) under an RQ-Transformer, mean over positions.
-
-    Args:
-      model: an `RQTransformer`, with its variables.
-      codes: (B, h, w, D).
-      cond: (B, U) int32, None for an unconditional model.
-    """
-    context, _, _ = model.apply(variables, codes, cond, method="spatial")
-    hidden, _ = model.apply(variables, context, codes, method="depth")
-    classify = functools.partial(model.apply, variables, method="classify")
-    return cross_entropy_by_depth(classify, max(model.codebook_sizes), hidden, codes)
 
 
 def sum_over_chunks(function: Callable[..., Any], arrays: Any, num_chunks: int) -> Any:
