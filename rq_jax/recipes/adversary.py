@@ -39,7 +39,7 @@ class AdversarialUpdate(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adversary:
-    """A discriminator, its optimizer, and the weights of its losses; see `recipes.tokenizer.Losses` for their meaning."""
+    """A discriminator, its optimizer, and the weights of its losses, which `recipes.tokenizer.Losses` explains."""
 
     model: nn.Module
     optimizer: Optimizer

@@ -126,7 +126,7 @@ def check_cache(data: Mapping[str, Any]) -> None:
         )
 
 
-# Of the config section `data`: what decides the latents of an image, beside where the images lie and how many there are.
+# Keys of the config section `data` that decide the latents of an image.
 _CACHED = ("train_split", "image_size", "eval_transform", "label_key", "text_key", "text_tokenizer", "text_length")
 
 

@@ -223,19 +223,18 @@ class Transformer:
         if self.text_tokenizer is not None:  # sampling needs it, and the run directory has to suffice
             self.text_tokenizer.save(Path(workdir) / TEXT_TOKENIZER)
         counter = frozen_codes.CodeCounter(self.tokenizer.model, self.tokenizer_variables, self.mesh)
-        training_set = data.train.in_order()
-        counts_DK, class_counts = counter.count(training_set)
+        counts_DK, class_counts = counter.count(data.ordered)
         frozen_codes.report_usage(counts_DK, self.model.codebook_sizes, self.model.use_shared_codebook)
         if self.losses.use_soft_labels or self.losses.use_stochastic_codes:
             counter.report_soft_codes(data.validation, self.losses.temperature)
         unigram_nats_D = counter.unigram_nats(data.validation, counts_DK)
         if self.use_latent_cache:
             latents = frozen_codes.cached_latents(
-                self.tokenizer.model, self.tokenizer_variables, training_set, self.config["data"],
+                self.tokenizer.model, self.tokenizer_variables, data.ordered, self.config["data"],
                 Path(workdir) / "latents", self.seed,
             )  # fmt: skip
             data = data._replace(train=latents)
-        config = {**self.config, "class_names": training_set.class_names, "class_counts": class_counts}
+        config = {**self.config, "class_names": data.ordered.class_names, "class_counts": class_counts}
         return dataclasses.replace(self, config=config, unigram_nats_D=unigram_nats_D), data
 
     def _draw(self, rng: jax.Array, codebook: Any) -> TrainState:
