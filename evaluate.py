@@ -112,7 +112,7 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
         sums["detail_of_originals"] = jnp.sum(metrics.laplacian_energy(images) * mask)
         return {**sums, "counts": counts_DK, "count": jnp.sum(mask)}, by_depth
 
-    K = int(np.max(model.codebook_size))
+    K = max(model.codebook_sizes)
     variables = jax.device_put(loaded.variables)
     frozen = jax.device_put(perceptual.variables) if perceptual else None
     total, shown = None, None
@@ -128,7 +128,7 @@ def measure(loaded: checkpoint.LoadedModel, dataset: Any, perceptual: vgg_lpips.
     detail, detail_of_originals = total.pop("detail"), total.pop("detail_of_originals")
     result = {name: [float(value) / count for value in values] for name, values in total.items()}
     result["sharpness"] = [float(value) for value in detail / detail_of_originals]
-    sizes = np.broadcast_to(model.codebook_size, D)
+    sizes = model.codebook_sizes
     result["code_usage"] = [float(np.mean(counts_DK[d, : sizes[d]] > 0)) for d in range(D)]
     result["codes_used"] = metrics.overall_code_usage(counts_DK, sizes, model.use_shared_codebook)
     result["code_perplexity"] = [float(metrics.code_perplexity(counts_DK[d])) for d in range(D)]

@@ -199,7 +199,7 @@ def draw(
 ) -> Iterator:
     """Yields (image ids, codes, uint8 images) batch by batch; while one is fetched the next is already drawn."""
     model, tokenizer = loaded.model, loaded.tokenizer
-    variables = jax.jit(model.at_rest, static_argnums=1)(loaded.variables, args.weights)
+    variables = jax.jit(model.for_inference, static_argnums=1)(loaded.variables, args.weights)
     # Pictures are rounded to 8 bits: on an accelerator the decoder computes in bfloat16, with a float32 quantiser.
     decoder = tokenizer.model if jax.default_backend() == "cpu" else tokenizer.model.clone(dtype="bfloat16")
     decoder_variables = jax.device_put(tokenizer.variables)
