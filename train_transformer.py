@@ -20,11 +20,12 @@ from rq_jax.data import CacheDataset, load_tokenizer, make_dataset, read_meta, w
 from rq_jax.devices import sharding
 from rq_jax.models.flops import transformer_flops
 from rq_jax.report import grids
+from rq_jax.settings.construct import construct
 from rq_jax.training import cli
 from rq_jax.training.evaluation import Validation
-from rq_jax.training.loop import LoopSettings, finish, locked
+from rq_jax.training.loop import finish, locked
 from rq_jax.training.optimizer import Optimizer, make_optimizer
-from rq_jax.training.settings import call, check_sections, memory_remedies, resolve_durations
+from rq_jax.training.settings import LoopSettings, check_sections, memory_remedies, resolve_durations
 from rq_jax.training.state import TrainState, accumulate_gradients, apply_gradients, create_state
 
 SECTIONS = (
@@ -255,26 +256,26 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
             "config.tokenizer: unset; give --config.tokenizer=<workdir of a stage-1 run>, this preset expects one of "
             f"configs/rqvae.py:{config.tokenizer_preset}"
         )
-    mesh = call(sharding.make_mesh, "mesh", config.mesh)
+    mesh = construct(sharding.make_mesh, "mesh", config.mesh)
     tokenizer = checkpoint.load_tokenizer(config.tokenizer)
     fill_from_tokenizer(config, tokenizer)
     model = models.create(**config.model)
-    loss = call(Losses, "loss", config.loss)
+    loss = construct(Losses, "loss", config.loss)
     loss.check(model)
     sample = dict(config.sample)
     sampling.check_guidance(model, sample.pop("guidance", None))
     check_filter = functools.partial(sampling.check_filter, top_k=None, top_p=None)  # None: no filter
-    call(check_filter, "sample", sample)
+    construct(check_filter, "sample", sample)
     shard_index, shard_count = sharding.batch_part(mesh)
     shard = dict(shard_index=shard_index, shard_count=shard_count, seed=config.seed)
-    open_split = functools.partial(call, make_dataset, "data", dict(config.data), **shard)
+    open_split = functools.partial(construct, make_dataset, "data", dict(config.data), **shard)
     dataset = open_split(split="train", train=True)
     check_condition(model, dataset, config)
     dataset.examples([0])  # raises where no picture can be read
     loop = resolve_durations(config.loop, "loop", ("total",), dataset.steps_per_epoch)
-    settings = call(LoopSettings, "loop", loop)
+    settings = construct(LoopSettings, "loop", loop)
     optim = resolve_durations(config.optim, "optim", ("warmup", "hold"), dataset.steps_per_epoch)
-    optimizer = call(make_optimizer, "optim", optim, total_steps=settings.total_steps)
+    optimizer = construct(make_optimizer, "optim", optim, total_steps=settings.total_steps)
     sharding.check_batch_size(mesh, config.data.batch_size, optimizer.accumulation_steps)
     check_cache(config, settings)
     return dict(

@@ -3,7 +3,6 @@
 python train_vae.py --config=configs/rqvae.py:demo --workdir=runs/rqvae [--config.optim.learning_rate=1e-3 ...]
 """
 
-import contextlib
 import functools
 import logging
 import math
@@ -24,11 +23,12 @@ from rq_jax.models.flops import autoencoder_flops
 from rq_jax.models.rqvae import last_kernel_gradient
 from rq_jax.pretrained import vgg_lpips
 from rq_jax.report import grids
+from rq_jax.settings.construct import construct
 from rq_jax.training import cli
 from rq_jax.training.evaluation import Validation
-from rq_jax.training.loop import LoopSettings, finish
+from rq_jax.training.loop import finish
 from rq_jax.training.optimizer import Optimizer, make_optimizer
-from rq_jax.training.settings import call, check_sections, memory_remedies, resolve_durations
+from rq_jax.training.settings import LoopSettings, check_sections, memory_remedies, resolve_durations
 from rq_jax.training.state import TrainState, apply_gradients, create_state
 
 SECTIONS = (
@@ -272,12 +272,12 @@ def adversarial_step(
 
 def largest_codebook(model) -> int:
     """K, or the largest K_d."""
-    return int(np.max(model.codebook_size))
+    return max(model.codebook_sizes)
 
 
 def make_summary(model):
     """Logged scalars from the means of the step's metrics; warns of a collapsing codebook."""
-    sizes = np.broadcast_to(model.codebook_size, model.code_shape[-1])
+    sizes = model.codebook_sizes
 
     def summarize(means: dict[str, np.ndarray]) -> dict[str, float]:
         counts_DK = means.pop("code_counts")
@@ -349,7 +349,7 @@ def make_validation(model, dataset, mesh, loss: Losses, perceptual: vgg_lpips.Pe
 def prepare(config: ConfigDict) -> dict[str, Any]:
     """Everything that a run needs except its state; all settings are checked here, before anything compiles."""
     check_sections(config, SECTIONS)
-    mesh = call(sharding.make_mesh, "mesh", config.mesh)
+    mesh = construct(sharding.make_mesh, "mesh", config.mesh)
     model = models.create(**config.model)
     sharding.check_batch_size(mesh, config.data.batch_size)
     data = dict(config.data, channels=config.model.in_channels)
@@ -361,19 +361,19 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
         raise ValueError("keep_optimizer: True needs init_from, a run whose optimizer is kept; set both or neither")
     shard_index, shard_count = sharding.batch_part(mesh)
     shard = dict(shard_index=shard_index, shard_count=shard_count, seed=config.seed)
-    dataset = call(make_dataset, "data", data, split="train", train=True, **shard)
-    validation = call(make_dataset, "data", data, split="validation", train=False, **shard)
+    dataset = construct(make_dataset, "data", data, split="train", train=True, **shard)
+    validation = construct(make_dataset, "data", data, split="validation", train=False, **shard)
     dataset.examples([0])  # raises where no picture can be read
 
     def with_steps(section: str, *names: str) -> dict[str, Any]:
         return resolve_durations(config[section], section, names, dataset.steps_per_epoch)
 
-    loss = call(Losses, "loss", with_steps("loss", *LOSS_DURATIONS))
-    evaluation = call(Evaluation, "evaluation", config.evaluation)
-    settings = call(LoopSettings, "loop", with_steps("loop", "total"))
+    loss = construct(Losses, "loss", with_steps("loss", *LOSS_DURATIONS))
+    evaluation = construct(Evaluation, "evaluation", config.evaluation)
+    settings = construct(LoopSettings, "loop", with_steps("loop", "total"))
     loss.check(settings.total_steps)
     optim = with_steps("optim", "warmup", "hold")
-    optimizer = call(make_optimizer, "optim", optim, total_steps=settings.total_steps)
+    optimizer = construct(make_optimizer, "optim", optim, total_steps=settings.total_steps)
     if optimizer.accumulation_steps != 1:
         raise ValueError(
             f"optim.accumulation_steps: {optimizer.accumulation_steps} is for stage 2; the codebook update of stage 1 "
@@ -381,7 +381,7 @@ def prepare(config: ConfigDict) -> dict[str, Any]:
         )
     perceptual = None
     if loss.perceptual_weight or evaluation.use_perceptual:
-        perceptual = call(vgg_lpips.load, "perceptual", config.perceptual)
+        perceptual = construct(vgg_lpips.load, "perceptual", config.perceptual)
         perceptual = perceptual._replace(variables=jax.device_put(perceptual.variables, sharding.replicated(mesh)))
     return dict(
         mesh=mesh,
@@ -409,21 +409,10 @@ def make_adversary(config: ConfigDict, model: Any, optim: dict[str, Any], total_
     settings = dict(config.discriminator, in_channels=config.model.in_channels)
     images = jax.ShapeDtypeStruct((1, *model.image_shape, model.in_channels), jnp.float32)
     own = {name: value for name, value in config.discriminator_optim.items() if value is not None}
-    with in_section("model", "discriminator"):
-        discriminator = models.create("discriminator", **settings)
-        jax.eval_shape(discriminator.init, jax.random.key(0), images)  # raises where the pictures are too small
-    with in_section("optim", "discriminator_optim"):
-        optimizer = make_optimizer(**{**optim, **own}, total_steps=total_steps)
+    discriminator = models.create("discriminator", **settings)
+    jax.eval_shape(discriminator.init, jax.random.key(0), images)  # raises where the pictures are too small
+    optimizer = make_optimizer("discriminator_optim", **{**optim, **own}, total_steps=total_steps)
     return Adversary(discriminator, optimizer)
-
-
-@contextlib.contextmanager
-def in_section(theirs: str, ours: str):
-    """Name the section of our config in what a constructor says of its usual one."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace(f"{theirs}.", f"{ours}.", 1)) from None
 
 
 def state_program(config: ConfigDict, run: dict[str, Any]) -> tuple[Callable[[jax.Array], TrainState], Any]:

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax.devices import sharding
-from rq_jax.training.loop import LoopSettings, run
+from rq_jax.training.loop import run
 from rq_jax.training.optimizer import make_optimizer
+from rq_jax.training.settings import LoopSettings
 from rq_jax.training.state import apply_gradients, create_state
 
 TOTAL = 12

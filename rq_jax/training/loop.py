@@ -4,7 +4,6 @@ A script hands it a state, a jitted step, an evaluation and the data.
 """
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
@@ -22,73 +21,10 @@ from rq_jax.report.progress import Progress
 from rq_jax.training import monitor
 from rq_jax.training.evaluation import NOTHING_EVALUATED, Evaluations, Validation
 from rq_jax.training.log import METRICS_FILE, MetricWriter, Rate, _StepLog
+from rq_jax.training.settings import LoopSettings
 from rq_jax.training.signals import Stop
 
 logger = logging.getLogger(__name__)
-
-# Of the settings of the loop.
-_LEAST = {
-    "total_steps": 1,
-    "log_every_steps": 1,
-    "evaluate_every_steps": 1,
-    "checkpoint_every_steps": 1,
-    "keep_checkpoints": 1,
-    "profile_first_step": 1,
-    "keep_every_steps": 0,
-    "early_stopping_evaluations": 0,
-    "max_skipped_steps": 0,
-    "hang_timeout_seconds": 0,
-    "profile_steps": 0,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class LoopSettings:
-    """The config section `loop`, its durations resolved to steps.
-
-    Attributes:
-      total_steps: updates of the whole run.
-      log_every_steps, evaluate_every_steps, checkpoint_every_steps: intervals; the last step has all three.
-      keep_checkpoints: how many of the newest checkpoints stay.
-      keep_every_steps: checkpoints of multiples of this stay too; 0: none do.
-      ema_decay: of the weight average, 0 for none.
-      keep_best: the weights with the lowest "validation_loss" stay, as `best`.
-      early_stopping_evaluations: evaluations without a better "validation_loss" after which the run stops, and the best
-        weights stay; 0: off.
-      use_latent_cache: stage 2 reads latents computed once, from disk.
-      max_skipped_steps: steps in a row whose loss or gradient is not finite, and which change nothing, before the run
-        stops; 0: never.
-      hang_timeout_seconds: of one step, or one batch of an evaluation, after which the process dumps its stacks and
-        ends with exit code 1; the first, which compiles, has 20 times as long. 0: off.
-      profile_first_step, profile_steps: which steps are traced into `<workdir>/profile`; 0 steps: none.
-    """
-
-    total_steps: int
-    log_every_steps: int = 100
-    evaluate_every_steps: int = 1000
-    checkpoint_every_steps: int = 1000
-    keep_checkpoints: int = 2
-    keep_every_steps: int = 0
-    ema_decay: float = 0.0
-    keep_best: bool = False
-    early_stopping_evaluations: int = 0
-    use_latent_cache: bool = False
-    max_skipped_steps: int = 20
-    hang_timeout_seconds: float = 0.0
-    profile_first_step: int = 10
-    profile_steps: int = 0
-
-    def __post_init__(self):
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least {least}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"loop.ema_decay: {self.ema_decay} is outside [0, 1); 0 keeps no average")
-        if self.keep_every_steps % self.checkpoint_every_steps:
-            raise ValueError(
-                f"loop.keep_every_steps: {self.keep_every_steps} is no multiple of loop.checkpoint_every_steps "
-                f"{self.checkpoint_every_steps}, so that nothing would be kept; set it to a multiple, or to 0"
-            )
 
 
 def run(
