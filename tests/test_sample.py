@@ -389,7 +389,7 @@ def test_bad_arguments_are_refused_in_one_line(trained, tmp_path, nothing_compil
         ({"tokens": np.zeros((2, h, w, D), int)}, 2, "--prefix: '.*' has no array 'codes'"),
         ({"codes": np.zeros((2, h * w, D), int)}, 2, r"--prefix: codes of shape \(2, 8, 3\) are not \(n, h, w, D\)"),
         ({"codes": np.zeros((2, h, w, D), int)}, 9, "--prefix_positions: 9 is more than the 8 positions of the codes"),
-        ({"codes": np.full((2, h, w, D), K)}, 2, r"prefix: code 13 is outside \[0, 13\), the codebook of depth 0"),
+        ({"codes": np.full((2, h, w, D), K)}, 2, r"prefix: 13 at depth 0 is outside \[0, 13\)"),
         ({"codes": np.zeros((2, h, w, D + 1), int)}, 2, r"prefix: shape \(36, 2, 4\) does not fit"),
     ],
 )
