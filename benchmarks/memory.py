@@ -78,7 +78,7 @@ def sample_entry(args: argparse.Namespace, preset: str) -> dict[str, Any]:
     settings = train.load_settings({"stage": 2, "preset": preset, "dtype": "bfloat16"})
     model, batch = models.create(**settings["model"]), args.batch or 100
     cond = jax.ShapeDtypeStruct((batch, model.cond_length), jnp.int32) if model.is_conditional else None
-    variables = jax.eval_shape(lambda v: model.at_rest(v, "bfloat16"), models.abstract_variables(model))
+    variables = jax.eval_shape(lambda v: model.for_inference(v, "bfloat16"), models.abstract_variables(model))
 
     def generate(variables: Any, rng: jax.Array, cond: Any) -> jax.Array:
         return sampling.generate(model, variables, rng, batch, cond, **settings["sample"])

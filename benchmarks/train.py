@@ -20,8 +20,9 @@ from rq_jax.devices import sharding
 from rq_jax.models.flops import Work, count_traced, encoder_work
 from rq_jax.pretrained import vgg_lpips
 from rq_jax.recipes import transformer
+from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import make_optimizer
-from rq_jax.training.settings import call, loop_settings, plain, resolve_durations
+from rq_jax.training.settings import loop_settings, plain, resolve_durations
 
 # Durations in epochs change no speed, so that the size of the data set need not be known.
 STEPS_PER_EPOCH = 1000
@@ -93,8 +94,8 @@ def _transformer_recipe(
     return recipes.Transformer(
         models.create(**settings["model"]),
         checkpoint.LoadedModel(tokenizer, {}, tokenizer_settings(settings), None),
-        call(make_optimizer, "optim", optim, total_steps=total_steps),
-        call(transformer.Losses, "loss", settings["loss"]),
+        construct(make_optimizer, "optim", optim, total_steps=total_steps),
+        construct(transformer.Losses, "loss", settings["loss"]),
         mesh,
         ema_decay=settings["loop"]["ema_decay"],
         seed=settings["seed"],
@@ -243,4 +244,4 @@ def build_data(config: Config, args: argparse.Namespace) -> timing.Program:
 def open_dataset(settings: Settings) -> Dataset:
     """The training split of a preset."""
     data = recipes.RECIPES[settings["model"]["name"]].data_settings(settings)
-    return call(make_dataset, "data", data, split="train", train=True, seed=settings["seed"])
+    return construct(make_dataset, "data", data, split="train", train=True, seed=settings["seed"])

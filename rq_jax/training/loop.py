@@ -98,8 +98,7 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
     workdir = str(workdir)
     _check_kind(workdir, recipe)
     lock = RunLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    saving = Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict)
-    with lock, saving as checkpointer:
+    with lock, Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer:
         recipe, data = recipe.start(workdir, data, checkpointer.latest_step is None)
         state = recipe.init(jax.random.key(recipe.seed))
         with (
