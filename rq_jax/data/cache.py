@@ -12,7 +12,7 @@ from rq_jax.data.pipeline import Batch, Dataset
 from rq_jax.report.progress import Progress
 
 _META = "meta.json"
-_FORMAT = 1
+_FORMAT = 2  # 2: conditions as "cond" (B,U) in place of "label" and "text"
 
 
 def write_cache(
@@ -71,9 +71,10 @@ def write_cache(
 
 
 def read_meta(directory: str | os.PathLike) -> dict | None:
-    """What `write_cache` was given as meta, and the "shapes" of the arrays; None without a whole cache."""
+    """The meta of `write_cache` and the "shapes" of the arrays; None without a whole cache of this format."""
     path = Path(directory).expanduser() / _META
-    return json.loads(path.read_text()) if path.is_file() else None
+    meta = json.loads(path.read_text()) if path.is_file() else None
+    return meta if meta and meta["format"] == _FORMAT else None
 
 
 class CacheDataset(Dataset):

@@ -1,15 +1,10 @@
 """From a source of examples to batches of numpy arrays: endless and shuffled, or once through in order."""
 
-import dataclasses
-import os
+import copy
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Protocol
 
 import numpy as np
-
-from rq_jax.data.sources import ImageSource, open_records
-from rq_jax.data.text import Tokenizer, load_tokenizer
-from rq_jax.data.transforms import DETERMINISTIC, TRANSFORMS, ImageTransform
 
 Batch = dict[str, np.ndarray]
 
@@ -85,6 +80,12 @@ class Dataset:
     def iterator(self) -> "BatchIterator":
         """A new iterator from the start; every array leads with batch_size // shard_count."""
         return BatchIterator(self._training_batches() if self.train else self._evaluation_batches(), self._prefetched)
+
+    def in_order(self) -> "Dataset":
+        """The same examples once through in order, with the evaluation transform; shares the source."""
+        dataset = copy.copy(self)
+        dataset.train = False
+        return dataset
 
     def examples(self, indices: Sequence[int]) -> Batch:
         """The examples at these positions of the source as one batch, through the evaluation transform."""
@@ -163,123 +164,6 @@ class BatchIterator:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ExampleTransform:
-    """A decoded example to the arrays of a batch; without a random generator the evaluation form."""
-
-    image: ImageTransform
-    tokenizer: Tokenizer | None = None
-
-    def __call__(self, example: dict, rng: np.random.Generator | None = None) -> Batch:
-        """uint8 "image" (H,W,C) to float32 in [-1, 1]; "text" to int32 (U,); "label", "index" to int32 ()."""
-        arrays = {"image": self.image(example["image"], rng), "index": np.int32(example["index"])}
-        if example["label"] is not None:
-            arrays["label"] = np.int32(example["label"])
-        if self.tokenizer is not None:
-            arrays["text"] = self.tokenizer([example["text"]], rng)[0]
-        return arrays
-
-
-def make_dataset(
-    *,
-    split: str,
-    train: bool,
-    name: str,
-    batch_size: int,
-    image_size: int | tuple[int, int],
-    data_dir: str | os.PathLike | None = None,
-    train_split: str = "train",
-    validation_split: str = "validation",
-    train_transform: str = "resize_random_crop",
-    eval_transform: str = "resize_center_crop",
-    flip_probability: float = 0.5,
-    label_key: str | None = None,
-    text_key: str | None = None,
-    text_tokenizer: str | os.PathLike | None = None,
-    text_length: int | None = None,
-    text_dropout: float = 0.0,
-    channels: int = 3,
-    max_damaged: int = 100,
-    num_threads: int = 2,
-    num_workers: int = 0,
-    seed: int = 0,
-    shard_index: int = 0,
-    shard_count: int = 1,
-) -> Dataset:
-    """Open a split of a data set of pictures.
-
-    Args:
-      split: "train" or "validation", which stand for `train_split` and `validation_split`; or a split's own
-        name.
-      train: endless and randomly transformed, or once through as it is.
-      name: "twemoji" or "twemoji/256" (bundled, made on first use), "folder", or a prepared TFDS data set.
-      batch_size: of all shards together.
-      image_size: side in pixels, or (height, width).
-      data_dir: the folder of pictures, or the directory of TFDS data sets; None is the default place of each.
-      train_split: what the data set calls its training split.
-      validation_split: what it calls its validation split.
-      train_transform: a name in `transforms.TRANSFORMS`.
-      eval_transform: a name in `transforms.DETERMINISTIC`.
-      flip_probability: how often a training picture is mirrored, in [0, 1].
-      label_key: the ClassLabel feature to read, "folder" for class folders; None for no labels.
-      text_key: the Text feature to read, "txt" for a file beside the picture; None for no captions.
-      text_tokenizer: tokenizer file of the captions, see `text.load_tokenizer`.
-      text_length: U, tokens of a caption.
-      text_dropout: BPE-dropout of training captions, in [0, 1).
-      channels: 3 (RGB) or 1 (grey).
-      max_damaged: damaged pictures to skip before the run stops.
-      num_threads: reading threads of this process, or of each worker; each makes whole batches.
-      num_workers: worker processes for training; 0 reads in this process.
-      seed: of order and transforms, in [0, 2**32).
-      shard_index: this process among `shard_count` that each read their part of every batch.
-      shard_count: how many processes read.
-
-    Returns:
-      The data set. Its batches hold "image" float32 (B,H,W,C) in [-1, 1] and "index" int32 (B,), the position
-      in the split; with keys given "label" int32 (B,) and "text" int32 (B,U); in evaluation "mask" bool (B,).
-
-    Raises:
-      FileNotFoundError: no such folder, data set or tokenizer, or nothing in it.
-      ValueError: an unknown name or a value out of range.
-    """
-    size = _check_size(image_size)
-    if train_transform not in TRANSFORMS:
-        raise ValueError(f"unknown train_transform={train_transform!r}: choose one of {', '.join(TRANSFORMS)}")
-    if eval_transform not in DETERMINISTIC:
-        raise ValueError(f"unknown eval_transform={eval_transform!r}: choose one of {', '.join(DETERMINISTIC)}")
-    if not 0.0 <= flip_probability <= 1.0:
-        raise ValueError(f"flip_probability={flip_probability}: must be in [0, 1]")
-    tokenizer = None
-    if text_key is not None:
-        if text_tokenizer is None:
-            raise ValueError(f"text_tokenizer is missing: text_key={text_key!r} needs a tokenizer file")
-        tokenizer = load_tokenizer(text_tokenizer, text_length, text_dropout)
-    split = {"train": train_split, "validation": validation_split}.get(split, split)
-    records = open_records(name, split, data_dir, label_key, text_key)
-    return Dataset(
-        ImageSource(records, channels, max_damaged),
-        train=train,
-        batch_size=batch_size,
-        train_transform=ExampleTransform(ImageTransform(train_transform, size, flip_probability), tokenizer),
-        eval_transform=ExampleTransform(ImageTransform(eval_transform, size), tokenizer),
-        seed=seed,
-        shard_index=shard_index,
-        shard_count=shard_count,
-        num_threads=num_threads,
-        num_workers=num_workers,
-        class_names=records.class_names,
-        vocab_size=tokenizer.vocab_size if tokenizer else None,
-        text_length=tokenizer.length if tokenizer else None,
-    )
-
-
-def _check_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"image_size={image_size}: must be a positive side in pixels or (height, width)")
-    return size
 
 
 def _stack(examples: Sequence[Batch]) -> Batch:

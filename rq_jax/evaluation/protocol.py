@@ -1,15 +1,99 @@
-"""Where and with what something was measured."""
+"""On which images, and where, something is measured."""
 
+import dataclasses
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+
+from rq_jax.data import Dataset, make_dataset
+
+# Settings of the config section `data` that decide which images there are, and what conditions come with them.
+IMAGE_SETTINGS = ("name", "data_dir", "train_split", "validation_split", "eval_transform", "image_size", "channels")
+CONDITION_SETTINGS = ("label_key", "text_key", "text_length")
 
 _NO_CODE = (":(exclude)results", ":(exclude)benchmarks/results")  # what a measurement writes itself
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationData:
+    """The images that figures are taken on.
+
+    Attributes:
+      settings: of `make_dataset`, choosing the data set, as JSON holds them.
+      split: of the held-out images: "validation", "train", or a split's own name.
+      batch_size: images of one compiled program.
+    """
+
+    settings: dict[str, Any]
+    split: str = "validation"
+    batch_size: int = 32
+
+    def open(self, split: str) -> Dataset:
+        """A split, once through and in order."""
+        return make_dataset(**self.settings, split=split, train=False, batch_size=self.batch_size)
+
+    def held_out(self) -> Dataset:
+        """The held-out images."""
+        return self.open(self.split)
+
+    def training(self) -> Dataset:
+        """The training images, without random transforms."""
+        return self.open("train")
+
+
+def even_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> int:
+    """The smallest batch size, `batch_size` or above, that all devices of a mesh share evenly."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
+def trained_on(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Of the data set that a model was trained on, those of the named settings that are set."""
+    data = config.get("data") or {}
+    return {name: data[name] for name in names if data.get(name) is not None}
+
+
+def image_settings(
+    config: dict[str, Any] | None,
+    image_shape: tuple[int, int, int],
+    directory: str,
+    name: str | None = None,
+    data_dir: str | None = None,
+) -> dict[str, Any]:
+    """Settings that choose the images to measure on.
+
+    Args:
+      config: of a trained model, whose data set is the default; None without a model.
+      image_shape: (H, W, C).
+      directory: of the model or the samples, for the error.
+      name: of another data set.
+      data_dir: its directory.
+
+    Raises:
+      ValueError: no data set is named.
+    """
+    data = trained_on(config or {}, IMAGE_SETTINGS)
+    if name:
+        data = {"name": name, "eval_transform": data.get("eval_transform", "resize_center_crop")}
+    if data_dir:
+        data["data_dir"] = data_dir
+    if "name" not in data:
+        raise ValueError(f"--data_name: unset, and '{directory}' names no data set; give one")
+    return data | {"image_size": list(image_shape[:2]), "channels": image_shape[2]}  # a list, as JSON gives it back
+
+
+def cond_of(batch: dict[str, np.ndarray]) -> np.ndarray | None:
+    """The conditions (B, U) of a batch; None without."""
+    # MERGE: once batches carry "cond" this is batch.get("cond").
+    if "label" in batch and "text" not in batch:
+        return batch["label"][:, None]
+    return batch.get("cond", batch.get("text"))
 
 
 def environment(root: Path) -> dict[str, Any]:

@@ -1,121 +1,137 @@
-"""What a run measures on held-out examples, when a signal ends that, and what becomes of it. It knows no model."""
+"""Evaluations of a run: when they happen, what a signal does to one, and what becomes of the figures."""
 
 import contextlib
-import functools
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from rq_jax.checkpoint import Checkpointer
+from rq_jax.evaluation.accumulate import accumulate
 from rq_jax.report.progress import Progress
+from rq_jax.training.log import MetricWriter
 from rq_jax.training.monitor import HangGuard
-from rq_jax.training.signals import Stop
+from rq_jax.training.settings import LoopSettings
+from rq_jax.training.signals import StopSignal
 
-# What a run knows of its evaluations when it begins.
-NOTHING_EVALUATED = {"best_loss": math.inf, "bad_evaluations": 0, "stopped": False, "owes_evaluation": False}
-
-Figures = tuple[dict[str, float], dict[str, np.ndarray]]  # scalars, pictures
+Figures = tuple[dict[str, float], dict[str, np.ndarray]]  # scalars, images
 
 
-class Validation(NamedTuple):
-    """What a run measures on held-out examples, batch by batch.
+class Evaluable(Protocol):
+    """What can be evaluated; a recipe is."""
+
+    title: str
+
+    def evaluate(self, state: Any, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+        """Two trees of arrays on the devices: sums, which are added up over batches, and what is shown of a batch."""
+
+    def report(self, state: Any, sums: Any, shown: Any) -> Figures:
+        """Scalars and images of all batches; "validation_loss" decides which weights are the best."""
+
+
+@dataclasses.dataclass
+class RunStatus:
+    """What a run knows beside its state and data position: saved with every checkpoint.
 
     Attributes:
-      dataset: `iterator()` goes once through `steps_per_epoch` batches, as many on every process.
-      measure: (state, batch of the host) -> two trees of arrays on the devices: sums, which are added up over the
-        batches, and what of the first batch is shown.
-      report: (state, sums, shown) -> scalars and pictures; "validation_loss" decides early stopping.
+      best_loss: the lowest "validation_loss" so far.
+      bad_evaluations: evaluations in a row without a lower one.
+      stopped: early stopping has ended the run.
+      owes_evaluation: a signal cut an evaluation short, which the next start makes up for.
     """
 
+    best_loss: float = math.inf
+    bad_evaluations: int = 0
+    stopped: bool = False
+    owes_evaluation: bool = False
+
+    @classmethod
+    def from_saved(cls, saved: Mapping[str, Any]) -> "RunStatus":
+        """The status in a checkpoint, which has further entries."""
+        names = (field.name for field in dataclasses.fields(cls))
+        return cls(**{name: saved[name] for name in names if name in saved})
+
+
+@dataclasses.dataclass
+class Evaluator:
+    """Evaluates a state, writes the figures, keeps the best weights and stops a run that gets no better.
+
+    Attributes:
+      recipe: what is evaluated.
+      dataset: held-out batches, once through.
+      settings: of the loop.
+      status: changed by every evaluation.
+      writer, checkpointer, progress, stop, hang: of the run.
+    """
+
+    recipe: Evaluable
     dataset: Any
-    measure: Callable[[Any, Any], tuple[Any, Any]]
-    report: Callable[[Any, Any, Any], Figures]
-
-
-def validate(
-    validation: Validation, state: Any, *, stop: Stop, hang: HangGuard, title: str = "", enabled: bool = True
-) -> Figures | None:
-    """The figures of a state; None where a signal came before they were there.
-
-    Args:
-      validation: what is measured.
-      state: a `TrainState`.
-      stop: asked after every batch.
-      hang: watches every batch as it watches a step.
-      title: in front of the bar.
-      enabled: False shows no bar.
-    """
-    total, shown = None, None
-    with (
-        contextlib.closing(validation.dataset.iterator()) as batches,
-        Progress(validation.dataset.steps_per_epoch, 0, "batch", title, enabled, leave=False) as progress,
-        hang,
-    ):
-        hang.arm()
-        for batch in batches:
-            sums, first = validation.measure(state, batch)
-            # Waiting for the batch before this one keeps the device busy and the queue short.
-            jax.block_until_ready(total)
-            total, shown = (sums, first) if total is None else (jax.tree.map(jnp.add, total, sums), shown)
-            progress.update()
-            if stop.is_asked():
-                return None
-            hang.arm()
-        jax.block_until_ready(total)
-    return validation.report(state, total, shown)
-
-
-class Evaluations:
-    """Evaluates, writes, keeps the best weights, counts the evaluations without better ones, each where it is wanted.
-
-    What comes of them stands in `host`: "best_loss", "bad_evaluations", "stopped", and "owes_evaluation" where a signal
-    cut one short.
-    """
-
-    def __init__(self, validation, settings, host, writer, checkpointer, progress, stop, hang, title):
-        self._settings, self._host, self._writer, self._progress = settings, host, writer, progress
-        self._checkpointer, self._hang, self._is_compiled = checkpointer, hang, False
-        self._validate = functools.partial(
-            validate, validation, stop=stop, hang=hang, title=f"{title}, evaluation", enabled=jax.process_index() == 0
-        )
+    settings: LoopSettings
+    status: RunStatus
+    writer: MetricWriter
+    checkpointer: Checkpointer
+    progress: Progress
+    stop: StopSignal
+    hang: HangGuard
+    _is_compiled: bool = False
 
     def make_up(self, state: Any, step: int) -> None:
-        """Evaluate what an earlier start had to leave, and note beside its checkpoint what came of it."""
+        """Make up for an evaluation that an earlier start was stopped in, and note the status beside its checkpoint."""
         self.run(state, step)
-        if not self._host["owes_evaluation"]:
-            self._checkpointer.amend(step, {name: self._host[name] for name in NOTHING_EVALUATED})
+        if not self.status.owes_evaluation:
+            self.checkpointer.amend(step, dataclasses.asdict(self.status))
 
     def run(self, state: Any, step: int) -> None:
-        """Evaluate a state."""
+        """Evaluate a state; a signal leaves the evaluation owed."""
         if not self._is_compiled:
-            self._hang.expect_compilation()
-        found = self._validate(state=state)
-        self._is_compiled, self._host["owes_evaluation"] = True, found is None
-        if found is None:
+            self.hang.expect_compilation()
+        figures = self._figures(state)
+        self._is_compiled, self.status.owes_evaluation = True, figures is None
+        if figures is None:
             return
-        scalars, images = found
-        self._writer.write_scalars(step, scalars)
-        self._writer.write_images(step, images)
-        self._writer.flush()
+        scalars, images = figures
+        self.writer.write_scalars(step, scalars)
+        self.writer.write_images(step, images)
+        self.writer.flush()
         shown = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-        self._progress.message(f"step {step}: {shown}")
-        if self._settings.keep_best or self._settings.early_stopping_evaluations:
+        self.progress.message(f"step {step}: {shown}")
+        if self.settings.keep_best or self.settings.early_stopping_evaluations:
             self._compare(state, step, scalars["validation_loss"])
+
+    def _figures(self, state: Any) -> Figures | None:
+        """The figures of a state; None where a signal came before they were there."""
+        title, enabled = f"{self.recipe.title}, evaluation", jax.process_index() == 0
+        with (
+            contextlib.closing(self.dataset.iterator()) as batches,
+            Progress(self.dataset.steps_per_epoch, 0, "batch", title, enabled, leave=False) as progress,
+            self.hang,
+        ):
+
+            def should_stop() -> bool:
+                progress.update()
+                if self.stop.poll():
+                    return True
+                self.hang.arm()  # each batch has the time of a step
+                return False
+
+            self.hang.arm()
+            totals = accumulate(lambda batch: self.recipe.evaluate(state, batch), batches, should_stop)
+        return None if totals is None else self.recipe.report(state, *totals)
 
     def _compare(self, state: Any, step: int, loss: float) -> None:
         """The best weights are on disk before a checkpoint can say how good they are."""
-        host, patience = self._host, self._settings.early_stopping_evaluations
-        if loss < host["best_loss"]:
-            host["bad_evaluations"] = 0
-            if self._checkpointer.save_best(state):  # else the next that beats the one on disk is kept
-                host["best_loss"] = float(loss)
+        status, patience = self.status, self.settings.early_stopping_evaluations
+        if loss < status.best_loss:
+            status.bad_evaluations = 0
+            if self.checkpointer.save_best(state):  # else the next that beats the one on disk is kept
+                status.best_loss = float(loss)
             return
-        host["bad_evaluations"] += 1
-        if 0 < patience <= host["bad_evaluations"]:
-            host["stopped"] = True
-            self._progress.message(
-                f"step {step}: no better validation loss for {host['bad_evaluations']} evaluations, stopping"
+        status.bad_evaluations += 1
+        if 0 < patience <= status.bad_evaluations:
+            status.stopped = True
+            self.progress.message(
+                f"step {step}: no better validation loss for {status.bad_evaluations} evaluations, stopping"
             )

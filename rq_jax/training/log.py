@@ -243,7 +243,7 @@ def _number(name: str, value: Any) -> float:
         raise ValueError(f"metric {name}={value!r} is not one number: give a scalar") from None
 
 
-class _StepLog:
+class StepLog:
     """Means of the metrics since the last log point, with the rates of these steps."""
 
     def __init__(self, writer: MetricWriter, summarize: Callable[[Any], dict], rate: Rate, meter: monitor.Meter):

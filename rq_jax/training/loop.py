@@ -1,240 +1,265 @@
-"""The one training loop: resume, step, log, evaluate, save, stop. It knows no model.
-
-A script hands it a state, a jitted step, an evaluation and the data.
-"""
+"""The one training loop: resume, step, log, evaluate, save, stop. It knows no model."""
 
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import jax
 import numpy as np
 
-from rq_jax.checkpoint.model_dir import write_config
-from rq_jax.checkpoint.saver import Checkpointer
+from rq_jax.checkpoint import Checkpointer, read_config, write_config
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import explained_memory
 from rq_jax.files import RunLock
+from rq_jax.report import curves
 from rq_jax.report.progress import Progress
 from rq_jax.training import monitor
-from rq_jax.training.evaluation import NOTHING_EVALUATED, Evaluations, Validation
-from rq_jax.training.log import METRICS_FILE, MetricWriter, Rate, _StepLog
-from rq_jax.training.signals import Stop
+from rq_jax.training.evaluation import Evaluable, Evaluator, RunStatus
+from rq_jax.training.log import METRICS_FILE, MetricWriter, Rate, StepLog
+from rq_jax.training.settings import LoopSettings, memory_remedies
+from rq_jax.training.signals import StopSignal
 
 logger = logging.getLogger(__name__)
 
-# Of the settings of the loop.
-_LEAST = {
-    "total_steps": 1,
-    "log_every_steps": 1,
-    "evaluate_every_steps": 1,
-    "checkpoint_every_steps": 1,
-    "keep_checkpoints": 1,
-    "profile_first_step": 1,
-    "keep_every_steps": 0,
-    "early_stopping_evaluations": 0,
-    "max_skipped_steps": 0,
-    "hang_timeout_seconds": 0,
-    "profile_steps": 0,
-}
 
-
-@dataclasses.dataclass(frozen=True)
-class LoopSettings:
-    """The config section `loop`, its durations resolved to steps.
+class Recipe(Evaluable, Protocol):
+    """What is trained: the science of a run. A frozen dataclass; a new kind of model is a model, a recipe and a config.
 
     Attributes:
-      total_steps: updates of the whole run.
-      log_every_steps, evaluate_every_steps, checkpoint_every_steps: intervals; the last step has all three.
-      keep_checkpoints: how many of the newest checkpoints stay.
-      keep_every_steps: checkpoints of multiples of this stay too; 0: none do.
-      ema_decay: of the weight average, 0 for none.
-      keep_best: the weights with the lowest "validation_loss" stay, as `best`.
-      early_stopping_evaluations: evaluations without a better "validation_loss" after which the run stops, and the best
-        weights stay; 0: off.
-      use_latent_cache: stage 2 reads latents computed once, from disk.
-      max_skipped_steps: steps in a row whose loss or gradient is not finite, and which change nothing, before the run
-        stops; 0: never.
-      hang_timeout_seconds: of one step, or one batch of an evaluation, after which the process dumps its stacks and
-        ends with exit code 1; the first, which compiles, has 20 times as long. 0: off.
-      profile_first_step, profile_steps: which steps are traced into `<workdir>/profile`; 0 steps: none.
+      title: in front of the progress bar.
+      config: resolved, as JSON takes it; written beside the checkpoints.
+      seed: of the state before the first step.
+      mesh: the devices.
+      model: its `dtype` decides whose peak the utilization is of.
+      optimizer: its `accumulation_steps` are named where memory is short.
+      accumulates: whether a step may take its batch in micro-batches.
+      flops_per_image: forward and backward.
+      curves: metrics to plot at the end.
     """
 
-    total_steps: int
-    log_every_steps: int = 100
-    evaluate_every_steps: int = 1000
-    checkpoint_every_steps: int = 1000
-    keep_checkpoints: int = 2
-    keep_every_steps: int = 0
-    ema_decay: float = 0.0
-    keep_best: bool = False
-    early_stopping_evaluations: int = 0
-    use_latent_cache: bool = False
-    max_skipped_steps: int = 20
-    hang_timeout_seconds: float = 0.0
-    profile_first_step: int = 10
-    profile_steps: int = 0
+    title: str
+    config: Mapping[str, Any]
+    seed: int
+    mesh: jax.sharding.Mesh
+    model: Any
+    optimizer: Any
+    accumulates: bool
+    flops_per_image: float | None
+    curves: Sequence[str]
 
-    def __post_init__(self):
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least {least}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"loop.ema_decay: {self.ema_decay} is outside [0, 1); 0 keeps no average")
-        if self.keep_every_steps % self.checkpoint_every_steps:
-            raise ValueError(
-                f"loop.keep_every_steps: {self.keep_every_steps} is no multiple of loop.checkpoint_every_steps "
-                f"{self.checkpoint_every_steps}, so that nothing would be kept; set it to a multiple, or to 0"
-            )
+    def start(self, workdir: str, data: Any, is_fresh: bool) -> tuple[Self, Any]:
+        """What has to be done in the run directory before the first step; the recipe and the data to go on with."""
+
+    def init(self, rng: jax.Array) -> Any:
+        """A `TrainState` at step 0, placed on the mesh."""
+
+    def phase(self, step: int) -> Hashable:
+        """Names the program of a step: another phase compiles another one."""
+
+    def step(self, state: Any, batch: Any, phase: Hashable) -> tuple[Any, dict[str, jax.Array]]:
+        """One jitted update; the state is donated. Its metrics' means go to `summarize`."""
+
+    def summarize(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Scalars to log."""
 
 
-def run(
-    *,
-    workdir: str,
-    config: dict[str, Any],
-    title: str,
-    state: Any,
-    train_step: Callable[[Any, Any], tuple[Any, dict[str, jax.Array]]],
-    dataset: Any,
-    mesh: jax.sharding.Mesh,
-    settings: LoopSettings,
-    summarize: Callable[[dict[str, np.ndarray]], dict[str, float]],
-    validation: Validation,
-    strict: bool = False,
-    flops_per_image: float | None = None,
-    dtype: str = "float32",
-    remedies: Sequence[str] = (),
-    compiles_at: Container[int] = (),
-    is_locked: bool = False,
-) -> Any:
+class Data(Protocol):
+    """The batches of a run, see `data.Splits`: `train` endless, `validation` once through."""
+
+    train: Any
+    validation: Any
+
+
+def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, strict: bool = False) -> Any:
     """Train until `settings.total_steps`, going on from the newest checkpoint of `workdir`.
 
     Args:
-      workdir: run directory.
-      config: the resolved config, written beside the checkpoints once the newest of them has proved to fit it.
-      title: shown in front of the progress bar.
-      state: a `TrainState` at step 0, placed on the mesh; its buffers are donated.
-      train_step: (state, batch) -> (state, metrics), jitted with the state donated.
-      dataset: has `iterator()`, whose batches are placed on the mesh, and `batch_size`.
-      mesh: the devices.
+      recipe: what is trained.
+      data: its batches.
       settings: intervals and durations.
-      summarize: means of the metrics since the last log point -> named scalars.
-      validation: what is measured on held-out examples.
+      workdir: run directory.
       strict: stop at a damaged checkpoint instead of going on from the one before.
-      flops_per_image: of the model, forward and backward, for the arithmetic rates in the log.
-      dtype: of the model, whose peak the utilization is of.
-      remedies: settings that need less memory, the cheapest first.
-      compiles_at: after how many steps `train_step` compiles another program.
-      is_locked: the caller holds `locked(workdir)`.
 
     Returns:
       The last state.
 
     Raises:
-      ValueError: another process trains in `workdir`, its checkpoint does not fit, or none is whole.
+      ValueError: another process trains in `workdir`, another kind of model did, its checkpoint does not fit, or none
+        is whole.
       SaveFailed: the last state could not be written.
       OutOfMemory: a step does not fit a device.
       NotFinite: `settings.max_skipped_steps` steps in a row were not finite.
       SystemExit: with 128 + signal number after SIGINT (130) or SIGTERM (143); the current step is saved, and an
         evaluation that is cut short is made up for by the next start.
     """
-    is_first = jax.process_index() == 0
-    writer, iterator = MetricWriter(workdir, enabled=is_first), dataset.iterator()
-    with (
-        contextlib.nullcontext() if is_locked else locked(workdir),
-        contextlib.closing(writer),
-        contextlib.closing(iterator),
-        Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer,
-        Stop() as stop,
-        monitor.HangGuard(settings.hang_timeout_seconds) as hang,
-        monitor.Profiler(workdir, settings.profile_first_step, settings.profile_steps) as profiler,
-    ):
-        host = dict(NOTHING_EVALUATED)
-        if checkpointer.latest_step is not None:
-            state, restored = checkpointer.restore(state)
-            host |= restored
-            iterator.set_state(_data_position(host, dataset.batch_size))
-            logger.info("%s: resumed from step %d in %s", title, int(state.step), workdir)
-        write_config(workdir, config)
-        step = int(state.step)
-        # A start that made up for it may have been killed before it could note that.
-        writer.truncate_after(step, without="validation_loss" if host["owes_evaluation"] else None)
-        meter, finite = monitor.Meter(flops_per_image, dtype), monitor.FiniteGuard(workdir, settings.max_skipped_steps)
-        log = _StepLog(writer, summarize, Rate(dataset.batch_size, step), meter)
-        metrics, batch = None, None
-        progress = Progress(settings.total_steps, step, "step", title, enabled=is_first)
-        evaluations = Evaluations(validation, settings, host, writer, checkpointer, progress, stop, hang, title)
-        with progress, explained_memory(state, remedies):
-            if host["owes_evaluation"]:
-                evaluations.make_up(state, step)
-                log.restart(step)
-            stopping = host["owes_evaluation"]
-            while step < settings.total_steps and not host["stopped"] and not stopping:
-                if step in compiles_at or metrics is None:
-                    hang.expect_compilation()
-                hang.arm()
-                profiler.before(step + 1)
-                previous, previous_batch = metrics, batch
-                with meter.waiting():
-                    batch = next(iterator)
-                state, metrics = train_step(state, sharding.put_batch(mesh, batch))
-                log.add(metrics)
-                step, shown = step + 1, {}
-                # Waiting for the step before this one keeps the device busy and the queue short.
-                jax.block_until_ready(previous)
-                if previous is not None:
-                    finite.check(step - 1, previous, previous_batch)
-                last = step == settings.total_steps
-                if step % settings.log_every_steps == 0 or last:
-                    shown = log.write(step)
-                hang.disarm()
-                profiler.after(metrics)
-                progress.update(1, **{name: shown[name] for name in ("loss", "images_per_second") if name in shown})
-                if step % settings.evaluate_every_steps == 0 or last:
-                    evaluations.run(state, step)
-                    log.restart(step)
-                stopping = host["owes_evaluation"] or stop.is_asked()
-                if step % settings.checkpoint_every_steps == 0 or last or stopping or host["stopped"]:
-                    checkpointer.save(state, {**host, "data": iterator.get_state(), "batch_size": dataset.batch_size})
-                    log.restart(step)
-        checkpointer.wait()
-        is_done = step == settings.total_steps and not host["owes_evaluation"]
-        if stopping and not is_done and not host["stopped"]:
-            logger.warning(
-                "%s: stopped by signal %d at step %d; run the same command to go on", title, stop.signal, step
-            )
-            raise SystemExit(128 + stop.signal)
+    workdir = str(workdir)
+    _check_kind(workdir, recipe)
+    lock = RunLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with lock, Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer:
+        recipe, data = recipe.start(workdir, data, checkpointer.latest_step is None)
+        state = recipe.init(jax.random.key(recipe.seed))
+        with (
+            contextlib.closing(MetricWriter(workdir, enabled=jax.process_index() == 0)) as writer,
+            contextlib.closing(data.train.iterator()) as iterator,
+            StopSignal() as stop,
+            monitor.HangGuard(settings.hang_timeout_seconds) as hang,
+            monitor.Profiler(workdir, settings.profile_first_step, settings.profile_steps) as profiler,
+        ):
+            parts = _Parts(writer, iterator, checkpointer, stop, hang, profiler)
+            state = _Run(recipe, data, settings, workdir, parts).train(state)
+    _finish(workdir, recipe.curves)
     return state
 
 
-def locked(workdir: str) -> contextlib.AbstractContextManager:
-    """Around all that is written to a run directory: the first process keeps other trainers away.
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What a run opens and closes."""
+
+    writer: MetricWriter
+    iterator: Iterator
+    checkpointer: Checkpointer
+    stop: StopSignal
+    hang: monitor.HangGuard
+    profiler: monitor.Profiler
+
+
+class _Run:
+    """The steps of one start of a run."""
+
+    def __init__(self, recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, parts: _Parts):
+        self._recipe, self._data, self._settings, self._workdir = recipe, data, settings, workdir
+        self._parts, self._status = parts, RunStatus()
+        self._meter = monitor.Meter(recipe.flops_per_image, recipe.model.dtype)
+        self._finite = monitor.FiniteGuard(workdir, settings.max_skipped_steps)
+        self._phase: Hashable = None
+        self._metrics, self._batch = None, None  # of the last step that was dispatched
+
+    def train(self, state: Any) -> Any:
+        """All steps that are left; the last state."""
+        recipe, settings, parts = self._recipe, self._settings, self._parts
+        state = self._resume(state)
+        write_config(self._workdir, recipe.config)
+        step = int(state.step)
+        # A start that made up for an evaluation may have been killed before it could note that.
+        owed = self._status.owes_evaluation
+        parts.writer.truncate_after(step, without="validation_loss" if owed else None)
+        self._log = StepLog(parts.writer, recipe.summarize, Rate(self._data.train.batch_size, step), self._meter)
+        remedies = memory_remedies(recipe, self._data.train.batch_size)
+        with (
+            Progress(settings.total_steps, step, "step", recipe.title, jax.process_index() == 0) as self._progress,
+            explained_memory(state, remedies),
+        ):
+            evaluator = Evaluator(
+                recipe, self._data.validation, settings, self._status, parts.writer, parts.checkpointer,
+                self._progress, parts.stop, parts.hang,
+            )  # fmt: skip
+            if owed:
+                evaluator.make_up(state, step)
+                self._log.restart(step)
+            stopping = self._status.owes_evaluation
+            while step < settings.total_steps and not self._status.stopped and not stopping:
+                state = self._step(state, step)
+                step += 1
+                last = step == settings.total_steps
+                self._after_step(step, last)
+                if step % settings.evaluate_every_steps == 0 or last:
+                    evaluator.run(state, step)
+                    self._log.restart(step)
+                stopping = self._status.owes_evaluation or parts.stop.poll()
+                if step % settings.checkpoint_every_steps == 0 or last or stopping or self._status.stopped:
+                    self._save(state, step)
+        parts.checkpointer.wait()
+        self._exit_if_stopped(step, stopping)
+        return state
+
+    def _resume(self, state: Any) -> Any:
+        """The newest checkpoint in place of the state at step 0, where there is one."""
+        if self._parts.checkpointer.latest_step is None:
+            return state
+        state, saved = self._parts.checkpointer.restore(state)
+        self._status = RunStatus.from_saved(saved)
+        self._parts.iterator.set_state(_data_position(saved, self._data.train.batch_size))
+        logger.info("%s: resumed from step %d in %s", self._recipe.title, int(state.step), self._workdir)
+        return state
+
+    def _step(self, state: Any, step: int) -> Any:
+        """Dispatch one step, and wait for the one before: the device stays busy and the queue short."""
+        parts, previous, previous_batch = self._parts, self._metrics, self._batch
+        phase = self._recipe.phase(step)
+        if previous is None or phase != self._phase:
+            parts.hang.expect_compilation()
+        self._phase = phase
+        parts.hang.arm()
+        parts.profiler.before(step + 1)
+        with self._meter.waiting():
+            self._batch = next(parts.iterator)
+        placed = sharding.put_batch(self._recipe.mesh, self._batch)
+        state, self._metrics = self._recipe.step(state, placed, phase)
+        self._log.add(self._metrics)
+        jax.block_until_ready(previous)
+        if previous is not None:
+            self._finite.check(step, previous, previous_batch)
+        return state
+
+    def _after_step(self, step: int, last: bool) -> None:
+        """Log, and show in the bar."""
+        shown = {}
+        if step % self._settings.log_every_steps == 0 or last:
+            shown = self._log.write(step)
+        self._parts.hang.disarm()
+        self._parts.profiler.after(self._metrics)
+        names = ("loss", "images_per_second")
+        self._progress.update(1, **{name: shown[name] for name in names if name in shown})
+
+    def _save(self, state: Any, step: int) -> None:
+        saved = dataclasses.asdict(self._status)
+        position = {"data": self._parts.iterator.get_state(), "batch_size": self._data.train.batch_size}
+        self._parts.checkpointer.save(state, {**saved, **position})
+        self._log.restart(step)
+
+    def _exit_if_stopped(self, step: int, stopping: bool) -> None:
+        """End the process where a signal has ended the run before its time."""
+        is_done = step == self._settings.total_steps and not self._status.owes_evaluation
+        if stopping and not is_done and not self._status.stopped:
+            number = self._parts.stop.signal
+            logger.warning(
+                "%s: stopped by signal %d at step %d; run the same command to go on", self._recipe.title, number, step
+            )
+            raise SystemExit(128 + number)
+
+
+def _check_kind(workdir: str, recipe: Recipe) -> None:
+    """A run directory belongs to one kind of model.
 
     Raises:
-      ValueError: on entering, where another one is at work there.
+      ValueError: naming both kinds.
     """
-    return RunLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    if not (Path(workdir) / "config.json").is_file():
+        return
+    there, ours = (config.get("model", {}).get("name") for config in (read_config(workdir), recipe.config))
+    if there != ours:
+        raise ValueError(f"workdir: '{workdir}' holds a run of '{there}', not of '{ours}'; give another --workdir")
 
 
-def _data_position(host: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """Where the data goes on: at the very next picture, or with another batch size at the next batch after it."""
-    before = host.get("batch_size", batch_size)
+def _data_position(saved: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
+    """Where the data goes on: at the very next image, or with another batch size at the next batch after it."""
+    before = saved.get("batch_size", batch_size)
     if before == batch_size:
-        return host["data"]
-    seen = host["data"]["next_batch"] * before
-    if missed := -seen % batch_size:
-        words = "data.batch_size: %d was %d; %d pictures are passed over, up to a multiple of it"
-        logger.warning(words, batch_size, before, missed)
-    return {**host["data"], "next_batch": -(-seen // batch_size)}
+        return saved["data"]
+    seen = saved["data"]["next_batch"] * before
+    if skipped := -seen % batch_size:
+        words = "data.batch_size: %d was %d; %d images are passed over, up to a multiple of it"
+        logger.warning(words, batch_size, before, skipped)
+    return {**saved["data"], "next_batch": -(-seen // batch_size)}
 
 
-def finish(workdir: str, curves: list[str]) -> None:
-    """Draw the curves of a run and say where its pictures are; on the first host."""
+def _finish(workdir: str, names: Sequence[str]) -> None:
+    """Draw the curves of a run and say where its images are; on the first host."""
     if jax.process_index() != 0:
         return
     directory = Path(workdir)
-    curves.curves(directory / METRICS_FILE, curves, directory / "pictures" / "curves.png")
-    print(f"pictures: {directory / 'pictures'}")
+    curves.curves(directory / METRICS_FILE, names, directory / "pictures" / "curves.png")
+    print(f"images: {directory / 'pictures'}")

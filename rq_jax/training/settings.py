@@ -1,16 +1,69 @@
-"""From config sections to constructors."""
+"""Config sections of a training run: the loop's own, durations in epochs, remedies for too little memory."""
 
-import inspect
-import logging
-from collections.abc import Callable, Mapping
+import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
-
 from rq_jax.devices import sharding
+from rq_jax.settings import checks
+from rq_jax.settings.construct import construct
 
-logger = logging.getLogger(__name__)
+_LEAST = {
+    "total_steps": 1,
+    "log_every_steps": 1,
+    "evaluate_every_steps": 1,
+    "checkpoint_every_steps": 1,
+    "keep_checkpoints": 1,
+    "profile_first_step": 1,
+    "keep_every_steps": 0,
+    "early_stopping_evaluations": 0,
+    "max_skipped_steps": 0,
+    "hang_timeout_seconds": 0,
+    "profile_steps": 0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """The config section `loop`, its durations resolved to steps.
+
+    Attributes:
+      total_steps: updates of the whole run.
+      log_every_steps, evaluate_every_steps, checkpoint_every_steps: intervals; the last step has all three.
+      keep_checkpoints: how many of the newest checkpoints stay.
+      keep_every_steps: checkpoints of multiples of this stay too; 0: none do.
+      keep_best: the weights with the lowest "validation_loss" stay, as `best`.
+      early_stopping_evaluations: evaluations without a better "validation_loss" after which the run stops, and the best
+        weights stay; 0: off.
+      max_skipped_steps: steps in a row whose loss or gradient is not finite, and which change nothing, before the run
+        stops; 0: never.
+      hang_timeout_seconds: of one step, or one batch of an evaluation, after which the process dumps its stacks and
+        ends with exit code 1; the first, which compiles, has 20 times as long. 0: off.
+      profile_first_step, profile_steps: which steps are traced into `<workdir>/profile`; 0 steps: none.
+    """
+
+    total_steps: int
+    log_every_steps: int = 100
+    evaluate_every_steps: int = 1000
+    checkpoint_every_steps: int = 1000
+    keep_checkpoints: int = 2
+    keep_every_steps: int = 0
+    keep_best: bool = False
+    early_stopping_evaluations: int = 0
+    max_skipped_steps: int = 20
+    hang_timeout_seconds: float = 0.0
+    profile_first_step: int = 10
+    profile_steps: int = 0
+
+    def __post_init__(self):
+        for name, least in _LEAST.items():
+            checks.at_least(f"loop.{name}", getattr(self, name), least)
+        if self.keep_every_steps % self.checkpoint_every_steps:
+            raise ValueError(
+                f"loop.keep_every_steps: {self.keep_every_steps} is no multiple of loop.checkpoint_every_steps "
+                f"{self.checkpoint_every_steps}, so that nothing would be kept; set it to a multiple, or to 0"
+            )
 
 
 def resolve_durations(
@@ -47,33 +100,38 @@ def check_sections(config: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
             raise ValueError(f"config.{name}: missing; the config needs {', '.join(allowed)}")
 
 
-def call(function: Callable[..., Any], section: str, settings: Mapping[str, Any], **others: Any) -> Any:
-    """Call a constructor with its config section.
+def memory_remedies(recipe: Any, batch_size: int) -> list[str]:
+    """Settings that make a step smaller, the cheapest first.
 
-    Raises:
-      ValueError: a key that it does not take, or one without a default that is unset.
+    Args:
+      recipe: a `training.loop.Recipe`.
+      batch_size: of all devices together.
     """
-    allowed = {name: p for name, p in inspect.signature(function).parameters.items() if name not in others}
-    unknown = sorted(set(settings) - set(allowed))
-    if unknown:
-        raise ValueError(f"config.{section}.{unknown[0]}: unknown; allowed are {', '.join(sorted(allowed))}")
-    for name, parameter in allowed.items():
-        if parameter.default is parameter.empty and settings.get(name) is None:
-            raise ValueError(f"config.{section}.{name}: unset and without a default; set it")
-    return function(**settings, **others)
+    remedies, mesh = [], recipe.mesh
+    if not recipe.model.use_remat:
+        remedies.append("--config.model.use_remat=True")
+    steps = recipe.optimizer.accumulation_steps
+    parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
+    is_divisible = batch_size % (2 * steps * parts) == 0
+    if recipe.accumulates and is_divisible:
+        remedies.append(f"--config.optim.accumulation_steps={2 * steps}")
+    if mesh.shape["fsdp"] < mesh.devices.size:
+        remedies.append(f"--config.mesh.data=1 --config.mesh.fsdp={mesh.devices.size}")
+    if is_divisible:
+        remedies.append(f"--config.data.batch_size={batch_size // 2}")
+    return remedies or ["more devices"]
 
 
-def memory_remedies(config: Mapping[str, Any], mesh: jax.sharding.Mesh, accumulates: bool = False) -> list[str]:
-    """Settings that make a step smaller, the cheapest first; `accumulates`: the stage takes a batch in parts."""
-    found = []
-    if not config["model"]["use_remat"]:
-        found.append("--config.model.use_remat=True")
-    steps, batch, devices = config["optim"]["accumulation_steps"], config["data"]["batch_size"], mesh.devices.size
-    split = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))
-    if accumulates and batch % (2 * steps * split) == 0:
-        found.append(f"--config.optim.accumulation_steps={2 * steps}")
-    if mesh.shape["fsdp"] < devices:
-        found.append(f"--config.mesh.data=1 --config.mesh.fsdp={devices}")
-    if batch % (2 * steps * split) == 0:
-        found.append(f"--config.data.batch_size={batch // 2}")
-    return found or ["more devices"]
+def loop_settings(section: Mapping[str, Any], steps_per_epoch: int) -> LoopSettings:
+    """The loop's settings in the config section `loop`, without those of the recipe, which stand there too."""
+    settings = resolve_durations(section, "loop", ("total",), steps_per_epoch)
+    return construct(LoopSettings, "loop", {name: value for name, value in settings.items() if name not in _OF_RECIPES})
+
+
+# Settings of the config section `loop` that a recipe reads and not the loop.
+_OF_RECIPES = ("ema_decay", "use_latent_cache")
+
+
+def plain(config: Any) -> Any:
+    """A config, such as an `ml_collections.ConfigDict`, as nested dicts of plain values."""
+    return {name: plain(value) for name, value in config.items()} if hasattr(config, "items") else config

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 
-class Stop:
+class StopSignal:
     """Notes SIGINT and SIGTERM, so that a run can save before it ends; a second SIGINT ends at once.
 
     Of several processes the one that gets the signal tells the others, and all stop at the same step.
@@ -16,7 +16,7 @@ class Stop:
         self.signal: int | None = None
         self._times = 0
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "StopSignal":
         self._old = {}
         # JAX's preemption service listens for SIGTERM where there are others to tell.
         numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
@@ -34,7 +34,7 @@ class Stop:
         if jax.process_count() > 1:
             signal.raise_signal(signal.SIGTERM)
 
-    def is_asked(self) -> bool:
+    def poll(self) -> bool:
         """Whether the run is to end here; every process asks at the same places: after each step and batch held out."""
         self._times += 1
         if jax.process_count() > 1:

@@ -189,13 +189,13 @@ def test_tokenizer_by_downsampling():
     assert [sample.make_tokenizer(group[0]).code_shape for group in found] == [(8, 8, 4), (16, 16, 4), (32, 32, 4)]
 
 
-@pytest.mark.parametrize("at_rest", ["float32", "bfloat16", "int8"])
-def test_the_sampler_is_that_of_the_library(at_rest):
-    argv = ("--batch=3", "--code_shape=1x3x2", "--top_k=5", "--guidance=1.5", f"--weights={at_rest}", *SMALL)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_the_sampler_is_that_of_the_library(weights):
+    argv = ("--batch=3", "--code_shape=1x3x2", "--top_k=5", "--guidance=1.5", f"--weights={weights}", *SMALL)
     (config,) = groups("sample", *argv)[0]
     model = sample.make_transformer(config)
     draw = sample.compile_sampler(config, model)
-    variables = sample.draw_variables(model, at_rest)
+    variables = sample.draw_variables(model, weights)
     expected = sampling.generate(
         model, variables, jax.random.key(0), 3, np.arange(3), image_ids=np.arange(6, 9), top_k=5, guidance=1.5
     )

@@ -19,8 +19,7 @@ def rows(dtype=np.float16):
     latents = np.stack([row, view], axis=-1)[:, :, None, None].repeat(2, axis=2).astype(dtype)
     return {
         "latents": latents,
-        "label": (np.arange(COUNT) % 2).astype(np.int32),
-        "text": np.arange(COUNT * 5, dtype=np.int32).reshape(COUNT, 5),
+        "cond": np.arange(COUNT * 5, dtype=np.int32).reshape(COUNT, 5),
         "index": np.arange(COUNT, dtype=np.int32)[::-1].copy(),
     }
 
@@ -61,13 +60,11 @@ def test_training_batches_draw_one_view(cache):
         batch = next(iterator)
         assert {key: array.shape[1:] for key, array in batch.items()} == {
             "latents": (2, 1, 2),
-            "label": (),
-            "text": (5,),
+            "cond": (5,),
             "index": (),
         }
         row, view = batch["latents"][:, 0, 0].astype(int).T
-        np.testing.assert_array_equal(batch["label"], row % 2)
-        np.testing.assert_array_equal(batch["text"][:, 0], row * 5)
+        np.testing.assert_array_equal(batch["cond"][:, 0], row * 5)
         np.testing.assert_array_equal(batch["index"], COUNT - 1 - row)
         seen.extend(row)
         views.update(view)
@@ -128,16 +125,27 @@ def test_interrupted_writing_leaves_the_old_cache(tmp_path):
     assert CacheDataset(directory, 4, True).num_classes is None
 
 
+def test_a_cache_of_an_earlier_format_is_none_and_is_replaced(tmp_path):
+    directory = write_cache(tmp_path / "cache", batches(), META)
+    meta = json.loads((directory / "meta.json").read_text())
+    (directory / "meta.json").write_text(json.dumps({**meta, "format": 1}))
+    assert read_meta(directory) is None
+    with pytest.raises(FileNotFoundError, match="no cache in"):
+        CacheDataset(directory, 4, True)
+    write_cache(directory, batches(), META)
+    assert read_meta(directory) == meta
+
+
 def test_errors(tmp_path):
-    one = {"latents": np.zeros((2, 1, 3), np.float32), "label": np.zeros(2, np.int32)}
+    one = {"latents": np.zeros((2, 1, 3), np.float32), "cond": np.zeros((2, 1), np.int32)}
     with pytest.raises(ValueError, match="cache meta has no 'fingerprint': its entries are name"):
         write_cache(tmp_path / "cache", [one], {"name": "x"})
     with pytest.raises(ValueError, match="no batches for the cache"):
         write_cache(tmp_path / "cache", [], META)
-    with pytest.raises(ValueError, match=r"cache batch .*: expected rows of latents, label, equally many"):
+    with pytest.raises(ValueError, match=r"cache batch .*: expected rows of latents, cond, equally many"):
         write_cache(tmp_path / "cache", [one, {"latents": one["latents"]}], META)
-    with pytest.raises(ValueError, match=r"cache batch .*: expected rows of latents, label, equally many"):
-        write_cache(tmp_path / "cache", [{**one, "label": np.zeros(3, np.int32)}], META)
+    with pytest.raises(ValueError, match=r"cache batch .*: expected rows of latents, cond, equally many"):
+        write_cache(tmp_path / "cache", [{**one, "cond": np.zeros((3, 1), np.int32)}], META)
     with pytest.raises(ValueError, match=r"cache rows changed from float32 \(1, 3\) to float32 \(1, 4\)"):
         write_cache(tmp_path / "cache", [one, {**one, "latents": np.zeros((2, 1, 4), np.float32)}], META)
     with pytest.raises(FileNotFoundError, match="no cache in '.*cache': write one with write_cache"):

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("grain")
 from PIL import Image  # noqa: E402
 
-from rq_jax.data import Dataset, make_dataset  # noqa: E402
-from rq_jax.data.text import train_tokenizer  # noqa: E402
+from rq_jax.data import Dataset, make_dataset, open_splits  # noqa: E402
+from rq_jax.data.text import load_tokenizer, train_tokenizer  # noqa: E402
 
 COUNT = 23
 
@@ -36,14 +36,13 @@ def make(folder, train=True, **settings):
     return make_dataset(split="all", train=train, name="folder", data_dir=folder, **settings)
 
 
-def with_everything(folder):
-    tokenizer = {
+def captioned(folder):
+    return {
         "text_key": "txt",
         "text_tokenizer": folder / "tokenizer.json",
         "text_length": 9,
         "text_dropout": 0.3,
     }
-    return {"label_key": "folder", **tokenizer}
 
 
 def take(iterator, count):
@@ -59,24 +58,32 @@ def assert_equal_batches(first, second):
             assert one[key].dtype == other[key].dtype
 
 
-def test_training_batch(folder):
-    dataset = make(folder, image_size=(8, 6), **with_everything(folder))
+def shapes(batch):
+    return {key: (array.shape, array.dtype.name) for key, array in batch.items()}
+
+
+@pytest.mark.parametrize("kind, cond", [("plain", {}), ("class", {"cond": ((4, 1), "int32")}), ("text", {"cond": ((4, 9), "int32")})])  # fmt: skip
+def test_training_batch(folder, kind, cond):
+    settings = {"plain": {}, "class": {"label_key": "folder"}, "text": captioned(folder)}[kind]
+    dataset = make(folder, image_size=(8, 6), **settings)
     batch = next(dataset.iterator())
-    found = {key: (array.shape, array.dtype.name) for key, array in batch.items()}
-    assert found == {
-        "image": ((4, 8, 6, 3), "float32"),
-        "index": ((4,), "int32"),
-        "label": ((4,), "int32"),
-        "text": ((4, 9), "int32"),
-    }
+    assert shapes(batch) == {"image": ((4, 8, 6, 3), "float32"), "index": ((4,), "int32"), **cond}
     assert batch["image"].min() >= -1 and batch["image"].max() <= 1
     assert (dataset.num_examples, dataset.steps_per_epoch) == (COUNT, COUNT // 4)
-    assert (dataset.num_classes, dataset.class_names) == (2, ("class0", "class1"))
-    assert (dataset.vocab_size, dataset.text_length) == (50, 9)
+    classes = (2, ("class0", "class1")) if kind == "class" else (None, None)
+    assert (dataset.num_classes, dataset.class_names) == classes
+    assert (dataset.vocab_size, dataset.text_length) == ((50, 9) if kind == "text" else (None, None))
+
+
+def test_the_condition_is_that_of_the_example(folder):
+    batch = make(folder, label_key="folder").examples([0, 5, 11, 12])  # half of the files are in each class folder
+    assert batch["cond"].tolist() == [[0], [0], [0], [1]]
+    caption = load_tokenizer(folder / "tokenizer.json", 9)(["picture number 2"])
+    np.testing.assert_array_equal(make(folder, **captioned(folder)).examples([1])["cond"], caption)
 
 
 def test_every_part_of_an_example_is_of_the_same_example(folder):
-    settings = {**with_everything(folder), "text_dropout": 0.0}
+    settings = {**captioned(folder), "text_dropout": 0.0}
     dataset = make(folder, train_transform="resize_center_crop", flip_probability=0.0, **settings)
     for batch in take(dataset.iterator(), 6):
         expected = dataset.examples(batch["index"])
@@ -90,6 +97,19 @@ def test_split_names_are_roles_that_the_data_set_names(folder):
     own_name = make_dataset(split="all", train=False, **settings)
     assert train.num_examples == own_name.num_examples == COUNT
     assert 0 < validation.num_examples < COUNT
+
+
+def test_splits_are_what_make_dataset_opens(folder):
+    shard = dict(seed=7, shard_index=1, shard_count=2)
+    settings = dict(name="folder", data_dir=folder, batch_size=4, image_size=8, label_key="folder")
+    splits = open_splits(**shard, **settings)
+    for opened, split, train in zip(splits, ("train", "validation", "train"), (True, False, False), strict=True):
+        expected = make_dataset(split=split, train=train, **shard, **settings)
+        assert (opened.num_examples, opened.class_names) == (expected.num_examples, expected.class_names)
+        assert_equal_batches(take(opened.iterator(), 3), take(expected.iterator(), 3))
+    assert splits.train.train and splits.train.num_examples == splits.ordered.num_examples
+    assert sum(batch["mask"].sum() for batch in splits.ordered.iterator()) < splits.ordered.num_examples  # one of two
+    assert splits.ordered.source is splits.train.source
 
 
 def test_each_epoch_shows_everything_once_in_another_order(folder):
@@ -123,7 +143,7 @@ def test_the_seed_decides_order_and_transforms(folder):
 
 @pytest.mark.parametrize("consumed", [0, 3, 13])
 def test_interrupted_equals_uninterrupted(folder, consumed):
-    settings = {**with_everything(folder), "train_transform": "jittered_crop", "num_threads": 3}
+    settings = {**captioned(folder), "train_transform": "jittered_crop", "num_threads": 3}
     whole = take(make(folder, **settings).iterator(), 16)
     first = make(folder, **settings).iterator()
     take(first, consumed)
@@ -142,12 +162,12 @@ def test_an_iterator_can_go_back(folder):
 
 
 def test_threads_do_not_matter(folder):
-    runs = [take(make(folder, num_threads=threads, **with_everything(folder)).iterator(), 8) for threads in (1, 4)]
+    runs = [take(make(folder, num_threads=threads, **captioned(folder)).iterator(), 8) for threads in (1, 4)]
     assert_equal_batches(*runs)
 
 
 def test_worker_processes_do_not_matter(folder):
-    settings = with_everything(folder)
+    settings = captioned(folder)
     expected = take(make(folder, **settings).iterator(), 6)
     iterator = make(folder, num_workers=1, **settings).iterator()
     iterator.set_state({"next_batch": 2})
@@ -157,7 +177,7 @@ def test_worker_processes_do_not_matter(folder):
 
 
 def test_shards_together_are_the_whole_batch(folder):
-    settings = {"batch_size": 6, **with_everything(folder)}
+    settings = {"batch_size": 6, **captioned(folder)}
     whole = take(make(folder, **settings).iterator(), 9)
     shards = [take(make(folder, shard_index=i, shard_count=3, **settings).iterator(), 9) for i in range(3)]
     for step, batch in enumerate(whole):
@@ -166,7 +186,7 @@ def test_shards_together_are_the_whole_batch(folder):
 
 
 def test_evaluation_is_in_order_and_padded(folder):
-    dataset = make(folder, train=False, **with_everything(folder))
+    dataset = make(folder, train=False, **captioned(folder))
     batches = list(dataset.iterator())
     assert len(batches) == dataset.steps_per_epoch == 6
     assert all(batch["image"].shape == (4, 8, 8, 3) and batch["mask"].dtype == bool for batch in batches)
@@ -176,7 +196,7 @@ def test_evaluation_is_in_order_and_padded(folder):
     assert_equal_batches(batches, list(dataset.iterator()))
     expected = dataset.examples([3, 20])
     np.testing.assert_array_equal(joined["image"][[3, 20]], expected["image"])
-    np.testing.assert_array_equal(joined["text"][[3, 20]], expected["text"])
+    np.testing.assert_array_equal(joined["cond"][[3, 20]], expected["cond"])
 
 
 def test_evaluation_shards_in_order_are_the_whole_batch(folder):
@@ -231,6 +251,10 @@ def test_channels_is_read(folder):
             "unknown eval_transform='jittered_crop': choose one of resize_center_crop",
         ),
         ({"flip_probability": 1.5}, r"flip_probability=1.5: must be in \[0, 1\]"),
+        (
+            {"label_key": "folder", "text_key": "txt"},
+            "^data.label_key 'folder' and data.text_key 'txt': set one of them$",
+        ),
         ({"text_key": "txt"}, "text_tokenizer is missing: text_key='txt' needs a tokenizer file"),
     ],
 )
@@ -242,7 +266,7 @@ def test_errors(folder, settings, message):
 
 def test_missing_text_length(folder):
     with pytest.raises(ValueError, match="text_length=None: a text needs at least 1 token"):
-        make(folder, **{**with_everything(folder), "text_length": None})
+        make(folder, **{**captioned(folder), "text_length": None})
 
 
 def test_state_of_something_else_is_refused(folder):

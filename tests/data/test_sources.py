@@ -192,9 +192,9 @@ def test_folder_is_split_by_lists_of_names(folder, tmp_path_factory):
 
     dataset, batch = images("train")
     assert dataset.num_examples == 3 and dataset.class_names == ("cats", "dogs")
-    np.testing.assert_array_equal(batch["label"], [0, 0, 1])
+    np.testing.assert_array_equal(batch["cond"], [[0], [0], [1]])
     dataset, batch = images("validation")
-    assert dataset.num_examples == 1 and batch["label"][0] == 1
+    assert dataset.num_examples == 1 and batch["cond"][0] == 1
 
 
 def test_lists_of_names_must_fit_the_folder(folder, tmp_path_factory):

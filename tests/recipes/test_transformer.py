@@ -109,9 +109,9 @@ def make_step(world, kind="class", mesh=None, state=None, batch=None, **settings
     if batch is None:
         batch = {"latents": world.latents}
     if kind == "class":
-        batch = {**batch, "cond": world.batch["label"][:, None]}
+        batch = {**batch, "cond": world.batch["cond"]}
     elif kind == "text":
-        batch = {**batch, "cond": run["dataset"].examples(world.batch["index"])["text"]}
+        batch = {**batch, "cond": run["dataset"].examples(world.batch["index"])["cond"]}
     state, _ = helpers.place(start if state is None else state, mesh)
     end, metrics = step(state, sharding.put_batch(mesh, batch), tokenizer_variables)
     return Step(run, state, end, jax.device_get(metrics))
@@ -129,7 +129,7 @@ def expected_code_loss(world, step: Step, soft: bool, stochastic: bool, cond=Non
     codebook = step.run["tokenizer"].variables["codebook"]["codebook_KE"]
     vectors = quantize.fold_patches(world.latents, (h, w))
     soft_codes, codes = quantize.soft_codes(vectors, codebook, D, step.run["loss"].temperature, rng)
-    cond = world.batch["label"] if cond is None else cond
+    cond = world.batch["cond"] if cond is None else cond
     logits = jax.jit(step.run["model"].apply)(step.start.variables, codes, cond).logits
     targets = soft_codes if soft else jax.nn.one_hot(codes, K)
     return -np.asarray((targets * jax.nn.log_softmax(logits)).sum(-1).mean((0, 1, 2)))
@@ -213,7 +213,7 @@ def test_image_weight_scales_the_loss_alone(world, base):
 
 def test_text_loss_is_weighed_against_the_codes(world):
     step = make_step(world, "text", loss__image_weight=0.7, loss__text_weight=0.3)
-    tokens = step.run["dataset"].examples(world.batch["index"])["text"]
+    tokens = step.run["dataset"].examples(world.batch["index"])["cond"]
     codes = jnp.zeros((16, h, w, D), jnp.int32)  # nothing in front of a caption depends on the codes
     cond_logits = jax.jit(step.run["model"].apply)(step.start.variables, codes, tokens).cond_logits
     text_loss = -np.take_along_axis(jax.nn.log_softmax(cond_logits), tokens[:, 1:, None], -1).mean()
@@ -228,7 +228,7 @@ def test_dropped_conditions_are_the_null_condition(world):
     rng = step.start.rng_of_step("cond")["cond"]
     dropped_B = np.asarray(jax.random.bernoulli(rng, 0.4, (16, 1)))[:, 0]
     assert 0 < dropped_B.sum() < 16
-    cond = np.where(dropped_B, len(helpers.CLASSES), world.batch["label"])
+    cond = np.where(dropped_B, len(helpers.CLASSES), world.batch["cond"][:, 0])
     np.testing.assert_allclose(step.metrics["code_loss"], expected_code_loss(world, step, True, True, cond), rtol=1e-5)
     grads_VM = step.grads["cond_embedding_VM"]
     used = np.isin(np.arange(len(grads_VM)), cond)

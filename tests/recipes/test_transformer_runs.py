@@ -93,7 +93,7 @@ def whole_run(places, tmp_path_factory):
 
 def training_labels(places) -> np.ndarray:
     data = train_transformer.prepare(make_config(places))["in_order"]
-    return data.examples(np.arange(data.num_examples))["label"]
+    return data.examples(np.arange(data.num_examples))["cond"][:, 0]
 
 
 def test_classes_are_counted_where_all_pictures_are_seen(places, monkeypatch):
@@ -141,7 +141,7 @@ def test_evaluation_is_that_of_the_nearest_held_out_codes(whole_run, places):
         images = data.examples(np.arange(data.num_examples))
         encode = jax.jit(functools.partial(loaded.tokenizer.model.apply, method="encode_to_codes"))
         codes[split] = np.asarray(encode(loaded.tokenizer.variables, images["image"]))
-        labels[split] = images["label"]
+        labels[split] = images["cond"]
     logits = jax.jit(loaded.model.apply)(loaded.variables, codes["validation"], labels["validation"]).logits
     chosen = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), codes["validation"][..., None], -1)
     nats_D = -chosen[..., 0].mean((0, 1, 2))
@@ -235,8 +235,8 @@ def test_cache_holds_what_encoding_on_the_fly_gives(places, tmp_path):
     on_the_fly, from_cache = run["dataset"].iterator(), cached.iterator()
     for _ in range(5):  # two epochs of 20 pictures
         batch, stored = next(on_the_fly), next(from_cache)
-        assert stored.keys() == {"latents", "label", "index"}
-        for name in ("label", "index"):
+        assert stored.keys() == {"latents", "cond", "index"}
+        for name in ("cond", "index"):
             np.testing.assert_array_equal(stored[name], batch[name])
         np.testing.assert_allclose(stored["latents"], encode(run["tokenizer"].variables, batch["image"]), atol=1e-5)
 

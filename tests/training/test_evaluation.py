@@ -5,36 +5,72 @@ import io
 import signal
 
 import helpers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rq_jax.report.progress import Progress
-from rq_jax.training import evaluation as training_evaluation
-from rq_jax.training import monitor
-from rq_jax.training.evaluation import Validation, validate
-from rq_jax.training.signals import Stop
+from rq_jax.training import evaluation, monitor
+from rq_jax.training.evaluation import Evaluator, RunStatus
+from rq_jax.training.settings import LoopSettings
+from rq_jax.training.signals import StopSignal
 
 QUIET = monitor.HangGuard(0)
 
 
-def measure(state, batch):
-    return {"sum": state * jnp.sum(batch["x"]), "count": jnp.int32(1)}, jnp.asarray(batch["x"])
+class Recipe:
+    """Measures what the batches hold."""
+
+    title = "stage 9"
+
+    def __init__(self, report=None, note=lambda: None):
+        self.report, self.note = report or self.figures, note
+
+    def evaluate(self, state, batch):
+        self.note()
+        return {"sum": state * jnp.sum(batch["x"]), "count": jnp.int32(1)}, jnp.asarray(batch["x"])
+
+    @staticmethod
+    def figures(state, sums, shown):
+        return {name: float(value) for name, value in sums.items()}, {"first": np.asarray(shown)}
 
 
-def report(state, sums, shown):
-    return {name: float(value) for name, value in sums.items()}, {"first": np.asarray(shown)}
+class Notes:
+    """Stands for the writer and the bar of a run."""
+
+    def __init__(self):
+        self.scalars, self.images, self.messages = {}, {}, []
+
+    def write_scalars(self, step, scalars):
+        self.scalars[step] = scalars
+
+    def write_images(self, step, images):
+        self.images[step] = images
+
+    def flush(self):
+        pass
+
+    def message(self, text):
+        self.messages.append(text)
+
+
+def evaluator(held_out, stop, recipe=None, hang=QUIET):
+    """An evaluator, and what it writes."""
+    notes, settings = Notes(), LoopSettings(total_steps=1)
+    recipe = Recipe() if recipe is None else recipe
+    return Evaluator(recipe, held_out, settings, RunStatus(), notes, None, notes, stop, hang), notes
 
 
 def test_sums_are_added_and_the_first_batch_is_shown():
     held_out = helpers.HeldOut()
-    with Stop() as stop:
-        for _ in range(2):  # the second time as the first
-            scalars, pictures = validate(
-                Validation(held_out, measure, report), 2.0, stop=stop, hang=QUIET, enabled=False
-            )
-            assert scalars == {"sum": 2.0 * (1 + 2 + 3), "count": 3.0} and held_out.closed
-            np.testing.assert_array_equal(pictures["first"], [1.0])
+    with StopSignal() as stop:
+        evaluating, notes = evaluator(held_out, stop)
+        for step in range(2):  # the second time as the first
+            evaluating.run(2.0, step)
+            assert notes.scalars[step] == {"sum": 2.0 * (1 + 2 + 3), "count": 3.0} and held_out.closed
+            np.testing.assert_array_equal(notes.images[step]["first"], [1.0])
+    assert notes.messages == ["step 0: count 3, sum 12", "step 1: count 3, sum 12"]
 
 
 @pytest.mark.parametrize("batch", range(3))
@@ -44,8 +80,10 @@ def test_a_signal_ends_it_after_the_batch(batch):
     def refuse(*_):
         raise AssertionError("there is nothing to report")
 
-    with Stop() as stop:
-        assert validate(Validation(held_out, measure, refuse), 2.0, stop=stop, hang=QUIET, enabled=False) is None
+    with StopSignal() as stop:
+        evaluating, notes = evaluator(held_out, stop, Recipe(refuse))
+        evaluating.run(2.0, 1)
+    assert evaluating.status.owes_evaluation and not notes.scalars
     assert stop.signal == signal.SIGTERM and held_out.given == batch + 1 and held_out.closed
 
 
@@ -63,21 +101,25 @@ def test_every_batch_is_watched_and_what_follows_is_not():
         events.append("report")
         return {}, {}
 
-    def note(state, batch):
-        events.append("batch")
-        return measure(state, batch)
-
-    with Stop() as stop:
-        validate(Validation(helpers.HeldOut(), note, look), 2.0, stop=stop, hang=Guard(0), enabled=False)
+    with StopSignal() as stop:
+        recipe = Recipe(look, lambda: events.append("batch"))
+        evaluator(helpers.HeldOut(), stop, recipe, Guard(0))[0].run(2.0, 1)
     assert events == [*["arm", "batch"] * 3, "arm", "disarm", "report"]
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_batches_are_counted_while_it_goes_on(monkeypatch, enabled):
+@pytest.mark.parametrize("process", [0, 1])
+def test_batches_are_counted_while_it_goes_on(monkeypatch, process):
     stream = io.StringIO()
-    monkeypatch.setattr(training_evaluation, "Progress", functools.partial(Progress, line_seconds=0.0, stream=stream))
-    with Stop() as stop:
-        held_out = Validation(helpers.HeldOut(), measure, report)
-        validate(held_out, 2.0, stop=stop, hang=QUIET, title="stage 9, evaluation", enabled=enabled)
+    monkeypatch.setattr(evaluation, "Progress", functools.partial(Progress, line_seconds=0.0, stream=stream))
+    with StopSignal() as stop:
+        evaluating, _ = evaluator(helpers.HeldOut(), stop)
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        evaluating.run(2.0, 1)
     shown = [line.split(" [")[0] for line in stream.getvalue().splitlines()]
-    assert shown == [f"stage 9, evaluation: {count}/3" for count in (1, 2, 3)] * enabled
+    assert shown == [f"stage 9, evaluation: {count}/3" for count in (1, 2, 3)] * (process == 0)
+
+
+def test_the_status_of_a_checkpoint_is_read_with_what_else_it_holds():
+    """Checkpoints of before know nothing of evaluations that are owed."""
+    saved = {"best_loss": 0.5, "bad_evaluations": 3, "stopped": True, "data": {"next_batch": 9}, "batch_size": 8}
+    assert RunStatus.from_saved(saved) == RunStatus(0.5, 3, True, False)

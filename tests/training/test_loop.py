@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import threading
 
@@ -25,12 +26,12 @@ from toy_run import (
     train,
 )
 
-from rq_jax.checkpoint import Checkpointer
+from rq_jax.checkpoint import Checkpointer, write_config
 from rq_jax.files import RunLock
 from rq_jax.training import loop as training_loop
 from rq_jax.training.log import Rate
-from rq_jax.training.loop import LoopSettings, Stop, finish
-from rq_jax.training.settings import call, check_sections, resolve_durations
+from rq_jax.training.settings import LoopSettings, check_sections, resolve_durations
+from rq_jax.training.signals import StopSignal
 
 # --- a linear model and its data ----------------------------------------------------------------------------
 
@@ -76,7 +77,7 @@ def test_a_run_ends_at_its_last_step(uninterrupted):
     assert [step for step, name in logged if name == "validation_loss"] == [5, 10, 12]
     assert logged[12, "loss"] < logged[1, "loss"]
     pictures = sorted(path.name for path in (workdir / "pictures").iterdir())
-    assert pictures == ["dot_00000005.png", "dot_00000010.png", "dot_00000012.png"]
+    assert pictures == ["curves.png", "dot_00000005.png", "dot_00000010.png", "dot_00000012.png"]
 
 
 def test_a_finished_run_is_not_run_again(uninterrupted):
@@ -152,7 +153,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, uninterrupted, 
 def test_a_signal_at_any_moment_saves_the_step(tmp_path, monkeypatch, reads):
     """The signal comes right after the loop has looked for one `reads` times."""
 
-    class LateStop(Stop):
+    class LateStop(StopSignal):
         looked = 0
 
         @property
@@ -164,7 +165,7 @@ def test_a_signal_at_any_moment_saves_the_step(tmp_path, monkeypatch, reads):
         def signal(self, value):
             assert value is None
 
-    monkeypatch.setattr(training_loop, "Stop", LateStop)
+    monkeypatch.setattr(training_loop, "StopSignal", LateStop)
     dataset = ToyDataset()
     with pytest.raises(SystemExit):
         train(tmp_path, dataset, checkpoint_every_steps=100, evaluate_every_steps=100)
@@ -253,7 +254,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
     seen = []
 
     def look():
-        with Stop() as stop:
+        with StopSignal() as stop:
             seen.extend([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)])
             seen.append(stop.signal)
 
@@ -295,11 +296,20 @@ def test_rates_leave_out_evaluations(tmp_path, monkeypatch):
     assert rates == [(step, 2.0, 2.0 * BATCH) for step in (2, 4, 6)]
 
 
-def test_finish_draws_curves_and_tells_where_pictures_are(uninterrupted, capsys):
+def test_a_run_ends_with_curves_and_says_where_its_images_are(uninterrupted, capsys):
     _, workdir = uninterrupted
-    finish(str(workdir), ["loss", "validation_loss"])
+    (workdir / "pictures" / "curves.png").unlink()
+    train(workdir)  # it is finished
     assert (workdir / "pictures" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out == f"pictures: {workdir / 'pictures'}\n"
+    assert capsys.readouterr().out == f"images: {workdir / 'pictures'}\n"
+
+
+def test_a_run_directory_belongs_to_one_kind_of_model(tmp_path):
+    write_config(tmp_path, {"model": {"name": "rqvae"}})
+    message = f"workdir: '{tmp_path}' holds a run of 'rqvae', not of 'toy'; give another --workdir"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(
@@ -313,7 +323,7 @@ def test_the_data_goes_on_where_it_was_with_another_batch_size(tmp_path, caplog,
     dataset.batch_size = batch_size
     train(tmp_path, dataset, total_steps=6)
     assert dataset.position == next_batch + 1  # one step
-    words = f"data.batch_size: {batch_size} was {BATCH}; {missed} pictures are passed over, up to a multiple of it"
+    words = f"data.batch_size: {batch_size} was {BATCH}; {missed} images are passed over, up to a multiple of it"
     assert (words in caplog.text) == bool(missed)
 
 
@@ -381,7 +391,7 @@ def test_a_signal_after_the_run_has_stopped_early_is_no_interruption(tmp_path):
     assert int(train(tmp_path, evaluate=evaluate_and_hear, **EARLY).step) == 8
 
 
-def test_no_best_is_kept_unless_it_is_asked_for(uninterrupted):
+def test_no_best_is_kept_unless_it_poll_for(uninterrupted):
     assert not (uninterrupted[1] / "best").exists()
 
 
@@ -420,8 +430,6 @@ def test_a_best_that_could_not_be_kept_is_no_mark(tmp_path, monkeypatch):
             "loop.keep_every_steps: 1500 is no multiple of loop.checkpoint_every_steps 1000, so that nothing would be "
             "kept; set it to a multiple, or to 0",
         ),
-        ({"ema_decay": 1.0}, "loop.ema_decay: 1.0 is outside [0, 1); 0 keeps no average"),
-        ({"ema_decay": -0.1}, "loop.ema_decay: -0.1 is outside [0, 1); 0 keeps no average"),
         ({"early_stopping_evaluations": -1}, "loop.early_stopping_evaluations: -1 must be at least 0"),
     ],
 )
@@ -471,19 +479,3 @@ def test_sections_are_checked():
     with pytest.raises(ValueError) as error:
         check_sections({"seed": 0}, ("seed", "model"))
     assert str(error.value) == "config.model: missing; the config needs seed, model"
-
-
-def test_a_constructor_is_called_with_its_section():
-    def build(*, width, depth=2, total_steps):
-        return width, depth, total_steps
-
-    assert call(build, "net", {"width": 3}, total_steps=9) == (3, 2, 9)
-    with pytest.raises(ValueError) as error:
-        call(build, "net", {"width": 3, "wdith": 4}, total_steps=9)
-    assert str(error.value) == "config.net.wdith: unknown; allowed are depth, width"
-    with pytest.raises(ValueError, match="^config.net.total_steps: unknown"):  # the script's, not the config's
-        call(build, "net", {"width": 3, "total_steps": 4}, total_steps=9)
-    for section in ({}, {"width": None}):
-        with pytest.raises(ValueError) as error:
-            call(build, "net", section, total_steps=9)
-        assert str(error.value) == "config.net.width: unset and without a default; set it"

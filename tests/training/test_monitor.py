@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import helpers
 import jax
@@ -133,7 +134,7 @@ def test_the_loop_arms_it(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monitor, "HangGuard", Guard)
-        train(tmp_path, compiles_at={2}, total_steps=3)
+        train(tmp_path, phases=(2,), total_steps=3)
     step, evaluation = ["arm", "disarm"], ["compiles", *["arm"] * 4, "disarm"]
     assert armed == ["compiles", *step, *step, "compiles", *step, *evaluation, "disarm"]
 
@@ -147,11 +148,11 @@ def test_what_does_not_fit_is_explained(tmp_path):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
 
     with pytest.raises(OutOfMemory) as error:
-        train(tmp_path, step=exhausted, remedies=["--config.a=1", "--config.b=2"])
+        train(tmp_path, step=exhausted)
     assert str(error.value) == (
         "memory: a step does not fit a device; the state alone takes 0.00 GiB there (parameters 0.00, optimizer 0.00, "
-        "average 0.00, codebook 0.00), the rest are gradients and activations; try, the cheapest first: --config.a=1; "
-        "--config.b=2"
+        "average 0.00, codebook 0.00), the rest are gradients and activations; try, the cheapest first: --config.mesh.data=1 "
+        "--config.mesh.fsdp=8"
     )
 
     def broken(state, batch):
@@ -183,9 +184,11 @@ def test_bytes_are_those_of_one_device():
     ],
 )  # fmt: skip
 def test_remedies_are_settings_that_the_run_would_take(mesh, accumulates, use_remat, batch, expected):
-    config = {"model": {"use_remat": use_remat}, "optim": {"accumulation_steps": 2}, "data": {"batch_size": batch}}
-    found = memory_remedies(config, sharding.make_mesh(**mesh), accumulates)
-    assert found == (["more devices"] if expected is None else [f"--config.{one}" for one in expected])
+    model, optimizer = SimpleNamespace(use_remat=use_remat), SimpleNamespace(accumulation_steps=2)
+    recipe = SimpleNamespace(model=model, optimizer=optimizer, mesh=sharding.make_mesh(**mesh), accumulates=accumulates)
+    assert memory_remedies(recipe, batch) == (
+        ["more devices"] if expected is None else [f"--config.{one}" for one in expected]
+    )
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,111 @@
+"""Nats per code under a transformer, of images as the data set gives them and their nearest codes."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rq_jax.checkpoint import LoadedModel, load_model
+from rq_jax.devices import sharding
+from rq_jax.evaluation.accumulate import accumulate, counted
+from rq_jax.evaluation.protocol import CONDITION_SETTINGS, EvaluationData, cond_of, image_settings, trained_on
+from rq_jax.losses import cross_entropy_by_depth
+from rq_jax.report.progress import Progress
+
+
+def code_nats(model: Any, variables: Any, codes: jax.Array, cond: jax.Array | None) -> jax.Array:
+    """Nats per code of each image at each depth, mean over positions.
+
+    Args:
+      model: an `RQTransformer`.
+      variables: its variables.
+      codes: (B, h, w, D).
+      cond: (B, U) int32, None for an unconditional model.
+
+    Returns:
+      (B, D).
+    """
+    context, _, _ = model.apply(variables, codes, cond, method="spatial")
+    hidden, _ = model.apply(variables, context, codes, method="depth")
+    classify = functools.partial(model.apply, variables, method="classify")
+    return cross_entropy_by_depth(classify, max(model.codebook_sizes), hidden, codes)
+
+
+def make_measure(
+    model: Any, tokenizer: Any, mesh: jax.sharding.Mesh
+) -> Callable[[Any, Any, dict[str, np.ndarray]], tuple[dict[str, jax.Array], None]]:
+    """Builds the function that measures a transformer on one batch, spread over a mesh.
+
+    Args:
+      model: an `RQTransformer`.
+      tokenizer: the `RQVAE` whose codes it models.
+      mesh: its data and fsdp devices share a batch evenly.
+
+    Returns:
+      (variables, tokenizer_variables, batch) -> ({"nats": (D,), "count": ()}, None), replicated: sums over the images
+      that the mask counts, and their number. The batch holds this process's "image" (B, H, W, C) in [-1, 1], "mask"
+      (B,) and, for a conditional model, "cond" (B, U).
+    """
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def sum_nats(variables, tokenizer_variables, batch):
+        codes = tokenizer.apply(tokenizer_variables, batch["image"], method="encode_to_codes")
+        nats_BD = code_nats(model, variables, codes, batch.get("cond"))
+        return {"nats": jnp.sum(nats_BD * batch["mask"][:, None], axis=0), "count": batch["mask"].sum()}
+
+    def measure(variables, tokenizer_variables, batch):
+        used = {"image": batch["image"], "mask": batch["mask"]}
+        if model.is_conditional:
+            used["cond"] = cond_of(batch)
+        return sum_nats(variables, tokenizer_variables, sharding.put_batch(mesh, used)), None
+
+    return measure
+
+
+def load_transformer(
+    directory: str, step: int | None = None, ema: bool = True, name: str | None = None, data_dir: str | None = None
+) -> tuple[LoadedModel, dict[str, Any]]:
+    """Loads a transformer and the settings of its images and conditions.
+
+    Args:
+      directory, step, ema: as for `checkpoint.load_model`.
+      name, data_dir: of another data set, see `protocol.image_settings`.
+
+    Raises:
+      ValueError: no tokenizer comes with the model, or no data set is named.
+      FileNotFoundError: no such directory or checkpoint.
+    """
+    loaded = load_model(directory, step, ema)
+    if loaded.tokenizer is None:
+        raise ValueError(f"--likelihood: '{directory}' carries no tokenizer; give the directory of a stage-2 run")
+    tokenizer = loaded.tokenizer.model
+    settings = image_settings(loaded.config, (*tokenizer.image_shape, tokenizer.in_channels), directory, name, data_dir)
+    settings |= trained_on(loaded.config, CONDITION_SETTINGS)
+    if "text_key" in settings:
+        settings["text_tokenizer"] = str(Path(directory) / "text_tokenizer.json")
+    return loaded, settings
+
+
+def measure_likelihood(
+    loaded: LoadedModel, data: EvaluationData, split: str, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """Nats per code of the images of a split, by depth and their mean, as JSON holds them.
+
+    Args:
+      loaded: a transformer with its tokenizer.
+      data: images and conditions.
+      split: a name that `data.open` takes.
+      mesh: of the devices that share a batch.
+    """
+    measure = make_measure(loaded.model, loaded.tokenizer.model, mesh)
+    variables = jax.device_put((loaded.variables, loaded.tokenizer.variables), sharding.replicated(mesh))
+    dataset = data.open(split)
+    with Progress(dataset.num_examples, unit="image", title=f"likelihood of {split}") as progress:
+        sums, _ = accumulate(functools.partial(measure, *variables), counted(dataset.iterator(), progress))
+    count = int(sums["count"])
+    nats = [float(value) / count for value in sums["nats"]]
+    return {"images": count, "nats": nats, "mean": float(np.mean(nats))}

@@ -1,0 +1,192 @@
+"""Figures of a tokenizer: fidelity of its reconstructions and use of its codes."""
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rq_jax import losses, metrics
+from rq_jax.checkpoint import LoadedModel, fingerprint
+from rq_jax.devices import sharding
+from rq_jax.evaluation.accumulate import accumulate, counted
+from rq_jax.evaluation.protocol import EvaluationData
+from rq_jax.pretrained.vgg_lpips import Perceptual
+from rq_jax.report.progress import Progress
+
+# What the figures of `measure_tokenizer` are.
+PROTOCOL = "clipped to [-1, 1]; lists are by code depth 1..D; means over pictures; sharpness: a ratio of two"
+NUM_SHOWN = 8
+
+Measure = Callable[[Any, dict[str, np.ndarray]], tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]]
+
+
+def make_measure(
+    model: Any,
+    mesh: jax.sharding.Mesh,
+    *,
+    reconstruction: str | None = None,
+    perceptual: Perceptual | None = None,
+    by_depth: bool = False,
+    num_shown: int = 12,
+) -> Measure:
+    """Builds the function that measures a tokenizer on one batch, spread over a mesh.
+
+    The sums are taken over the images that the mask counts, whose number is "count". "psnr" has one value per code
+    depth; "ssim" (of images no smaller than its window) and "distance/<name>" have one value, of the full depth.
+
+    Args:
+      model: an `RQVAE`.
+      mesh: its data and fsdp devices share a batch evenly.
+      reconstruction: "mse" or "l1", summed as "validation_loss"; None leaves it out.
+      perceptual: the distance to measure, with its variables where they are to be read; None leaves it out.
+      by_depth: gives "ssim" and "distance/<name>" one value per code depth as well, and adds the sums behind
+        sharpness ("detail", "detail_of_originals"), code norms ("code_norm") and code usage ("counts", (D, K)).
+      num_shown: how many images of the batch are returned.
+
+    Returns:
+      (variables, batch) -> (sums, (images (n, H, W, C), reconstructions (D, n, H, W, C))), replicated. The batch holds
+      this process's "image" (B, H, W, C) in [-1, 1] and "mask" (B,).
+    """
+
+    @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+    def sum_figures(variables, images, mask, perceptual_variables):
+        full = model.apply(variables, images).reconstruction
+        reconstructions = model.apply(variables, images, method="reconstruct_by_depth")
+        measured = reconstructions if by_depth else full
+        figures = {"psnr": metrics.psnr(images, reconstructions)}
+        if reconstruction is not None:
+            loss_of_image = jax.vmap(lambda x, y: losses.reconstruction_loss(x, y, reconstruction))
+            figures["validation_loss"] = loss_of_image(images, full)
+        if min(model.image_shape) >= metrics.SSIM_WINDOW:
+            figures["ssim"] = metrics.ssim(images, measured)
+        if perceptual is not None:
+            distance = functools.partial(perceptual.distance, perceptual_variables, images)
+            clipped = jnp.clip(measured, -1.0, 1.0)
+            value = jnp.stack([distance(x) for x in clipped]) if by_depth else distance(clipped)
+            figures[f"distance/{perceptual.name}"] = value
+        counts = {"count": jnp.sum(mask)}
+        if by_depth:
+            codes = model.apply(variables, images, method="encode_to_codes")
+            figures |= _detail_and_norms(model, variables, images, reconstructions, codes)
+            counts["counts"] = _count_codes(model, codes, mask)
+        sums = {name: jnp.sum(value * mask, axis=-1) for name, value in figures.items()}
+        # Only what is shown leaves the device.
+        return {**sums, **counts}, (images[:num_shown], reconstructions[:, :num_shown])
+
+    def measure(variables, batch):
+        placed = sharding.put_batch(mesh, {"image": batch["image"], "mask": batch["mask"]})
+        frozen = perceptual.variables if perceptual else None
+        return sum_figures(variables, placed["image"], placed["mask"], frozen)
+
+    return measure
+
+
+def _detail_and_norms(
+    model: Any, variables: Any, images: jax.Array, reconstructions: jax.Array, codes: jax.Array
+) -> dict[str, jax.Array]:
+    """Energy of the finest detail of images (B,) and reconstructions (D, B); mean norm of the code vectors (D, B)."""
+    norms_BhwD = jnp.linalg.norm(model.apply(variables, codes, method="code_vectors"), axis=-1)
+    return {
+        "detail": metrics.laplacian_energy(reconstructions),
+        "detail_of_originals": metrics.laplacian_energy(images),
+        "code_norm": jnp.moveaxis(norms_BhwD.mean((1, 2)), -1, 0),
+    }
+
+
+def _count_codes(model: Any, codes: jax.Array, mask: jax.Array) -> jax.Array:
+    """How often each code occurs at each depth (D, K) in the images that the mask counts."""
+    K = int(np.max(model.codebook_size))
+    counted = jnp.where(mask[:, None, None, None], codes, K)  # code K takes those of the images that only fill up
+    return metrics.code_counts(counted, K + 1)[:, :K]
+
+
+def measure_tokenizer(
+    loaded: LoadedModel,
+    data: EvaluationData,
+    mesh: jax.sharding.Mesh,
+    perceptual: Perceptual | None = None,
+    title: str = "",
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Measures a tokenizer on the held-out images.
+
+    Args:
+      loaded: the tokenizer.
+      data: the images.
+      mesh: of the devices that share a batch.
+      perceptual: the distance to measure, with its variables where they are to be read.
+      title: of the progress bar.
+
+    Returns:
+      Its figures, as JSON holds them; the first held-out images (n, H, W, C); their reconstructions (D, n, H, W, C).
+    """
+    measure = make_measure(loaded.model, mesh, perceptual=perceptual, by_depth=True, num_shown=NUM_SHOWN)
+    variables = jax.device_put(loaded.variables, sharding.replicated(mesh))
+    dataset = data.held_out()
+
+    def measure_batch(batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
+        sums, shown = measure(variables, batch)
+        return sums, (*shown, batch["mask"][:NUM_SHOWN])
+
+    with Progress(dataset.num_examples, unit="image", title=title) as progress:
+        sums, shown = accumulate(measure_batch, counted(dataset.iterator(), progress))
+    images, reconstructions, is_real = map(np.asarray, shown)
+    figures = {**_summarize(loaded.model, sums), "fingerprint": fingerprint(loaded.variables)}
+    return figures, images[is_real], reconstructions[:, is_real]
+
+
+def _summarize(model: Any, sums: dict[str, jax.Array]) -> dict[str, Any]:
+    """Figures by code depth from the sums of a whole data set."""
+    sums = {name.split("/")[0]: np.asarray(value) for name, value in sums.items()}
+    count, counts_DK = int(sums.pop("count")), sums.pop("counts")
+    sharpness_D = sums.pop("detail") / sums.pop("detail_of_originals")
+    D = model.code_shape[-1]
+    sizes = np.broadcast_to(model.codebook_size, D)
+    return {
+        "images": count,
+        **{name: [float(value) / count for value in sums_D] for name, sums_D in sums.items()},
+        "sharpness": sharpness_D.tolist(),
+        "code_usage": [float(np.mean(counts_DK[d, : sizes[d]] > 0)) for d in range(D)],
+        "codes_used": metrics.overall_code_usage(counts_DK, sizes, model.use_shared_codebook),
+        "code_perplexity": [float(metrics.code_perplexity(counts_DK[d])) for d in range(D)],
+    }
+
+
+def compare_tokenizers(
+    tokenizers: Mapping[str, LoadedModel],
+    data: EvaluationData,
+    mesh: jax.sharding.Mesh,
+    perceptual: Perceptual | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """Measures tokenizers, by directory, on the same images.
+
+    Returns:
+      The figures of each, and the rows of a labelled grid: the first images over their reconstructions, by code depth
+      where there is one tokenizer, else from all codes.
+    """
+    results, rows = {}, {}
+    for directory, loaded in tokenizers.items():
+        figures, images, reconstructions = measure_tokenizer(loaded, data, mesh, perceptual, title=directory)
+        results[directory] = figures
+        if len(tokenizers) == 1:
+            rows = rows_by_depth(images, reconstructions, figures["psnr"])
+        else:
+            rows |= {"original": images, f"{Path(directory).name}: {figures['psnr'][-1]:.1f} dB": reconstructions[-1]}
+    return results, rows
+
+
+def rows_by_depth(images: np.ndarray, reconstructions: np.ndarray, psnr_D: Any) -> dict[str, np.ndarray]:
+    """Rows of a labelled grid: images over their reconstructions from the first 1, 2, ..., D codes.
+
+    Args:
+      images: (n, H, W, C).
+      reconstructions: (D, n, H, W, C).
+      psnr_D: in dB, for the labels.
+    """
+    rows = {"original": images}
+    for d, row in enumerate(reconstructions, start=1):
+        rows[f"depth {d}: {psnr_D[d - 1]:.1f} dB"] = row
+    return rows

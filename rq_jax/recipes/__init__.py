@@ -1,0 +1,88 @@
+"""What is trained: a recipe for each kind of model, and the run of a config.
+
+>>> recipes.train(config, workdir)                      # what train_vae.py and train_transformer.py do
+>>> recipe, data, settings = recipes.prepare(config)    # the same, apart
+>>> training.run(recipe, data, settings, workdir)
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from rq_jax.data import Splits, make_dataset
+from rq_jax.devices import sharding
+from rq_jax.recipes.tokenizer import Tokenizer
+from rq_jax.recipes.transformer import Transformer
+from rq_jax.settings.construct import construct
+from rq_jax.training.loop import Recipe, run
+from rq_jax.training.settings import LoopSettings, loop_settings
+from rq_jax.training.state import TrainState
+
+__all__ = ["RECIPES", "Prepared", "Tokenizer", "Transformer", "prepare", "train"]
+
+RECIPES = {"rqvae": Tokenizer, "rqtransformer": Transformer}
+
+
+class Prepared(NamedTuple):
+    """A run before its first step: the arguments of `training.run`."""
+
+    recipe: Recipe
+    data: Splits
+    settings: LoopSettings
+
+
+def prepare(config: Mapping[str, Any], *, stage: int | None = None, mesh: jax.sharding.Mesh | None = None) -> Prepared:
+    """A run from its config; every setting is checked here, before anything compiles.
+
+    Args:
+      config: a config of `configs/`, or nested dicts like it; `model.name` chooses the recipe.
+      stage: 1 or 2, refuses models of the other stage; None: any.
+      mesh: devices; None: all of them, as `config.mesh` splits them.
+
+    Raises:
+      ValueError, FileNotFoundError: bad settings, data or tokenizer.
+    """
+    name = config["model"]["name"]
+    if name not in RECIPES:
+        raise ValueError(f"model.name: '{name}' is unknown; allowed are {', '.join(RECIPES)}")
+    kind = RECIPES[name]
+    if stage is not None and kind.title != f"stage {stage}":
+        raise ValueError(f"model.name: '{name}' is a model of {kind.title}, not of stage {stage}; use its own script")
+    config = kind.resolve(config)
+    mesh = construct(sharding.make_mesh, "mesh", config["mesh"]) if mesh is None else mesh
+    shard_index, shard_count = sharding.batch_part(mesh)
+    open_split = functools.partial(
+        construct, make_dataset, "data", kind.data_settings(config), seed=config["seed"], shard_index=shard_index,
+        shard_count=shard_count,
+    )  # fmt: skip
+    train_split = open_split(split="train", train=True)
+    data = Splits(train_split, open_split(split="validation", train=False), train_split.in_order())
+    recipe = kind.from_config(config, mesh, data)
+    data.train.examples([0])  # raises where no image can be read
+    return Prepared(recipe, data, loop_settings(config["loop"], data.train.steps_per_epoch))
+
+
+def train(
+    config: Mapping[str, Any],
+    workdir: str,
+    *,
+    stage: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    strict: bool = False,
+) -> TrainState:
+    """Train a model as `config` says, in `workdir`, going on from its newest checkpoint.
+
+    Args:
+      config, stage, mesh: see `prepare`.
+      workdir: run directory.
+      strict: stop at a damaged checkpoint, else go on from the one before.
+
+    Returns:
+      The last state.
+
+    Raises:
+      ValueError, FileNotFoundError: bad settings, data or tokenizer, before anything compiles; see also `training.run`.
+    """
+    return run(*prepare(config, stage=stage, mesh=mesh), workdir, strict=strict)

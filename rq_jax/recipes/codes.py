@@ -1,0 +1,175 @@
+"""What stage 2 asks of its tokenizer before the first step: counts of codes, the unigram mark, cached latents."""
+
+import functools
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rq_jax import checkpoint, metrics
+from rq_jax.data import CacheDataset, Dataset, read_meta, write_cache
+from rq_jax.devices import sharding
+
+# Training images behind the unigram mark and the code usage, where the training set is larger.
+NUM_COUNTED = 20_000
+NUM_SPREAD = 36  # images behind the spread of soft codes
+NOISE_SPREAD = 0.2  # of the codebook, above which soft codes of depth 1 say little
+
+logger = logging.getLogger(__name__)
+
+
+class CodeCounter:
+    """The codes of a frozen tokenizer on a data set, batch by batch over the mesh."""
+
+    def __init__(self, tokenizer: nn.Module, variables: Any, mesh: jax.sharding.Mesh):
+        """Args: variables: of the tokenizer, placed on the mesh."""
+        self._tokenizer, self._variables, self._mesh = tokenizer, variables, mesh
+        self._jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+
+    def count(self, dataset: Dataset) -> tuple[np.ndarray, list[int] | None]:
+        """How often the data set has each code, and each class.
+
+        Returns:
+          Counts of the codes (D, K) of `NUM_COUNTED` images or all, and of the classes where all were counted, else
+          None.
+        """
+        V, K = dataset.num_classes, max(self._tokenizer.codebook_sizes)
+
+        @self._jit
+        def count(variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
+            codes = self._tokenizer.apply(variables, batch["image"], method="encode_to_codes")
+            # Rows that fill up a batch count as one more code, which is dropped.
+            codes = jnp.where(batch["mask"][:, None, None, None], codes, K)
+            classes_V = jnp.bincount(batch["cond"][:, 0], batch["mask"].astype(jnp.int32), length=V) if V else None
+            return metrics.code_counts(codes, K + 1)[:, :K], classes_V
+
+        names = ("image", "mask", "cond") if V else ("image", "mask")
+        counts, seen = None, 0
+        for batch in dataset.iterator():
+            placed = sharding.put_batch(self._mesh, {name: batch[name] for name in names})
+            of_batch = count(self._variables, placed)
+            counts = of_batch if counts is None else jax.tree.map(jnp.add, counts, of_batch)
+            seen += len(placed["image"])
+            if seen >= NUM_COUNTED:
+                break
+        counts_DK, classes_V = jax.device_get(counts)
+        is_whole = seen >= dataset.num_examples
+        return counts_DK, classes_V.tolist() if V and is_whole else None
+
+    def unigram_nats(self, dataset: Dataset, counts_DK: np.ndarray) -> np.ndarray:
+        """Cross-entropy in nats (D,) of the codes of a data set under the frequencies of `counts_DK`."""
+
+        @self._jit
+        def encode_all(variables: Any, images: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return self._tokenizer.apply(variables, images, method="encode_to_codes"), mask
+
+        total, count = 0.0, 0
+        for batch in dataset.iterator():
+            placed = sharding.put_batch(self._mesh, {name: batch[name] for name in ("image", "mask")})
+            codes, mask = jax.device_get(encode_all(self._variables, placed["image"], placed["mask"]))
+            total = total + metrics.unigram_cross_entropy(counts_DK, codes[mask]) * mask.sum()
+            count += mask.sum()
+        return np.asarray(total) / count
+
+    def report_soft_codes(self, dataset: Dataset, temperature: float) -> None:
+        """Print over how many codes a soft code spreads; warn where the temperature makes noise of them."""
+
+        @self._jit
+        def perplexity(variables: Any, images: jax.Array) -> jax.Array:
+            soft, _ = self._tokenizer.apply(variables, images[:NUM_SPREAD], temperature, method="soft_codes")
+            entropy = -jnp.sum(soft * jnp.log(jnp.where(soft > 0, soft, 1.0)), axis=-1)
+            return jnp.exp(entropy.mean((0, 1, 2)))
+
+        images = sharding.put_batch(self._mesh, next(dataset.iterator())["image"])
+        spread_D = np.asarray(perplexity(self._variables, images))
+        by_depth = ", ".join(f"{spread:.1f}" for spread in spread_D)
+        print(f"soft codes at temperature {temperature}: each spreads over {by_depth} codes by depth")
+        if spread_D[0] > NOISE_SPREAD * self._tokenizer.codebook_sizes[0]:
+            logger.warning(
+                "SOFT CODES ARE NOISE: at loss.temperature %g those of depth 1 spread over %.0f codes; lower it until "
+                "they spread over a few (squared distances of this tokenizer set its scale)",
+                temperature,
+                spread_D[0],
+            )
+
+
+def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...], is_shared: bool) -> None:
+    """Print how much of the codebook the training images use, over all depths and at each."""
+    by_depth = ", ".join(f"{100 * np.mean(row[:K] > 0):.1f}" for row, K in zip(counts_DK, sizes, strict=True))
+    overall = metrics.overall_code_usage(counts_DK, sizes, is_shared)
+    print(f"tokenizer: {100 * overall:.1f} % of its codes used on training images; by depth {by_depth} %")
+
+
+def check_cache(data: Mapping[str, Any]) -> None:
+    """The transforms of a config's `data` can be read back from a cache of latents.
+
+    Raises:
+      ValueError: a random transform that the cache would leave out, or several processes.
+    """
+    if jax.process_count() > 1:
+        raise ValueError(f"loop.use_latent_cache: True is for one process, not {jax.process_count()}; set it to False")
+    if data["train_transform"] != data["eval_transform"] or data["text_dropout"]:
+        raise ValueError(
+            f"loop.use_latent_cache: it would hold images as '{data['eval_transform']}' makes them, whole captions, "
+            f"but training wants '{data['train_transform']}' and text_dropout {data['text_dropout']}; set them equal "
+            "and 0"
+        )
+    if data["flip_probability"] not in (0, 0.5):
+        raise ValueError(
+            "loop.use_latent_cache: it would draw an image or its mirror image with equal chances, but "
+            f"data.flip_probability is {data['flip_probability']}; set it to 0 or 0.5"
+        )
+
+
+# Keys of the config section `data` that decide the latents of an image.
+_CACHED = ("train_split", "image_size", "eval_transform", "label_key", "text_key", "text_tokenizer", "text_length")
+
+
+def encode(tokenizer: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
+    """Latents of images, without a gradient."""
+    return jax.lax.stop_gradient(tokenizer.apply(variables, images, method="encode"))
+
+
+def cached_latents(
+    tokenizer: nn.Module,
+    variables: Any,
+    ordered: Dataset,
+    data: Mapping[str, Any],
+    directory: Path,
+    seed: int,
+) -> CacheDataset:
+    """The training set as latents, computed once: of every image and, where flips are on, of its mirror image.
+
+    Args:
+      tokenizer, variables: a cache of other variables is made again.
+      ordered: the training set, once through.
+      data: the config section.
+      directory: of the cache.
+      seed: of the order of the batches.
+    """
+    use_flips = data["flip_probability"] > 0
+    made_from = [
+        checkpoint.fingerprint(variables),
+        data["name"],
+        str(data["data_dir"]),
+        str(ordered.num_examples),
+        str(use_flips),
+        *(str(data[name]) for name in _CACHED),
+    ]
+    fingerprint = "|".join(made_from)
+    encode_batch = jax.jit(functools.partial(encode, tokenizer))
+
+    def batches() -> Iterator[dict[str, np.ndarray]]:
+        for batch in ordered.iterator():
+            images = batch.pop("image")
+            views = [images, images[:, :, ::-1]] if use_flips else [images]
+            yield {**batch, "latents": np.stack([np.asarray(encode_batch(variables, view)) for view in views], axis=1)}
+
+    if (read_meta(directory) or {}).get("fingerprint") != fingerprint:
+        write_cache(directory, batches(), {"fingerprint": fingerprint}, ordered.num_examples)
+    return CacheDataset(directory, data["batch_size"], True, seed, num_threads=data["num_threads"])

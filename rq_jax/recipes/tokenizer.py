@@ -1,0 +1,407 @@
+"""Stage 1: a residual-quantised tokenizer, with perceptual and adversarial losses (paper, section 3.1)."""
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rq_jax import checkpoint, losses, metrics, models
+from rq_jax.data import Splits
+from rq_jax.devices import sharding
+from rq_jax.evaluation.tokenizer import make_measure
+from rq_jax.models.flops import autoencoder_flops
+from rq_jax.models.rqvae import RQVAEOutput, last_kernel_gradient
+from rq_jax.pretrained import vgg_lpips
+from rq_jax.recipes.adversary import Adversary
+from rq_jax.report import grids
+from rq_jax.settings import checks
+from rq_jax.settings.construct import construct
+from rq_jax.training.optimizer import Optimizer, make_optimizer
+from rq_jax.training.settings import check_sections, loop_settings, plain, resolve_durations
+from rq_jax.training.state import TrainState, apply_gradients, create_state
+
+SECTIONS = (
+    "seed", "init_from", "keep_optimizer", "model", "discriminator", "data", "optim", "discriminator_optim", "loss",
+    "perceptual", "evaluation", "loop", "mesh",
+)  # fmt: skip
+LOSS_DURATIONS = ("perceptual_start", "adversarial_start", "adversarial_warmup")
+COLLAPSED_USAGE = 0.05  # share of a codebook in use below which a depth counts as collapsed
+NUM_SHOWN = 12
+
+logger = logging.getLogger(__name__)
+
+
+class Phase(NamedTuple):
+    """The terms that have begun: static in the step's program, so that a term costs nothing before its start.
+
+    A `lax.cond` in one program would cost more than both branches on a CPU, where XLA runs them on one core.
+    """
+
+    perceptual: bool = False
+    adversary: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """The losses of stage 1 and their weights: the config section `loss`.
+
+    Attributes:
+      reconstruction: "mse" or "l1".
+      commitment_weight, perceptual_weight: of the two terms; 0 leaves the perceptual one out.
+      perceptual_start_steps: steps before the perceptual term begins.
+      adversarial_weight: of the generator's term on top of its adaptive weight, and of the discriminator's loss; 0: no
+        adversary.
+      discriminator_loss: "hinge" or "vanilla". generator_loss: "vanilla".
+      max_adaptive_weight: limit of the adaptive weight.
+      adversarial_start_steps: steps before the adversary begins; the discriminator does not learn before either.
+      adversarial_warmup_steps: over which the generator's term rises linearly to its whole weight; the discriminator
+        learns at its own rate from the start.
+    """
+
+    reconstruction: str = "mse"
+    commitment_weight: float = 0.25
+    perceptual_weight: float = 0.0
+    perceptual_start_steps: int = 0
+    adversarial_weight: float = 0.0
+    discriminator_loss: str = "hinge"
+    generator_loss: str = "vanilla"
+    max_adaptive_weight: float = 1e4
+    adversarial_start_steps: int = 0
+    adversarial_warmup_steps: int = 0
+
+    def __post_init__(self):
+        checks.one_of("loss.reconstruction", self.reconstruction, ("mse", "l1"))
+        losses.check_adversarial_losses(self.discriminator_loss, self.generator_loss)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in (int, float) and not 0 <= value < math.inf:
+                raise ValueError(f"loss.{field.name}: {value} must be finite and at least 0")
+
+    def check_starts(self, total_steps: int) -> None:
+        """Every term begins within the run.
+
+        Raises:
+          ValueError: naming the term that does not.
+        """
+        for name in ("perceptual", "adversarial"):
+            start = getattr(self, f"{name}_start_steps")
+            if getattr(self, f"{name}_weight") and start >= total_steps:
+                raise ValueError(
+                    f"loss.{name}_start_steps: {start} must be below the {total_steps} steps of the run; "
+                    f"lower it, or set loss.{name}_weight=0"
+                )
+
+    def phase(self, step: int) -> Phase:
+        """The terms that have begun at a step."""
+        return Phase(
+            perceptual=self.perceptual_weight > 0 and step >= self.perceptual_start_steps,
+            adversary=self.adversarial_weight > 0 and step >= self.adversarial_start_steps,
+        )
+
+    def terms(
+        self, images: jax.Array, output: RQVAEOutput, distance: Callable[..., jax.Array] | None
+    ) -> dict[str, tuple[float, jax.Array]]:
+        """Name -> (weight, value) of every term of the objective but the adversarial one; a new term is added here.
+
+        Args:
+          images: (B, H, W, C) in [-1, 1].
+          output: of the model; its gradient with respect to whatever the terms read is passed on to the parameters.
+          distance: perceptual distance, two batches of images to (B,); None before it begins.
+        """
+        reconstruction = losses.reconstruction_loss(images, output.reconstruction, self.reconstruction)
+        terms = {"reconstruction_loss": (1.0, reconstruction)}
+        if self.perceptual_weight:
+            value = jnp.float32(0) if distance is None else distance(images, output.reconstruction).mean()
+            terms["perceptual_loss"] = (self.perceptual_weight, value)
+        commitment = losses.commitment_loss(output.latents, output.partial_sums)
+        return terms | {"commitment_loss": (self.commitment_weight, commitment)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Recipe of stage 1, see `training.loop.Recipe`.
+
+    Attributes:
+      model: the tokenizer.
+      optimizer: of its parameters.
+      losses: the objective.
+      adversary: discriminator and its optimizer; None: no adversarial term.
+      perceptual: network of the perceptual loss; None: no such term.
+      judge: network of the perceptual distance of an evaluation; None: not measured.
+      mesh: devices.
+      ema_decay: of the weight average, 0 for none.
+      init_from: directory of a run or model whose weights a fresh run starts from.
+      keep_optimizer: start from its optimizer moments too.
+      seed: of the initial weights and of all random draws.
+      config: resolved config, written into the run directory; None: that of the model alone.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    losses: Losses = Losses()
+    adversary: Adversary | None = None
+    perceptual: vgg_lpips.Perceptual | None = None
+    judge: vgg_lpips.Perceptual | None = None
+    mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.make_mesh)
+    ema_decay: float = 0.0
+    init_from: str | None = None
+    keep_optimizer: bool = False
+    seed: int = 0
+    config: Mapping[str, Any] | None = None
+
+    title: ClassVar[str] = "stage 1"
+    accumulates: ClassVar[bool] = False
+
+    def __post_init__(self):
+        checks.within("loop.ema_decay", self.ema_decay, 0, 1, below=True, fix="0 keeps no average")
+        if self.optimizer.accumulation_steps != 1:
+            raise ValueError(
+                f"optim.accumulation_steps: {self.optimizer.accumulation_steps} is for stage 2; the codebook update of "
+                "stage 1 needs the whole batch, set it to 1"
+            )
+        if self.keep_optimizer and not self.init_from:
+            raise ValueError("keep_optimizer: True needs init_from, a run whose optimizer is kept; set both or neither")
+        if self.config is None:
+            object.__setattr__(self, "config", {"model": models.settings_of(self.model)})
+
+    # --- from a config ---
+
+    @classmethod
+    def resolve(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config as nested dicts, with its sections checked.
+
+        Raises:
+          ValueError: an unknown section, a missing one, or images of another size than the model's.
+        """
+        config = plain(config)
+        check_sections(config, SECTIONS)
+        model = models.create(**config["model"])
+        size = config["data"]["image_size"]
+        if tuple(np.broadcast_to(size, 2)) != model.image_shape:
+            raise ValueError(
+                f"data.image_size: {size} differs from model.image_size {model.image_size}; set them equal"
+            )
+        return config
+
+    @staticmethod
+    def data_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+        """Keywords of `data.open_splits`."""
+        return {**config["data"], "channels": config["model"]["in_channels"]}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], mesh: jax.sharding.Mesh, data: Splits) -> "Tokenizer":
+        """The recipe of a config from `resolve`.
+
+        Raises:
+          ValueError, FileNotFoundError: settings that are not allowed, or weights of the perceptual loss that are not
+            there; before anything compiles.
+        """
+        model = models.create(**config["model"])
+        sharding.check_batch_size(mesh, data.train.batch_size)
+        with_steps = functools.partial(resolve_durations, steps_per_epoch=data.train.steps_per_epoch)
+        terms = construct(Losses, "loss", with_steps(config["loss"], "loss", LOSS_DURATIONS))
+        total_steps = loop_settings(config["loop"], data.train.steps_per_epoch).total_steps
+        terms.check_starts(total_steps)
+        optim = with_steps(config["optim"], "optim", ("warmup", "hold"))
+        optimizer = construct(make_optimizer, "optim", optim, total_steps=total_steps)
+        evaluation = construct(Evaluation, "evaluation", config["evaluation"])
+        perceptual = None
+        if terms.perceptual_weight or evaluation.use_perceptual:
+            perceptual = construct(vgg_lpips.load, "perceptual", config["perceptual"])
+            placed = jax.device_put(perceptual.variables, sharding.replicated(mesh))
+            perceptual = perceptual._replace(variables=placed)
+        adversary = None
+        if terms.adversarial_weight:
+            left = total_steps - terms.adversarial_start_steps
+            adversary = Adversary.from_config(config, model, optim, left, terms)
+        return cls(
+            model, optimizer, terms, adversary,
+            perceptual=perceptual if terms.perceptual_weight else None,
+            judge=perceptual if evaluation.use_perceptual else None,
+            mesh=mesh, ema_decay=config["loop"]["ema_decay"], init_from=config["init_from"],
+            keep_optimizer=config["keep_optimizer"], seed=config["seed"], config=config,
+        )  # fmt: skip
+
+    # --- state ---
+
+    def start(self, workdir: str, data: Splits, is_fresh: bool) -> tuple["Tokenizer", Splits]:
+        """The recipe of a run: only a fresh one starts from `init_from`.
+
+        Raises:
+          FileNotFoundError, ValueError: no run there.
+        """
+        if not is_fresh:
+            return dataclasses.replace(self, init_from=None, keep_optimizer=False), data
+        if self.init_from:
+            checkpoint.read_config(self.init_from)
+        return self, data
+
+    def _draw(self, rng: jax.Array) -> TrainState:
+        rng_init, rng_train = jax.random.split(rng)
+        variables = models.init_variables(self.model, rng_init)
+        discriminator = None
+        if self.adversary is not None:
+            drawn = models.init_variables(self.adversary.model, jax.random.fold_in(rng_init, 1))
+            discriminator = drawn, self.adversary.optimizer
+        return create_state(variables, self.optimizer, rng_train, self.ema_decay > 0, discriminator)
+
+    def abstract_state(self) -> TrainState:
+        """Shapes of the state with their shardings; nothing is computed."""
+        return sharding.sharded_shapes(self.mesh, self._draw, jax.random.key(self.seed))
+
+    @functools.cached_property
+    def shardings(self) -> TrainState:
+        """Where every array of the state lies."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state())
+
+    def init(self, rng: jax.Array) -> TrainState:
+        """The state before the first step, drawn on the devices where it lives; from `init_from` where that is set."""
+        state = jax.jit(self._draw, out_shardings=self.shardings)(rng)
+        return checkpoint.start_from(self.init_from, state, self.keep_optimizer) if self.init_from else state
+
+    # --- one update ---
+
+    def phase(self, step: int) -> Phase:
+        """The terms that have begun at a step: those that its program is compiled for."""
+        return self.losses.phase(step)
+
+    @property
+    def frozen(self) -> Any:
+        """Variables that `update` reads and does not train."""
+        return None if self.perceptual is None else self.perceptual.variables
+
+    def step(self, state: TrainState, batch: Mapping[str, jax.Array], phase: Phase | None = None):
+        """One jitted update, which donates the state; the phase of `state` where none is given (waits for its step)."""
+        phase = self.phase(int(state.step)) if phase is None else phase
+        return self._step(state, batch, self.frozen, phase)
+
+    @functools.cached_property
+    def _step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        out_shardings = (self.shardings, sharding.replicated(self.mesh))
+        return jax.jit(self.update, static_argnums=3, donate_argnums=0, out_shardings=out_shardings)
+
+    def update(
+        self, state: TrainState, batch: Mapping[str, jax.Array], frozen: Any, phase: Phase
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update of all networks and the codebook.
+
+        The autoencoder runs forward once. The gradient of the whole objective with respect to its *output* is summed up
+        first (a handful of images and latents), and goes backward through the networks once: so the adversary can weigh
+        its own gradient against that of the other terms without a second backward pass.
+
+        Args:
+          state: see `TrainState`.
+          batch: "image" (B, H, W, C) in [-1, 1].
+          frozen: variables of the perceptual network.
+          phase: static.
+
+        Returns:
+          The next state and the step's metrics, all scalars but "code_counts" (D, K).
+        """
+        images, rngs = batch["image"], state.rng_of_step("restart", "dropout")
+
+        def autoencode(params: Any) -> tuple[RQVAEOutput, Any]:
+            variables = {"params": sharding.gathered(self.mesh, params), **state.model_state}
+            mutable = ["codebook", "intermediates"]
+            output, mutated = self.model.apply(variables, images, train=True, mutable=mutable, rngs=rngs)
+            # Codes are integers, and the terms stop the gradient of partial sums: neither has a cotangent.
+            differentiable = output.reconstruction, output.latents
+            return differentiable, (output, mutated)
+
+        outputs, pull_back, (output, mutated) = jax.vjp(autoencode, state.params, has_aux=True)
+        distance = functools.partial(self.perceptual.distance, frozen) if phase.perceptual else None
+
+        def objective(outputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            reconstruction, latents = outputs
+            terms = self.losses.terms(images, output._replace(reconstruction=reconstruction, latents=latents), distance)
+            total = sum(weight * value for weight, value in terms.values())
+            return total, {name: value for name, (_, value) in terms.items()}
+
+        (total, parts), (image_gradient, latent_gradient) = jax.value_and_grad(objective, has_aux=True)(outputs)
+        updated: dict[str, Any] = {}
+        if self.adversary is not None:
+            adversarial = self.adversary.idle()
+            if phase.adversary:
+                kernel_gradient = functools.partial(last_kernel_gradient, state.params, mutated["intermediates"])
+                adversarial = self.adversary.update(
+                    state, images, outputs[0], image_gradient, kernel_gradient,
+                    functools.partial(sharding.gathered, self.mesh),
+                )  # fmt: skip
+                image_gradient += adversarial.image_gradient
+                total += adversarial.loss
+            updated = adversarial.fields
+            parts |= adversarial.metrics
+        (grads,) = pull_back((image_gradient, latent_gradient))
+        state, update = apply_gradients(
+            state, self.optimizer, grads, [total, *parts.values()], {"codebook": mutated["codebook"]},
+            self.ema_decay, **updated,
+        )  # fmt: skip
+        counts_DK = metrics.code_counts(output.codes, max(self.model.codebook_sizes))
+        return state, {"loss": total, **parts, **update, "code_counts": counts_DK}
+
+    def summarize(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Logged scalars from the means of the step's metrics; warns of a collapsing codebook."""
+        scalars = {name: float(value) for name, value in means.items() if name != "code_counts"}
+        for d, (counts_K, K) in enumerate(zip(means["code_counts"], self.model.codebook_sizes, strict=True), start=1):
+            usage = float(np.mean(counts_K[:K] > 0))
+            scalars[f"code_usage/depth{d}"] = usage
+            scalars[f"code_perplexity/depth{d}"] = float(metrics.code_perplexity(counts_K[:K]))
+            if usage < COLLAPSED_USAGE:
+                logger.warning(
+                    "CODEBOOK COLLAPSE: depth %d used only %.1f%% of its %d codes since the last log line; "
+                    "turn on model.use_restart, lower model.codebook_size or the learning rate", d, 100 * usage, K,
+                )  # fmt: skip
+        return scalars
+
+    # --- evaluation ---
+
+    @functools.cached_property
+    def _measure(self) -> Callable[..., Any]:
+        return make_measure(
+            self.model, self.mesh, reconstruction=self.losses.reconstruction, perceptual=self.judge, num_shown=NUM_SHOWN
+        )
+
+    def evaluate(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
+        """Sums of PSNR by depth, SSIM, reconstruction loss and perceptual distance over a batch; images to show."""
+        return self._measure(state.ema_variables, batch)
+
+    def report(self, state: TrainState, sums: Any, shown: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Means over the held-out images, and a grid: originals over reconstructions from 1, 2, ..., D codes."""
+        count = float(sums["count"])
+        means = {name: np.asarray(value) / count for name, value in sums.items() if name != "count"}
+        psnr_D = means.pop("psnr")
+        scalars = {f"psnr/depth{d}": float(value) for d, value in enumerate(psnr_D, start=1)}
+        scalars |= {name: float(value) for name, value in means.items()}
+        originals, by_depth = jax.tree.map(np.asarray, shown)
+        rows = {"original": originals}
+        for d, images in enumerate(by_depth, start=1):
+            rows[f"depth {d}: {psnr_D[d - 1]:.1f} dB"] = images
+        scale = max(1, 96 // originals.shape[1])
+        return scalars, {"reconstructions": grids.labelled_grid(rows, scale=scale)}
+
+    # --- what the log says of a run ---
+
+    @property
+    def flops_per_image(self) -> float:
+        """Of the model, forward and backward."""
+        return autoencoder_flops(self.model)
+
+    @property
+    def curves(self) -> Sequence[str]:
+        """Metrics to plot at the end of a run."""
+        names = ["loss", "validation_loss", *(f"psnr/depth{d + 1}" for d in range(self.model.code_shape[-1]))]
+        names += ["perceptual_loss"] * (self.losses.perceptual_weight > 0)
+        return names + ["generator_loss", "discriminator_loss", "d_weight"] * (self.adversary is not None)
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation measures beside PSNR and SSIM: the config section `evaluation`."""
+
+    use_perceptual: bool = True

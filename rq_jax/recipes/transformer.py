@@ -1,0 +1,436 @@
+"""Stage 2: an RQ-Transformer over the codes of a frozen tokenizer, with soft labels (paper, sections 3.2 and 3.3)."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rq_jax import checkpoint, losses, models, quantize, sampling
+from rq_jax.data import Dataset, Splits, load_tokenizer
+from rq_jax.devices import sharding
+from rq_jax.evaluation import likelihood
+from rq_jax.models.flops import transformer_flops
+from rq_jax.recipes import codes as frozen_codes
+from rq_jax.report import grids
+from rq_jax.settings import checks
+from rq_jax.settings.construct import construct
+from rq_jax.training.optimizer import Optimizer, make_optimizer
+from rq_jax.training.settings import check_sections, loop_settings, plain, resolve_durations
+from rq_jax.training.state import TrainState, accumulate_gradients, apply_gradients, create_state
+
+SECTIONS = (
+    "seed", "model", "data", "optim", "loss", "loop", "mesh", "sample", "tokenizer", "tokenizer_preset",
+)  # fmt: skip
+NUM_SHOWN = 36
+TEXT_TOKENIZER = "text_tokenizer.json"  # in the run directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Losses:
+    """The losses of stage 2, taken over a chunk of positions at a time: the config section `loss`.
+
+    Attributes:
+      use_soft_labels: targets are the tokenizer's soft codes, else its codes (paper, section 3.3).
+      use_stochastic_codes: codes are drawn from the soft codes, else the nearest ones.
+      temperature: of the soft codes.
+      image_weight, text_weight: of the two cross-entropies; text is for text-conditional models.
+      cond_dropout: share of examples whose condition is left out, for models with `use_null_cond` (guidance).
+    """
+
+    use_soft_labels: bool = True
+    use_stochastic_codes: bool = True
+    temperature: float = 0.5
+    image_weight: float = 1.0
+    text_weight: float = 0.0
+    cond_dropout: float = 0.0
+
+    def __post_init__(self):
+        checks.above("loss.temperature", self.temperature, 0)
+        checks.within("loss.cond_dropout", self.cond_dropout, 0, 1, below=True)
+
+    def check_model(self, model: Any) -> None:
+        """The model can use these weights.
+
+        Raises:
+          ValueError: a text weight without a text, or condition dropout without a null condition or the reverse.
+        """
+        if self.text_weight and model.cond_length == 1:
+            raise ValueError(f"loss.text_weight: {self.text_weight} needs a text-conditional model; set it to 0")
+        if (self.cond_dropout > 0) != model.use_null_cond:
+            raise ValueError(
+                f"loss.cond_dropout: {self.cond_dropout} and model.use_null_cond: {model.use_null_cond} belong "
+                "together; set both or neither"
+            )
+
+    def draw(self, latents: jax.Array, model: Any, codebook: quantize.Codebook, rng: jax.Array | None):
+        """Codes (B, h, w, D) and the residuals behind them (B, h, w, D, E), from latents on the latent grid."""
+        h, w, D = model.code_shape
+        vectors = quantize.fold_patches(latents, (h, w))
+        rng = rng if self.use_stochastic_codes else None
+        return quantize.draw_codes(vectors, codebook, D, self.temperature, rng)
+
+    def code_nats(self, model, variables, hidden, codes, residuals, codebook) -> jax.Array:
+        """Cross-entropy in nats of each image at each depth (B, D), mean over positions."""
+        classify = functools.partial(model.apply, variables, method="classify")
+        soft = (residuals, lambda chunk: quantize.soft_labels(chunk, codebook, self.temperature))
+        targets = soft if self.use_soft_labels else ()
+        return losses.cross_entropy_by_depth(classify, max(model.codebook_sizes), hidden, codes, *targets)
+
+    def terms(
+        self, nats_BD: jax.Array, cond: jax.Array | None, cond_logits: jax.Array | None, dropped: jax.Array | None
+    ) -> dict[str, tuple[float, jax.Array]]:
+        """Name -> (weight, value) of every term; a value by depth counts with its mean. A new term is added here.
+
+        Args:
+          nats_BD: from `code_nats`.
+          cond: condition (B, U), before any of it was dropped.
+          cond_logits: of the tokens 1..U-1 of a text (B, U-1, V).
+          dropped: (B, 1), the examples whose condition was left out; None: none were.
+        """
+        terms = {"code_loss": (self.image_weight, nats_BD.mean(0))}
+        if self.text_weight:
+            text_loss_BU = losses.cross_entropy(cond_logits, cond[:, 1:])
+            if dropped is not None:  # a caption that was left out teaches nothing
+                text_loss_BU = jnp.where(dropped, 0.0, text_loss_BU) / jnp.maximum(jnp.mean(~dropped), 1e-9)
+            terms["text_loss"] = (self.text_weight, text_loss_BU.mean())
+        return terms
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Transformer:
+    """Recipe of stage 2, see `training.loop.Recipe`.
+
+    Attributes:
+      model: the RQ-Transformer.
+      tokenizer: the frozen tokenizer, as `checkpoint.load_tokenizer` gives it.
+      optimizer: of the model's parameters.
+      losses: the objective.
+      mesh: devices.
+      ema_decay: of the weight average, 0 for none.
+      sample: keywords of `sampling.generate` for the grid of an evaluation.
+      shown_cond: conditions (36, U) of that grid; None for an unconditional model.
+      text_tokenizer: text tokenizer of a text-conditional model: it is kept in the run directory.
+      use_latent_cache: read latents that were computed once, from disk.
+      seed: of the initial weights and of all random draws.
+      config: resolved config, written into the run directory; None: that of the model alone.
+      tokenizer_variables: those of `tokenizer` on the mesh; placed there where None.
+      unigram_nats_D: cross-entropy of the held-out codes under the training set's frequencies: the mark to beat.
+    """
+
+    model: nn.Module
+    tokenizer: checkpoint.LoadedModel
+    optimizer: Optimizer
+    losses: Losses = Losses()
+    mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.make_mesh)
+    ema_decay: float = 0.0
+    sample: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    shown_cond: np.ndarray | None = None
+    text_tokenizer: Any = None
+    use_latent_cache: bool = False
+    seed: int = 0
+    config: Mapping[str, Any] | None = None
+    tokenizer_variables: Any = None
+    unigram_nats_D: np.ndarray | None = None
+
+    title: ClassVar[str] = "stage 2"
+    accumulates: ClassVar[bool] = True
+
+    def __post_init__(self):
+        checks.within("loop.ema_decay", self.ema_decay, 0, 1, below=True, fix="0 keeps no average")
+        self.losses.check_model(self.model)
+        sampling.check_guidance(self.model, self.sample.get("guidance"))
+        if self.config is None:
+            config = {"model": models.settings_of(self.model), "sample": dict(self.sample)}
+            object.__setattr__(self, "config", config)
+        if self.tokenizer_variables is None:
+            placed = jax.device_put(self.tokenizer.variables, sharding.replicated(self.mesh))
+            object.__setattr__(self, "tokenizer_variables", placed)
+
+    # --- from a config ---
+
+    @classmethod
+    def resolve(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The config as nested dicts, with its sections checked and the tokenizer's settings filled in.
+
+        Raises:
+          ValueError, FileNotFoundError: an unknown or missing section, no tokenizer, or settings that differ from its.
+        """
+        config = plain(config)
+        check_sections(config, SECTIONS)
+        if not config["tokenizer"]:
+            raise ValueError(
+                "config.tokenizer: unset; give --config.tokenizer=<workdir of a stage-1 run>, this preset expects one "
+                f"of configs/rqvae.py:{config['tokenizer_preset']}"
+            )
+        return fill_from_tokenizer(config, checkpoint.read_tokenizer_config(config["tokenizer"]))
+
+    @staticmethod
+    def data_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+        """Keywords of `data.open_splits`."""
+        return dict(config["data"])
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], mesh: jax.sharding.Mesh, data: Splits) -> "Transformer":
+        """The recipe of a config from `resolve`.
+
+        Raises:
+          ValueError, FileNotFoundError: settings that are not allowed, or that do not fit the data; before anything
+            compiles.
+        """
+        model = models.create(**config["model"])
+        terms = construct(Losses, "loss", config["loss"])
+        sample = dict(config["sample"])
+        # None stands for "no filter" in a config, where a missing key would be an error.
+        check_filter = functools.partial(sampling.check_filter, top_k=None, top_p=None)
+        construct(check_filter, "sample", {name: value for name, value in sample.items() if name != "guidance"})
+        check_condition(model, data.train, config["data"])
+        steps_per_epoch = data.train.steps_per_epoch
+        settings = loop_settings(config["loop"], steps_per_epoch)
+        optim = resolve_durations(config["optim"], "optim", ("warmup", "hold"), steps_per_epoch)
+        optimizer = construct(make_optimizer, "optim", optim, total_steps=settings.total_steps)
+        sharding.check_batch_size(mesh, data.train.batch_size, optimizer.accumulation_steps)
+        use_latent_cache = config["loop"]["use_latent_cache"]
+        if use_latent_cache:
+            frozen_codes.check_cache(config["data"])
+        text = config["data"]["text_tokenizer"] if config["data"]["text_key"] else None
+        return cls(
+            model, checkpoint.load_tokenizer(config["tokenizer"]), optimizer, terms, mesh,
+            ema_decay=config["loop"]["ema_decay"], sample=sample, shown_cond=shown_conditions(model, data.train),
+            text_tokenizer=load_tokenizer(text, config["data"]["text_length"]) if text else None,
+            use_latent_cache=use_latent_cache, seed=config["seed"], config=config,
+        )  # fmt: skip
+
+    # --- state ---
+
+    def start(self, workdir: str, data: Splits, is_fresh: bool) -> tuple["Transformer", Splits]:
+        """Bind the tokenizer to the run, count its codes on the training set, and fill the cache of latents.
+
+        Returns:
+          The recipe with the mark to beat, class names and class counts; the data, cached where that was asked for.
+
+        Raises:
+          ValueError: the run was started with another tokenizer.
+        """
+        checkpoint.bind_tokenizer(workdir, self.tokenizer)
+        if self.text_tokenizer is not None:  # sampling needs it, and the run directory has to suffice
+            self.text_tokenizer.save(Path(workdir) / TEXT_TOKENIZER)
+        counter = frozen_codes.CodeCounter(self.tokenizer.model, self.tokenizer_variables, self.mesh)
+        counts_DK, class_counts = counter.count(data.ordered)
+        frozen_codes.report_usage(counts_DK, self.model.codebook_sizes, self.model.use_shared_codebook)
+        if self.losses.use_soft_labels or self.losses.use_stochastic_codes:
+            counter.report_soft_codes(data.validation, self.losses.temperature)
+        unigram_nats_D = counter.unigram_nats(data.validation, counts_DK)
+        if self.use_latent_cache:
+            latents = frozen_codes.cached_latents(
+                self.tokenizer.model, self.tokenizer_variables, data.ordered, self.config["data"],
+                Path(workdir) / "latents", self.seed,
+            )  # fmt: skip
+            data = data._replace(train=latents)
+        config = {**self.config, "class_names": data.ordered.class_names, "class_counts": class_counts}
+        return dataclasses.replace(self, config=config, unigram_nats_D=unigram_nats_D), data
+
+    def _draw(self, rng: jax.Array, codebook: Any) -> TrainState:
+        rng_init, rng_train = jax.random.split(rng)
+        variables = models.init_variables(self.model, rng_init)
+        if self.model.uses_codebook:
+            variables["codebook"] = {"codebook_KE": codebook}
+        return create_state(variables, self.optimizer, rng_train, self.ema_decay > 0)
+
+    @property
+    def _codebook(self) -> Any:
+        return self.tokenizer_variables["codebook"]["codebook_KE"]
+
+    def abstract_state(self) -> TrainState:
+        """Shapes of the state with their shardings; nothing is computed."""
+        return sharding.sharded_shapes(self.mesh, self._draw, jax.random.key(self.seed), self._codebook)
+
+    @functools.cached_property
+    def shardings(self) -> TrainState:
+        """Where every array of the state lies."""
+        return jax.tree.map(lambda x: x.sharding, self.abstract_state())
+
+    def init(self, rng: jax.Array) -> TrainState:
+        """The state before the first step, drawn on the devices where it lives, with the tokenizer's codebook."""
+        return jax.jit(self._draw, out_shardings=self.shardings)(rng, self._codebook)
+
+    # --- one update ---
+
+    def phase(self, step: int) -> None:
+        """Every step has the same program."""
+
+    @property
+    def frozen(self) -> Any:
+        """Variables that `update` reads and does not train: the tokenizer's."""
+        return self.tokenizer_variables
+
+    def step(self, state: TrainState, batch: Mapping[str, jax.Array], phase: None = None):
+        """One jitted update, which donates the state."""
+        return self._step(state, batch, self.frozen)
+
+    @functools.cached_property
+    def _step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+        out_shardings = (self.shardings, sharding.replicated(self.mesh))
+        return jax.jit(self.update, donate_argnums=0, out_shardings=out_shardings)
+
+    def update(
+        self, state: TrainState, batch: Mapping[str, jax.Array], frozen: Any, phase: None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update of the transformer.
+
+        Args:
+          state: see `TrainState`.
+          batch: "image" (B, H, W, C), or "latents" (B, H', W', C'); "cond" (B, U) where the model takes a condition.
+          frozen: the tokenizer's variables.
+          phase: None.
+
+        Returns:
+          The next state and the step's metrics, all scalars but "code_loss" (D,).
+        """
+        rngs = state.rng_of_step("codes", "dropout", "cond")
+        compute = functools.partial(self._loss_and_grads, model_state=state.model_state, frozen=frozen)
+        means, grads = accumulate_gradients(compute, state.params, batch, self.optimizer.accumulation_steps, rngs)
+        state, update = apply_gradients(state, self.optimizer, grads, means["loss"], state.model_state, self.ema_decay)
+        return state, {**means, **update}
+
+    def _loss_and_grads(self, params, batch, rngs, model_state, frozen):
+        codebook = _as_codebook(frozen["codebook"]["codebook_KE"])
+        latents = batch.get("latents")
+        if latents is None:
+            latents = frozen_codes.encode(self.tokenizer.model, frozen, batch["image"])
+        codes, residuals = jax.lax.stop_gradient(self.losses.draw(latents, self.model, codebook, rngs["codes"]))
+        cond, dropped = batch.get("cond"), None
+        if self.losses.cond_dropout:
+            dropped = jax.random.bernoulli(rngs["cond"], self.losses.cond_dropout, (cond.shape[0], 1))
+            cond = jnp.where(dropped, self.model.cond_vocab_size, cond)
+
+        def objective(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+            variables = {"params": params, **model_state}
+            rng_spatial, rng_depth = jax.random.split(rngs["dropout"])
+            apply = functools.partial(self.model.apply, variables, train=True)
+            context, cond_logits, _ = apply(codes, cond, rngs={"dropout": rng_spatial}, method="spatial")
+            hidden, _ = apply(context, codes, rngs={"dropout": rng_depth}, method="depth")
+            nats_BD = self.losses.code_nats(self.model, variables, hidden, codes, residuals, codebook)
+            terms = self.losses.terms(nats_BD, batch.get("cond"), cond_logits, dropped)
+            total = sum(weight * value.mean() for weight, value in terms.values())
+            return total, {name: value for name, (_, value) in terms.items()}
+
+        (total, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return {"loss": total, **parts}, grads
+
+    def summarize(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Logged scalars from the means of the step's metrics."""
+        scalars = {name: float(value) for name, value in means.items() if name != "code_loss"}
+        return scalars | {f"code_loss/depth{d}": float(x) for d, x in enumerate(means["code_loss"], start=1)}
+
+    # --- evaluation ---
+
+    @functools.cached_property
+    def _measure(self) -> Callable[..., Any]:
+        return likelihood.make_measure(self.model, self.tokenizer.model, self.mesh)
+
+    @functools.cached_property
+    def _decode(self) -> Callable[..., jax.Array]:
+        decode = functools.partial(self.tokenizer.model.apply, method="decode_codes")
+        return jax.jit(decode, out_shardings=sharding.replicated(self.mesh))
+
+    def evaluate(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[Any, None]:
+        """Sums over a batch of the nats by depth of its nearest codes."""
+        return self._measure(state.ema_variables, self.tokenizer_variables, batch)
+
+    def report(self, state: TrainState, sums: Any, shown: None) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Nats of the nearest codes by depth, bits per image, and a grid of samples."""
+        h, w, D = self.model.code_shape
+        nats_D = np.asarray(sums["nats"]) / float(sums["count"])
+        scalars = {"validation_loss": float(nats_D.mean())}
+        scalars["bits_per_image"] = float(nats_D.sum() * h * w / math.log(2))
+        for d in range(D):
+            scalars[f"validation_nats/depth{d + 1}"] = float(nats_D[d])
+            if self.unigram_nats_D is not None:
+                scalars[f"unigram_nats/depth{d + 1}"] = float(self.unigram_nats_D[d])
+        codes = sampling.generate(
+            self.model, state.ema_variables, jax.random.key(self.seed), NUM_SHOWN, self.shown_cond, **self.sample
+        )
+        images = np.asarray(self._decode(self.tokenizer_variables, codes))
+        return scalars, {"samples": grids.grid(images, columns=9, scale=max(1, 64 // images.shape[1]))}
+
+    # --- what the log says of a run ---
+
+    @property
+    def flops_per_image(self) -> float:
+        """Of the model, forward and backward."""
+        return sum(transformer_flops(self.model, train=True).values())
+
+    @property
+    def curves(self) -> Sequence[str]:
+        """Metrics to plot at the end of a run."""
+        return ["loss", "validation_loss"]
+
+
+def _as_codebook(value: Any) -> quantize.Codebook:
+    return tuple(value) if isinstance(value, (tuple, list)) else value
+
+
+def fill_from_tokenizer(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The stage-2 config with what the tokenizer decides in `model` and `data`; what is set by hand must agree.
+
+    Raises:
+      ValueError: naming the setting, its value and the tokenizer's.
+    """
+    tokenizer, model = tokenizer_config["model"], dict(config["model"])
+    for name in ("codebook_size", "code_shape", "code_dim"):
+        decided, given = (_as_tuple(settings[name]) for settings in (tokenizer, model))
+        if given is not None and given != decided:
+            raise ValueError(f"model.{name}: {given} differs from the tokenizer's {decided}; leave it unset")
+        model[name] = decided
+    model["use_shared_codebook"] = tokenizer["use_shared_codebook"]
+    data = {**config["data"], "image_size": tokenizer["image_size"], "channels": tokenizer["in_channels"]}
+    return {**config, "model": model, "data": data}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def check_condition(model: Any, dataset: Dataset, data: Mapping[str, Any]) -> None:
+    """The data set has the condition that the model takes.
+
+    Raises:
+      ValueError: naming both sides.
+    """
+    label_key, text_key = data["label_key"], data["text_key"]
+    V, U = model.cond_vocab_size, model.cond_length
+    if not model.is_conditional:
+        if label_key or text_key:
+            raise ValueError(
+                f"data.label_key {label_key}, data.text_key {text_key}: an unconditional model "
+                "(model.cond_vocab_size 1) reads neither; leave them unset"
+            )
+    elif text_key:
+        if dataset.vocab_size > V or dataset.text_length != U:
+            raise ValueError(
+                f"model.cond_vocab_size {V} and cond_length {U} do not fit captions of {dataset.text_length} tokens "
+                f"out of {dataset.vocab_size}; set them to these"
+            )
+    elif not label_key:
+        raise ValueError(f"data.label_key: unset, but the model takes one of {V} conditions; set it or data.text_key")
+    elif dataset.num_classes != V or U != 1:
+        raise ValueError(
+            f"model.cond_vocab_size {V} and cond_length {U} do not fit the {dataset.num_classes} classes of "
+            f"'{label_key}'; set them to {dataset.num_classes} and 1"
+        )
+
+
+def shown_conditions(model: Any, dataset: Dataset) -> np.ndarray | None:
+    """Conditions of the sample grid (36, U): all classes in turn, or the first captions of the training set."""
+    if not model.is_conditional:
+        return None
+    if model.cond_length > 1:
+        return dataset.examples(np.arange(NUM_SHOWN) % dataset.num_examples)["cond"]
+    return (np.arange(NUM_SHOWN) % model.cond_vocab_size)[:, None]
