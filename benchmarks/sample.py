@@ -73,7 +73,7 @@ def groups(args: argparse.Namespace) -> list[list[Config]]:
     settings = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p", "protocol")}
     decode, dtypes, found = args.decode or args.protocol is not None, args.dtype or default_dtypes(), []
     axes = args.model, code_shapes(args), args.codebook_size or [None], dtypes, args.weights or [None], args.batch
-    for model, shape, codebook_size, dtype, at_rest, batch in itertools.product(*axes):
+    for model, shape, codebook_size, dtype, stored, batch in itertools.product(*axes):
         batches = -(-PAPER_IMAGES // batch) if args.protocol else args.batches or (2 if decode else 1)
         group = []
         for flag, wanted in (("--code_shape", shape), *(("--against", other) for other in args.against)):
@@ -81,7 +81,7 @@ def groups(args: argparse.Namespace) -> list[list[Config]]:
             tokenizer = tokenizer_preset(args, code_shape, decode, flag)
             config = {
                 "model": model, "code_shape": code_shape, "codebook_size": K, "dtype": dtype,
-                "weights": at_rest or dtype, **settings, "decode": decode, "tokenizer": tokenizer,
+                "weights": stored or dtype, **settings, "decode": decode, "tokenizer": tokenizer,
                 "batches": batches, "batch": batch,
             }  # fmt: skip
             make_transformer(config)  # raises where settings do not fit, before anything compiles
@@ -146,7 +146,7 @@ def make_tokenizer(config: Config, dtype: str | None = None) -> Any:
 @functools.lru_cache(maxsize=2)  # a sweep over batches draws them once, also where two shapes take turns
 def draw_variables(model: Any, dtype: str) -> Any:
     """Random variables as sampling keeps them, with weights at rest in this dtype."""
-    return jax.jit(model.at_rest, static_argnums=1)(weights.draw(models.abstract_variables(model)), dtype)
+    return jax.jit(model.for_inference, static_argnums=1)(weights.draw(models.abstract_variables(model)), dtype)
 
 
 def compile_sampler(config: Config, model: Any) -> timing.Compiled:

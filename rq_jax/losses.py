@@ -7,6 +7,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from rq_jax.settings import checks
+
+RECONSTRUCTION_LOSSES = ("mse", "l1")
+DISCRIMINATOR_LOSSES = ("hinge", "vanilla")
+GENERATOR_LOSSES = ("vanilla",)
 CHUNK_ELEMENTS = 2**24  # of logits at a time on each device: 64 MB, and twice that for soft labels and gradients
 
 
@@ -16,12 +21,9 @@ def reconstruction_loss(images: jax.Array, reconstruction: jax.Array, kind: str 
     Raises:
       ValueError: another kind.
     """
+    checks.one_of("loss.reconstruction", kind, RECONSTRUCTION_LOSSES)
     difference = images.astype(jnp.float32) - reconstruction.astype(jnp.float32)
-    if kind == "mse":
-        return jnp.mean(difference**2)
-    if kind == "l1":
-        return jnp.mean(jnp.abs(difference))
-    raise ValueError(f"loss.reconstruction: '{kind}' is unknown; allowed are 'mse' and 'l1'")
+    return jnp.mean(difference**2 if kind == "mse" else jnp.abs(difference))
 
 
 def commitment_loss(latents: jax.Array, partial_sums: jax.Array) -> jax.Array:
@@ -60,41 +62,33 @@ def soft_cross_entropy(logits: jax.Array, soft_codes: jax.Array) -> jax.Array:
     return -jnp.sum(soft_codes * log_probabilities, axis=-1)
 
 
-DISCRIMINATOR_LOSSES = ("hinge", "vanilla")
-GENERATOR_LOSSES = ("vanilla",)
-
-
-def discriminator_loss(logits_real: jax.Array, logits_fake: jax.Array, kind: str = "hinge") -> jax.Array:
-    """How badly a discriminator tells real pictures from made ones: half the sum of two means.
-
-    "hinge" is relu(1 - real) and relu(1 + fake), "vanilla" the cross-entropy softplus(-real) and softplus(fake).
+def discriminator_loss_real(logits: jax.Array, kind: str = "hinge") -> jax.Array:
+    """Half of the discriminator's loss that real images add: the mean of relu(1 - logit) or softplus(-logit) over 2.
 
     Args:
-      logits_real, logits_fake: of any shape, high where a picture looks real.
-      kind: of `DISCRIMINATOR_LOSSES`.
+      logits: of any shape, high where an image looks real.
+      kind: "hinge", or "vanilla", the cross-entropy.
 
     Raises:
       ValueError: another kind.
     """
-    return discriminator_loss_real(logits_real, kind) + discriminator_loss_fake(logits_fake, kind)
-
-
-def discriminator_loss_real(logits: jax.Array, kind: str = "hinge") -> jax.Array:
-    """The half of `discriminator_loss` that real pictures add, its factor 1/2 included."""
     return discriminator_loss_fake(-logits, kind)
 
 
 def discriminator_loss_fake(logits: jax.Array, kind: str = "hinge") -> jax.Array:
-    """The half of `discriminator_loss` that made pictures add, its factor 1/2 included."""
+    """Half of the discriminator's loss that reconstructions add: the mean of relu(1 + logit) or softplus(logit) over 2.
+
+    Arguments as `discriminator_loss_real`.
+    """
     check_adversarial_losses(kind)
     logits = logits.astype(jnp.float32)
     return 0.5 * jnp.mean(jax.nn.relu(1 + logits) if kind == "hinge" else jax.nn.softplus(logits))
 
 
 def generator_loss(logits: jax.Array, kind: str = "vanilla") -> jax.Array:
-    """What the autoencoder minimises to look real: "vanilla" is minus the mean logit of its pictures.
+    """Loss of the autoencoder against the discriminator: "vanilla" is minus the mean logit of its reconstructions.
 
-    As rq-vae-transformer:vanilla_g_loss, which has this one kind.
+    As kakaobrain/rq-vae-transformer:vanilla_g_loss, the only kind there.
 
     Raises:
       ValueError: another kind.
@@ -104,13 +98,13 @@ def generator_loss(logits: jax.Array, kind: str = "vanilla") -> jax.Array:
 
 
 def check_adversarial_losses(discriminator_loss: str = "hinge", generator_loss: str = "vanilla") -> None:
-    """Refuse a kind of loss that there is not, with one line."""
-    for name, kind, allowed in (
-        ("discriminator_loss", discriminator_loss, DISCRIMINATOR_LOSSES),
-        ("generator_loss", generator_loss, GENERATOR_LOSSES),
-    ):
-        if kind not in allowed:
-            raise ValueError(f"loss.{name}: '{kind}' is unknown; allowed: {', '.join(allowed)}")
+    """Check the kinds of both adversarial losses.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    checks.one_of("loss.discriminator_loss", discriminator_loss, DISCRIMINATOR_LOSSES)
+    checks.one_of("loss.generator_loss", generator_loss, GENERATOR_LOSSES)
 
 
 def adaptive_weight(reconstruction_grad: jax.Array, generator_grad: jax.Array, limit: float = 1e4) -> jax.Array:
@@ -136,7 +130,7 @@ def cross_entropy_by_depth(
     residuals: jax.Array | None = None,
     soft_labels: Callable[[jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
-    """Cross-entropy in nats of each picture at each depth (B, D), mean over positions.
+    """Cross-entropy in nats of each image at each depth (B, D), mean over positions.
 
     Logits and soft labels over all K codes are rebuilt chunk by chunk, in the backward pass too.
 

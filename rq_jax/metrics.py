@@ -6,14 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Side of the Gaussian window of `ssim`: the smallest picture that it can measure.
+from rq_jax.settings import checks
+
+# Side of the Gaussian window of `ssim`: the smallest image it can measure.
 SSIM_WINDOW = 11
 
 
 def psnr(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB of each picture, (..., H, W, C) in [-1, 1] to (...).
+    """Peak signal-to-noise ratio in dB of each image, (..., H, W, C) in [-1, 1] to (...).
 
-    The reconstruction is clipped to [-1, 1], as it is when it is shown; identical pictures give 100 dB.
+    The reconstruction is clipped to [-1, 1], as it is for display; identical images give 100 dB.
     """
     difference = images - jnp.clip(reconstruction, -1.0, 1.0)
     mse = jnp.mean(difference.astype(jnp.float32) ** 2, axis=(-3, -2, -1))
@@ -21,15 +23,15 @@ def psnr(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
 
 
 def ssim(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
-    """Mean structural similarity of each picture, (..., H, W, C) in [-1, 1] to (...): 1 for equal ones, at least -1.
+    """Mean structural similarity of each image, (..., H, W, C) in [-1, 1] to (...): 1 for equal ones, at least -1.
 
     As Wang et al., IEEE TIP 2004: Gaussian window of 11x11 with sigma 1.5, K1 = 0.01, K2 = 0.03, wherever the whole
-    window lies inside the picture; each channel by itself, large pictures without scaling them down. Black counts as 0,
-    as in the paper, so that this is the figure of the same pictures in 0..255. The reconstruction is clipped as in
+    window lies inside the image; each channel by itself, large images without scaling them down. Black counts as 0,
+    as in the paper, so that this is the figure of the same images in 0..255. The reconstruction is clipped as in
     `psnr`.
 
     Raises:
-      ValueError: pictures smaller than the window.
+      ValueError: images smaller than the window.
     """
     H, W = images.shape[-3:-1]
     if min(H, W) < SSIM_WINDOW:
@@ -57,10 +59,10 @@ def ssim(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
 
 
 def laplacian_energy(images: jax.Array) -> jax.Array:
-    """Mean squared Laplacian of each picture, (..., H, W, C) to (...): the energy of its finest detail.
+    """Mean squared Laplacian of each image, (..., H, W, C) to (...): the energy of its finest detail.
 
     The ratio of a reconstruction's to its original's tells how sharp it is: below 1 where detail is lost, which a
-    squared error hardly sees. The picture is clipped to [-1, 1]; its outermost pixels only serve as neighbours.
+    squared error hardly sees. The image is clipped to [-1, 1]; its outermost pixels only serve as neighbours.
     """
     x = jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
     inner = x[..., 1:-1, 1:-1, :]
@@ -73,11 +75,6 @@ def code_counts(codes: jax.Array, codebook_size: int) -> jax.Array:
     D = codes.shape[-1]
     flat_ND = codes.reshape(-1, D)
     return jnp.zeros((D, codebook_size)).at[jnp.arange(D), flat_ND].add(1.0)
-
-
-def code_usage(counts: jax.Array) -> jax.Array:
-    """Share in [0, 1] of the codes that occur at all, counts (..., K) to (...)."""
-    return jnp.mean(counts > 0, axis=-1)
 
 
 def overall_code_usage(counts_DK: np.ndarray, sizes: Sequence[int], shared: bool) -> float:
@@ -131,11 +128,11 @@ def kernel_distances(
 
     Args:
       x_NA, y_NA: features, (N, A) and (N', A).
-      subset_size: pictures of either side, drawn without replacement; at least 2, at most the smaller set.
+      subset_size: images of either side, drawn without replacement; at least 2, at most the smaller set.
       num_subsets: at least 1.
       seed: of the subsets.
-      paired: the n-th of either set are of one picture, as with reconstructions. The estimate is unbiased for sets that
-        know nothing of one another: the two subsets then have no picture in common.
+      paired: the n-th of either set are of one image, as with reconstructions. The estimate is unbiased for
+        independent sets only: the two subsets of a pair then have no image in common.
 
     Returns:
       (num_subsets,).
@@ -149,11 +146,9 @@ def kernel_distances(
     if paired and len(x_NA) != len(y_NA):
         raise ValueError(f"features: {len(x_NA)} and {len(y_NA)} are no pairs")
     largest = min(len(x_NA), len(y_NA)) // (2 if paired else 1)
-    if not 2 <= subset_size <= largest:
-        of = "half of the pairs" if paired else "the size of the smaller set"
-        raise ValueError(f"subset_size: {subset_size} is outside 2..{largest}, {of}")
-    if num_subsets < 1:
-        raise ValueError(f"num_subsets: {num_subsets} must be at least 1")
+    of = "half of the pairs" if paired else "the size of the smaller set"
+    checks.in_range("subset_size", subset_size, 2, largest, of)
+    checks.at_least("num_subsets", num_subsets, 1)
     rng, n = np.random.default_rng(seed), subset_size
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import helpers
@@ -21,7 +20,6 @@ from rq_jax.data import make_dataset
 from rq_jax.data.text import train_tokenizer
 from rq_jax.report import grids
 
-ROOT = Path(evaluate.__file__).parent
 D, K = helpers.CODE_SHAPE[-1], helpers.CODEBOOK_SIZE
 
 
@@ -55,16 +53,23 @@ def record(root):
     return evaluated(root, "first", "second", no_perceptual=True)
 
 
+@pytest.fixture(scope="module")
+def training_record(root):
+    """Twenty images in batches of eight, one a device: what fills the third batch counts for nothing."""
+    return evaluated(root, "first", "second", out="training", split="train", no_perceptual=True)
+
+
 @pytest.mark.parametrize("name", ["first", "second"])
-def test_figures_are_means_over_the_pictures_that_are_there(root, record, name):
-    """Five held-out pictures in batches of four: what fills the second batch counts for nothing."""
+@pytest.mark.parametrize("split", ["validation", "train"])
+def test_figures_are_means_over_the_images_that_are_there(root, record, training_record, split, name):
+    record = {"validation": record, "train": training_record}[split]
     loaded = checkpoint.load_tokenizer(root / name)
     apply = jax.jit(lambda method, x: loaded.model.apply(loaded.variables, x, method=method), static_argnums=0)
-    data = make_dataset(name="folder", data_dir=str(root / "pictures"), split="validation", train=False, image_size=16, batch_size=5)  # fmt: skip
-    images = jnp.asarray(next(iter(data.iterator()))["image"])
+    data = make_dataset(name="folder", data_dir=str(root / "pictures"), split=split, train=False, image_size=16, batch_size=20)  # fmt: skip
+    images = jnp.asarray(next(iter(data.iterator()))["image"])[: data.num_examples]
     by_depth, codes = apply("reconstruct_by_depth", images), np.asarray(apply("encode_to_codes", images))
     found = record["results"][str(root / name)]
-    assert found["images"] == 5
+    assert found["images"] == len(images) == {"validation": 5, "train": 20}[split]
     np.testing.assert_allclose(found["psnr"], np.mean(metrics.psnr(images, by_depth), axis=-1), rtol=1e-4)
     np.testing.assert_allclose(found["ssim"], np.mean(metrics.ssim(images, by_depth), axis=-1), rtol=1e-3)
     detail = np.mean(metrics.laplacian_energy(by_depth), axis=-1) / np.mean(metrics.laplacian_energy(images))
@@ -123,7 +128,7 @@ def test_perceptual_distance(root, record):
     ("names", "settings", "message"),
     [
         (["first"], {"batch_size": 0}, "--batch_size: 0 must be at least 1"),
-        (["first", "wide"], {}, "pictures of several shapes .*compare tokenizers of one shape"),
+        (["first", "wide"], {}, "images of several shapes .*compare tokenizers of one shape"),
         (["nowhere"], {}, "nowhere"),
         (["first"], {"data_dir": "/nowhere"}, "/nowhere"),
         (["first"], {"split": "tset"}, "tset"),
@@ -246,15 +251,15 @@ def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"samples": "nowhere"}, "^--samples: '.*nowhere' holds no pictures; give the --out of sample.py$"),
+        ({"samples": "nowhere"}, "^--samples: '.*nowhere' holds no images; give the --out of sample.py$"),
         ({"subset_size": 1}, "^--subset_size: 1 is outside 2..5, the size of the smallest set$"),
         ({"subset_size": 99}, "^--subset_size: 99 is outside 2..5, the size of the smallest set$"),
         (
             {"subset_size": 3, "checkpoint": "first"},
-            "^--subset_size: 3 is outside 2..2, half of the pictures that are on both sides$",
+            "^--subset_size: 3 is outside 2..2, half of the images that are on both sides$",
         ),
         ({"num_subsets": 0}, "^--num_subsets: 0 must be at least 1$"),
-        ({"checkpoint": "wide"}, r"^--samples: pictures of several shapes .*\(16, 16, 3\)\}; compare one shape$"),
+        ({"checkpoint": "wide"}, r"^--samples: images of several shapes .*\(16, 16, 3\)\}; compare one shape$"),
         ({"data_name": ""}, "^--data_name: unset, and '.*samples' names no data set; give one$"),
     ],
 )
@@ -271,25 +276,33 @@ def test_samples_of_several_shapes_are_refused(sampled, tmp_path):
     for side in (8, 16):
         grids.save_png(tmp_path / f"{side}.png", np.zeros((side, side, 3), np.uint8))
     with pytest.raises(
-        ValueError, match=r"^--samples: .* holds pictures of several shapes \[\(8, 8, 3\), \(16, 16, 3\)\]; give"
+        ValueError, match=r"^--samples: .* holds images of several shapes \[\(8, 8, 3\), \(16, 16, 3\)\]; give"
     ):
         evaluated(sampled, samples=tmp_path, out="refused", data_name="folder", data_dir=sampled / "pictures")
 
 
 def test_mistakes_are_found_before_anything_is_measured(root, monkeypatch):
-    monkeypatch.setattr(evaluate, "measure", None)
+    monkeypatch.setattr(evaluate, "measure_tokenizers", None)
     for settings in ({"likelihood": root / "nowhere"}, {"features": root / "nowhere", "kernel_distance": "full"}):
         with pytest.raises((ValueError, OSError), match="nowhere"):
             evaluated(root, "first", out="refused", **settings)
 
 
 @pytest.mark.parametrize("argv", [["--out=x"], ["--checkpoint=/nowhere", "--out=x", "--bath_size=3"]])
-def test_command_line_errors_are_one_line(argv, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "evaluate.py"), *argv], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
+def test_command_line_errors_are_one_line(monkeypatch, capsys, argv):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_the_script_ends_with_one_line(tmp_path):
+    command = [sys.executable, evaluate.__file__, "--checkpoint=/nowhere", "--out=x"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "nowhere" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
 # --- likelihood -------------------------------------------------------------------------------------------------------

@@ -16,13 +16,14 @@ REPOSITORY = helpers.ROOT
 # Folders and loose modules of the package, from the ground up. A room imports rooms below its own floor and, above the
 # ground, rooms of its own floor, as long as nothing goes in a circle.
 FLOORS = (
-    {"files", "grains", "losses", "metrics", "nn", "quantize", "settings"},
+    {"settings"},
+    {"files", "grains", "losses", "metrics", "nn", "quantize"},
     {"models", "sampling"},
     {"checkpoint", "data", "devices", "interop", "pretrained", "report"},
     {"evaluation", "training"},
     {"recipes"},
 )
-GROUND = FLOORS[0]
+GROUND = FLOORS[1]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # They load where only jax, flax, optax, einops and numpy are installed.
 PURE = {"grains", "losses", "metrics", "models", "nn", "quantize", "sampling", "settings"}

@@ -29,9 +29,8 @@ def test_code_counts():
     assert metrics.code_counts(codes, 4).tolist() == [[3, 0, 1, 0], [0, 1, 0, 3]]
 
 
-def test_code_usage_and_perplexity():
+def test_code_perplexity():
     counts = jnp.array([[5.0, 5, 5, 5], [8, 0, 0, 0], [3, 3, 0, 0], [0, 0, 0, 0]])
-    assert metrics.code_usage(counts).tolist() == [1.0, 0.25, 0.5, 0.0]
     np.testing.assert_allclose(metrics.code_perplexity(counts), [4, 1, 2, 1], rtol=1e-6)
     uneven = np.array([0.5, 0.3, 0.2])
     np.testing.assert_allclose(

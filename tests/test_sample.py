@@ -103,7 +103,7 @@ def test_neighbours_of_a_model_without_a_data_set_are_refused_before_anything_is
     config.pop("data")
     checkpoint.write_config(converted, config)
     models_by_kind = dataclasses.replace(trained, stage2={"unconditional": converted})
-    with pytest.raises(ValueError, match="^--neighbours: 2 needs the training pictures, this model names none"):
+    with pytest.raises(ValueError, match="^--neighbours: 2 needs the training images, this model names none"):
         draw(models_by_kind, tmp_path / "out", "--neighbours=2")
     assert not (tmp_path / "out").exists()
 
@@ -352,7 +352,7 @@ REFUSED = {
     "classes of none": ("unconditional", ["--classes=1"], "--classes: 1 is for a class-conditional model, this one is unc"),
     "classes of text": ("text", ["--classes=1"], "--classes: 1 is for a class-conditional model, this one is text"),
     "prompt of classes": ("class", ["--prompt=bee"], r"--prompt: \['bee'\] is for a text-conditional model, this one is class"),
-    "no prompt": ("text", [], "--prompt: missing, this model draws pictures of a text"),
+    "no prompt": ("text", [], "--prompt: missing, this model draws images of a text"),
     "class number": ("class", ["--classes=1,5"], "--classes: '5' is no class; allowed are 0..4 and ape, bee, cat, dog, elk"),
     "class name": ("class", ["--classes=fox"], "--classes: 'fox' is no class"),
     "negative class": ("class", ["--classes=-1"], "--classes: '-1' is no class"),
@@ -389,7 +389,7 @@ def test_bad_arguments_are_refused_in_one_line(trained, tmp_path, nothing_compil
         ({"tokens": np.zeros((2, h, w, D), int)}, 2, "--prefix: '.*' has no array 'codes'"),
         ({"codes": np.zeros((2, h * w, D), int)}, 2, r"--prefix: codes of shape \(2, 8, 3\) are not \(n, h, w, D\)"),
         ({"codes": np.zeros((2, h, w, D), int)}, 9, "--prefix_positions: 9 is more than the 8 positions of the codes"),
-        ({"codes": np.full((2, h, w, D), K)}, 2, r"prefix: code 13 is outside \[0, 13\), the codebook of depth 0"),
+        ({"codes": np.full((2, h, w, D), K)}, 2, r"prefix: 13 at depth 0 is outside \[0, 13\)"),
         ({"codes": np.zeros((2, h, w, D + 1), int)}, 2, r"prefix: shape \(36, 2, 4\) does not fit"),
     ],
 )
@@ -422,7 +422,7 @@ def test_command_line_ends_with_one_line(tmp_path):
 
 
 def test_a_flag_of_the_wrong_type_is_one_line():
-    with pytest.raises(ValueError, match="^argument --top_k: invalid parse value: 'x'$"):
+    with pytest.raises(ValueError, match="^--top_k: invalid number value: 'x'$"):
         sample.parse_args(["--out=gone", "--top_k=x"])
     with pytest.raises(ValueError, match="^the following arguments are required: --out$"):
         sample.parse_args([])

@@ -2,15 +2,19 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rq_jax.checkpoint import LoadedModel, load_model
 from rq_jax.devices import sharding
-from rq_jax.evaluation.protocol import cond_of
+from rq_jax.evaluation.accumulate import accumulate, counted
+from rq_jax.evaluation.protocol import CONDITION_SETTINGS, EvaluationData, cond_of, image_settings, trained_on
 from rq_jax.losses import cross_entropy_by_depth
+from rq_jax.report.progress import Progress
 
 
 def code_nats(model: Any, variables: Any, codes: jax.Array, cond: jax.Array | None) -> jax.Array:
@@ -60,3 +64,48 @@ def make_measure(
         return sum_nats(variables, tokenizer_variables, sharding.put_batch(mesh, used)), None
 
     return measure
+
+
+def load_transformer(
+    directory: str, step: int | None = None, ema: bool = True, name: str | None = None, data_dir: str | None = None
+) -> tuple[LoadedModel, dict[str, Any]]:
+    """Loads a transformer and the settings of its images and conditions.
+
+    Args:
+      directory, step, ema: as for `checkpoint.load_model`.
+      name, data_dir: of another data set, see `protocol.image_settings`.
+
+    Raises:
+      ValueError: no tokenizer comes with the model, or no data set is named.
+      FileNotFoundError: no such directory or checkpoint.
+    """
+    loaded = load_model(directory, step, ema)
+    if loaded.tokenizer is None:
+        raise ValueError(f"--likelihood: '{directory}' carries no tokenizer; give the directory of a stage-2 run")
+    tokenizer = loaded.tokenizer.model
+    settings = image_settings(loaded.config, (*tokenizer.image_shape, tokenizer.in_channels), directory, name, data_dir)
+    settings |= trained_on(loaded.config, CONDITION_SETTINGS)
+    if "text_key" in settings:
+        settings["text_tokenizer"] = str(Path(directory) / "text_tokenizer.json")
+    return loaded, settings
+
+
+def measure_likelihood(
+    loaded: LoadedModel, data: EvaluationData, split: str, mesh: jax.sharding.Mesh
+) -> dict[str, Any]:
+    """Nats per code of the images of a split, by depth and their mean, as JSON holds them.
+
+    Args:
+      loaded: a transformer with its tokenizer.
+      data: images and conditions.
+      split: a name that `data.open` takes.
+      mesh: of the devices that share a batch.
+    """
+    measure = make_measure(loaded.model, loaded.tokenizer.model, mesh)
+    variables = jax.device_put((loaded.variables, loaded.tokenizer.variables), sharding.replicated(mesh))
+    dataset = data.open(split)
+    with Progress(dataset.num_examples, unit="image", title=f"likelihood of {split}") as progress:
+        sums, _ = accumulate(functools.partial(measure, *variables), counted(dataset.iterator(), progress))
+    count = int(sums["count"])
+    nats = [float(value) / count for value in sums["nats"]]
+    return {"images": count, "nats": nats, "mean": float(np.mean(nats))}

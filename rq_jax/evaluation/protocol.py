@@ -4,6 +4,7 @@ import dataclasses
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,17 @@ class EvaluationData:
         return self.open("train")
 
 
+def even_batch_size(batch_size: int, mesh: jax.sharding.Mesh) -> int:
+    """The smallest batch size, `batch_size` or above, that all devices of a mesh share evenly."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
+def trained_on(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Of the data set that a model was trained on, those of the named settings that are set."""
+    data = config.get("data") or {}
+    return {name: data[name] for name in names if data.get(name) is not None}
+
+
 def image_settings(
     config: dict[str, Any] | None,
     image_shape: tuple[int, int, int],
@@ -66,8 +78,7 @@ def image_settings(
     Raises:
       ValueError: no data set is named.
     """
-    trained_on = (config or {}).get("data") or {}
-    data = {key: trained_on[key] for key in IMAGE_SETTINGS if trained_on.get(key) is not None}
+    data = trained_on(config or {}, IMAGE_SETTINGS)
     if name:
         data = {"name": name, "eval_transform": data.get("eval_transform", "resize_center_crop")}
     if data_dir:

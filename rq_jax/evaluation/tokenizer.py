@@ -1,7 +1,8 @@
 """Figures of a tokenizer: fidelity of its reconstructions and use of its codes."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,8 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import losses, metrics
+from rq_jax.checkpoint import LoadedModel, fingerprint
 from rq_jax.devices import sharding
+from rq_jax.evaluation.accumulate import accumulate, counted
+from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.pretrained.vgg_lpips import Perceptual
+from rq_jax.report.progress import Progress
+
+# What the figures of `measure_tokenizer` are.
+PROTOCOL = "clipped to [-1, 1]; lists are by code depth 1..D; means over pictures; sharpness: a ratio of two"
+NUM_SHOWN = 8
 
 Measure = Callable[[Any, dict[str, np.ndarray]], tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]]
 
@@ -93,3 +102,91 @@ def _count_codes(model: Any, codes: jax.Array, mask: jax.Array) -> jax.Array:
     K = int(np.max(model.codebook_size))
     counted = jnp.where(mask[:, None, None, None], codes, K)  # code K takes those of the images that only fill up
     return metrics.code_counts(counted, K + 1)[:, :K]
+
+
+def measure_tokenizer(
+    loaded: LoadedModel,
+    data: EvaluationData,
+    mesh: jax.sharding.Mesh,
+    perceptual: Perceptual | None = None,
+    title: str = "",
+) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+    """Measures a tokenizer on the held-out images.
+
+    Args:
+      loaded: the tokenizer.
+      data: the images.
+      mesh: of the devices that share a batch.
+      perceptual: the distance to measure, with its variables where they are to be read.
+      title: of the progress bar.
+
+    Returns:
+      Its figures, as JSON holds them; the first held-out images (n, H, W, C); their reconstructions (D, n, H, W, C).
+    """
+    measure = make_measure(loaded.model, mesh, perceptual=perceptual, by_depth=True, num_shown=NUM_SHOWN)
+    variables = jax.device_put(loaded.variables, sharding.replicated(mesh))
+    dataset = data.held_out()
+
+    def measure_batch(batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
+        sums, shown = measure(variables, batch)
+        return sums, (*shown, batch["mask"][:NUM_SHOWN])
+
+    with Progress(dataset.num_examples, unit="image", title=title) as progress:
+        sums, shown = accumulate(measure_batch, counted(dataset.iterator(), progress))
+    images, reconstructions, is_real = map(np.asarray, shown)
+    figures = {**_summarize(loaded.model, sums), "fingerprint": fingerprint(loaded.variables)}
+    return figures, images[is_real], reconstructions[:, is_real]
+
+
+def _summarize(model: Any, sums: dict[str, jax.Array]) -> dict[str, Any]:
+    """Figures by code depth from the sums of a whole data set."""
+    sums = {name.split("/")[0]: np.asarray(value) for name, value in sums.items()}
+    count, counts_DK = int(sums.pop("count")), sums.pop("counts")
+    sharpness_D = sums.pop("detail") / sums.pop("detail_of_originals")
+    D = model.code_shape[-1]
+    sizes = np.broadcast_to(model.codebook_size, D)
+    return {
+        "images": count,
+        **{name: [float(value) / count for value in sums_D] for name, sums_D in sums.items()},
+        "sharpness": sharpness_D.tolist(),
+        "code_usage": [float(np.mean(counts_DK[d, : sizes[d]] > 0)) for d in range(D)],
+        "codes_used": metrics.overall_code_usage(counts_DK, sizes, model.use_shared_codebook),
+        "code_perplexity": [float(metrics.code_perplexity(counts_DK[d])) for d in range(D)],
+    }
+
+
+def compare_tokenizers(
+    tokenizers: Mapping[str, LoadedModel],
+    data: EvaluationData,
+    mesh: jax.sharding.Mesh,
+    perceptual: Perceptual | None = None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
+    """Measures tokenizers, by directory, on the same images.
+
+    Returns:
+      The figures of each, and the rows of a labelled grid: the first images over their reconstructions, by code depth
+      where there is one tokenizer, else from all codes.
+    """
+    results, rows = {}, {}
+    for directory, loaded in tokenizers.items():
+        figures, images, reconstructions = measure_tokenizer(loaded, data, mesh, perceptual, title=directory)
+        results[directory] = figures
+        if len(tokenizers) == 1:
+            rows = rows_by_depth(images, reconstructions, figures["psnr"])
+        else:
+            rows |= {"original": images, f"{Path(directory).name}: {figures['psnr'][-1]:.1f} dB": reconstructions[-1]}
+    return results, rows
+
+
+def rows_by_depth(images: np.ndarray, reconstructions: np.ndarray, psnr_D: Any) -> dict[str, np.ndarray]:
+    """Rows of a labelled grid: images over their reconstructions from the first 1, 2, ..., D codes.
+
+    Args:
+      images: (n, H, W, C).
+      reconstructions: (D, n, H, W, C).
+      psnr_D: in dB, for the labels.
+    """
+    rows = {"original": images}
+    for d, row in enumerate(reconstructions, start=1):
+        rows[f"depth {d}: {psnr_D[d - 1]:.1f} dB"] = row
+    return rows

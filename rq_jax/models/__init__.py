@@ -1,16 +1,16 @@
 """The networks, built by name: `create("rqvae" | "rqtransformer" | "discriminator", **settings)`."""
 
 import dataclasses
-from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 
 from rq_jax.models.discriminator import Discriminator
 from rq_jax.models.rqtransformer import RQTransformer
 from rq_jax.models.rqvae import RQVAE
+from rq_jax.settings import checks
+from rq_jax.settings.construct import construct
 
 MODELS = {"rqvae": RQVAE, "rqtransformer": RQTransformer, "discriminator": Discriminator}
 
@@ -28,18 +28,9 @@ def create(name: str, **settings: Any) -> nn.Module:
     Raises:
       ValueError: an unknown name or setting, a missing setting, or settings that do not fit together.
     """
-    if name not in MODELS:
-        raise ValueError(f"model name: '{name}' is unknown; allowed are {', '.join(sorted(MODELS))}")
-    fields = {f.name: f for f in dataclasses.fields(MODELS[name]) if f.name not in ("parent", "name")}
-    unknown = sorted(set(settings) - set(fields))
-    if unknown:
-        raise ValueError(f"model.{unknown[0]}: unknown setting of '{name}'; allowed are {', '.join(sorted(fields))}")
-    missing = [k for k, f in fields.items() if f.default is dataclasses.MISSING and settings.get(k) is None]
-    if missing:
-        raise ValueError(f"model.{missing[0]}: '{name}' needs it and it is not set")
-    for key, value in settings.items():
-        _check_type(key, value, fields[key].type)
-    model = MODELS[name](**{key: _hashable(value) for key, value in settings.items()})
+    checks.one_of("model name", name, MODELS)
+    section = "discriminator" if name == "discriminator" else "model"
+    model = construct(MODELS[name], section, settings, parent=None, name=None)  # the last two are Flax's own
     model.check()
     return model
 
@@ -59,25 +50,3 @@ def abstract_variables(model: nn.Module) -> dict[str, Any]:
 def init_variables(model: nn.Module, rng: jax.Array) -> dict[str, Any]:
     """Fresh variables of the model, drawn from one key."""
     return model.init(rng, *model.example_inputs())
-
-
-def _check_type(key: str, value: Any, annotation: Any) -> None:
-    """Refuse a value that the setting's annotation, such as `int | tuple[int, ...]`, does not allow."""
-    options = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
-    if not any(_fits(value, option) for option in options):
-        allowed = str(annotation).replace("<class '", "").replace("'>", "")
-        raise ValueError(f"model.{key}: {value!r} is no {allowed}")
-
-
-def _fits(value: Any, option: Any) -> bool:
-    if get_origin(option) is tuple:
-        kind = get_args(option)[0]
-        return isinstance(value, (list, tuple)) and all(_fits(item, kind) for item in value)
-    if option in (int, float):
-        number = (int, np.integer) if option is int else (int, float, np.integer, np.floating)
-        return isinstance(value, number) and not isinstance(value, bool)
-    return isinstance(value, option)
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(_hashable(item) for item in value) if isinstance(value, (list, tuple)) else value

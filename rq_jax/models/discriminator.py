@@ -6,15 +6,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Share of a batch's statistics in the running ones; the rest is what they were.
+from rq_jax.settings import checks
+
+# Weight of a batch's statistics in the running ones.
 MOMENTUM = 0.1
 
 
 class BatchNorm(nn.Module):
     """Normalisation of each channel over batch and space, with epsilon 1e-5; statistics are float32.
 
-    Under `jit` the batch is the global one. The running variance is that of the unbiased estimate, as torch keeps it
-    and `flax.linen.BatchNorm` does not.
+    Under `jit` the batch is the global one. The running variance averages the unbiased estimate, as torch does and
+    `flax.linen.BatchNorm` does not.
     """
 
     @nn.compact
@@ -26,6 +28,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, shape)
         x, mean, var = x.astype(jnp.float32), running_mean.value, running_var.value
         if train:
+            # Normalised by the biased variance, remembered as the unbiased one: both as torch.
             mean = x.mean(axes)
             var = jnp.mean((x - mean) ** 2, axes)
             count = x.size // x.shape[-1]
@@ -38,7 +41,7 @@ class BatchNorm(nn.Module):
 class ActNorm(nn.Module):
     """scale * (x + shift) for each channel, set from the first batch (Kingma and Dhariwal, NeurIPS 2018, section 3.1).
 
-    As rq-vae-transformer:ActNorm that batch's standard deviation is the unbiased one, and 1e-6 is added to it.
+    As kakaobrain/rq-vae-transformer:ActNorm, the standard deviation is the unbiased one, and 1e-6 is added to it.
     """
 
     @nn.compact
@@ -58,10 +61,12 @@ class ActNorm(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """PatchGAN: a logit for each patch of a picture, high where it looks real.
+    """PatchGAN: a logit for each patch of an image, high where it looks real.
 
     4x4 convolutions with zero padding of 1, each but the last followed by LeakyReLU 0.2: num_layers of stride 2, then
     two of stride 1; all but the first and the last are normalised. Two layers see patches of 34x34 pixels.
+
+    The config section is `discriminator`.
 
     Attributes:
       in_channels: C.
@@ -81,17 +86,17 @@ class Discriminator(nn.Module):
         """Logits (B, h, w, 1), float32, of images (B, H, W, C) in [-1, 1]; h = floor(H / 2^num_layers) - 2.
 
         Args:
-          images: real or made.
+          images: real or reconstructed.
           train: normalise by the statistics of this batch and update the running ones (`mutable=["batch_stats"]`).
             ActNorm is the same in both modes.
 
         Raises:
-          ValueError: pictures of other channels, or too small.
+          ValueError: images with other channels, or too small.
         """
         return self._score(images, train, initialize=False)
 
     def initialize(self, images: jax.Array) -> jax.Array:
-        """As `__call__`, but every ActNorm that is as drawn takes its values from these images on the way."""
+        """As `__call__`; on the way every ActNorm that is not yet initialised takes its values from these images."""
         return self._score(images, train=True, initialize=True)
 
     @nn.compact
@@ -128,14 +133,11 @@ class Discriminator(nn.Module):
         return 3 * 2**self.num_layers
 
     def _check_images(self, images: jax.Array) -> None:
-        if images.ndim != 4 or images.shape[-1] != self.in_channels:
-            raise ValueError(
-                f"images: shape {images.shape} does not fit this discriminator; it takes (B, H, W, {self.in_channels})"
-            )
+        checks.shape("images", images.shape, ("B", "H", "W", self.in_channels))
         H, W = images.shape[1:3]
         if min(H, W) < self._smallest_side:
             raise ValueError(
-                f"model.num_layers: {self.num_layers} leaves no patch of images of {H}x{W}; "
+                f"discriminator.num_layers: {self.num_layers} leaves no patch of images of {H}x{W}; "
                 f"set fewer, or give images of at least {self._smallest_side}x{self._smallest_side}"
             )
 
@@ -145,19 +147,21 @@ class Discriminator(nn.Module):
         return (jnp.zeros((batch, side, side, self.in_channels)),)
 
     def check(self) -> None:
-        """Refuse settings out of range, each with one line."""
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"model.dtype: '{self.dtype}' is unknown; allowed are 'float32' and 'bfloat16'")
+        """Check every setting.
+
+        Raises:
+          ValueError: a setting out of range.
+        """
+        checks.one_of("discriminator.dtype", self.dtype, ("float32", "bfloat16"))
         for name in ("in_channels", "width", "num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: {getattr(self, name)} must be at least 1")
+            checks.at_least(f"discriminator.{name}", getattr(self, name), 1)
 
 
 def initialize_actnorm(model: Discriminator, variables: dict[str, Any], images: jax.Array) -> dict[str, Any]:
-    """Variables whose ActNorm layers normalise the activations of `images`, layer after layer.
+    """Initialise the ActNorm layers one after the other, so that each normalises its activations of `images`.
 
-    Layers that have been set before stay as they are, and no forward pass is made once all are: it can stand in every
-    training step. Without ActNorm there is nothing to do. No gradient passes through the values that are set.
+    Layers that are initialised stay as they are, and once all are no forward pass runs: the call may stand in every
+    training step. Without ActNorm the variables come back unchanged. No gradient passes through the new values.
 
     Args:
       model: the discriminator.
@@ -171,7 +175,7 @@ def initialize_actnorm(model: Discriminator, variables: dict[str, Any], images: 
         return variables
     images = jax.lax.stop_gradient(images)
 
-    def initialize(variables):
+    def initialize(variables: dict[str, Any]) -> dict[str, Any]:
         _, updated = model.apply(variables, images, method="initialize", mutable=["params", "batch_stats"])
         return jax.lax.stop_gradient(updated)
 
@@ -180,9 +184,10 @@ def initialize_actnorm(model: Discriminator, variables: dict[str, Any], images: 
 
 
 def update_statistics_again(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """The running statistics after a second pass over the batch that took them from `before` to `after`.
+    """Running statistics after a second pass over the batch that took them from `before` to `after`.
 
-    Batch statistics do not depend on the running ones, so that no pass is needed.
+    Batch statistics do not depend on the running ones, so that arithmetic stands in for the pass: with momentum m and
+    batch statistic b, after = before + m (b - before), and a second step adds (1 - m) (after - before).
 
     Args:
       before, after: trees of running statistics, such as the collection "batch_stats" before and after a pass.

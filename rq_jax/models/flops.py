@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 BACKWARD = 2  # a backward pass is worth two forward passes: gradients of inputs and of weights
@@ -27,9 +26,9 @@ class Work:
 
 
 def transformer_flops(model: Any, train: bool = False) -> dict[str, float]:
-    """Operations for one picture, by part: "spatial", "depth", "classifier" and, for models of text, "condition".
+    """Operations for one image, by part: "spatial", "depth", "classifier" and, for models of text, "condition".
 
-    Each part has its embeddings; attention counts the pairs of a query and a key that it may see.
+    Each part includes its embeddings; causal attention counts the pairs of a query and a key it may see.
 
     Args:
       model: an `RQTransformer`, or whatever has its attributes.
@@ -62,20 +61,20 @@ def _pairs(tokens: int) -> int:
 
 
 def encoder_work(model: Any, batch: int = 1) -> Work:
-    """What encoding a batch of pictures to latents has to do; see `ProgramCounts` for the bytes."""
+    """Work of encoding a batch of images to latents; see `ProgramCounts` for the bytes."""
     images = jax.ShapeDtypeStruct((batch, *model.image_shape, model.in_channels), jnp.float32)
     return _apply_work(model, images, "encode")
 
 
 def decoder_work(model: Any, batch: int = 1) -> Work:
-    """What decoding a batch of code grids to pictures has to do; see `ProgramCounts` for the bytes."""
+    """Work of decoding a batch of code grids to images; see `ProgramCounts` for the bytes."""
     return _apply_work(model, jax.ShapeDtypeStruct((batch, *model.code_shape), jnp.int32), "decode_codes")
 
 
 def autoencoder_flops(model: Any) -> float:
-    """Operations of training on one picture: encoder and decoder forward and backward, and the codebook search."""
+    """Operations of training on one image: encoder and decoder forward and backward, and the codebook search."""
     h, w, D = model.code_shape
-    search = search_work(h * w, model.code_dim, int(np.max(model.codebook_size)), D).flops
+    search = search_work(h * w, model.code_dim, max(model.codebook_sizes), D).flops
     return (1 + BACKWARD) * (encoder_work(model).flops + decoder_work(model).flops) + search
 
 
@@ -87,15 +86,15 @@ def _apply_work(model: Any, inputs: jax.ShapeDtypeStruct, method: str) -> Work:
 
 @dataclasses.dataclass
 class ProgramCounts:
-    """What a program executes, loops multiplied by their trip counts; of several branches the most.
+    """Operations that a program executes: loops count their trips, of several branches the largest counts.
 
     Attributes:
       flops: of products and convolutions.
       bytes: of their operands and results, each read or written once: traffic when everything else is fused into them.
         Traced programs only.
       ops: executions of each operation, by its name in the program.
-      loop_ops: those of them that happen inside a loop.
-      unknown_loops: loops whose trip count is not known beforehand; they count as one round.
+      loop_ops: executions inside a loop.
+      unknown_loops: loops without a static trip count, such as `while`; they count as one trip.
     """
 
     flops: float = 0.0
@@ -105,7 +104,7 @@ class ProgramCounts:
     unknown_loops: int = 0
 
     def add(self, part: "ProgramCounts", times: int = 1, in_loop: bool = False) -> None:
-        """Add a part that is executed so many times."""
+        """Add a part that runs `times` times."""
         self.flops += times * part.flops
         self.bytes += times * part.bytes
         self.unknown_loops += part.unknown_loops
@@ -148,7 +147,7 @@ def _count_jaxpr(jaxpr: Jaxpr) -> ProgramCounts:
 
 
 def _jaxprs(key: str, value: Any) -> Iterator[Jaxpr]:
-    """The programs inside a parameter; what a scatter does to an element is none."""
+    """The programs inside a parameter of an equation; a scatter's update of one element is not one."""
     for item in value if isinstance(value, (tuple, list)) else (value,):
         if isinstance(item, (ClosedJaxpr, Jaxpr)) and key != "update_jaxpr":
             yield item.jaxpr if isinstance(item, ClosedJaxpr) else item
@@ -160,6 +159,6 @@ def _dot_flops(params: Mapping[str, Any], lhs: Any, out: Any) -> float:
 
 
 def _conv_flops(params: Mapping[str, Any], rhs: Any, out: Any) -> float:
-    """Of a dilated input only the elements between the zeros count."""
+    """A dilated input is mostly zeros, which no kernel multiplies: they do not count."""
     kernel = rhs.size / rhs.shape[params["dimension_numbers"].rhs_spec[0]]
     return 2.0 * out.size * kernel / math.prod(params["lhs_dilation"])

@@ -1,5 +1,6 @@
 """RQ-Transformer: a spatial stack over positions, a depth stack over the codes of each (section 3.2 of the paper)."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -8,8 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import quantize
-from rq_jax.nn.attention import KVCache, LayerNorm, Stack, empty_cache, init_weight, project, stored_weight
-from rq_jax.nn.inference_weights import at_rest
+from rq_jax.nn.attention import (
+    BlockSettings,
+    KVCache,
+    LayerNorm,
+    Stack,
+    add_bias,
+    empty_cache,
+    init_weight,
+    project,
+    stored_weight,
+    with_rank,
+)
+from rq_jax.nn.inference_weights import for_inference
+from rq_jax.settings import checks
 
 
 class RQTransformerOutput(NamedTuple):
@@ -98,19 +111,20 @@ class RQTransformer(nn.Module):
             self.token_embedding_KM = self.param("token_embedding_KM", init_weight, (rows, M))
         if self.uses_codebook:
             self.codebook_KE = self.variable("codebook", "codebook_KE", self._missing_codebook)
-        block = dict(
+        block = BlockSettings(
+            num_heads=self.num_heads,
             use_attention_bias=self.use_attention_bias,
             use_mlp_bias=self.use_mlp_bias,
             gelu=self.gelu,
             attention_dropout=self.attention_dropout,
             residual_dropout=self.residual_dropout,
             use_flash_attention=self.use_flash_attention,
-            use_remat=self.use_remat,
             dtype=self._dtype,
         )
+        depth_block = dataclasses.replace(block, num_heads=self._depth_heads)
         self.embedding_drop = nn.Dropout(self.embedding_dropout)
-        self.spatial_stack = Stack(self.spatial_layers, self.num_heads, **block)
-        self.depth_stack = Stack(self.depth_layers, self._depth_heads, **block)
+        self.spatial_stack = Stack(self.spatial_layers, block, self.use_remat)
+        self.depth_stack = Stack(self.depth_layers, depth_block, self.use_remat)
         self.classifier_norm = LayerNorm(self._dtype)
         per_depth = () if self.use_shared_classifier else (D,)
         suffix = "" if self.use_shared_classifier else "D"
@@ -172,7 +186,7 @@ class RQTransformer(nn.Module):
             cond = None if cond is None else self._condition(cond, B)
             tokens = self._embed_positions(codes_BTD, start)
         if cond is not None:
-            embedded = self._cast(self.cond_embedding_VM)[cond] + self._cast(self.cond_position_UM)
+            embedded = add_bias(self._cast(self.cond_embedding_VM)[cond], self._cast(self.cond_position_UM))
             tokens = jnp.concatenate([embedded, tokens], axis=1)
         tokens = self.embedding_drop(tokens, deterministic=not train)
         # The contexts are the raw residual stream: no norm stands between the stacks.
@@ -211,11 +225,11 @@ class RQTransformer(nn.Module):
             slots = context[..., None, :]
             if codes.shape[-1] > 1:  # at D = 1 no code is fed back
                 slots = jnp.concatenate([slots, self._embed_depths(codes[..., :-1])], axis=-2)
-            slots = slots + self._cast(self.depth_position_DM)
+            slots = add_bias(slots, self._cast(self.depth_position_DM))
         else:
             d = codes.shape[-1]
             slots = context[..., None, :] if d == 0 else self._embed_depths(codes, d - 1)
-            slots = slots + self._cast(self.depth_position_DM[d])
+            slots = add_bias(slots, self._cast(self.depth_position_DM[d]))
         hidden, depth_cache = self.depth_stack(slots.reshape(-1, *slots.shape[-2:]), cache and cache.depth, train)
         hidden = hidden.reshape(slots.shape)
         if cache is None:
@@ -235,15 +249,18 @@ class RQTransformer(nn.Module):
         logits = self._project(self.classifier_norm(hidden), weight, bias)
         if len(set(self.codebook_sizes)) == 1:
             return logits
-        sizes = jnp.array(self.codebook_sizes)
-        limit = sizes[:, None] if depth is None else sizes[depth]
-        return jnp.where(jnp.arange(logits.shape[-1]) < limit, logits, -jnp.inf)
+        sizes, codes_K = jnp.array(self.codebook_sizes), jnp.arange(logits.shape[-1])
+        inside = codes_K[None] < sizes[:, None] if depth is None else codes_K < sizes[depth]
+        return jnp.where(with_rank(inside, logits.ndim), logits, -jnp.inf)
 
     def init_cache(self, batch: int, dtype: Any = None, rows: int | None = None) -> TransformerCache:
-        """An empty cache for `batch` pictures; its dtype is that of the computation unless said.
+        """An empty cache.
 
-        `rows` of the spatial stack: all its U + T - 1 tokens unless said (the last position is never read back);
-        `TransformerCache.spatial.resize` makes room for more.
+        Args:
+          batch: number of images.
+          dtype: of keys and values; default: that of the computation.
+          rows: of the spatial stack; default: all its U + T - 1 tokens (the last position is never read back).
+            `TransformerCache.spatial.resize` makes room for more.
         """
         (h, w, D), dtype = self.code_shape, self._dtype if dtype is None else dtype
         depth_heads = self._depth_heads
@@ -253,9 +270,9 @@ class RQTransformer(nn.Module):
             empty_cache(self.depth_layers, batch, D, depth_heads, self.model_dim // depth_heads, dtype),
         )
 
-    def at_rest(self, variables: dict[str, Any], dtype: str = "float32") -> dict[str, Any]:
-        """The variables as sampling reads them fastest; see `models.at_rest.at_rest`."""
-        return at_rest(variables, dtype, self._dtype)
+    def for_inference(self, variables: dict[str, Any], dtype: str = "float32") -> dict[str, Any]:
+        """The variables as sampling reads them fastest; see `nn.inference_weights.for_inference`."""
+        return for_inference(variables, dtype, self._dtype)
 
     # --- embeddings ---
 
@@ -266,11 +283,12 @@ class RQTransformer(nn.Module):
             total = quantize.lookup(codes_BTD, self.codebook).sum(-2)
             # As kakaobrain/rq-vae-transformer:RQTransformer.forward, which projects every depth before it sums them:
             # the bias counts D times.
-            embedded = project(self._cast(total), self._cast(self.input_EM)) + D * self._cast(self.input_bias_M)
+            bias_M = D * self._cast(self.input_bias_M)
+            embedded = add_bias(project(self._cast(total), self._cast(self.input_EM)), bias_M)
         else:
             embedded = self._embed_tokens(codes_BTD).sum(-2)
         positions = jax.lax.dynamic_slice_in_dim(self.position_TM, start, codes_BTD.shape[1])
-        return embedded + self._cast(positions)
+        return add_bias(embedded, self._cast(positions))
 
     def _embed_depths(self, codes: jax.Array, start: int = 0) -> jax.Array:
         """Depth inputs (..., d - start, M) that follow each of the codes (..., d) from `start` on."""
@@ -280,14 +298,15 @@ class RQTransformer(nn.Module):
         if self.use_cumulative_depth:
             vectors = jnp.cumsum(vectors, axis=-2)
         vectors = vectors[..., start:, :]
-        return project(self._cast(vectors), self._cast(self.depth_input_EM)) + self._cast(self.depth_input_bias_M)
+        projected = project(self._cast(vectors), self._cast(self.depth_input_EM))
+        return add_bias(projected, self._cast(self.depth_input_bias_M))
 
     def _embed_tokens(self, codes: jax.Array) -> jax.Array:
         """Embeddings (..., d, M) learned here; separate tables stand below one another."""
         sizes = self.codebook_sizes[: codes.shape[-1]]
         quantize.check_codes(codes, sizes)
         if not self.use_shared_token_embedding:
-            codes = codes + jnp.array([sum(sizes[:d]) for d in range(len(sizes))], codes.dtype)
+            codes = add_bias(codes, jnp.array([sum(sizes[:d]) for d in range(len(sizes))], codes.dtype))
         return self._cast(self.token_embedding_KM)[codes]
 
     def _condition(self, cond: jax.Array | None, batch: int) -> jax.Array:
@@ -298,10 +317,7 @@ class RQTransformer(nn.Module):
             return jnp.zeros((batch, 1), jnp.int32)
         cond = jnp.asarray(cond)
         cond = cond[:, None] if cond.ndim == 1 else cond
-        if cond.shape != (batch, self.cond_length):
-            raise ValueError(
-                f"cond: shape {cond.shape} does not fit; this batch and model take {(batch, self.cond_length)}"
-            )
+        checks.shape("cond", cond.shape, (batch, self.cond_length))
         tokens = self.cond_vocab_size + self.use_null_cond
         if not isinstance(cond, jax.core.Tracer):
             values = np.asarray(cond)  # jnp would trace the comparison where a concrete cond meets a compiled program
@@ -320,8 +336,7 @@ class RQTransformer(nn.Module):
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """K_d of each depth."""
-        sizes = self.codebook_size
-        return tuple(sizes) if isinstance(sizes, tuple) else (sizes,) * self.code_shape[-1]
+        return quantize.per_depth(self.codebook_size, self.code_shape[-1])
 
     @property
     def uses_codebook(self) -> bool:
@@ -351,8 +366,7 @@ class RQTransformer(nn.Module):
         return tuple(jnp.full((K, E), jnp.nan) for K in sizes)
 
     def _project(self, x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-        product = project(x, weight, dtype=jnp.float32)
-        return product + bias.astype(jnp.float32)
+        return add_bias(project(x, weight, dtype=jnp.float32), bias.astype(jnp.float32))
 
     def _cast(self, x: jax.Array) -> jax.Array:
         return jnp.asarray(x, self._dtype)
@@ -362,55 +376,45 @@ class RQTransformer(nn.Module):
         return jnp.zeros((batch, *self.code_shape), jnp.int32), jnp.zeros((batch, self.cond_length), jnp.int32)
 
     def check(self) -> None:
-        """Refuse settings that do not fit together, each with one line."""
-        if len(self.code_shape) != 3 or min(self.code_shape) < 1:
-            raise ValueError(f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)")
-        D = self.code_shape[-1]
-        for name, value in (
-            ("code_dim", self.code_dim),
-            ("model_dim", self.model_dim),
-            ("codebook_size", min(self.codebook_sizes)),
-        ):
-            if value < 1:
-                raise ValueError(f"model.{name}: {value} must be at least 1")
+        """Check every setting.
+
+        Raises:
+          ValueError: settings out of range, or that do not fit together.
+        """
+        checks.positive_triple("model.code_shape", self.code_shape, "(h, w, depth)")
+        for name in ("code_dim", "model_dim", "codebook_size", "cond_vocab_size", "cond_length"):
+            checks.at_least(f"model.{name}", getattr(self, name), 1)
         for name in ("spatial_layers", "depth_layers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"model.{name}: {getattr(self, name)} must be at least 0")
-        for name, heads in (
-            ("num_heads", self.num_heads),
-            ("depth_num_heads", self._depth_heads),
-        ):
-            if heads < 1 or self.model_dim % heads:
-                raise ValueError(
-                    f"model.{name}: {heads} does not divide model_dim {self.model_dim}; choose a divisor of it"
-                )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"model.dtype: '{self.dtype}' is unknown; allowed are 'float32' and 'bfloat16'")
-        if self.gelu not in ("exact", "sigmoid"):
-            raise ValueError(f"model.gelu: '{self.gelu}' is unknown; allowed are 'exact' and 'sigmoid'")
-        if len(self.codebook_sizes) != D:
-            raise ValueError(f"model.codebook_size: {self.codebook_size} has no entry for each of the {D} depths")
-        if len(set(self.codebook_sizes)) > 1:
-            if self.use_shared_codebook or self.use_shared_token_embedding or self.use_shared_classifier:
-                raise ValueError(
-                    f"model.codebook_size: sizes {self.codebook_size} differ by depth; set use_shared_codebook, "
-                    "use_shared_token_embedding and use_shared_classifier to False"
-                )
-        if min(self.cond_vocab_size, self.cond_length) < 1:
-            raise ValueError(
-                f"model.cond_vocab_size {self.cond_vocab_size} and cond_length {self.cond_length} must be at least 1"
-            )
-        if self.cond_length > 1 and self.cond_vocab_size == 1:
-            raise ValueError(f"model.cond_length: {self.cond_length} condition tokens need a cond_vocab_size above 1")
-        if self.use_null_cond and not self.is_conditional:
-            raise ValueError(
-                "model.use_null_cond: an unconditional model has no condition to leave out; set it to False"
-            )
+            checks.at_least(f"model.{name}", getattr(self, name), 0)
+        checks.divides("model.num_heads", self.num_heads, "model_dim", self.model_dim)
+        checks.divides("model.depth_num_heads", self._depth_heads, "model_dim", self.model_dim)
+        checks.one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        checks.one_of("model.gelu", self.gelu, ("exact", "sigmoid"))
         for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: {getattr(self, name)} is outside [0, 1)")
+            checks.within(f"model.{name}", getattr(self, name), 0, 1, below=True)
         if self.use_flash_attention and self.attention_dropout:
             raise ValueError(
                 f"model.use_flash_attention: True leaves no room for attention_dropout {self.attention_dropout}; "
                 "set one of them to 0 or False"
+            )
+        self._check_codebooks()
+        self._check_condition()
+
+    def _check_codebooks(self) -> None:
+        """Codebooks of unequal size leave no room for shared tables."""
+        checks.one_per_depth("model.codebook_size", self.codebook_size, self.code_shape[-1])
+        shared = self.use_shared_codebook or self.use_shared_token_embedding or self.use_shared_classifier
+        if shared and len(set(self.codebook_sizes)) > 1:
+            raise ValueError(
+                f"model.codebook_size: sizes {self.codebook_size} differ by depth; set use_shared_codebook, "
+                "use_shared_token_embedding and use_shared_classifier to False"
+            )
+
+    def _check_condition(self) -> None:
+        """Text and guidance need a condition."""
+        if self.cond_length > 1 and not self.is_conditional:
+            raise ValueError(f"model.cond_length: {self.cond_length} condition tokens need a cond_vocab_size above 1")
+        if self.use_null_cond and not self.is_conditional:
+            raise ValueError(
+                "model.use_null_cond: an unconditional model has no condition to leave out; set it to False"
             )

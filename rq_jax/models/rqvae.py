@@ -1,6 +1,5 @@
-"""RQ-VAE: a convolutional autoencoder around a residual quantiser (Lee et al., CVPR 2022, section 3.1)."""
+"""RQ-VAE: a convolutional autoencoder around a residual quantizer (Lee et al., CVPR 2022, section 3.1)."""
 
-import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from rq_jax import quantize
 from rq_jax.nn.conv import AttentionBlock, Conv, Downsample, Norm, ResBlock, Upsample
+from rq_jax.settings import checks
 
 
 class RQVAEOutput(NamedTuple):
@@ -21,7 +21,7 @@ class RQVAEOutput(NamedTuple):
 
 
 class _Coder(nn.Module):
-    """What the encoder and the decoder share: their settings, their blocks, the middle of the network."""
+    """Settings, blocks and middle that the encoder and the decoder share."""
 
     width: int
     width_multipliers: tuple[int, ...]
@@ -53,12 +53,13 @@ class _Coder(nn.Module):
 
     def _out(self, x):
         x = nn.silu(Norm(self.norm_groups, self.dtype, name="norm_out")(x))
-        self.sow("intermediates", "last_features", x)  # kept only where the caller makes the collection mutable
+        # For `last_kernel_gradient`; nothing is stored unless the caller makes "intermediates" mutable.
+        self.sow("intermediates", "last_features", x)
         return Conv(self.out_channels, dtype=self.dtype, name="conv_out")(x)
 
 
 class Encoder(_Coder):
-    """Pictures (B, H, W, C) to features (B, H/f, W/f, out_channels), f = 2^(levels - 1)."""
+    """Images (B, H, W, C) to features (B, H/f, W/f, out_channels), f = 2^(levels - 1)."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -71,7 +72,7 @@ class Encoder(_Coder):
 
 
 class Decoder(_Coder):
-    """Features to pictures; one more block a level than the encoder, from the coarsest level to the finest."""
+    """Features to images, from the coarsest level to the finest; one more block a level than the encoder."""
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -88,7 +89,8 @@ class Decoder(_Coder):
 def last_kernel_gradient(params: Any, intermediates: Any, image_gradient: jax.Array) -> jax.Array:
     """Gradient with respect to the kernel of the decoder's last convolution, from one with respect to the image.
 
-    The backward pass of that one layer: what balances the losses of stage 1 needs no more.
+    The adaptive weight of stage 1 compares gradients at this layer (VQGAN, equation 7): one layer's backward pass
+    gives them.
 
     Args:
       params: of an RQ-VAE.
@@ -112,7 +114,7 @@ class RQVAE(nn.Module):
     """Residual-quantised autoencoder. Images are NHWC in [-1, 1]; codes are (B, h, w, D) int32.
 
     Attributes:
-      image_size: side of the pictures, or (H, W).
+      image_size: side of the images, or (H, W).
       code_shape: (h, w, D). The latent grid is image_size / 2^(levels - 1); where it is finer than (h, w), patches of
         latents are folded into the channels of one code vector.
       code_dim: E, length of a code vector.
@@ -126,7 +128,7 @@ class RQVAE(nn.Module):
         normalise every channel by itself.
       use_shared_codebook, codebook_decay, use_restart, codebook_update, use_kmeans_init: see `ResidualQuantizer`.
       use_remat: recompute the residual blocks in the backward pass.
-      dtype: of the networks, "float32" or "bfloat16"; the quantiser is float32 always.
+      dtype: of the networks, "float32" or "bfloat16"; the quantizer is float32 always.
     """
 
     image_size: int | tuple[int, int]
@@ -166,23 +168,14 @@ class RQVAE(nn.Module):
             use_remat=self.use_remat,
             dtype=jnp.dtype(self.dtype),
         )
-        h, w, depth = self.code_shape
+        h, w, _ = self.code_shape
         latent_dim = self.code_dim // ((H // factor // h) * (W // factor // w))
         self.encoder = Encoder(out_channels=self.z_channels * (2 if self.use_double_z else 1), **common)
         self.decoder = Decoder(out_channels=self.in_channels, **common)
         self.quant_conv = Conv(latent_dim, 1, dtype=jnp.dtype(self.dtype))
         self.post_quant_conv = Conv(self.z_channels, 1, dtype=jnp.dtype(self.dtype))
-        self.quantizer = quantize.ResidualQuantizer(
-            codebook_size=self.codebook_size,
-            code_dim=self.code_dim,
-            depth=depth,
-            use_shared_codebook=self.use_shared_codebook,
-            decay=self.codebook_decay,
-            use_restart=self.use_restart,
-            codebook_update=self.codebook_update,
-            use_kmeans_init=self.use_kmeans_init,
-        )
-        nn.share_scope(self, self.quantizer)  # its variables stand directly in the collection "codebook"
+        self.quantizer = quantize.ResidualQuantizer(**self._quantizer_settings)
+        nn.share_scope(self, self.quantizer)  # no level of its own in the collection "codebook"
 
     def __call__(self, images: jax.Array, train: bool = False) -> RQVAEOutput:
         """Encode, quantise, decode.
@@ -202,9 +195,7 @@ class RQVAE(nn.Module):
 
     def encode(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Latents on the latent grid, float32, after the 1x1 convolution and before quantisation."""
-        if images.shape[1:] != (*self.image_shape, self.in_channels):
-            expected = (*self.image_shape, self.in_channels)
-            raise ValueError(f"images: shape {images.shape} does not fit this model; it takes (B, {str(expected)[1:]}")
+        checks.shape("images", images.shape, ("B", *self.image_shape, self.in_channels))
         return self.quant_conv(self.encoder(images, train)).astype(jnp.float32)
 
     def encode_to_codes(self, images: jax.Array) -> jax.Array:
@@ -221,12 +212,10 @@ class RQVAE(nn.Module):
         Raises:
           ValueError: codes of another shape, outside the codebook, or a depth outside 1..D.
         """
-        expected = tuple(self.code_shape)
-        if codes.shape[1:] != expected:
-            raise ValueError(f"codes: shape {codes.shape} does not fit this model; it takes (B, {str(expected)[1:]}")
-        depth = expected[-1] if depth is None else depth
-        if not 1 <= depth <= expected[-1]:
-            raise ValueError(f"depth: {depth} is outside 1..{expected[-1]}, the code depth of this model")
+        checks.shape("codes", codes.shape, ("B", *self.code_shape))
+        D = self.code_shape[-1]
+        depth = D if depth is None else depth
+        checks.in_range("depth", depth, 1, D, "the code depth of this model")
         vectors = self.code_vectors(codes[..., :depth]).sum(-2)
         return self.decode(quantize.unfold_patches(vectors, self.latent_grid))
 
@@ -253,15 +242,14 @@ class RQVAE(nn.Module):
         return quantize.residual_quantize(vectors, self.quantizer.codebook, self.code_shape[-1])
 
     @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """K_d of each depth."""
+        return quantize.per_depth(self.codebook_size, self.code_shape[-1])
+
+    @property
     def image_shape(self) -> tuple[int, int]:
         """(H, W)."""
         return self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
-
-    @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """K_d of each depth."""
-        sizes = self.codebook_size
-        return tuple(sizes) if isinstance(sizes, tuple) else (sizes,) * self.code_shape[-1]
 
     @property
     def latent_grid(self) -> tuple[int, int]:
@@ -273,45 +261,54 @@ class RQVAE(nn.Module):
     def _downsampling(self) -> int:
         return 2 ** (len(self.width_multipliers) - 1)
 
+    @property
+    def _quantizer_settings(self) -> dict[str, Any]:
+        return dict(
+            codebook_size=self.codebook_size,
+            code_dim=self.code_dim,
+            depth=self.code_shape[-1],
+            use_shared_codebook=self.use_shared_codebook,
+            decay=self.codebook_decay,
+            use_restart=self.use_restart,
+            codebook_update=self.codebook_update,
+            use_kmeans_init=self.use_kmeans_init,
+        )
+
     def example_inputs(self, batch: int = 1) -> tuple[jax.Array, ...]:
         """Arguments of `init`: zeros of the right shape."""
         return (jnp.zeros((batch, *self.image_shape, self.in_channels)),)
 
     def check(self) -> None:
-        """Refuse settings that do not fit together, each with one line."""
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"model.dtype: '{self.dtype}' is unknown; allowed are 'float32' and 'bfloat16'")
+        """Check every setting.
+
+        Raises:
+          ValueError: settings out of range, or that do not fit together.
+        """
+        checks.one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         for name in ("width", "num_res_blocks", "z_channels", "in_channels", "norm_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: {getattr(self, name)} must be at least 1")
+            checks.at_least(f"model.{name}", getattr(self, name), 1)
+        checks.within("model.dropout", self.dropout, 0, 1, below=True)
         if not self.width_multipliers or min(self.width_multipliers) < 1:
             raise ValueError(
                 f"model.width_multipliers: {self.width_multipliers} must be one positive integer a level, at least one"
             )
-        if len(self.code_shape) != 3 or min(self.code_shape) < 1:
-            raise ValueError(f"model.code_shape: {self.code_shape} must be three positive integers (h, w, depth)")
+        self._check_grid()
+        names = {"decay": "codebook_decay", "depth": "code_shape"}
+        quantize.check_settings(
+            quantize.ResidualQuantizer(**self._quantizer_settings, parent=None),
+            lambda name: f"model.{names.get(name, name)}",
+        )
+
+    def _check_grid(self) -> None:
+        """The image divides into latents, the latents into code vectors."""
+        checks.positive_triple("model.code_shape", self.code_shape, "(h, w, depth)")
+        levels = f"the downsampling of {len(self.width_multipliers)} levels"
         for axis, size in zip("HW", self.image_shape, strict=True):
-            if size < 1 or size % self._downsampling:
-                raise ValueError(
-                    f"model.image_size: {axis} = {size} must be a positive multiple of {self._downsampling}, "
-                    f"the downsampling of {len(self.width_multipliers)} levels"
-                )
-        (h, w, depth), grid = self.code_shape, self.latent_grid
+            checks.multiple_of("model.image_size", size, self._downsampling, levels, axis=axis)
+        (h, w, _), grid = self.code_shape, self.latent_grid
         if grid[0] % h or grid[1] % w:
             raise ValueError(
                 f"model.code_shape: grid {(h, w)} does not divide the latent grid {grid}; choose divisors of it"
             )
         patch = grid[0] // h * (grid[1] // w)
-        if self.code_dim < 1 or self.code_dim % patch:
-            raise ValueError(
-                f"model.code_dim: {self.code_dim} must be a positive multiple of {patch}, "
-                "the latents folded into one code vector"
-            )
-        quantize.check_settings(
-            quantize.ResidualQuantizer(
-                self.codebook_size, self.code_dim, depth, self.use_shared_codebook, self.codebook_decay,
-                codebook_update=self.codebook_update, parent=None,
-            )
-        )  # fmt: skip
-        if not 0 <= self.dropout < 1 or math.isnan(self.dropout):
-            raise ValueError(f"model.dropout: {self.dropout} is outside [0, 1)")
+        checks.multiple_of("model.code_dim", self.code_dim, patch, "the latents folded into one code vector")

@@ -5,6 +5,7 @@ value): `sharding.RULES` reads the logical axes of every parameter from its name
 leading axis L.
 """
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -13,20 +14,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The original never applies its minGPT-style initialiser (kakaobrain/rq-vae-transformer:interfaces.py); it is the
-# plausible intent of the unreleased trainer and trains better than torch's default.
+# kakaobrain/rq-vae-transformer:interfaces.py defines this minGPT-style initialiser and never applies it. Its trainer
+# was not released; this one trains better than torch's default.
 init_weight = nn.initializers.normal(0.02)
 
-# Stacks of so many layers are unrolled: a scan's copies of weights and activations take a tenth of a small model's step
-# on CPU. What it saves is compile time, of large models.
+# Stacks of at most this many layers are unrolled: copying the weights and activations of a scan takes a tenth of a
+# small model's step on CPU. The scan saves compile time, which matters for large models.
 _MAX_UNROLLED = 8
 
 
 class KVCache(NamedTuple):
     """Keys and values of each layer, (B, N, S, A); the first `length` (int32 scalar) of the S rows are filled.
 
-    One array a layer: each is written in place, and no program slices a layer out of a larger one. Heads stand before
-    rows, as the products read them.
+    One array a layer: each is written in place, and no program slices a layer out of a larger array. Heads stand before
+    rows, in the order in which attention reads them.
     """
 
     keys: tuple[jax.Array, ...]
@@ -48,8 +49,8 @@ def empty_cache(num_layers: int, batch: int, size: int, num_heads: int, head_dim
     return KVCache(rows, rows, np.int32(0))  # a number that is known while a program is traced
 
 
-class RestingWeight(NamedTuple):
-    """A weight as it rests for sampling: float32, bfloat16, or int8 with a float32 scale for each output channel.
+class InferenceWeight(NamedTuple):
+    """A weight as the sampler reads it: float32, bfloat16, or int8 with a float32 scale for each output channel.
 
     Output axes stand before the contracted ones, which are one axis L: products of few rows with such a matrix read
     half the bytes and are up to 1.7 times faster on CPU than those with bfloat16 in the order of training.
@@ -59,60 +60,82 @@ class RestingWeight(NamedTuple):
     scales: jax.Array | None  # outputs
 
     @classmethod
-    def create(cls, weight: jax.Array, dtype: str, num_axes: int = 1, num_stacked: int = 0) -> "RestingWeight":
+    def create(cls, weight: jax.Array, dtype: str, num_axes: int = 1, num_stacked: int = 0) -> "InferenceWeight":
         """Round a weight whose `num_axes` axes after `num_stacked` leading ones are contracted."""
         stacked, columns = weight.shape[:num_stacked], weight.shape[num_stacked + num_axes :]
         flat = jnp.asarray(weight, jnp.float32).reshape(*stacked, -1, *columns)
         values = jnp.moveaxis(flat, num_stacked, -1)
         if dtype != "int8":
             return cls(values.astype(dtype), None)
+        # Symmetric: the largest value of a channel is 127 steps. A channel of zeros has scale 0, and dividing by the
+        # smallest normal number instead gives 0 steps, not NaN.
         scales = jnp.max(jnp.abs(values), axis=-1) / 127
         steps = values / jnp.maximum(scales, jnp.finfo(jnp.float32).tiny)[..., None]
         return cls(jnp.round(steps).astype(jnp.int8), scales)
 
 
-Weight = jax.Array | RestingWeight
+Weight = jax.Array | InferenceWeight
 
 
 def stored_weight(module: nn.Module, name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> Weight:
-    """A weight of the module in the dtype of the computation; one at rest as it is.
+    """A weight of the module, cast to the dtype of the computation; an `InferenceWeight` as it is stored.
 
-    Another dtype than its own would write a whole second weight to memory at every step.
+    Casting an `InferenceWeight` would write a second copy of it to memory at every step of the sampler.
     """
     if module.has_variable("params", name):
         stored = module.get_variable("params", name)
-        if isinstance(stored, RestingWeight):
+        if isinstance(stored, InferenceWeight):
             return stored
     return jnp.asarray(module.param(name, init_weight, shape), dtype)
 
 
 def project(x: jax.Array, weight: Weight, num_axes: int = 1, dtype: jnp.dtype | None = None) -> jax.Array:
-    """Contract the last `num_axes` axes of x with the first of the weight; the result may have another dtype.
+    """Contract the last `num_axes` axes of x with the first of the weight.
 
-    As one product of two matrices: what XLA makes of the same einsum on CPU is two to three times slower, most of all
-    its gradient. Weights at rest multiply in their own dtype (int8 in that of x) with float32 sums.
+    Args:
+      x: (*rows, *contracted).
+      weight: (*contracted, *columns), or an `InferenceWeight`, which multiplies in its own dtype (int8 in that of x)
+        with float32 sums.
+      num_axes: number of contracted axes.
+      dtype: of the result; default: that of x.
+
+    Returns:
+      (*rows, *columns).
     """
     dtype, rows = x.dtype if dtype is None else dtype, x.shape[:-num_axes]
-    if isinstance(weight, RestingWeight):
-        product = _resting_product(x.reshape(math.prod(rows), -1), weight)
+    if isinstance(weight, InferenceWeight):
+        product = _inference_product(x.reshape(math.prod(rows), -1), weight)
         return product.astype(dtype).reshape(*rows, *weight.values.shape[:-1])
+    # One product of two matrices: XLA on CPU makes the same einsum two to three times slower, most of all its gradient.
     length = math.prod(weight.shape[:num_axes])
     product = jnp.dot(x.reshape(-1, length), weight.reshape(length, -1), preferred_element_type=dtype)
     return product.reshape(*rows, *weight.shape[num_axes:])
 
 
-def _resting_product(x_RL: jax.Array, weight: RestingWeight) -> jax.Array:
+def _inference_product(x_RL: jax.Array, weight: InferenceWeight) -> jax.Array:
+    """Product (R, C) of rows with the transposed matrix (C, L), in float32."""
     R, L = x_RL.shape
     matrix_CL = weight.values.reshape(-1, L)
     if matrix_CL.dtype == jnp.float32:
-        # The barrier keeps XLA from exchanging the two again, to be rid of the transposition.
+        # The weight stands first: with few rows that product is faster on CPU. The barrier keeps XLA from swapping
+        # the two back to save the transposition.
         return jax.lax.optimization_barrier(matrix_CL @ x_RL.astype(jnp.float32).T).T
     if weight.scales is not None:
-        matrix_CL = matrix_CL.astype(x_RL.dtype)
+        matrix_CL = matrix_CL.astype(x_RL.dtype)  # the scales multiply the sums below, once a channel
     # XLA's product of a single row with a bfloat16 matrix is eight times slower on CPU than that of two rows.
     x_RL = jnp.pad(x_RL, ((0, int(R == 1)), (0, 0))).astype(matrix_CL.dtype)
     product = jax.lax.dot_general(x_RL, matrix_CL, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)[:R]
-    return product if weight.scales is None else product * weight.scales.reshape(-1)
+    return product if weight.scales is None else product * weight.scales.reshape(1, -1)
+
+
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x + bias, which has the last axes of x and is the same along all others."""
+    return x + with_rank(bias, x.ndim)
+
+
+def with_rank(x: jax.Array, rank: int) -> jax.Array:
+    """x behind leading axes of size 1, `rank` axes in all."""
+    return jnp.expand_dims(x, tuple(range(rank - x.ndim)))
 
 
 def unstack(layers: Any) -> tuple[Any, ...]:
@@ -133,8 +156,18 @@ class LayerNorm(nn.Module):
         return norm(x)
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)), with causal multi-head attention."""
+@dataclasses.dataclass(frozen=True)
+class BlockSettings:
+    """Settings of a `Block`.
+
+    Attributes:
+      num_heads: N, a divisor of the width.
+      use_attention_bias, use_mlp_bias: biases of the projections.
+      gelu: "exact" (erf), or "sigmoid", x * sigmoid(1.702 x).
+      attention_dropout, residual_dropout: of attention weights and of both branches before they are added.
+      use_flash_attention: fused attention where no cache is given, without attention_dropout.
+      dtype: of the computation; softmax and norms are float32.
+    """
 
     num_heads: int
     use_attention_bias: bool = True
@@ -143,8 +176,14 @@ class Block(nn.Module):
     attention_dropout: float = 0.0
     residual_dropout: float = 0.0
     use_flash_attention: bool = False
-    train: bool = False
     dtype: jnp.dtype = jnp.float32
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)), with causal multi-head attention."""
+
+    settings: BlockSettings
+    train: bool = False
 
     @nn.compact
     def __call__(self, x_BSM: jax.Array, cached, length):
@@ -153,64 +192,70 @@ class Block(nn.Module):
         Args:
           x_BSM: inputs of the new positions.
           cached: keys and values (B, N, S', A) with room for the new ones, or None.
-          length: how many of the cached rows are filled.
+          length: number of filled rows in the cache.
 
         Returns:
-          Outputs (B, S, M); the keys and values with those of the new positions, where a cache is kept, else None.
+          Outputs (B, S, M); the keys and values with those of the new positions where there is a cache, else None.
         """
-        attended, cached = self._attend(LayerNorm(self.dtype, name="norm1")(x_BSM), cached, length)
-        x_BSM = x_BSM + self._drop(self.residual_dropout, attended)
-        hidden = self._mlp(LayerNorm(self.dtype, name="norm2")(x_BSM))
-        return x_BSM + self._drop(self.residual_dropout, hidden), cached
+        settings = self.settings
+        attended, cached = self._attend(LayerNorm(settings.dtype, name="norm1")(x_BSM), cached, length)
+        x_BSM = x_BSM + self._drop(settings.residual_dropout, attended)
+        hidden = self._mlp(LayerNorm(settings.dtype, name="norm2")(x_BSM))
+        return x_BSM + self._drop(settings.residual_dropout, hidden), cached
 
     def _attend(self, x_BSM, cached, length):
-        S, M, N = *x_BSM.shape[1:], self.num_heads
-        A = M // N
+        settings, S, M = self.settings, *x_BSM.shape[1:]
+        N, A = settings.num_heads, M // settings.num_heads
         qkv = project(x_BSM, self._weight("qkv_M3NA", (M, 3, N, A)))
-        if self.use_attention_bias:
-            qkv += self._bias("qkv_bias_3NA", (3, N, A))
-        if cached is None and self.use_flash_attention:
+        if settings.use_attention_bias:
+            qkv = add_bias(qkv, self._bias("qkv_bias_3NA", (3, N, A)))
+        if cached is None and settings.use_flash_attention:
             mixed = _flash_attention(*(qkv[..., i, :, :] for i in range(3)))
         else:
             query, key, value = (jnp.swapaxes(qkv[..., i, :, :], 1, 2) for i in range(3))  # (B, N, S, A)
             seen = jnp.tril(jnp.ones((S, S), bool))
             if cached is not None:
                 cached = tuple(_write_rows(rows, new, length) for rows, new in zip(cached, (key, value), strict=True))
-                # A length that is known while the program is traced leaves out the rows that nobody has written.
+                # With a length known at trace time the rows after it, which are not written yet, are never read.
                 rows = cached[0].shape[2] if isinstance(length, jax.core.Tracer) else length + S
-                # Without the barrier XLA fuses the write with what reads it, and on CPU copies a bfloat16 cache a step.
-                key, value = (array[:, :, :rows].astype(self.dtype) for array in jax.lax.optimization_barrier(cached))
-                seen = jnp.arange(rows) <= length + jnp.arange(S)[:, None]
+                # Without the barrier XLA fuses the write into its readers: on CPU it then copies a bfloat16 cache each
+                # step.
+                read = jax.lax.optimization_barrier(cached)
+                key, value = (array[:, :, :rows].astype(settings.dtype) for array in read)
+                seen = jnp.arange(rows)[None] <= length + jnp.arange(S)[:, None]
             mixed = self._mix(query, key, value, seen)
         out = project(mixed, self._weight("out_NAM", (N, A, M)), num_axes=2)
-        if self.use_attention_bias:
-            out += self._bias("out_bias_M", (M,))
+        if settings.use_attention_bias:
+            out = add_bias(out, self._bias("out_bias_M", (M,)))
         return out, cached
 
     def _mix(self, query, key, value, seen):
         """Attention (B, S, N, A) of queries (B, N, S, A) to keys and values (B, N, T, A) where `seen` (S, T)."""
         scores = jnp.einsum("bnsa,bnta->bnst", query, key, preferred_element_type=jnp.float32)
-        scores = jnp.where(seen, scores * query.shape[-1] ** -0.5, -jnp.inf)
-        weights = self._drop(self.attention_dropout, nn.softmax(scores, axis=-1)).astype(self.dtype)
-        return jnp.einsum("bnst,bnta->bsna", weights, value)
+        scores = jnp.where(seen[None, None], scores * query.shape[-1] ** -0.5, -jnp.inf)
+        weights = self._drop(self.settings.attention_dropout, nn.softmax(scores, axis=-1))
+        return jnp.einsum("bnst,bnta->bsna", weights.astype(self.settings.dtype), value)
 
     def _mlp(self, x_BSM):
         M = x_BSM.shape[-1]
         F = 4 * M
         hidden = project(x_BSM, self._weight("up_MF", (M, F)))
-        if self.use_mlp_bias:
-            hidden += self._bias("up_bias_F", (F,))
-        hidden = nn.gelu(hidden, approximate=False) if self.gelu == "exact" else hidden * nn.sigmoid(1.702 * hidden)
+        if self.settings.use_mlp_bias:
+            hidden = add_bias(hidden, self._bias("up_bias_F", (F,)))
+        if self.settings.gelu == "exact":
+            hidden = nn.gelu(hidden, approximate=False)
+        else:
+            hidden = hidden * nn.sigmoid(1.702 * hidden)
         out = project(hidden, self._weight("down_FM", (F, M)))
-        if self.use_mlp_bias:
-            out += self._bias("down_bias_M", (M,))
+        if self.settings.use_mlp_bias:
+            out = add_bias(out, self._bias("down_bias_M", (M,)))
         return out
 
     def _weight(self, name, shape):
-        return stored_weight(self, name, shape, self.dtype)
+        return stored_weight(self, name, shape, self.settings.dtype)
 
     def _bias(self, name, shape):
-        return self.param(name, nn.initializers.zeros, shape).astype(self.dtype)
+        return self.param(name, nn.initializers.zeros, shape).astype(self.settings.dtype)
 
     def _drop(self, rate, x):
         return nn.Dropout(rate, deterministic=not self.train)(x)
@@ -224,18 +269,17 @@ def _flash_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.
 
 
 class Stack(nn.Module):
-    """`num_layers` blocks under one scan; zero layers are the identity. Attributes as in `Block`."""
+    """`num_layers` blocks under one scan; zero layers are the identity.
+
+    Attributes:
+      num_layers: L.
+      block: settings of every block.
+      use_remat: recompute each block in the backward pass.
+    """
 
     num_layers: int
-    num_heads: int
-    use_attention_bias: bool = True
-    use_mlp_bias: bool = True
-    gelu: str = "exact"
-    attention_dropout: float = 0.0
-    residual_dropout: float = 0.0
-    use_flash_attention: bool = False
+    block: BlockSettings
     use_remat: bool = False
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(
@@ -244,20 +288,9 @@ class Stack(nn.Module):
         """Run new positions (B, S, M) through all layers, after those in the cache where one is given."""
         if self.num_layers == 0:
             return x_BSM, cache and cache._replace(length=cache.length + x_BSM.shape[1])
-        settings = dict(
-            num_heads=self.num_heads,
-            use_attention_bias=self.use_attention_bias,
-            use_mlp_bias=self.use_mlp_bias,
-            gelu=self.gelu,
-            attention_dropout=self.attention_dropout,
-            residual_dropout=self.residual_dropout,
-            use_flash_attention=self.use_flash_attention,
-            train=train,
-            dtype=self.dtype,
-        )
         stored = self.variables.get("params", {}).get("blocks")
         if cache is not None or isinstance(stored, tuple):
-            return self._run_unrolled(Block(**settings, parent=None), x_BSM, stored, cache)
+            return self._run_unrolled(Block(self.block, train, parent=None), x_BSM, stored, cache)
         block = nn.remat(Block, prevent_cse=False) if self.use_remat and train else Block
         layers = nn.scan(
             block,
@@ -266,11 +299,11 @@ class Stack(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast),
             length=self.num_layers,
             unroll=self.num_layers if self.num_layers <= _MAX_UNROLLED else 1,
-        )(**settings, name="blocks")
+        )(self.block, train, name="blocks")
         return layers(x_BSM, None, None)[0], None
 
     def _run_unrolled(self, block, x_BSM, layers, cache):
-        """Layer after layer: a scan inside the loop over positions would copy the weights of each before their use."""
+        """Layer after layer: inside the loop over positions a scan would copy the weights of each before their use."""
         layers = layers if isinstance(layers, tuple) else unstack(layers)
         if cache is None:
             for layer in layers:

@@ -1,14 +1,15 @@
-"""Weights at rest: what sampling keeps in memory, in float32, bfloat16 or int8, one array a layer."""
+"""Weights as the sampler reads them: in float32, bfloat16 or int8, one array a layer."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from rq_jax.nn.attention import RestingWeight, unstack
+from rq_jax.nn.attention import InferenceWeight, unstack
+from rq_jax.settings import checks
 
 DTYPES = ("float32", "bfloat16", "int8")
-# The weights that are read at every code; for each how many of its axes are contracted, and how many stack others.
+# The weights that are read for every code: number of contracted axes, and of axes before them that stack weights.
 _READ = {
     "qkv_M3NA": (1, 0),
     "out_NAM": (2, 0),
@@ -17,47 +18,46 @@ _READ = {
     "classifier_MK": (1, 0),
     "classifier_DMK": (1, 1),
 }
-
-
-# A product of few float32 rows with one of these is 1.3 to 1.7 times faster on CPU with the weight first and its output
-# axis first in it.
+# On CPU a product of few float32 rows with these is 1.3 to 1.7 times faster with the weight as the first factor and its
+# output axis first; the others gain nothing.
 _WEIGHT_FIRST = ("down_FM",)
 
 
-def at_rest(variables: Any, dtype: str = "float32", compute_dtype: Any = None) -> dict[str, Any]:
-    """Variables of an `RQTransformer` as `sampling.generate` reads them fastest.
+def for_inference(variables: Any, dtype: str = "float32", compute_dtype: Any = None) -> dict[str, Any]:
+    """Variables of an `RQTransformer` in the form that `sampling.generate` reads fastest.
 
-    Layers are no longer stacked, and the weights of the blocks and of the classifier rest in `dtype`: they are what a
-    sampler waits for, since it reads all of them for each code. Everything else stays float32. "int8" has one scale
-    for each output channel. Sums are float32 always. The model takes either form in all its methods.
+    A sampler reads all weights of the blocks and of the classifier for each code, and waits for memory: these are
+    stored in `dtype`, one array a layer. Everything else stays float32. "int8" has one scale for each output channel.
+    Sums are float32 always. All methods of the model take either form.
 
     Args:
-      variables: as trained, or at rest already.
+      variables: as trained, or in this form already.
       dtype: "float32" (all values stay as they are), "bfloat16" or "int8".
       compute_dtype: of the model; where it is float32 on a CPU, some weights are laid out for its products.
+
+    Returns:
+      Variables with `InferenceWeight` leaves.
 
     Raises:
       ValueError: another dtype, or weights that are narrow already.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: '{dtype}' is unknown; allowed are {', '.join(DTYPES)}")
-
+    checks.one_of("dtype", dtype, DTYPES)
     lay_out = compute_dtype == jnp.float32 and jax.default_backend() == "cpu"
 
-    def rest(path: Any, weight: Any) -> Any:
+    def convert(path: Any, weight: Any) -> Any:
         name = path[-1].key
         num_axes, num_stacked = _READ.get(name, (0, 0))
         if num_axes == 0 or dtype == "float32" and not (lay_out and name in _WEIGHT_FIRST):
             return weight
-        if isinstance(weight, RestingWeight):
+        if isinstance(weight, InferenceWeight):
             if dtype == "float32":
                 return weight
             raise ValueError(f"dtype: '{dtype}' asked of weights that are narrow already; start from the trained ones")
-        return RestingWeight.create(weight, dtype, num_axes, num_stacked)
+        return InferenceWeight.create(weight, dtype, num_axes, num_stacked)
 
     params = dict(variables["params"])
     for name, stack in params.items():
         if isinstance(stack, dict) and isinstance(stack.get("blocks"), dict):
             params[name] = {**stack, "blocks": unstack(stack["blocks"])}
-    params = jax.tree_util.tree_map_with_path(rest, params, is_leaf=lambda x: isinstance(x, RestingWeight))
+    params = jax.tree_util.tree_map_with_path(convert, params, is_leaf=lambda x: isinstance(x, InferenceWeight))
     return {**variables, "params": params}

@@ -1,7 +1,7 @@
 """Residual quantisation (Lee et al., CVPR 2022, section 3.1): pure functions first, the Flax module on top.
 
 A *codebook* is one array `(K, E)` shared by all depths, one array `(D, K, E)`, or a tuple of D arrays `(K_d, E)`.
-Vectors have any leading axes: pictures `(B, h, w, E)`, audio frames `(B, T, E)`, item embeddings `(N, E)`.
+Vectors have any leading axes: images `(B, h, w, E)`, audio frames `(B, T, E)`, item embeddings `(N, E)`.
 
 >>> import jax, jax.numpy as jnp
 >>> from rq_jax import quantize
@@ -31,7 +31,7 @@ from rq_jax.quantize.codes import (
     unfold_patches,
 )
 from rq_jax.quantize.ema import CodebookState, ema_update, kmeans, quantize_and_update, restart_candidates
-from rq_jax.quantize.module import ResidualQuantizer, check_settings
+from rq_jax.quantize.module import ResidualQuantizer, check_settings, per_depth
 
 __all__ = [
     "Codebook",
@@ -47,6 +47,7 @@ __all__ = [
     "kmeans",
     "lookup",
     "nearest_codes",
+    "per_depth",
     "quantize_and_update",
     "residual_quantize",
     "restart_candidates",

@@ -1,6 +1,6 @@
-"""The Flax module on top of the functions."""
+"""The residual quantizer as a Flax module, on top of the functions."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from rq_jax.quantize.codes import Codebook, ResidualCodes, quantize_once, residual_quantize
 from rq_jax.quantize.ema import CodebookState, kmeans, quantize_and_update, restart_candidates
+from rq_jax.settings import checks
 
 
 class ResidualQuantizer(nn.Module):
-    """Residual quantiser with a straight-through gradient and a codebook learned by moving average.
+    """Residual quantizer with a straight-through gradient and a codebook learned by moving average.
 
     Its state lives in the variable collection "codebook": `codebook_KE`, `counts_K`, `sums_KE`; each is one array for
     a shared codebook, an array with a leading axis D for separate ones of equal size, a tuple of D arrays otherwise.
@@ -40,7 +41,9 @@ class ResidualQuantizer(nn.Module):
     use_kmeans_init: bool = False
 
     def setup(self):
-        sizes, self.decays = check_settings(self)
+        check_settings(self)
+        num_tables = 1 if self.use_shared_codebook else self.depth
+        sizes, self.decays = per_depth(self.codebook_size, num_tables), per_depth(self.decay, num_tables)
         init = nn.initializers.normal(1.0)
 
         def draw(rng: jax.Array) -> list[jax.Array]:
@@ -114,26 +117,29 @@ class ResidualQuantizer(nn.Module):
         return jnp.stack(arrays) if equal else tuple(arrays)
 
 
-def check_settings(q: Any) -> tuple[list[int], list[float]]:
-    """Sizes and decays of the distinct codebooks of a quantiser's settings; one-line errors where they do not fit."""
+def check_settings(quantizer: Any, name_of: Callable[[str], str] = str) -> None:
+    """Check every setting of a `ResidualQuantizer`.
+
+    Args:
+      quantizer: the module, bound or not.
+      name_of: from an attribute of the module to the setting's name in messages.
+
+    Raises:
+      ValueError: settings out of range, or that do not fit together.
+    """
     for name in ("codebook_size", "decay"):
-        value = getattr(q, name)
-        if isinstance(value, Sequence):
-            if q.use_shared_codebook:
-                raise ValueError(
-                    f"{name}: {tuple(value)} has one entry per depth, but the codebook is shared; give one number"
-                )
-            if len(value) != q.depth:
-                raise ValueError(
-                    f"{name}: {tuple(value)} has {len(value)} entries for code depth {q.depth}; give one per depth"
-                )
-    if q.codebook_update not in ("sequential", "pooled"):
-        raise ValueError(f"codebook_update: '{q.codebook_update}' is unknown; allowed are 'sequential' and 'pooled'")
-    num_tables = 1 if q.use_shared_codebook else q.depth
-    sizes = list(q.codebook_size) if isinstance(q.codebook_size, Sequence) else [q.codebook_size] * num_tables
-    decays = list(q.decay) if isinstance(q.decay, Sequence) else [q.decay] * num_tables
-    if min(sizes) < 1 or q.depth < 1:
-        raise ValueError(f"codebook_size {q.codebook_size} and code depth {q.depth} must be at least 1")
-    if not all(0.0 <= decay <= 1.0 for decay in decays):
-        raise ValueError(f"codebook_decay: {q.decay} is outside [0, 1]")
-    return sizes, decays
+        value = getattr(quantizer, name)
+        if quantizer.use_shared_codebook and isinstance(value, Sequence):
+            raise ValueError(
+                f"{name_of(name)}: {tuple(value)} has one entry per depth, but the codebook is shared; give one number"
+            )
+        checks.one_per_depth(name_of(name), value, quantizer.depth)
+    for name in ("codebook_size", "code_dim", "depth"):
+        checks.at_least(name_of(name), getattr(quantizer, name), 1)
+    checks.within(name_of("decay"), quantizer.decay, 0, 1)
+    checks.one_of(name_of("codebook_update"), quantizer.codebook_update, ("sequential", "pooled"))
+
+
+def per_depth(value: Any, depth: int) -> tuple[Any, ...]:
+    """A setting that is one number, or one per depth, as a tuple with an entry per depth."""
+    return tuple(value) if isinstance(value, Sequence) else (value,) * depth

@@ -15,8 +15,9 @@ from rq_jax.data import Splits, make_dataset
 from rq_jax.devices import sharding
 from rq_jax.recipes.tokenizer import Tokenizer
 from rq_jax.recipes.transformer import Transformer
+from rq_jax.settings.construct import construct
 from rq_jax.training.loop import Recipe, run
-from rq_jax.training.settings import LoopSettings, call, loop_settings
+from rq_jax.training.settings import LoopSettings, loop_settings
 from rq_jax.training.state import TrainState
 
 __all__ = ["RECIPES", "Prepared", "Tokenizer", "Transformer", "prepare", "train"]
@@ -50,10 +51,10 @@ def prepare(config: Mapping[str, Any], *, stage: int | None = None, mesh: jax.sh
     if stage is not None and kind.title != f"stage {stage}":
         raise ValueError(f"model.name: '{name}' is a model of {kind.title}, not of stage {stage}; use its own script")
     config = kind.resolve(config)
-    mesh = call(sharding.make_mesh, "mesh", config["mesh"]) if mesh is None else mesh
+    mesh = construct(sharding.make_mesh, "mesh", config["mesh"]) if mesh is None else mesh
     shard_index, shard_count = sharding.batch_part(mesh)
     open_split = functools.partial(
-        call, make_dataset, "data", kind.data_settings(config), seed=config["seed"], shard_index=shard_index,
+        construct, make_dataset, "data", kind.data_settings(config), seed=config["seed"], shard_index=shard_index,
         shard_count=shard_count,
     )  # fmt: skip
     train_split = open_split(split="train", train=True)

@@ -13,7 +13,6 @@ import optax
 from rq_jax import losses, models
 from rq_jax.models.discriminator import initialize_actnorm, update_statistics_again
 from rq_jax.training.optimizer import Optimizer, make_optimizer
-from rq_jax.training.settings import in_section
 from rq_jax.training.state import TrainState
 
 METRICS = (
@@ -68,11 +67,9 @@ class Adversary:
         """
         images = jax.ShapeDtypeStruct((1, *tokenizer.image_shape, tokenizer.in_channels), jnp.float32)
         own = {name: value for name, value in config["discriminator_optim"].items() if value is not None}
-        with in_section("model", "discriminator"):
-            model = models.create("discriminator", **{**config["discriminator"], "in_channels": tokenizer.in_channels})
-            jax.eval_shape(model.init, jax.random.key(0), images)  # raises where the images are too small
-        with in_section("optim", "discriminator_optim"):
-            optimizer = make_optimizer(**{**optim, **own}, total_steps=total_steps)
+        model = models.create("discriminator", **{**config["discriminator"], "in_channels": tokenizer.in_channels})
+        jax.eval_shape(model.init, jax.random.key(0), images)  # raises where the images are too small
+        optimizer = make_optimizer("discriminator_optim", **{**optim, **own}, total_steps=total_steps)
         return cls(
             model, optimizer, terms.adversarial_weight, terms.discriminator_loss, terms.generator_loss,
             terms.max_adaptive_weight, terms.adversarial_start_steps, terms.adversarial_warmup_steps,

@@ -21,8 +21,10 @@ from rq_jax.models.rqvae import RQVAEOutput, last_kernel_gradient
 from rq_jax.pretrained import vgg_lpips
 from rq_jax.recipes.adversary import Adversary
 from rq_jax.report import grids
+from rq_jax.settings import checks
+from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import Optimizer, make_optimizer
-from rq_jax.training.settings import call, check_sections, loop_settings, plain, resolve_durations
+from rq_jax.training.settings import check_sections, loop_settings, plain, resolve_durations
 from rq_jax.training.state import TrainState, apply_gradients, create_state
 
 SECTIONS = (
@@ -75,8 +77,7 @@ class Losses:
     adversarial_warmup_steps: int = 0
 
     def __post_init__(self):
-        if self.reconstruction not in ("mse", "l1"):
-            raise ValueError(f"loss.reconstruction: '{self.reconstruction}' is unknown; allowed are 'mse' and 'l1'")
+        checks.one_of("loss.reconstruction", self.reconstruction, ("mse", "l1"))
         losses.check_adversarial_losses(self.discriminator_loss, self.generator_loss)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -159,8 +160,7 @@ class Tokenizer:
     accumulates: ClassVar[bool] = False
 
     def __post_init__(self):
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"loop.ema_decay: {self.ema_decay} is outside [0, 1); 0 keeps no average")
+        checks.within("loop.ema_decay", self.ema_decay, 0, 1, below=True, fix="0 keeps no average")
         if self.optimizer.accumulation_steps != 1:
             raise ValueError(
                 f"optim.accumulation_steps: {self.optimizer.accumulation_steps} is for stage 2; the codebook update of "
@@ -206,15 +206,15 @@ class Tokenizer:
         model = models.create(**config["model"])
         sharding.check_batch_size(mesh, data.train.batch_size)
         with_steps = functools.partial(resolve_durations, steps_per_epoch=data.train.steps_per_epoch)
-        terms = call(Losses, "loss", with_steps(config["loss"], "loss", LOSS_DURATIONS))
+        terms = construct(Losses, "loss", with_steps(config["loss"], "loss", LOSS_DURATIONS))
         total_steps = loop_settings(config["loop"], data.train.steps_per_epoch).total_steps
         terms.check_starts(total_steps)
         optim = with_steps(config["optim"], "optim", ("warmup", "hold"))
-        optimizer = call(make_optimizer, "optim", optim, total_steps=total_steps)
-        evaluation = call(Evaluation, "evaluation", config["evaluation"])
+        optimizer = construct(make_optimizer, "optim", optim, total_steps=total_steps)
+        evaluation = construct(Evaluation, "evaluation", config["evaluation"])
         perceptual = None
         if terms.perceptual_weight or evaluation.use_perceptual:
-            perceptual = call(vgg_lpips.load, "perceptual", config["perceptual"])
+            perceptual = construct(vgg_lpips.load, "perceptual", config["perceptual"])
             placed = jax.device_put(perceptual.variables, sharding.replicated(mesh))
             perceptual = perceptual._replace(variables=placed)
         adversary = None

@@ -19,8 +19,10 @@ from rq_jax.evaluation import likelihood
 from rq_jax.models.flops import transformer_flops
 from rq_jax.recipes import codes as frozen_codes
 from rq_jax.report import grids
+from rq_jax.settings import checks
+from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import Optimizer, make_optimizer
-from rq_jax.training.settings import call, check_sections, loop_settings, plain, resolve_durations
+from rq_jax.training.settings import check_sections, loop_settings, plain, resolve_durations
 from rq_jax.training.state import TrainState, accumulate_gradients, apply_gradients, create_state
 
 SECTIONS = (
@@ -50,10 +52,8 @@ class Losses:
     cond_dropout: float = 0.0
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(f"loss.temperature: {self.temperature} must be above 0")
-        if not 0 <= self.cond_dropout < 1:
-            raise ValueError(f"loss.cond_dropout: {self.cond_dropout} is outside [0, 1)")
+        checks.above("loss.temperature", self.temperature, 0)
+        checks.within("loss.cond_dropout", self.cond_dropout, 0, 1, below=True)
 
     def check_model(self, model: Any) -> None:
         """The model can use these weights.
@@ -143,8 +143,7 @@ class Transformer:
     accumulates: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"loop.ema_decay: {self.ema_decay} is outside [0, 1); 0 keeps no average")
+        checks.within("loop.ema_decay", self.ema_decay, 0, 1, below=True, fix="0 keeps no average")
         self.losses.check_model(self.model)
         sampling.check_guidance(self.model, self.sample.get("guidance"))
         if self.config is None:
@@ -186,16 +185,16 @@ class Transformer:
             compiles.
         """
         model = models.create(**config["model"])
-        terms = call(Losses, "loss", config["loss"])
+        terms = construct(Losses, "loss", config["loss"])
         sample = dict(config["sample"])
         # None stands for "no filter" in a config, where a missing key would be an error.
         check_filter = functools.partial(sampling.check_filter, top_k=None, top_p=None)
-        call(check_filter, "sample", {name: value for name, value in sample.items() if name != "guidance"})
+        construct(check_filter, "sample", {name: value for name, value in sample.items() if name != "guidance"})
         check_condition(model, data.train, config["data"])
         steps_per_epoch = data.train.steps_per_epoch
         settings = loop_settings(config["loop"], steps_per_epoch)
         optim = resolve_durations(config["optim"], "optim", ("warmup", "hold"), steps_per_epoch)
-        optimizer = call(make_optimizer, "optim", optim, total_steps=settings.total_steps)
+        optimizer = construct(make_optimizer, "optim", optim, total_steps=settings.total_steps)
         sharding.check_batch_size(mesh, data.train.batch_size, optimizer.accumulation_steps)
         use_latent_cache = config["loop"]["use_latent_cache"]
         if use_latent_cache:

@@ -5,7 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from rq_jax.settings import checks
 
 
 def filter_logits(
@@ -124,16 +125,19 @@ def _from_ordered(keys: jax.Array) -> jax.Array:
 
 
 def check_filter(temperature: Any, top_k: Any, top_p: Any) -> None:
-    """Refuse concrete filter values out of range, with one line each; traced ones pass."""
-    _check("temperature", temperature, lambda v: v >= 0, "must be at least 0 (0 takes the most probable code)")
-    whole = "must be at least 1 and whole; leave it out to keep all codes"
-    _check("top_k", top_k, lambda v: (v >= 1) & (v == np.floor(v)), whole)
-    _check("top_p", top_p, lambda v: (v >= 0) & (v <= 1), "is outside [0, 1]; leave it out to keep all codes")
+    """Check the concrete values of a filter; traced ones pass.
+
+    Raises:
+      ValueError: a value out of range.
+    """
+    keep_all = "leave it out to keep all codes"
+    if _is_concrete(temperature):
+        checks.at_least("temperature", temperature, 0, fix="0 takes the most probable code")
+    if _is_concrete(top_k):
+        checks.at_least("top_k", top_k, 1, whole=True, fix=keep_all)
+    if _is_concrete(top_p):
+        checks.within("top_p", top_p, 0, 1, fix=keep_all)
 
 
-def _check(name, value, allowed, message):
-    if value is None or isinstance(value, jax.core.Tracer):
-        return
-    values = np.asarray(value, np.float64)
-    if not np.all(allowed(values)):  # also refuses NaN
-        raise ValueError(f"{name}: {value} {message}")
+def _is_concrete(value: Any) -> bool:
+    return value is not None and not isinstance(value, jax.core.Tracer)

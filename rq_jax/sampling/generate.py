@@ -1,6 +1,6 @@
 """Sampling from an RQ-Transformer: the filter, one compiled program for a batch of code grids, and re-ranking.
 
-The model enters as an argument: it is only asked for its methods `at_rest`, `init_cache`, `spatial`, `depth` and
+The model enters as an argument: it is only asked for its methods `for_inference`, `init_cache`, `spatial`, `depth` and
 `classify`.
 """
 
@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rq_jax import quantize
 from rq_jax.sampling.filter import check_filter, filter_logits
+from rq_jax.settings import checks
 
 _PARTS = 128  # of the codes, see `_draw`; neighbours fall into different ones, so that vector registers can add them up
 # The cache grows in so many stretches at most, of so many positions at least.
@@ -19,10 +21,10 @@ _MAX_STRETCHES, _MIN_STRETCH = 4, 16
 
 
 def check_guidance(model: Any, guidance: float | jax.Array | None) -> None:
-    """Refuse a scale of guidance that is no number, or that the model was not built for.
+    """Check the scale of classifier-free guidance.
 
     Raises:
-      ValueError: saying which of the two.
+      ValueError: a scale that is not finite, or a model without a null condition.
     """
     if guidance is None:
         return
@@ -70,15 +72,11 @@ def generate(
       ValueError: a value out of range or of the wrong shape, before anything compiles.
     """
     D = model.code_shape[-1]
-    if num_images < 1:
-        raise ValueError(f"num_images: {num_images} must be at least 1")
+    checks.at_least("num_images", num_images, 1)
     _check_codebook(variables)
     check_filter(temperature, top_k, top_p)
     image_ids = np.arange(num_images) if image_ids is None else image_ids
-    if np.shape(image_ids) != (num_images,):
-        raise ValueError(
-            f"image_ids: shape {np.shape(image_ids)} does not fit num_images {num_images}; give one id an image"
-        )
+    checks.shape("image_ids", np.shape(image_ids), (num_images,))
     cond = _check_cond(model, cond, num_images)
     prefix = _check_prefix(model, prefix, num_images)
     check_guidance(model, guidance)
@@ -98,7 +96,7 @@ def _generate(model, variables, rng, image_ids_B, cond_BU, settings, guidance, p
     T, P = h * w, prefix_BPD.shape[1]
     if P == T:
         return prefix_BPD.reshape(B, h, w, D)
-    variables = model.at_rest(variables)
+    variables = model.for_inference(variables)
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, image_ids_B)
     # All random numbers at once, two for each code: a generator inside the loop would cost more than the classifier.
     uniforms_TD2B = jnp.moveaxis(jax.vmap(lambda key: jax.random.uniform(key, (T, D, 2)))(keys_B), 0, -1)
@@ -216,8 +214,7 @@ def _check_cond(model: Any, cond: Any, num_images: int) -> jax.Array:
         raise ValueError("cond: this model is unconditional; leave the condition out")
     cond = _array(cond)
     cond = cond[:, None] if cond.ndim == 1 else cond
-    if cond.shape != (num_images, model.cond_length):
-        raise ValueError(f"cond: shape {cond.shape} does not fit; allowed is {(num_images, model.cond_length)}")
+    checks.shape("cond", cond.shape, (num_images, model.cond_length))
     bad = [] if isinstance(cond, jax.Array) else cond[(cond < 0) | (cond >= model.cond_vocab_size)]
     if len(bad):
         what = "class" if model.cond_length == 1 else "condition token"
@@ -230,12 +227,6 @@ def _check_prefix(model: Any, prefix: Any, num_images: int) -> jax.Array:
     if prefix is None:
         return jnp.zeros((num_images, 0, D), jnp.int32)
     prefix = _array(prefix)
-    if prefix.ndim != 3 or prefix.shape[0] != num_images or prefix.shape[2] != D or prefix.shape[1] > h * w:
-        raise ValueError(f"prefix: shape {prefix.shape} does not fit; allowed is ({num_images}, 0..{h * w}, {D})")
-    bad = (prefix < 0) | (prefix >= np.asarray(model.codebook_sizes))
-    if not isinstance(prefix, jax.Array) and bad.any():
-        d = int(np.argwhere(bad)[0][-1])
-        raise ValueError(
-            f"prefix: code {prefix[bad][0]} is outside [0, {model.codebook_sizes[d]}), the codebook of depth {d}"
-        )
+    checks.shape("prefix", prefix.shape, (num_images, range(h * w + 1), D))
+    quantize.check_codes(prefix, model.codebook_sizes, "prefix")
     return jnp.asarray(prefix, jnp.int32)

@@ -1,14 +1,15 @@
 """Optimizers with their learning-rate schedules."""
 
 import re
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
-# Weight decay is for matrices and convolution kernels alone. Which parameters the unreleased stage-2 trainer spared is
-# unknown; sparing biases, norms, embeddings and positions is the custom of minGPT, on which the original is built.
+from rq_jax.settings import checks
+
+# Weight decay is for matrices and convolution kernels alone. The stage-2 trainer was never released; minGPT, on which
+# the original model is built, spares biases, norms, embeddings and positions.
 _NO_DECAY = re.compile(r"(bias|scale|embedding|position)")
 
 
@@ -21,6 +22,8 @@ class Optimizer(NamedTuple):
 
 
 def make_optimizer(
+    section: str = "optim",
+    /,
     *,
     name: str = "adam",
     learning_rate: float,
@@ -37,9 +40,10 @@ def make_optimizer(
     clip_norm: float | None = None,
     accumulation_steps: int = 1,
 ) -> Optimizer:
-    """Optimizer of one training stage.
+    """Optimizer of one network; the keywords are a config section.
 
     Args:
+      section: name of that section, for messages.
       name: "adam", "adamw" (decoupled decay of matrices and kernels only) or "sgd".
       learning_rate: the highest rate, reached after the warm-up.
       total_steps: length of the run, in updates.
@@ -54,16 +58,16 @@ def make_optimizer(
     Raises:
       ValueError: a name or value that is not allowed.
     """
-    _check_optimizer(SimpleNamespace(**locals()))
-    peak, decay_steps = float(learning_rate), max(total_steps - warmup_steps - hold_steps, 1)
-    if schedule == "cosine":
-        main = optax.cosine_decay_schedule(peak, decay_steps, final_learning_rate / peak)
-    else:
-        main = optax.constant_schedule(peak)
-    rate, boundary = main, warmup_steps + hold_steps
-    if boundary:
-        warmup = optax.linear_schedule(initial_learning_rate if warmup_steps else peak, peak, max(warmup_steps, 1))
-        rate = optax.join_schedules([warmup, main], [boundary])
+    checks.one_of(f"{section}.name", name, ("adam", "adamw", "sgd"))
+    checks.unread(f"{section}.weight_decay", weight_decay, "adamw", name)
+    checks.unread(f"{section}.momentum", momentum, "sgd", name)
+    if clip_norm is not None:
+        checks.above(f"{section}.clip_norm", clip_norm, 0, fix="None clips nothing")
+    checks.at_least(f"{section}.accumulation_steps", accumulation_steps, 1)
+    rate = _make_schedule(
+        section, schedule, total_steps, warmup_steps, hold_steps,
+        float(learning_rate), initial_learning_rate, final_learning_rate,
+    )  # fmt: skip
     if name == "adam":
         base = optax.adam(rate, b1, b2)
     elif name == "adamw":
@@ -74,49 +78,37 @@ def make_optimizer(
     return Optimizer(optax.chain(*clip, base), rate, accumulation_steps)
 
 
-def _check_optimizer(optim: SimpleNamespace) -> None:
-    """One line for the first setting that is not allowed."""
-    if optim.name not in ("adam", "adamw", "sgd"):
-        raise ValueError(f"optim.name: '{optim.name}' is unknown; allowed are 'adam', 'adamw' and 'sgd'")
-    if optim.schedule not in ("cosine", "constant"):
-        raise ValueError(f"optim.schedule: '{optim.schedule}' is unknown; allowed are 'cosine' and 'constant'")
-    for setting, reader, chosen in (
-        ("weight_decay", "adamw", optim.name),
-        ("momentum", "sgd", optim.name),
-        ("final_learning_rate", "cosine", optim.schedule),
-    ):
-        value = getattr(optim, setting)
-        if value and chosen != reader:
-            raise ValueError(f"optim.{setting}: {value} is read by '{reader}' only, not by '{chosen}'; set it to 0")
-    if not optim.learning_rate > 0:
-        raise ValueError(f"optim.learning_rate: {optim.learning_rate} must be above 0")
-    if not 0 <= optim.final_learning_rate <= optim.learning_rate:
-        raise ValueError(
-            f"optim.final_learning_rate: {optim.final_learning_rate} is outside [0, {optim.learning_rate}], the peak"
-        )
-    if not 0 <= optim.warmup_steps <= optim.total_steps:
-        raise ValueError(
-            f"optim.warmup_steps: {optim.warmup_steps} is outside 0..{optim.total_steps}, the steps of the run"
-        )
-    left = optim.total_steps - optim.warmup_steps
-    if not 0 <= optim.hold_steps <= left:
-        raise ValueError(f"optim.hold_steps: {optim.hold_steps} is outside 0..{left}, the steps after the warm-up")
-    if optim.hold_steps and optim.schedule != "cosine":
-        raise ValueError(f"optim.hold_steps: {optim.hold_steps} is read by 'cosine' only; set it to 0")
-    if not 0 <= optim.initial_learning_rate <= optim.learning_rate:
-        raise ValueError(
-            f"optim.initial_learning_rate: {optim.initial_learning_rate} is outside "
-            f"[0, {optim.learning_rate}], the peak"
-        )
-    if optim.initial_learning_rate and not optim.warmup_steps:
-        raise ValueError(
-            f"optim.initial_learning_rate: {optim.initial_learning_rate} needs a warm-up; "
-            "set it to 0 or set warmup_steps"
-        )
-    if optim.clip_norm is not None and not optim.clip_norm > 0:
-        raise ValueError(f"optim.clip_norm: {optim.clip_norm} must be above 0, or None for no clipping")
-    if optim.accumulation_steps < 1:
-        raise ValueError(f"optim.accumulation_steps: {optim.accumulation_steps} must be at least 1")
+def _make_schedule(
+    section: str,
+    schedule: str,
+    total_steps: int,
+    warmup_steps: int,
+    hold_steps: int,
+    peak: float,
+    initial: float,
+    final: float,
+) -> optax.Schedule:
+    """Linear from `initial` to `peak`, hold, then cosine to `final` or constant."""
+    checks.one_of(f"{section}.schedule", schedule, ("cosine", "constant"))
+    checks.unread(f"{section}.final_learning_rate", final, "cosine", schedule)
+    checks.unread(f"{section}.hold_steps", hold_steps, "cosine", schedule)
+    checks.above(f"{section}.learning_rate", peak, 0)
+    checks.within(f"{section}.final_learning_rate", final, 0, peak, meaning="the peak")
+    checks.within(f"{section}.initial_learning_rate", initial, 0, peak, meaning="the peak")
+    checks.in_range(f"{section}.warmup_steps", warmup_steps, 0, total_steps, "the steps of the run")
+    left = total_steps - warmup_steps
+    checks.in_range(f"{section}.hold_steps", hold_steps, 0, left, "the steps after the warm-up")
+    if initial and not warmup_steps:
+        raise ValueError(f"{section}.initial_learning_rate: {initial} needs a warm-up; set it to 0 or set warmup_steps")
+    main = optax.constant_schedule(peak)
+    if schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, max(left - hold_steps, 1), final / peak)
+    boundary = warmup_steps + hold_steps
+    if not boundary:
+        return main
+    # The rising line is evaluated through the hold too, where it has already reached the peak.
+    warmup = optax.linear_schedule(initial if warmup_steps else peak, peak, max(warmup_steps, 1))
+    return optax.join_schedules([warmup, main], [boundary])
 
 
 def decay_mask(params: Any) -> Any:

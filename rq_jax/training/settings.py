@@ -1,15 +1,14 @@
-"""From config sections to constructors."""
+"""Config sections of a training run: the loop's own, durations in epochs, remedies for too little memory."""
 
-import contextlib
 import dataclasses
-import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rq_jax.devices import sharding
+from rq_jax.settings import checks
+from rq_jax.settings.construct import construct
 
-# Of the settings of the loop.
 _LEAST = {
     "total_steps": 1,
     "log_every_steps": 1,
@@ -59,8 +58,7 @@ class LoopSettings:
 
     def __post_init__(self):
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"loop.{name}: {getattr(self, name)} must be at least {least}")
+            checks.at_least(f"loop.{name}", getattr(self, name), least)
         if self.keep_every_steps % self.checkpoint_every_steps:
             raise ValueError(
                 f"loop.keep_every_steps: {self.keep_every_steps} is no multiple of loop.checkpoint_every_steps "
@@ -102,22 +100,6 @@ def check_sections(config: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
             raise ValueError(f"config.{name}: missing; the config needs {', '.join(allowed)}")
 
 
-def call(function: Callable[..., Any], section: str, settings: Mapping[str, Any], **others: Any) -> Any:
-    """Call a constructor with its config section.
-
-    Raises:
-      ValueError: a key that it does not take, or one without a default that is unset.
-    """
-    allowed = {name: p for name, p in inspect.signature(function).parameters.items() if name not in others}
-    unknown = sorted(set(settings) - set(allowed))
-    if unknown:
-        raise ValueError(f"config.{section}.{unknown[0]}: unknown; allowed are {', '.join(sorted(allowed))}")
-    for name, parameter in allowed.items():
-        if parameter.default is parameter.empty and settings.get(name) is None:
-            raise ValueError(f"config.{section}.{name}: unset and without a default; set it")
-    return function(**settings, **others)
-
-
 def memory_remedies(recipe: Any, batch_size: int) -> list[str]:
     """Settings that make a step smaller, the cheapest first.
 
@@ -143,7 +125,7 @@ def memory_remedies(recipe: Any, batch_size: int) -> list[str]:
 def loop_settings(section: Mapping[str, Any], steps_per_epoch: int) -> LoopSettings:
     """The loop's settings in the config section `loop`, without those of the recipe, which stand there too."""
     settings = resolve_durations(section, "loop", ("total",), steps_per_epoch)
-    return call(LoopSettings, "loop", {name: value for name, value in settings.items() if name not in _OF_RECIPES})
+    return construct(LoopSettings, "loop", {name: value for name, value in settings.items() if name not in _OF_RECIPES})
 
 
 # Settings of the config section `loop` that a recipe reads and not the loop.
@@ -153,12 +135,3 @@ _OF_RECIPES = ("ema_decay", "use_latent_cache")
 def plain(config: Any) -> Any:
     """A config, such as an `ml_collections.ConfigDict`, as nested dicts of plain values."""
     return {name: plain(value) for name, value in config.items()} if hasattr(config, "items") else config
-
-
-@contextlib.contextmanager
-def in_section(usual: str, actual: str):
-    """Messages of a constructor name the section of the config that its settings come from."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace(f"{usual}.", f"{actual}.", 1)) from None

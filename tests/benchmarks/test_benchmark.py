@@ -18,10 +18,10 @@ from PIL import Image
 import benchmark
 from benchmarks import quantize as quantize_benchmark
 from benchmarks import roofline, sample, timing, train, weights
-from rq_jax import models, quantize, sampling
+from rq_jax import models, quantize, recipes, sampling
 from rq_jax.data import make_dataset
 from rq_jax.devices.peaks import Peaks
-from rq_jax.models.flops import count_traced, decoder_work, encoder_work, transformer_flops
+from rq_jax.models.flops import decoder_work, encoder_work, transformer_flops
 
 ROOT = Path(benchmark.__file__).parent
 PEAKS = Peaks("toy", {"float32": 1e9, "bfloat16": 2e9}, 1e9)
@@ -189,13 +189,13 @@ def test_tokenizer_by_downsampling():
     assert [sample.make_tokenizer(group[0]).code_shape for group in found] == [(8, 8, 4), (16, 16, 4), (32, 32, 4)]
 
 
-@pytest.mark.parametrize("at_rest", ["float32", "bfloat16", "int8"])
-def test_the_sampler_is_that_of_the_library(at_rest):
-    argv = ("--batch=3", "--code_shape=1x3x2", "--top_k=5", "--guidance=1.5", f"--weights={at_rest}", *SMALL)
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
+def test_the_sampler_is_that_of_the_library(weights):
+    argv = ("--batch=3", "--code_shape=1x3x2", "--top_k=5", "--guidance=1.5", f"--weights={weights}", *SMALL)
     (config,) = groups("sample", *argv)[0]
     model = sample.make_transformer(config)
     draw = sample.compile_sampler(config, model)
-    variables = sample.draw_variables(model, at_rest)
+    variables = sample.draw_variables(model, weights)
     expected = sampling.generate(
         model, variables, jax.random.key(0), 3, np.arange(3), image_ids=np.arange(6, 9), top_k=5, guidance=1.5
     )
@@ -389,16 +389,12 @@ def pictures(tmp_path_factory):
 def zeros(monkeypatch):
     """States of zeros, which need no compilation."""
 
-    def init_state(original, full, run, *frozen):
-        def place(shape):
-            key = jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key)
-            array = jax.random.key(0) if key else np.zeros(shape.shape, shape.dtype)
-            return jax.device_put(array, train.sharding.replicated(run["mesh"]))
+    def place(shape):
+        is_key = jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key)
+        return jax.device_put(jax.random.key(0) if is_key else np.zeros(shape.shape, shape.dtype), shape.sharding)
 
-        return jax.tree.map(place, jax.eval_shape(lambda: original(full, run, *frozen)))
-
-    for script in (train.train_vae, train.train_transformer):
-        monkeypatch.setattr(script, "init_state", functools.partial(init_state, script.init_state))
+    for recipe in (recipes.Tokenizer, recipes.Transformer):
+        monkeypatch.setattr(recipe, "init", lambda recipe, rng: jax.tree.map(place, recipe.abstract_state()))
 
 
 def test_train_stage_1(zeros):
@@ -416,34 +412,35 @@ def test_train_stage_1(zeros):
     assert entry["flops_utilization"] == pytest.approx(entry["flops_per_second"] / peak)
 
 
-def test_terms_of_stage_1_are_on(zeros):
-    full = train.load_config(groups("train", "--quicktest", "--batch=8")[0][0])
-    stage = train.prepare_stage1(full, train.sharding.make_mesh())
-    batch = {"image": jax.ShapeDtypeStruct((8, *stage.model.image_shape, 3), jnp.float32)}
-    _, metrics = jax.eval_shape(stage.step, stage.state, batch, stage.frozen)
+def test_terms_of_stage_1_are_on():
+    settings = train.load_settings(groups("train", "--quicktest", "--batch=8")[0][0])
+    recipe = train.make_recipe(settings, train.sharding.make_mesh(), lambda shapes: shapes)
+    state, batch = recipe.abstract_state(), train.batch_shapes(recipe, 8)
+    update = functools.partial(recipe.update, phase=recipe.phase(train.LAST_STEP))
+    _, metrics = jax.eval_shape(update, state, batch, recipe.frozen)
     assert {"perceptual_loss", "generator_loss"} <= set(metrics)
-    counted = count_traced(stage.step, stage.state, batch, stage.frozen)
-    assert counted.flops > 2 * 8 * stage.model_flops, "VGG16 alone is more than this tokenizer"
+    (work,) = train.step_work(recipe, state, batch, 1).values()
+    assert work.flops > 2 * 8 * recipe.flops_per_image, "VGG16 alone is more than this tokenizer"
 
 
-def test_train_stage_2_on_the_pictures_of_the_preset(monkeypatch, zeros, pictures):
+def test_train_stage_2_on_the_images_of_the_preset(monkeypatch, zeros, pictures):
     opened = []
 
-    def open_dataset(full, channels):
-        opened.append(full.data.label_key)
-        settings = dict(name="folder", data_dir=pictures, label_key="folder", image_size=full.data.image_size)
-        return make_dataset(**settings, split="train", train=True, batch_size=full.data.batch_size)
+    def open_dataset(settings):
+        opened.append(settings["data"]["label_key"])
+        data = settings["data"] | dict(name="folder", data_dir=pictures, label_key="folder")
+        return make_dataset(**data, split="train", train=True)
 
-    load_config = train.load_config
+    load_settings = train.load_settings
 
     def with_five_classes(config):
-        full = load_config(config)
-        full.model.cond_vocab_size = 5
-        return full
+        settings = load_settings(config)
+        settings["model"]["cond_vocab_size"] = 5
+        return settings
 
     monkeypatch.setattr(train.sharding, "make_mesh", helpers.make_mesh)
     monkeypatch.setattr(train, "open_dataset", open_dataset)
-    monkeypatch.setattr(train, "load_config", with_five_classes)
+    monkeypatch.setattr(train, "load_settings", with_five_classes)
     argv = ("--stage=2", "--preset=imagenet256_480m", "--quicktest", "--data=preset", "--dtype=float32")
     record = run("train", *argv, "--batch=16", "--accumulation_steps=2", "--steps=2", "--runs=1")
     (entry,) = record["results"]

@@ -1,11 +1,11 @@
-"""What sample.py left behind is read back; its codes by way of the script, in test_sample.py."""
+"""Samples read back from a directory; codes by way of the script, in test_sample.py."""
 
 import json
 
 import numpy as np
 import pytest
 
-from rq_jax import samples
+from rq_jax.evaluation import samples
 from rq_jax.report import grids
 
 SETTINGS = {"first_index": 0, "num_images": 3, "batch_size": 3, "out": "a", "top_p": 0.9, "transformer": "x"}
@@ -14,11 +14,11 @@ SETTINGS = {"first_index": 0, "num_images": 3, "batch_size": 3, "out": "a", "top
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ([], "^--samples: '.*' holds 2 pictures of an earlier run; draw into an empty --out$"),
-        ([{"first_index": 3, "num_images": 1}], "^--samples: '.*' holds 1 pictures of an earlier run; draw"),
+        ([], "^--samples: '.*' holds 2 images of an earlier run; draw into an empty --out$"),
+        ([{"first_index": 3, "num_images": 1}], "^--samples: '.*' holds 1 images of an earlier run; draw"),
         (
             [{"first_index": 3, "top_p": 0.5, "transformer": "y"}],
-            "^--samples: '.*' holds pictures of several top_p, transformer; draw",
+            "^--samples: '.*' holds images of several top_p, transformer; draw",
         ),
         ([{"first_index": 3, "num_images": 2, "batch_size": 8, "out": "b"}], None),  # two hosts, one set
     ],

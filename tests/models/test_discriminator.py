@@ -66,7 +66,7 @@ def test_sizes_down_to_the_smallest(num_layers, smallest):
     with pytest.raises(ValueError) as error:
         jax.eval_shape(model.apply, variables, jnp.zeros((B, smallest, smallest - 1, 1)))
     assert str(error.value) == (
-        f"model.num_layers: {num_layers} leaves no patch of images of {smallest}x{smallest - 1}; "
+        f"discriminator.num_layers: {num_layers} leaves no patch of images of {smallest}x{smallest - 1}; "
         f"set fewer, or give images of at least {smallest}x{smallest}"
     )
 
@@ -244,12 +244,11 @@ def test_without_actnorm_there_is_nothing_to_initialise():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_layers": 0}, "model.num_layers: 0 must be at least 1"),
-        ({"width": 0}, "model.width: 0 must be at least 1"),
-        ({"in_channels": -3}, "model.in_channels: -3 must be at least 1"),
-        ({"dtype": "float16"}, "model.dtype: 'float16' is unknown; allowed are 'float32' and 'bfloat16'"),
-        ({"use_actnorm": "yes"}, "model.use_actnorm: 'yes' is no bool"),
-        ({"spectral_norm": True}, "model.spectral_norm: unknown setting of 'discriminator'; allowed are dtype, in_channels, num_layers, use_actnorm, width"),
+        ({"num_layers": 0}, "discriminator.num_layers: 0 must be at least 1"),
+        ({"width": 0}, "discriminator.width: 0 must be at least 1"),
+        ({"in_channels": -3}, "discriminator.in_channels: -3 must be at least 1"),
+        ({"dtype": "float16"}, "discriminator.dtype: 'float16' is unknown; allowed are 'float32' and 'bfloat16'"),
+        ({"spectral_norm": True}, "discriminator.spectral_norm: unknown; allowed are dtype, in_channels, num_layers, use_actnorm, width"),
     ],
 )  # fmt: skip
 def test_bad_settings_are_refused(settings, message):
@@ -260,7 +259,7 @@ def test_bad_settings_are_refused(settings, message):
 @pytest.mark.parametrize("shape", [(B, H, W, 3), (H, W, C)])
 def test_images_of_another_shape_are_refused(shape):
     model, variables = make()
-    message = f"images: shape {shape} does not fit this discriminator; it takes (B, H, W, {C})"
+    message = f"images: shape {shape} does not fit; allowed is (B, H, W, {C})"
     with pytest.raises(ValueError) as error:
         model.apply(variables, jnp.zeros(shape))
     assert str(error.value) == message

@@ -106,7 +106,7 @@ CALLS = {
     "condition shape": (
         TEXT,
         (CODES, jnp.zeros((B, U + 1), int)),
-        r"^cond: shape \(2, 4\) does not fit; this batch and model take \(2, 3\)",
+        r"^cond: shape \(2, 4\) does not fit; allowed is \(2, 3\)",
     ),
     "condition batch": (CLASS, (CODES, jnp.zeros(B + 1, int)), r"^cond: shape \(3, 1\) does not fit"),
     "condition value": (CLASS, (CODES, jnp.array([0, V])), r"^cond: tokens 0..9 do not all lie in \[0, 9\)"),
@@ -142,7 +142,10 @@ SETTINGS = {
         {"use_flash_attention": True, "attention_dropout": 0.1},
         r"^model.use_flash_attention: True leaves no room for attention_dropout 0.1; set one of them to 0 or False$",
     ),
-    "sizes": ({"codebook_size": (7, 5)}, r"^model.codebook_size: \(7, 5\) has no entry for each of the 4 depths$"),
+    "sizes": (
+        {"codebook_size": (7, 5)},
+        r"^model.codebook_size: \(7, 5\) has 2 entries for code depth 4; give one per depth$",
+    ),
     "no codes": ({"codebook_size": 0}, r"^model.codebook_size: 0 must be at least 1$"),
     "code_dim": ({"code_dim": 0}, r"^model.code_dim: 0 must be at least 1$"),
     "model_dim": ({"model_dim": -4}, r"^model.model_dim: -4 must be at least 1$"),
@@ -151,10 +154,8 @@ SETTINGS = {
     "shared codebook": ({**UNEQUAL, "use_shared_codebook": True}, DIFFER),
     "shared embedding": ({**UNEQUAL, "use_shared_token_embedding": True}, DIFFER),
     "shared classifier": ({**UNEQUAL, "use_shared_classifier": True}, DIFFER),
-    "condition": (
-        {"cond_vocab_size": 0},
-        r"^model.cond_vocab_size 0 and cond_length 1 must be at least 1$",
-    ),
+    "condition": ({"cond_vocab_size": 0}, r"^model.cond_vocab_size: 0 must be at least 1$"),
+    "condition length": ({"cond_length": -1}, r"^model.cond_length: -1 must be at least 1$"),
     "text without words": (
         {"cond_length": 3},
         r"^model.cond_length: 3 condition tokens need a cond_vocab_size above 1$",

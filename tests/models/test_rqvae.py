@@ -297,7 +297,7 @@ def test_the_commitment_loss_has_a_gradient_in_the_encoder_only():
 CALLS = {
     "images of another size": (
         lambda m, v: m.apply(v, jnp.ones((B, H, W + 4, C))),
-        r"^images: shape \(2, 6, 14, 3\) does not fit this model; it takes \(B, 6, 10, 3\)",
+        r"^images: shape \(2, 6, 14, 3\) does not fit; allowed is \(B, 6, 10, 3\)",
     ),
     "images of another width": (
         lambda m, v: m.apply(v, jnp.ones((B, H, W, 1)), method="encode_to_codes"),
@@ -305,7 +305,7 @@ CALLS = {
     ),
     "codes of another shape": (
         lambda m, v: m.apply(v, jnp.zeros((B, w, h, D), int), method="decode_codes"),
-        r"^codes: shape \(2, 5, 3, 4\) does not fit this model; it takes \(B, 3, 5, 4\)",
+        r"^codes: shape \(2, 5, 3, 4\) does not fit; allowed is \(B, 3, 5, 4\)",
     ),
     "codes outside the codebook": (
         lambda m, v: m.apply(v, jnp.full((B, h, w, D), K), method="decode_codes"),
@@ -352,22 +352,16 @@ SETTINGS = {
         {"code_shape": (1, 5, D), "code_dim": 8},
         r"^model.code_dim: 8 must be a positive multiple of 3, the latents folded into one code vector$",
     ),
-    "codebook": ({"codebook_size": (7, 7)}, r"^codebook_size: \(7, 7\) has one entry per depth, but"),
-    "decay": ({"codebook_decay": 2.0}, r"^codebook_decay: 2.0 is outside \[0, 1\]$"),
-    "update": ({"codebook_update": "never"}, r"^codebook_update: 'never' is unknown"),
+    "codebook": ({"codebook_size": (7, 7)}, r"^model.codebook_size: \(7, 7\) has one entry per depth, but"),
+    "decay": ({"codebook_decay": 2.0}, r"^model.codebook_decay: 2.0 is outside \[0, 1\]$"),
+    "update": ({"codebook_update": "never"}, r"^model.codebook_update: 'never' is unknown"),
     "width": ({"width": 0}, r"^model.width: 0 must be at least 1$"),
     "blocks": ({"num_res_blocks": 0}, r"^model.num_res_blocks: 0 must be at least 1$"),
     "groups": ({"norm_groups": 0}, r"^model.norm_groups: 0 must be at least 1$"),
     "levels": ({"width_multipliers": ()}, r"^model.width_multipliers: \(\) must be one positive integer a level"),
     "dropout": ({"dropout": 1.0}, r"^model.dropout: 1.0 is outside \[0, 1\)$"),
-    "unknown": (
-        {"widht": 4},
-        r"^model.widht: unknown setting of 'rqvae'; allowed are attention_resolutions, code_dim",
-    ),
-    "missing": ({"code_dim": None}, r"^model.code_dim: 'rqvae' needs it and it is not set$"),
-    "nested": ({"width_multipliers": {"a": 1}}, r"^model.width_multipliers: {'a': 1} is no tuple\[int, ...\]$"),
-    "size type": ({"codebook_size": 4.5}, r"^model.codebook_size: 4.5 is no int \| tuple\[int, ...\]$"),
-    "switch type": ({"use_remat": 1}, r"^model.use_remat: 1 is no bool$"),
+    "unknown": ({"widht": 4}, r"^model.widht: unknown; allowed are attention_resolutions, code_dim"),
+    "Flax's own": ({"parent": "a"}, r"^model.parent: unknown; allowed are attention_resolutions, code_dim"),
 }
 
 
@@ -379,7 +373,7 @@ def test_wrong_settings_get_one_line(mistake):
 
 
 def test_an_unknown_model_gets_one_line():
-    with pytest.raises(ValueError, match="^model name: 'vqvae' is unknown; allowed are .*rqtransformer, rqvae"):
+    with pytest.raises(ValueError, match="^model name: 'vqvae' is unknown; allowed are 'rqvae', 'rqtransformer' and "):
         create("vqvae")
 
 

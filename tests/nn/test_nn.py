@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rq_jax.nn.attention import Block, LayerNorm, Stack, empty_cache
+from rq_jax.nn.attention import Block, BlockSettings, LayerNorm, Stack, empty_cache
 from rq_jax.nn.conv import AttentionBlock, Conv, Downsample, Norm, ResBlock, Upsample
 
 
@@ -153,8 +153,8 @@ def test_res_block_drops_out_in_training_only():
 X = normal(2, 5, 12)
 
 
-def stack(**settings):
-    module = Stack(**{"num_layers": 3, "num_heads": 4, **settings})
+def stack(use_remat=False, **settings):
+    module = Stack(3, BlockSettings(4, **settings), use_remat)
     return module, random_like(jax.eval_shape(module.init, jax.random.key(0), X))
 
 
@@ -176,7 +176,7 @@ def test_stack_is_its_blocks_one_after_the_other():
     x = X
     for layer in range(3):
         p = jax.tree.map(lambda a, layer=layer: a[layer], variables["params"]["blocks"])
-        x, _ = Block(num_heads=4).apply({"params": p}, x, None, None)
+        x, _ = Block(BlockSettings(4)).apply({"params": p}, x, None, None)
     np.testing.assert_allclose(run(module, variables, X)[0], x, rtol=1e-4, atol=1e-4)
 
 
@@ -215,7 +215,7 @@ def test_rows_beyond_the_length_are_never_read():
 
 
 def test_no_layers_are_the_identity():
-    module = Stack(num_layers=0, num_heads=4)
+    module = Stack(0, BlockSettings(4))
     assert module.init(jax.random.key(0), X) == {}
     np.testing.assert_array_equal(run(module, {}, X)[0], X)
     out, cache = run(module, {}, X[:, :2], empty_cache(0, 2, 6, 4, 3, jnp.float32))
@@ -251,7 +251,7 @@ def test_gelu_switch():
     variables = jax.tree.map(lambda a: a[0], stack()[1]["params"]["blocks"])
     outputs = {}
     for gelu in ("exact", "sigmoid"):
-        outputs[gelu] = Block(4, gelu=gelu).apply({"params": variables}, X, None, None)[0]
+        outputs[gelu] = Block(BlockSettings(4, gelu=gelu)).apply({"params": variables}, X, None, None)[0]
     difference = float(jnp.abs(outputs["exact"] - outputs["sigmoid"]).max())
     assert 1e-4 < difference < 0.5
     flat = {
@@ -263,7 +263,7 @@ def test_gelu_switch():
     normed = LayerNorm().apply({"params": variables["norm2"]}, X)
     hidden = np.asarray(normed @ variables["up_MF"] + variables["up_bias_F"], np.float64)
     expected = X + (hidden / (1 + np.exp(-1.702 * hidden))) @ variables["down_FM"] + variables["down_bias_M"]
-    sigmoid = Block(4, gelu="sigmoid").apply({"params": flat}, X, None, None)[0]
+    sigmoid = Block(BlockSettings(4, gelu="sigmoid")).apply({"params": flat}, X, None, None)[0]
     np.testing.assert_allclose(sigmoid, expected, rtol=1e-4, atol=1e-4)
 
 

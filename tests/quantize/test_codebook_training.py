@@ -363,9 +363,10 @@ MISTAKES = {
         {"codebook_update": "later"},
         r"^codebook_update: 'later' is unknown; allowed are 'sequential' and 'pooled'$",
     ),
-    "no codes": ({"codebook_size": 0}, r"^codebook_size 0 and code depth 4 must be at least 1$"),
-    "no depth": ({"depth": 0}, r"^codebook_size 7 and code depth 0 must be at least 1$"),
-    "decay": ({"decay": 1.5}, r"^codebook_decay: 1.5 is outside \[0, 1\]$"),
+    "no codes": ({"codebook_size": 0}, r"^codebook_size: 0 must be at least 1$"),
+    "no depth": ({"depth": 0}, r"^depth: 0 must be at least 1$"),
+    "no length": ({"code_dim": 0}, r"^code_dim: 0 must be at least 1$"),
+    "decay": ({"decay": 1.5}, r"^decay: 1.5 is outside \[0, 1\]$"),
     "one bad decay": ({"decay": (0.9, 0.9, -1, 0.9), "use_shared_codebook": False}, r"outside \[0, 1\]$"),
 }
 

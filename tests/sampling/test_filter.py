@@ -123,7 +123,7 @@ def test_one_value_per_row_under_vmap():
 MISTAKES = {
     "temperature": (
         {"temperature": -0.5},
-        r"^temperature: -0.5 must be at least 0 \(0 takes the most probable code\)$",
+        r"^temperature: -0.5 must be at least 0; 0 takes the most probable code$",
     ),
     "temperature nan": ({"temperature": float("nan")}, r"^temperature: nan must be at least 0"),
     "top_k": ({"top_k": 0}, r"^top_k: 0 must be at least 1 and whole; leave it out to keep all codes$"),

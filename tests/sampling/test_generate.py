@@ -208,7 +208,7 @@ MISTAKES = {
     "image_ids": (
         {},
         {"image_ids": np.arange(3)},
-        r"^image_ids: shape \(3,\) does not fit num_images 2; give one id an image$",
+        r"^image_ids: shape \(3,\) does not fit; allowed is \(2,\)$",
     ),
     "guidance": (
         CLASS,
@@ -238,7 +238,7 @@ MISTAKES = {
     "prefix code": (
         UNEQUAL,
         {"prefix": jnp.full((B, 1, D), 2)},
-        r"^prefix: code 2 is outside \[0, 2\), the codebook of depth 3$",
+        r"^prefix: 2 at depth 3 is outside \[0, 2\), the codebook of that depth$",
     ),
 }
 

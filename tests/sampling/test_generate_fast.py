@@ -17,8 +17,8 @@ from toy_transformer import CLASS, CONDS, TEXT, UNEQUAL, B, D, T, build, h, run,
 
 from benchmarks import roofline
 from rq_jax import losses
-from rq_jax.nn.attention import RestingWeight
-from rq_jax.nn.inference_weights import at_rest
+from rq_jax.nn.attention import InferenceWeight
+from rq_jax.nn.inference_weights import for_inference
 from rq_jax.sampling import filter_logits, generate
 from rq_jax.sampling.generate import _draw, _generate, _stretches
 
@@ -212,7 +212,7 @@ def resting(dtype, **switches):
         lambda path, x: 0.2 * x if "blocks" in str(path) or "classifier" in str(path) else x, variables["params"]
     )
     variables = {**variables, "params": params}
-    return model, variables, model.at_rest(variables, dtype)
+    return model, variables, model.for_inference(variables, dtype)
 
 
 @pytest.mark.parametrize("switches", [(), (("use_shared_classifier", False),), (("use_attention_bias", False),)])
@@ -223,14 +223,14 @@ def test_float32_at_rest_is_the_model_itself(switches):
         run(model, rest, codes).logits, run(model, variables, codes).logits, rtol=1e-4, atol=1e-4
     )
     np.testing.assert_array_equal(generate(model, rest, RNG, B), generate(model, variables, RNG, B))
-    again = model.at_rest(rest)
+    again = model.for_inference(rest)
     assert jax.tree.structure(again) == jax.tree.structure(rest)
     down = rest["params"]["spatial_stack"]["blocks"][1]["down_FM"]
     if jax.default_backend() == "cpu":
         np.testing.assert_array_equal(down.values.T, variables["params"]["spatial_stack"]["blocks"]["down_FM"][1])
     assert not isinstance(
-        model.clone(dtype="bfloat16").at_rest(variables)["params"]["spatial_stack"]["blocks"][1]["down_FM"],
-        RestingWeight,
+        model.clone(dtype="bfloat16").for_inference(variables)["params"]["spatial_stack"]["blocks"][1]["down_FM"],
+        InferenceWeight,
     )
 
 
@@ -271,7 +271,7 @@ def test_what_is_read_at_every_code_is_narrow_and_nothing_else(dtype):
 
 def test_int8_rounds_each_output_channel_by_itself():
     weight = np.random.default_rng(0).normal(size=(2, 3, 5, 7)) * np.array([1, 10, 0, 1000, 1, 1, 1])
-    stored = RestingWeight.create(weight, "int8", num_axes=2, num_stacked=1)
+    stored = InferenceWeight.create(weight, "int8", num_axes=2, num_stacked=1)
     assert stored.values.shape == (2, 7, 15) and stored.scales.shape == (2, 7)
     np.testing.assert_allclose(stored.scales, np.abs(weight).max((1, 2)) / 127, rtol=1e-6)
     error = np.abs(stored.values * stored.scales[..., None] - np.moveaxis(weight.reshape(2, 15, 7), 1, -1))
@@ -279,12 +279,12 @@ def test_int8_rounds_each_output_channel_by_itself():
 
 
 def test_an_unknown_dtype_at_rest_is_refused():
-    with pytest.raises(ValueError, match="^dtype: 'int4' is unknown; allowed are float32, bfloat16, int8$"):
-        at_rest(build()[1], "int4")
-    rest = at_rest(build()[1], "int8")
-    assert jax.tree.structure(at_rest(rest)) == jax.tree.structure(rest)
+    with pytest.raises(ValueError, match="^dtype: 'int4' is unknown; allowed are 'float32', 'bfloat16' and 'int8'$"):
+        for_inference(build()[1], "int4")
+    rest = for_inference(build()[1], "int8")
+    assert jax.tree.structure(for_inference(rest)) == jax.tree.structure(rest)
     with pytest.raises(ValueError, match="^dtype: 'bfloat16' asked of weights that are narrow already; start from"):
-        at_rest(rest, "bfloat16")
+        for_inference(rest, "bfloat16")
 
 
 def test_single_rows_with_bfloat16_weights():

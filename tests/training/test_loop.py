@@ -30,7 +30,7 @@ from rq_jax.checkpoint import Checkpointer, write_config
 from rq_jax.files import RunLock
 from rq_jax.training import loop as training_loop
 from rq_jax.training.log import Rate
-from rq_jax.training.settings import LoopSettings, call, check_sections, resolve_durations
+from rq_jax.training.settings import LoopSettings, check_sections, resolve_durations
 from rq_jax.training.signals import StopSignal
 
 # --- a linear model and its data ----------------------------------------------------------------------------
@@ -479,19 +479,3 @@ def test_sections_are_checked():
     with pytest.raises(ValueError) as error:
         check_sections({"seed": 0}, ("seed", "model"))
     assert str(error.value) == "config.model: missing; the config needs seed, model"
-
-
-def test_a_constructor_is_called_with_its_section():
-    def build(*, width, depth=2, total_steps):
-        return width, depth, total_steps
-
-    assert call(build, "net", {"width": 3}, total_steps=9) == (3, 2, 9)
-    with pytest.raises(ValueError) as error:
-        call(build, "net", {"width": 3, "wdith": 4}, total_steps=9)
-    assert str(error.value) == "config.net.wdith: unknown; allowed are depth, width"
-    with pytest.raises(ValueError, match="^config.net.total_steps: unknown"):  # the script's, not the config's
-        call(build, "net", {"width": 3, "total_steps": 4}, total_steps=9)
-    for section in ({}, {"width": None}):
-        with pytest.raises(ValueError) as error:
-            call(build, "net", section, total_steps=9)
-        assert str(error.value) == "config.net.width: unset and without a default; set it"

@@ -1,4 +1,4 @@
-"""Optimizer, schedule, weight average, the guarded update and micro-batches of rq_jax.train_state."""
+"""Optimizer, schedule, weight average, the guarded update and micro-batches."""
 
 import functools
 import json
@@ -158,7 +158,7 @@ def test_clipping_acts_only_above_the_norm():
         ({"hold_steps": 6, "warmup_steps": 4}, "optim.hold_steps: 6 is outside 0..5, the steps after the warm-up"),
         (
             {"hold_steps": 2, "schedule": "constant"},
-            "optim.hold_steps: 2 is read by 'cosine' only; set it to 0",
+            "optim.hold_steps: 2 is read by 'cosine' only, not by 'constant'; set it to 0",
         ),
         (
             {"initial_learning_rate": 0.2, "warmup_steps": 2},
@@ -168,7 +168,7 @@ def test_clipping_acts_only_above_the_norm():
             {"initial_learning_rate": 0.05},
             "optim.initial_learning_rate: 0.05 needs a warm-up; set it to 0 or set warmup_steps",
         ),
-        ({"clip_norm": 0.0}, "optim.clip_norm: 0.0 must be above 0, or None for no clipping"),
+        ({"clip_norm": 0.0}, "optim.clip_norm: 0.0 must be above 0; None clips nothing"),
         ({"accumulation_steps": 0}, "optim.accumulation_steps: 0 must be at least 1"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What sample.py leaves in a directory, read back: pictures to measure, codes to go on from."""
+"""Samples read back from a directory: images to measure, codes to continue."""
 
 import json
 import os
@@ -9,49 +9,57 @@ import numpy as np
 
 from rq_jax.report import grids
 
-# What may differ between the parts of one set of samples, as several hosts draw it.
+# Settings in which the parts of one set of samples may differ, as several hosts draw them.
 _SLICE = ("first_index", "num_images", "batch_size", "neighbours", "out")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def read_images(directory: str | os.PathLike) -> np.ndarray:
-    """Pictures (N, H, W, C) in [-1, 1] of a folder, or of the folder `images` in it, by name.
+    """Reads the images of a folder, or of the folder `images` in it, sorted by name.
+
+    Returns:
+      (N, H, W, C), float32 in [-1, 1].
 
     Raises:
-      FileNotFoundError: no pictures are there.
-      ValueError: pictures of several shapes, or, of sample.py, of runs with several settings.
+      FileNotFoundError: no images are there.
+      ValueError: images of several shapes, or samples drawn with several settings.
     """
     directory = Path(directory)
     _check_settings(directory)
     folder = directory / "images" if (directory / "images").is_dir() else directory
     paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
     if not paths:
-        raise FileNotFoundError(f"--samples: '{directory}' holds no pictures; give the --out of sample.py")
+        raise FileNotFoundError(f"--samples: '{directory}' holds no images; give the --out of sample.py")
     images = [grids.read_image(path) for path in paths]
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
-        raise ValueError(f"--samples: '{directory}' holds pictures of several shapes {sorted(shapes)}; give one size")
+        raise ValueError(f"--samples: '{directory}' holds images of several shapes {sorted(shapes)}; give one size")
     return np.stack(images).astype(np.float32) / 127.5 - 1
 
 
 def _check_settings(directory: Path) -> None:
-    """Refuse pictures of sample.py that several settings made: an earlier run may have left some behind."""
+    """Raises ValueError for samples drawn with several settings: an earlier run may have left some behind."""
     runs = [json.loads(path.read_text()) for path in sorted(directory.glob("settings_*.json"))]
     ids, hint = set(), "draw into an empty --out"
     for run in runs:
         ids |= set(range(run["first_index"], run["first_index"] + run["num_images"]))
         names = (run.keys() | runs[0].keys()) - set(_SLICE)
         if different := sorted(name for name in names if run.get(name) != runs[0].get(name)):
-            raise ValueError(f"--samples: '{directory}' holds pictures of several {', '.join(different)}; {hint}")
+            raise ValueError(f"--samples: '{directory}' holds images of several {', '.join(different)}; {hint}")
     found = {int(path.stem) for path in (directory / "images").glob("*.png") if path.stem.isdigit()}
     if runs and found - ids:
-        raise ValueError(f"--samples: '{directory}' holds {len(found - ids)} pictures of an earlier run; {hint}")
+        raise ValueError(f"--samples: '{directory}' holds {len(found - ids)} images of an earlier run; {hint}")
 
 
 def read_codes(path: str, num_positions: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The codes of a run at their first positions (n, P, D), in raster order, and its conditions (n, U) if it had some.
+    """Reads the first codes of an earlier run, and its conditions.
 
-    Row i % n is that of image i.
+    Args:
+      path: a .npz of `sample.py`.
+      num_positions: P, in raster order.
+
+    Returns:
+      Codes (n, P, D) and conditions (n, U), or None where the run had none. Row i % n belongs to image i.
 
     Raises:
       ValueError: no .npz of codes, or one with fewer positions.

@@ -1,0 +1,59 @@
+"""Nearest training images of samples, by pixels or by features."""
+
+from typing import Any
+
+import numpy as np
+
+from rq_jax.report import grids
+
+NUM_SHOWN, SHOWN_SIZE = 12, 64
+
+
+def feature_distances(x_NA: np.ndarray, y_MA: np.ndarray) -> np.ndarray:
+    """Squared distances (N, M) between two sets of feature vectors."""
+    return np.sum(x_NA**2, axis=-1)[:, None] + np.sum(y_MA**2, axis=-1) - 2 * x_NA @ y_MA.T
+
+
+def median_to_nearest(distances_NM: np.ndarray) -> float:
+    """Median over N images of the distance to the nearest of M."""
+    return float(np.median(distances_NM.min(axis=-1)))
+
+
+def pixel_distances(images: np.ndarray, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Mean squared distances of bytes between images and a data set.
+
+    Args:
+      images: (N, H, W, C), uint8.
+      dataset: M images of that size, once through.
+
+    Returns:
+      (N, M), and the positions (M,) of the images in the data set.
+    """
+    images, distances, positions = images.astype(np.float32), [], []
+    for batch in dataset.iterator():
+        batch_images = grids.to_uint8(batch["image"][batch["mask"]]).astype(np.float32)
+        distances.append([np.mean((batch_images - image) ** 2, axis=(1, 2, 3)) for image in images])
+        positions.append(batch["index"][batch["mask"]])
+    return np.concatenate(distances, axis=1), np.concatenate(positions)
+
+
+def draw_sheet(
+    images: np.ndarray, distances_NM: np.ndarray, positions_M: np.ndarray, dataset: Any, num_neighbours: int
+) -> np.ndarray:
+    """Samples beside the images of a data set nearest to them.
+
+    Args:
+      images: samples (N, H, W, C), uint8 or floats in [-1, 1].
+      distances_NM: of the samples to M images.
+      positions_M: of these images in the data set.
+      dataset: where they are read.
+      num_neighbours: images beside each sample.
+
+    Returns:
+      The sheet, uint8 HWC.
+    """
+    order_NR = np.argsort(distances_NM, axis=-1, kind="stable")[:, :num_neighbours]
+    rows = {"sample": grids.to_uint8(images)}
+    for rank, nearest_N in enumerate(positions_M[order_NR].T.tolist(), start=1):
+        rows[f"nearest {rank}"] = grids.to_uint8(dataset.examples(nearest_N)["image"])
+    return grids.labelled_grid(rows, scale=max(1, SHOWN_SIZE // images.shape[1]))

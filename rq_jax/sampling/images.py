@@ -1,0 +1,83 @@
+"""Images drawn batch by batch: codes from a transformer, decoded to bytes by its tokenizer."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rq_jax.sampling.generate import generate
+
+
+def draw(
+    model: Any,
+    variables: Any,
+    tokenizer: Any,
+    *,
+    num_images: int,
+    batch_size: int,
+    first_index: int = 0,
+    seed: int = 0,
+    weights: str = "float32",
+    conds: np.ndarray | None = None,
+    prefix: np.ndarray | None = None,
+    **settings: Any,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Draws images; while one batch is fetched the next is already being drawn.
+
+    Args:
+      model: an `RQTransformer`.
+      variables: its variables, as trained.
+      tokenizer: its `model` and `variables`, as in `checkpoint.LoadedModel`.
+      num_images: n.
+      batch_size: images of one compiled program; a last batch is filled up, and what fills it dropped.
+      first_index: id of the first image.
+      seed: an image depends on the seed and its id alone.
+      weights: dtype of the transformer's weights in memory, see `inference_weights.for_inference`.
+      conds: (m, U), which the images take in turn by id; None for an unconditional model.
+      prefix: codes (m, T0, D) of the first positions, likewise.
+      **settings: temperature, top_k, top_p and guidance of `generate`.
+
+    Yields:
+      Image ids (b,), codes (b, h, w, D) int32, images (b, H, W, C) uint8.
+    """
+    resting, tokenizer_variables = _for_inference(model, variables, weights), jax.device_put(tokenizer.variables)
+    rng, end, pending = jax.random.key(seed), first_index + num_images, None
+
+    def fetch(ids, codes, images):
+        is_asked_for = ids < end
+        return ids[is_asked_for], np.asarray(codes)[is_asked_for], np.asarray(images)[is_asked_for]
+
+    for first in range(first_index, end, batch_size):
+        # A last batch that is not full draws images nobody asked for, so that nothing is compiled twice.
+        ids = np.arange(first, first + batch_size)
+        cond = None if conds is None else conds[ids % len(conds)]
+        first_codes = None if prefix is None else prefix[ids % len(prefix)]
+        codes = generate(model, resting, rng, batch_size, cond, image_ids=ids, prefix=first_codes, **settings)
+        batch = ids, codes, decode(tokenizer.model, tokenizer_variables, codes)
+        if pending is not None:
+            yield fetch(*pending)
+        pending = batch
+    yield fetch(*pending)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(tokenizer: Any, variables: Any, codes: jax.Array) -> jax.Array:
+    """Images (B, H, W, C), uint8, from codes (B, h, w, D), compiled once for a tokenizer and shape.
+
+    Args:
+      tokenizer: an `RQVAE`.
+      variables: its variables.
+      codes: int32.
+    """
+    # Images are rounded to 8 bits: on an accelerator the decoder computes in bfloat16, with a float32 quantizer.
+    decoder = tokenizer if jax.default_backend() == "cpu" else tokenizer.clone(dtype="bfloat16")
+    images = decoder.apply(variables, codes, method="decode_codes").astype(jnp.float32)
+    return jnp.round(jnp.clip(0.5 * images + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _for_inference(model: Any, variables: Any, weights: str) -> Any:
+    return model.for_inference(variables, weights)

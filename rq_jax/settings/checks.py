@@ -1,0 +1,95 @@
+"""Rules for single settings. A broken one raises a one-line ValueError of one grammar:
+
+    section.name: value rule[, meaning][; fix]
+    loop.ema_decay: 1.0 is outside [0, 1); 0 keeps no average
+
+`setting` is the full name to show. Numbers may be arrays or sequences, of which every entry must satisfy the rule. NaN
+satisfies none.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+
+
+def at_least(setting: str, value: Any, least: float, *, whole: bool = False, fix: str = "") -> None:
+    """Lower bound, included; `whole` allows whole numbers only."""
+    numbers = np.asarray(value)
+    if not np.all(numbers >= least) or whole and not np.all(numbers == np.floor(numbers)):
+        _refuse(setting, value, f"must be at least {least}" + " and whole" * whole, fix=fix)
+
+
+def above(setting: str, value: Any, bound: float, *, fix: str = "") -> None:
+    """Lower bound, excluded."""
+    if not np.all(np.asarray(value) > bound):
+        _refuse(setting, value, f"must be above {bound}", fix=fix)
+
+
+def within(
+    setting: str, value: Any, low: float, high: float, *, below: bool = False, meaning: str = "", fix: str = ""
+) -> None:
+    """The interval [low, high]; `below` excludes its upper end."""
+    numbers = np.asarray(value)
+    if not np.all((numbers >= low) & (numbers < high if below else numbers <= high)):
+        _refuse(setting, value, f"is outside [{low}, {high}{')' if below else ']'}", meaning, fix)
+
+
+def in_range(setting: str, value: Any, first: int, last: int, meaning: str) -> None:
+    """The integers first..last; `meaning` says what they count."""
+    if not first <= value <= last:
+        _refuse(setting, value, f"is outside {first}..{last}", meaning)
+
+
+def one_of(setting: str, value: Any, allowed: Iterable[Any]) -> None:
+    """A choice from a list."""
+    if value not in (names := list(allowed)):
+        *most, last = map(repr, names)
+        shown = f"allowed are {', '.join(most)} and {last}" if most else f"allowed is {last}"
+        _refuse(setting, repr(value), "is unknown", fix=shown)
+
+
+def divides(setting: str, value: int, name: str, total: int) -> None:
+    """A positive divisor of another quantity, which is called `name`."""
+    if value < 1 or total % value:
+        _refuse(setting, value, f"does not divide {name} {total}", fix="choose a divisor of it")
+
+
+def multiple_of(setting: str, value: int, factor: int, meaning: str, *, axis: str = "") -> None:
+    """A positive multiple of `factor`; `meaning` says what the factor is, `axis` which axis of a size is meant."""
+    if value < 1 or value % factor:
+        _refuse(setting, f"{axis} = {value}" if axis else value, f"must be a positive multiple of {factor}", meaning)
+
+
+def positive_triple(setting: str, value: Sequence[int], names: str) -> None:
+    """Three positive integers; `names` such as "(h, w, depth)"."""
+    if len(value) != 3 or min(value) < 1:
+        _refuse(setting, value, f"must be three positive integers {names}")
+
+
+def one_per_depth(setting: str, value: Any, depth: int) -> None:
+    """A sequence has an entry for each depth; a single number stands for all depths."""
+    if isinstance(value, Sequence) and len(value) != depth:
+        _refuse(setting, value, f"has {len(value)} entries for code depth {depth}", fix="give one per depth")
+
+
+def unread(setting: str, value: Any, reader: str, chosen: str) -> None:
+    """A setting that only the choice `reader` reads is 0 under every other choice."""
+    if value and chosen != reader:
+        _refuse(setting, value, f"is read by '{reader}' only, not by '{chosen}'", fix="set it to 0")
+
+
+def shape(name: str, actual: Sequence[int], allowed: Sequence[int | str | range]) -> None:
+    """The shape of an array; of the allowed axes a letter stands for any size, a range for its numbers."""
+
+    def fits(size: int, axis: int | str | range) -> bool:
+        return size in axis if isinstance(axis, range) else isinstance(axis, str) or size == axis
+
+    if len(actual) != len(allowed) or not all(map(fits, actual, allowed)):
+        axes = [f"{axis.start}..{axis.stop - 1}" if isinstance(axis, range) else str(axis) for axis in allowed]
+        shown = f"({axes[0]},)" if len(axes) == 1 else f"({', '.join(axes)})"
+        _refuse(name, f"shape {tuple(actual)}", "does not fit", fix=f"allowed is {shown}")
+
+
+def _refuse(setting: str, value: Any, rule: str, meaning: str = "", fix: str = "") -> NoReturn:
+    raise ValueError(f"{setting}: {value} {rule}" + f", {meaning}" * bool(meaning) + f"; {fix}" * bool(fix))

@@ -1,0 +1,58 @@
+"""Nearest training images, by features and by pixels, and the sheet that shows them."""
+
+import helpers
+import numpy as np
+import pytest
+from PIL import Image
+
+from rq_jax.evaluation import neighbours
+from rq_jax.evaluation.protocol import EvaluationData
+from rq_jax.report import grids
+
+DAMAGED = 2
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """(data, image files) of seven training images, the third of them damaged."""
+    helpers.write_pictures(tmp_path, num_train=7, num_validation=1)
+    paths = sorted((tmp_path / "train").rglob("*.png"))
+    paths[DAMAGED].write_bytes(b"damaged")
+    settings = {"name": "folder", "data_dir": str(tmp_path), "image_size": [16, 16], "channels": 3}
+    return EvaluationData(settings, batch_size=3), paths
+
+
+def read(path):
+    return np.asarray(Image.open(path))
+
+
+def test_pixel_distances_leave_damaged_images_out(folder):
+    data, paths = folder
+    images = np.stack([read(paths[5]), read(paths[1])])
+    distances, positions = neighbours.pixel_distances(images, data.training())
+    np.testing.assert_array_equal(positions, [0, 1, 3, 4, 5, 6])
+    expected = [[np.mean((read(paths[i]) - image.astype(float)) ** 2) for i in positions] for image in images]
+    np.testing.assert_allclose(distances, expected, rtol=1e-6)
+    assert distances.shape == (2, 6) and distances[0, 4] == distances[1, 1] == 0
+
+
+def test_the_sheet_shows_the_image_at_the_position(folder, monkeypatch):
+    data, paths = folder
+    seen = {}
+    monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale: seen.update(rows, scale=scale))
+    images = np.stack([read(paths[5]), read(paths[1])])
+    distances, positions = neighbours.pixel_distances(images, data.training())
+    neighbours.draw_sheet(images, distances, positions, data.training(), 2)
+    np.testing.assert_array_equal(seen["sample"], images)
+    np.testing.assert_array_equal(seen["nearest 1"], images)
+    second = positions[np.argsort(distances)[:, 1]]
+    np.testing.assert_array_equal(seen["nearest 2"], [read(paths[i]) for i in second])
+    assert seen["scale"] == 4 and "nearest 3" not in seen
+
+
+def test_feature_distances():
+    rng = np.random.default_rng(0)
+    x_NA, y_MA = rng.normal(size=(3, 5)), rng.normal(size=(4, 5))
+    distances = neighbours.feature_distances(x_NA, y_MA)
+    np.testing.assert_allclose(distances, ((x_NA[:, None] - y_MA) ** 2).sum(-1), rtol=1e-9)
+    assert neighbours.median_to_nearest(distances) == pytest.approx(np.median(distances.min(1)))
