@@ -6,6 +6,7 @@ nn               convolution blocks, causal attention and its cache, weights for
 models           RQ-VAE, RQ-Transformer, discriminator; their cost in FLOPs
 sampling         logit filter, the sampling loop, rejection sampling
 losses, metrics  arrays of losses; PSNR, SSIM, code usage, kernel distance
+settings         checks of settings, construction from a config section
 data             datasets, grain pipelines, transforms, captions, latent cache
 devices          meshes, hosts, memory, peak rates
 checkpoint       save, resume, load, ship
