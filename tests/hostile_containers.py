@@ -18,48 +18,13 @@ def zip_with(**changes: int) -> bytes:
     """A zip of one member whose headers say what they should not; a name begins with local_, entry_ or end_."""
     name, content = b"a/data.pkl", START + b"N."
     crc = zlib.crc32(content)
-    local = dict(
-        magic=0x04034B50,
-        version=20,
-        flags=0,
-        method=0,
-        time=0,
-        date=0,
-        crc=crc,
-        packed=len(content),
-        nbytes=len(content),
-        name=len(name),
-        extra=0,
-    )
-    entry = dict(
-        magic=0x02014B50,
-        made=20,
-        version=20,
-        flags=0,
-        method=0,
-        time=0,
-        date=0,
-        crc=crc,
-        packed=len(content),
-        nbytes=len(content),
-        name=len(name),
-        extra=0,
-        comment=0,
-        disk=0,
-        internal=0,
-        external=0,
-        header=0,
-    )
-    end = dict(
-        magic=0x06054B50,
-        disk=0,
-        first=0,
-        count=1,
-        total=1,
-        size=46 + len(name),
-        offset=30 + len(name) + len(content),
-        comment=0,
-    )
+    sizes = {"flags": 0, "method": 0, "time": 0, "date": 0, "crc": crc, "packed": len(content), "nbytes": len(content)}
+    sizes |= {"name": len(name), "extra": 0}
+    local = {"magic": 0x04034B50, "version": 20, **sizes}
+    entry = {"magic": 0x02014B50, "made": 20, "version": 20, **sizes}
+    entry |= dict.fromkeys(("comment", "disk", "internal", "external", "header"), 0)
+    end = {"magic": 0x06054B50, "disk": 0, "first": 0, "count": 1, "total": 1, "size": 46 + len(name)}
+    end |= {"offset": 30 + len(name) + len(content), "comment": 0}
     for key, value in changes.items():
         part, _, field = key.partition("_")
         {"local": local, "entry": entry, "end": end}[part][field] = value

@@ -1,4 +1,4 @@
-"""Weights and configs that come from elsewhere, read without running anything that they hold.
+"""Readers of foreign weights and configs that never run anything in them.
 
 `read_state` reads PyTorch's two formats, .npz and .safetensors; `read_config` reads YAML and JSON.
 """
@@ -28,7 +28,7 @@ _OTHER_KINDS = (
 
 
 def read_state(path: str | os.PathLike[str]) -> Any:
-    """The content of a file of weights, with a `Tensor` for every array; the format is told by content, not by suffix.
+    """Reads a file of weights, with a `Tensor` for every array; the format is detected by content, not by suffix.
 
     Objects of any other class are refused wherever they stand, such as the callbacks in checkpoints by Lightning:
     load such a file once where you trust it, and torch.save its state_dict alone. Ordered and default dicts become

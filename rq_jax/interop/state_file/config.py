@@ -1,4 +1,4 @@
-"""Configs in YAML and JSON that come from elsewhere."""
+"""Reader of configs in YAML and JSON."""
 
 import functools
 import json
@@ -76,7 +76,7 @@ def _split_value(node: Any) -> tuple[int, list[Any]]:
 
 
 def _split_node(node: Any) -> tuple[int, list[Any]]:
-    """The same of a node of YAML; refuses tags of others, and numbers that are too long."""
+    """The same for a node of YAML, whose children must have tags of YAML itself and no number of great length."""
     children = getattr(node, "value", node)
     if getattr(node, "id", "") == "mapping":
         children = [child for pair in children for child in pair]

@@ -1,4 +1,4 @@
-"""A file from elsewhere: found, read within its bounds, and named in every error."""
+"""Access to a file from elsewhere: reads stay within it, every error names it, and a change is noticed."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ def one_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class File:
-    """A file as it was when it was found; `name` is as the user wrote it."""
+    """A file in the state of its first opening; `name` is as the user wrote it."""
 
     name: str
     path: str

@@ -7,7 +7,7 @@ from rq_jax.interop.state_file.files import Invalid
 
 
 def check_tree(root: Any, split: Callable[[Any], tuple[int, list[Any]]], max_nodes: int, max_depth: int) -> None:
-    """Refuse circles, deep trees, and trees that are large when shared parts are counted as often as they occur.
+    """Check that a tree has no circles, is not deep, and is small with shared parts counted as often as they occur.
 
     Args:
       root: inner node or leaf.

@@ -1,4 +1,4 @@
-"""Pickles by torch.save, read by a machine of our own: tensors, numbers, strings, lists and dicts come out.
+"""Pickle machine for files by torch.save, which makes tensors, numbers, strings, lists and dicts only.
 
 The machine knows the opcodes that torch.save writes and refuses all others by name. It calls nothing but the functions
 of the table in `pickle_names`, each of which checks its arguments: a pickle can name nothing else, and what it names is

@@ -1,7 +1,7 @@
 """The members of a zip file: where they lie and how large they are. Nothing is extracted.
 
-`zipfile` decodes the directory, but finds it by guesses, reads one of any size, and passes over counts that are wrong:
-so it gets the bytes of a directory that is found and bounded here, and its entries are compared with the local headers.
+`zipfile` decodes the entries of the directory. It would guess where the directory is, read one of any size and ignore
+wrong counts, so the directory is located and bounded here, and its entries are compared with the local headers.
 The format is in PKWARE's APPNOTE.
 """
 
@@ -97,7 +97,7 @@ def _directory(reader: Reader) -> tuple[bytes, int]:
 
 
 def _check(reader: Reader, info: zipfile.ZipInfo) -> None:
-    """Refuse an entry that cannot be read, or whose name is a path out of the archive."""
+    """The entry can be read, and its name is no path out of the archive."""
     name = info.orig_filename  # `filename` ends at a zero byte
     is_path = name.startswith("/") or "\\" in name or ".." in name.split("/")
     if is_path or not 0 < len(name) <= 1000 or not name.isprintable():
