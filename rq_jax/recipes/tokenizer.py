@@ -237,11 +237,11 @@ class Tokenizer:
         Raises:
           FileNotFoundError, ValueError: no run there.
         """
-        if not is_fresh:
+        if self.init_from and not is_fresh:
             return dataclasses.replace(self, init_from=None, keep_optimizer=False), data
         if self.init_from:
             checkpoint.read_config(self.init_from)
-        return self, data
+        return self, data  # itself, with the programs that it has compiled
 
     def _draw(self, rng: jax.Array) -> TrainState:
         rng_init, rng_train = jax.random.split(rng)
@@ -263,8 +263,12 @@ class Tokenizer:
 
     def init(self, rng: jax.Array) -> TrainState:
         """The state before the first step, drawn on the devices where it lives; from `init_from` where that is set."""
-        state = jax.jit(self._draw, out_shardings=self.shardings)(rng)
+        state = self._jitted_draw(rng)
         return checkpoint.start_from(self.init_from, state, self.keep_optimizer) if self.init_from else state
+
+    @functools.cached_property
+    def _jitted_draw(self) -> Callable[..., TrainState]:
+        return jax.jit(self._draw, out_shardings=self.shardings)
 
     # --- one update ---
 
