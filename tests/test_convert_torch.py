@@ -34,6 +34,7 @@ from rq_jax.data.text import train_tokenizer
 from rq_jax.interop import official
 from rq_jax.recipes.transformer import fill_from_tokenizer
 from rq_jax.training.optimizer import make_optimizer
+from rq_jax.training.state import create_state
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # Multiples of 32, as the original's norms need; not the code shape of `helpers`.
@@ -386,7 +387,7 @@ def test_export_of_a_run_of_our_own(tmp_path, capsys):
     optimizer = make_optimizer(name="adam", learning_rate=0.1, total_steps=2, schedule="constant", warmup_steps=0)
     run = tmp_path / "run"
     with checkpoint.Checkpointer(run) as checkpointer:
-        checkpointer.save(helpers.start_state(variables, config, optimizer), {"data": {}})
+        checkpointer.save(create_state(variables, optimizer, jax.random.key(5), use_ema=False), {"data": {}})
     checkpoint.write_config(run, config.to_dict())
     out = export(run, tmp_path / "own.safetensors")
     assert "not in own.config.json, which has no word for it: codebook_update pooled\n" in capsys.readouterr().out

@@ -230,14 +230,10 @@ class Tokenizer:
     # --- state ---
 
     def start(self, workdir: str, data: Splits, is_fresh: bool) -> tuple["Tokenizer", Splits]:
-        """The recipe of a run: only a fresh one starts from `init_from`.
-
-        Raises:
-          FileNotFoundError, ValueError: no run there.
-        """
-        if is_fresh and self.init_from:
-            checkpoint.read_config(self.init_from)
-        return self if is_fresh else dataclasses.replace(self, init_from=None, keep_optimizer=False), data
+        """The recipe of a run: only a fresh one starts from `init_from`."""
+        if self.init_from and not is_fresh:
+            return dataclasses.replace(self, init_from=None, keep_optimizer=False), data
+        return self, data  # itself, with the programs that it has compiled
 
     def _draw(self, rng: jax.Array) -> TrainState:
         rng_init, rng_train = jax.random.split(rng)
@@ -258,8 +254,12 @@ class Tokenizer:
 
     def init(self, rng: jax.Array) -> TrainState:
         """The state before the first step, drawn on the devices where it lives; from `init_from` where that is set."""
-        state = jax.jit(self._draw, out_shardings=self.shardings)(rng)
+        state = self._jitted_draw(rng)
         return checkpoint.start_from(self.init_from, state, self.keep_optimizer) if self.init_from else state
+
+    @functools.cached_property
+    def _jitted_draw(self) -> Callable[..., TrainState]:
+        return jax.jit(self._draw, out_shardings=self.shardings)
 
     # --- one update ---
 

@@ -260,7 +260,11 @@ class Transformer:
 
     def init(self, rng: jax.Array) -> TrainState:
         """The state before the first step, drawn on the devices where it lives, with the tokenizer's codebook."""
-        return jax.jit(self._draw, out_shardings=self.shardings)(rng, self._codebook)
+        return self._jitted_draw(rng, self._codebook)
+
+    @functools.cached_property
+    def _jitted_draw(self) -> Callable[..., TrainState]:
+        return jax.jit(self._draw, out_shardings=self.shardings)
 
     # --- one update ---
 
