@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rq_jax.files import write_atomic
 from rq_jax.report import curves, grids
 
 WHITE = 255
@@ -251,19 +250,6 @@ def test_save_png_round_trips_and_replaces(tmp_path, channels):
 def test_save_png_refuses_other_shapes(tmp_path, shape):
     with pytest.raises(ValueError, match=re.escape(f"picture is uint8 {shape}: give uint8 (H, W, 1 or 3)")):
         grids.save_png(tmp_path / "picture.png", np.zeros(shape, np.uint8))
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(grids.os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomic(path, b"new")
-    assert path.read_bytes() == b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
