@@ -12,7 +12,7 @@ import numpy as np
 
 from rq_jax.report.progress import Progress
 from rq_jax.training.monitor import HangGuard
-from rq_jax.training.signals import Stop
+from rq_jax.training.signals import StopSignal
 
 # What a run knows of its evaluations when it begins.
 NOTHING_EVALUATED = {"best_loss": math.inf, "bad_evaluations": 0, "stopped": False, "owes_evaluation": False}
@@ -36,7 +36,7 @@ class Validation(NamedTuple):
 
 
 def validate(
-    validation: Validation, state: Any, *, stop: Stop, hang: HangGuard, title: str = "", enabled: bool = True
+    validation: Validation, state: Any, *, stop: StopSignal, hang: HangGuard, title: str = "", enabled: bool = True
 ) -> Figures | None:
     """The figures of a state; None where a signal came before they were there.
 
@@ -61,7 +61,7 @@ def validate(
             jax.block_until_ready(total)
             total, shown = (sums, first) if total is None else (jax.tree.map(jnp.add, total, sums), shown)
             progress.update()
-            if stop.is_asked():
+            if stop.poll():
                 return None
             hang.arm()
         jax.block_until_ready(total)

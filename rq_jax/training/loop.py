@@ -22,7 +22,7 @@ from rq_jax.report.progress import Progress
 from rq_jax.training import monitor
 from rq_jax.training.evaluation import NOTHING_EVALUATED, Evaluations, Validation
 from rq_jax.training.log import METRICS_FILE, MetricWriter, Rate, _StepLog
-from rq_jax.training.signals import Stop
+from rq_jax.training.signals import StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def run(
         contextlib.closing(writer),
         contextlib.closing(iterator),
         Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer,
-        Stop() as stop,
+        StopSignal() as stop,
         monitor.HangGuard(settings.hang_timeout_seconds) as hang,
         monitor.Profiler(workdir, settings.profile_first_step, settings.profile_steps) as profiler,
     ):
@@ -196,7 +196,7 @@ def run(
                 if step % settings.evaluate_every_steps == 0 or last:
                     evaluations.run(state, step)
                     log.restart(step)
-                stopping = host["owes_evaluation"] or stop.is_asked()
+                stopping = host["owes_evaluation"] or stop.poll()
                 if step % settings.checkpoint_every_steps == 0 or last or stopping or host["stopped"]:
                     checkpointer.save(state, {**host, "data": iterator.get_state(), "batch_size": dataset.batch_size})
                     log.restart(step)

@@ -13,7 +13,7 @@ from rq_jax.report.progress import Progress
 from rq_jax.training import evaluation as training_evaluation
 from rq_jax.training import monitor
 from rq_jax.training.evaluation import Validation, validate
-from rq_jax.training.signals import Stop
+from rq_jax.training.signals import StopSignal
 
 QUIET = monitor.HangGuard(0)
 
@@ -28,7 +28,7 @@ def report(state, sums, shown):
 
 def test_sums_are_added_and_the_first_batch_is_shown():
     held_out = helpers.HeldOut()
-    with Stop() as stop:
+    with StopSignal() as stop:
         for _ in range(2):  # the second time as the first
             scalars, pictures = validate(
                 Validation(held_out, measure, report), 2.0, stop=stop, hang=QUIET, enabled=False
@@ -44,7 +44,7 @@ def test_a_signal_ends_it_after_the_batch(batch):
     def refuse(*_):
         raise AssertionError("there is nothing to report")
 
-    with Stop() as stop:
+    with StopSignal() as stop:
         assert validate(Validation(held_out, measure, refuse), 2.0, stop=stop, hang=QUIET, enabled=False) is None
     assert stop.signal == signal.SIGTERM and held_out.given == batch + 1 and held_out.closed
 
@@ -67,7 +67,7 @@ def test_every_batch_is_watched_and_what_follows_is_not():
         events.append("batch")
         return measure(state, batch)
 
-    with Stop() as stop:
+    with StopSignal() as stop:
         validate(Validation(helpers.HeldOut(), note, look), 2.0, stop=stop, hang=Guard(0), enabled=False)
     assert events == [*["arm", "batch"] * 3, "arm", "disarm", "report"]
 
@@ -76,7 +76,7 @@ def test_every_batch_is_watched_and_what_follows_is_not():
 def test_batches_are_counted_while_it_goes_on(monkeypatch, enabled):
     stream = io.StringIO()
     monkeypatch.setattr(training_evaluation, "Progress", functools.partial(Progress, line_seconds=0.0, stream=stream))
-    with Stop() as stop:
+    with StopSignal() as stop:
         held_out = Validation(helpers.HeldOut(), measure, report)
         validate(held_out, 2.0, stop=stop, hang=QUIET, title="stage 9, evaluation", enabled=enabled)
     shown = [line.split(" [")[0] for line in stream.getvalue().splitlines()]

@@ -29,7 +29,7 @@ from rq_jax.checkpoint import Checkpointer
 from rq_jax.files import RunLock
 from rq_jax.training import loop as training_loop
 from rq_jax.training.log import Rate
-from rq_jax.training.loop import LoopSettings, Stop, finish
+from rq_jax.training.loop import LoopSettings, StopSignal, finish
 from rq_jax.training.settings import call, check_sections, resolve_durations
 
 # --- a linear model and its data ----------------------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, uninterrupted, 
 def test_a_signal_at_any_moment_saves_the_step(tmp_path, monkeypatch, reads):
     """The signal comes right after the loop has looked for one `reads` times."""
 
-    class LateStop(Stop):
+    class LateStop(StopSignal):
         looked = 0
 
         @property
@@ -164,7 +164,7 @@ def test_a_signal_at_any_moment_saves_the_step(tmp_path, monkeypatch, reads):
         def signal(self, value):
             assert value is None
 
-    monkeypatch.setattr(training_loop, "Stop", LateStop)
+    monkeypatch.setattr(training_loop, "StopSignal", LateStop)
     dataset = ToyDataset()
     with pytest.raises(SystemExit):
         train(tmp_path, dataset, checkpoint_every_steps=100, evaluate_every_steps=100)
@@ -253,7 +253,7 @@ def test_outside_the_main_thread_signals_are_left_alone():
     seen = []
 
     def look():
-        with Stop() as stop:
+        with StopSignal() as stop:
             seen.extend([signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)])
             seen.append(stop.signal)
 
