@@ -57,7 +57,7 @@ def test_a_folder_without_labels_and_captions(tmp_path):
         assert records_of("flat", split, tmp_path / "data") == records_of("folder", split, source)
 
 
-def test_labels_and_captions_without_held_out_pictures(folder, tmp_path):
+def test_labels_and_captions_without_held_out_images(folder, tmp_path):
     shutil.rmtree(folder / "validation")
     path = convert.write(convert.open_folder(folder), "pets", tmp_path / "data")
     info = tfds.builder_from_directory(path).info

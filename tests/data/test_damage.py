@@ -100,7 +100,7 @@ BROKEN = {
 
 @pytest.mark.fault("pictures of zero bytes, truncated, or no pictures", "passed over and counted; over the cap: stops")
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_pictures_are_passed_over(folder, kind):
+def test_broken_images_are_passed_over(folder, kind):
     before = batches(folder)
     (folder / f"{BAD:02}.png").write_bytes(BROKEN[kind])
     after = batches(folder)

@@ -9,7 +9,7 @@ import pytest
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
-from tfds_sets import encode, grey_pictures, write_tfds  # noqa: E402
+from tfds_sets import encode, grey_images, write_tfds  # noqa: E402
 
 from rq_jax.data import make_dataset  # noqa: E402
 from rq_jax.data import sources as sources_module  # noqa: E402
@@ -20,7 +20,7 @@ from rq_jax.data.sources import ImageSource, decode_image, open_records  # noqa:
 def tfds_dir(tmp_path_factory):
     """`greys`: other feature names, grey, labelled, captioned; `bare`: nothing but pictures, some damaged."""
     directory = tmp_path_factory.mktemp("tfds")
-    pictures = [encode(pixels) for pixels in grey_pictures(12)]
+    pictures = [encode(pixels) for pixels in grey_images(12)]
     features = {
         "picture": tfds.features.Image(shape=(None, None, 1)),
         "kind": tfds.features.ClassLabel(names=["a", "b", "c"]),
@@ -37,7 +37,7 @@ def tfds_dir(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     """Twelve grey pictures in classes `cats` and `dogs`, each with a caption."""
-    for i, pixels in enumerate(grey_pictures(12)):
+    for i, pixels in enumerate(grey_images(12)):
         file = tmp_path / ("cats", "dogs")[i % 2] / "deeper" / f"{i:02}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encode(pixels))
@@ -51,7 +51,7 @@ def test_foreign_tfds_set(tfds_dir):
     source = ImageSource(records, channels=1)
     for i in (0, 4, 8):
         example = source[i]
-        np.testing.assert_array_equal(example["image"][..., 0], grey_pictures(12)[i])
+        np.testing.assert_array_equal(example["image"][..., 0], grey_images(12)[i])
         assert (example["label"], example["text"], example["index"]) == (i % 3, f"row {i}", i)
 
 
@@ -68,7 +68,7 @@ def test_the_first_of_several_captions(tmp_path):
             "image": encode(pixels), "image/name": f"{i}.png",
             "captions": [{"id": j, "text": text} for j, text in enumerate(captions[i])],
         }
-        for i, pixels in enumerate(grey_pictures(3))
+        for i, pixels in enumerate(grey_images(3))
     ]  # fmt: skip
     write_tfds("captioned", features, {"train": rows}, tmp_path)
     records = open_records("captioned", "train", tmp_path, text_key="captions/text")
@@ -157,18 +157,18 @@ def test_folder_with_labels_and_captions(folder):
     numbers = [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]  # sorted paths: cats first
     for index, number in enumerate(numbers):
         example = source[index]
-        np.testing.assert_array_equal(example["image"][..., 0], grey_pictures(12)[number])
+        np.testing.assert_array_equal(example["image"][..., 0], grey_images(12)[number])
         assert (example["label"], example["text"]) == (number % 2, f"picture {number}")
 
 
 def test_folder_is_split_by_a_hash_of_the_path(tmp_path):
     for i in range(150):
-        (tmp_path / f"{i}.png").write_bytes(encode(grey_pictures(1)[0]))
+        (tmp_path / f"{i}.png").write_bytes(encode(grey_images(1)[0]))
     train, validation = (open_records("folder", split, tmp_path) for split in ("train", "validation"))
     located = [{records.locate(i) for i in range(len(records))} for records in (train, validation)]
     assert not located[0] & located[1] and len(located[0] | located[1]) == 150
     assert 5 <= len(validation) <= 28
-    (tmp_path / "new.png").write_bytes(encode(grey_pictures(1)[0]))
+    (tmp_path / "new.png").write_bytes(encode(grey_images(1)[0]))
     again = open_records("folder", "validation", tmp_path)
     new = {again.locate(i) for i in range(len(again))} - {str(tmp_path / "new.png")}
     assert new == located[1]  # a new picture moves no other
@@ -178,7 +178,7 @@ def test_folder_with_split_subfolders_shares_class_numbers(tmp_path):
     for path in ("train/b/0.png", "train/c/1.png", "validation/a/2.png", "validation/c/3.png"):
         file = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encode(grey_pictures(1)[0]))
+        file.write_bytes(encode(grey_images(1)[0]))
     train, validation = (
         open_records("folder", split, tmp_path, label_key="folder") for split in ("train", "validation")
     )
@@ -215,7 +215,7 @@ def test_lists_of_names_must_fit_the_folder(folder, tmp_path_factory):
         FileNotFoundError, match="split: '77.png' in '.*names.txt' names 0 of the 12 images below '.*', not one"
     ):
         open_records("folder", str(names), folder)
-    (folder / "dogs" / "00.png").write_bytes(encode(grey_pictures(1)[0]))
+    (folder / "dogs" / "00.png").write_bytes(encode(grey_images(1)[0]))
     names.write_text("cats/deeper/00.png")
     assert len(open_records("folder", str(names), folder)) == 1
     names.write_text("00.png")
@@ -228,7 +228,7 @@ def test_lists_of_names_must_fit_the_folder(folder, tmp_path_factory):
 
 def test_links_that_lead_back_are_not_followed(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    (elsewhere / "99.png").write_bytes(encode(grey_pictures(1)[0]))
+    (elsewhere / "99.png").write_bytes(encode(grey_images(1)[0]))
     (folder / "cats" / "back").symlink_to(folder)
     (folder / "cats" / "on").symlink_to(elsewhere)
     assert len(open_records("folder", "all", folder)) == 13
@@ -251,7 +251,7 @@ def test_folder_errors(tmp_path, folder):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="data.data_dir: '.*empty' holds no images; their names end in .png"):
         open_records("folder", "train", tmp_path / "empty")
-    (folder / "loose.png").write_bytes(encode(grey_pictures(1)[0]))
+    (folder / "loose.png").write_bytes(encode(grey_images(1)[0]))
     with pytest.raises(ValueError, match="data.label_key: 'folder' needs a class folder around '.*loose.png'"):
         open_records("folder", "all", folder, label_key="folder")
     with pytest.raises(FileNotFoundError, match="data.text_key: 'txt' needs a caption beside '.*loose.png'"):
@@ -261,7 +261,7 @@ def test_folder_errors(tmp_path, folder):
         open_records("folder", "train", folder)
 
 
-def test_damaged_pictures_are_replaced_counted_and_named(tfds_dir, caplog):
+def test_damaged_images_are_replaced_counted_and_named(tfds_dir, caplog):
     source = ImageSource(open_records("bare", "train", tfds_dir), channels=1)
     with caplog.at_level(logging.WARNING):
         indices = [source[i]["index"] for i in range(7)] + [source[i]["index"] for i in range(7)]
@@ -270,7 +270,7 @@ def test_damaged_pictures_are_replaced_counted_and_named(tfds_dir, caplog):
     assert len(caplog.records) == 2 and "damaged image example 2 of bare/1.2.3, split train" in caplog.text
 
 
-def test_too_many_damaged_pictures_stop_the_run(tfds_dir):
+def test_too_many_damaged_images_stop_the_run(tfds_dir):
     source = ImageSource(open_records("bare", "train", tfds_dir), max_damaged=1)
     with pytest.raises(
         ValueError, match="data.max_damaged: more than 1 images are damaged; .* the last is example 3 of bare"

@@ -14,7 +14,7 @@ tfds = pytest.importorskip("tensorflow_datasets")
 from array_record.python.array_record_module import ArrayRecordReader  # noqa: E402
 from tensorboardX.record_writer import RecordWriter  # noqa: E402
 from tensorflow_datasets.proto.tf_example_generated_pb2 import Example  # noqa: E402
-from tfds_sets import encode, grey_pictures, write_tfds  # noqa: E402
+from tfds_sets import encode, grey_images, write_tfds  # noqa: E402
 
 from rq_jax.data import make_dataset, tfrecord  # noqa: E402
 from rq_jax.data.sources import ImageSource, open_records  # noqa: E402
@@ -31,7 +31,7 @@ def directories(tmp_path_factory):
         "kind": tfds.features.ClassLabel(names=["a", "b", "c"]),
         "said": tfds.features.Text(),
     }
-    pictures = [encode(pixels) for pixels in grey_pictures(15)]
+    pictures = [encode(pixels) for pixels in grey_images(15)]
     rows = [{"image": picture, "kind": i % 3, "said": f"row {i}"} for i, picture in enumerate(pictures)]
     write_tfds("pets", features, {"train": rows[:12], "test": rows[12:]}, array)
     source, target = array / "pets" / "1.2.3", record / "pets" / "1.2.3"
@@ -76,7 +76,7 @@ def test_records_are_those_of_the_other_format(directories, split, count):
     assert "tensorflow" not in sys.modules
 
 
-def test_pictures_come_in_the_order_of_the_other_format_and_resume(directories):
+def test_images_come_in_the_order_of_the_other_format_and_resume(directories):
     """Files shuffled as a whole: the order is that of every other data set, and a position can be gone on from."""
 
     def dataset(directory):
@@ -192,7 +192,7 @@ def test_records_after_damage_are_missing(tmp_path, damage):
         records[2]
 
 
-def test_what_is_no_example_is_a_damaged_picture(tmp_path):
+def test_what_is_no_example_is_a_damaged_image(tmp_path):
     path = write_records(tmp_path / "a", [b"\xff\xff", b""])
     records = tfrecord.TfRecords([tfrecord.Part(path, 0, 2)])
     with pytest.raises(ValueError, match="^no Example: "):

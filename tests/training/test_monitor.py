@@ -1,4 +1,4 @@
-"""What watches a run: a step that hangs ends the process, steps that are not finite stop it, figures and traces."""
+"""Run monitoring: a step that hangs ends the process, non-finite steps stop it, figures and traces."""
 
 import json
 import subprocess
