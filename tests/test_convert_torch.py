@@ -219,7 +219,7 @@ def test_sampling_from_a_converted_pair(tmp_path, stage2):
     with np.load(tmp_path / "codes_000000.npz") as file:
         assert file["codes"].shape == (3, 8, 4, 3)
     argv += ["--neighbours=2"]
-    with helpers.quick_compilation(), pytest.raises(ValueError, match="data_dir is missing"):
+    with helpers.quick_compilation(), pytest.raises(ValueError, match="data.data_dir: unset"):
         sample.run(sample.parse_args(argv))
 
 
