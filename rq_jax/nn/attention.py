@@ -151,9 +151,9 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False)
+        norm = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False)
         nn.share_scope(self, norm)
-        return norm(x)
+        return norm(x.astype(jnp.float32)).astype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
