@@ -45,9 +45,10 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         groups = math.gcd(self.groups, x.shape[-1])
-        norm = nn.GroupNorm(groups, epsilon=1e-6, use_fast_variance=False)
+        norm = nn.GroupNorm(groups, epsilon=1e-6, dtype=self.dtype, use_fast_variance=False)
         nn.share_scope(self, norm)
-        return norm(x.astype(jnp.float32)).astype(self.dtype)
+        with jax.numpy_dtype_promotion("standard"):  # inside, Flax takes bfloat16 to float32 without saying so
+            return norm(x)
 
 
 class ResBlock(nn.Module):

@@ -75,7 +75,7 @@ class LoopSettings:
 def resolve_durations(
     section: Mapping[str, Any], prefix: str, names: tuple[str, ...], steps_per_epoch: int
 ) -> dict[str, Any]:
-    """Replace `<name>_epochs` by `<name>_steps` in a config section; 0 gives way to the other of the two.
+    """Replace `<name>_epochs` by `<name>_steps` in a config section; of the two, one that is 0 gives way.
 
     Raises:
       ValueError: neither of the two is set, or both.
@@ -87,16 +87,16 @@ def resolve_durations(
         if steps is None and epochs is None:
             raise ValueError(f"{both} unset; set one of them")
         if steps and epochs:
-            raise ValueError(f"{both} set, to {steps} and {epochs}; set the one that is not wanted to 0")
+            raise ValueError(f"{both} set, to {steps} and {epochs}; set one of them to 0")
         settings[f"{name}_steps"] = steps or round((epochs or 0) * steps_per_epoch)
     return settings
 
 
 def check_sections(config: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    """Refuse a config with sections that nothing reads, or without one that is needed.
+    """Check that a config has exactly the allowed sections.
 
     Raises:
-      ValueError: naming the section.
+      ValueError: an unknown or a missing section.
     """
     for name in config:
         if name not in allowed:
@@ -107,16 +107,22 @@ def check_sections(config: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
 
 
 def memory_remedies(config: Mapping[str, Any], mesh: jax.sharding.Mesh, accumulates: bool = False) -> list[str]:
-    """Settings that make a step smaller, the cheapest first; `accumulates`: the stage takes a batch in parts."""
-    found = []
+    """Settings that reduce the memory of a step, the cheapest first.
+
+    Args:
+      config: of the run.
+      mesh: its devices.
+      accumulates: the stage can average gradients over micro-batches.
+    """
+    remedies = []
     if not config["model"]["use_remat"]:
-        found.append("--config.model.use_remat=True")
+        remedies.append("--config.model.use_remat=True")
     steps, batch, devices = config["optim"]["accumulation_steps"], config["data"]["batch_size"], mesh.devices.size
     split = int(np.prod([mesh.shape[axis] for axis in sharding.BATCH_AXES]))
     if accumulates and batch % (2 * steps * split) == 0:
-        found.append(f"--config.optim.accumulation_steps={2 * steps}")
+        remedies.append(f"--config.optim.accumulation_steps={2 * steps}")
     if mesh.shape["fsdp"] < devices:
-        found.append(f"--config.mesh.data=1 --config.mesh.fsdp={devices}")
+        remedies.append(f"--config.mesh.data=1 --config.mesh.fsdp={devices}")
     if batch % (2 * steps * split) == 0:
-        found.append(f"--config.data.batch_size={batch // 2}")
-    return found or ["more devices"]
+        remedies.append(f"--config.data.batch_size={batch // 2}")
+    return remedies or ["more devices"]
