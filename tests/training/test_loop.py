@@ -469,7 +469,7 @@ def test_a_duration_must_be_given():
 def test_a_duration_is_given_once():
     with pytest.raises(ValueError) as error:
         resolve_durations({"total_steps": 9, "total_epochs": 2.5}, "loop", ("total",), 10)
-    expected = "loop.total_steps and loop.total_epochs are both set, to 9 and 2.5; set the one that is not wanted to 0"
+    expected = "loop.total_steps and loop.total_epochs are both set, to 9 and 2.5; set one of them to 0"
     assert str(error.value) == expected
 
 
