@@ -2,7 +2,7 @@
 
 python -m benchmarks.ablate depth [--seeds=0,1,2] [--workdir=runs/ablations] [--out=results]
 
-The rows are in configs/ablations.py. A run is a command of a training script or of sample.py, a figure one of
+The rows are in configs/ablations.py. A run is a command of a training script or of sample.py, its figures come from
 evaluate.py; runs that an earlier call finished are not repeated. Writes <table>.json, <table>.md and <table>.png.
 """
 
