@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Recipe(Evaluable, Protocol):
-    """What is trained: the science of a run. A frozen dataclass; a new kind of model is a model, a recipe and a config.
+    """The science of a run: state, step, evaluation, report. A new kind of model is a model, a recipe and a config.
 
     Attributes:
       title: in front of the progress bar.
@@ -52,7 +52,7 @@ class Recipe(Evaluable, Protocol):
     curves: Sequence[str]
 
     def start(self, workdir: str, data: Any, is_fresh: bool) -> tuple[Self, Any]:
-        """What has to be done in the run directory before the first step; the recipe and the data to go on with."""
+        """Prepare the run directory before the first step; returns the recipe and the data to go on with."""
 
     def init(self, rng: jax.Array) -> Any:
         """A `TrainState` at step 0, placed on the mesh."""
@@ -117,7 +117,7 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """What a run opens and closes."""
+    """Resources of a run, opened and closed by `run`."""
 
     writer: MetricWriter
     iterator: Iterator
