@@ -81,7 +81,7 @@ bench: setup
 
 # make results-depth, -adversary, -coarse_to_fine, -updates, -soft_labels, -filter; runs that two tables share are made once.
 results-%: setup
-	$(PYTHON) ablate.py $*
+	$(PYTHON) -m benchmarks.ablate $*
 
 lint: setup
 	$(PYTHON) -m ruff format --check .

@@ -1,15 +1,17 @@
-"""What each device holds, from programs compiled on shapes for fake devices: no weight is ever made.
+"""Memory of each device, from programs compiled on shapes for fake devices; no weights are drawn.
 
 python -m benchmarks.memory --preset=imagenet256_3800m --mesh=1x8x1 [--mesh=8x1x1] [--batch=16] [--out=memory.json]
 python -m benchmarks.memory --sample --preset=imagenet256_3800m --batch=100
 
-Temporaries are those of XLA's CPU compiler, which plans memory with less care than those of accelerators: they bound.
+Temporaries are upper bounds: XLA's CPU compiler plans memory less tightly than its compilers for accelerators.
 """
 
 import argparse
 import functools
 import json
+import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +33,34 @@ COLUMNS = ("parameters", "optimizer", "average", "other state", "frozen", "tempo
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
+    parser = cli.OneLineParser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--stage", type=int, choices=(1, 2), default=2)
     add("--preset", action="append", required=True, help="of the stage's config file; may be repeated")
-    add("--mesh", action="append", help="data x fsdp x tensor, such as 1x8x1; may be repeated (default: 1x1x1)")
-    add("--batch", type=int, help="pictures over all devices (default: the preset's)")
+    add(
+        "--mesh",
+        type=mesh_sizes,
+        action="append",
+        help="data x fsdp x tensor, such as 1x8x1; may be repeated (default: 1x1x1)",
+    )
+    add("--batch", type=int, help="images over all devices (default: the preset's)")
     add("--accumulation_steps", type=int, help="micro-batches of stage 2 (default: the preset's)")
     add("--sample", action="store_true", help="the sampler on one device, its weights in bfloat16")
     add("--out", help="JSON file of the record")
     args = parser.parse_args(argv)
-    args.mesh = [tuple(map(int, text.split("x"))) for text in args.mesh or ["1x1x1"]]
+    args.mesh = args.mesh or [(1, 1, 1)]
     return args
 
 
+def mesh_sizes(text: str) -> tuple[int, ...]:
+    """Sizes of the axes of a mesh, such as "1x8x1"."""
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){2}", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is no mesh; give data x fsdp x tensor, such as 1x8x1")
+    return tuple(map(int, text.split("x")))
+
+
 def train_entry(args: argparse.Namespace, preset: str, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """What a training step of a preset holds on each device of a mesh."""
+    """Memory of a training step of a preset on each device of a mesh."""
     mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
     config = {"stage": args.stage, "preset": preset, "mesh": "x".join(map(str, sizes)), "batch": args.batch}
     config |= {"accumulation_steps": args.accumulation_steps}
@@ -74,7 +88,7 @@ def train_entry(args: argparse.Namespace, preset: str, sizes: tuple[int, ...]) -
 
 
 def sample_entry(args: argparse.Namespace, preset: str) -> dict[str, Any]:
-    """What the sampler of a preset holds on one device."""
+    """Memory of the sampler of a preset on one device."""
     settings = train.load_settings({"stage": 2, "preset": preset, "dtype": "bfloat16"})
     model, batch = models.create(**settings["model"]), args.batch or 100
     cond = jax.ShapeDtypeStruct((batch, model.cond_length), jnp.int32) if model.is_conditional else None
@@ -98,11 +112,11 @@ def entry(config: dict[str, Any], held: dict[str, int], seconds: float) -> dict[
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Compile, print a table and the record as JSON."""
-    args = parse_args(argv)
-    count = max(data * fsdp * tensor for data, fsdp, tensor in args.mesh)
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    jax.config.update("jax_platforms", "cpu")
     with cli.one_line_errors():
+        args = parse_args(argv)
+        count = max(math.prod(sizes) for sizes in args.mesh)
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+        jax.config.update("jax_platforms", "cpu")
         if args.sample:
             results = [sample_entry(args, preset) for preset in args.preset]
         else:

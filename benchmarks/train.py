@@ -16,6 +16,7 @@ from benchmarks import timing, weights
 from configs import rqtransformer, rqvae
 from rq_jax import checkpoint, models, recipes
 from rq_jax.data import Dataset, Splits, make_dataset
+from rq_jax.data.conditions import check_condition
 from rq_jax.devices import sharding
 from rq_jax.models.flops import Work, count_traced, encoder_work
 from rq_jax.pretrained import vgg_lpips
@@ -160,7 +161,7 @@ def open_batches(config: Config, settings: Settings, recipe: Recipe) -> tuple[Ca
     if config["data"] == "preset":
         dataset = open_dataset(settings)
         if config["stage"] == 2:
-            transformer.check_condition(recipe.model, dataset, settings["data"])
+            check_condition(recipe.model, dataset, settings["data"])
         iterator = dataset.iterator()
         return lambda: sharding.put_batch(recipe.mesh, next(iterator)), iterator.close
     rng, shapes = np.random.default_rng(0), batch_shapes(recipe, config["batch"])

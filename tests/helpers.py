@@ -104,12 +104,27 @@ def transformer_config(pictures: Path, kind: str = "unconditional", **overrides)
     return override(config, **overrides)
 
 
+@functools.cache
+def _draw(model):
+    with quick_compilation():  # as most modules ask for: one program for all of them
+        return jax.jit(functools.partial(models.init_variables, model)).lower(jax.random.key(0)).compile()
+
+
+@functools.cache
+def _drawn_variables(model, seed):
+    return jax.device_get(_draw(model)(jax.random.key(seed)))
+
+
+def drawn_variables(model, seed: int = 0) -> dict[str, Any]:
+    """Variables as `init` draws them, on the host: compiled once a process for a model, drawn once for a seed."""
+    return jax.tree.map(lambda x: x, _drawn_variables(model, seed))  # the dictionaries are the caller's own
+
+
 def save_tokenizer(directory: Path, pictures: Path, seed: int = 0, **overrides) -> Path:
     """A stage-1 model directory with weights as drawn: enough for stage 2 to build on."""
     config = vae_config(pictures, **overrides)
-    model = models.create(**config.model)
-    variables = jax.jit(functools.partial(models.init_variables, model))(jax.random.key(seed))
-    checkpoint.save_model(directory, config.to_dict(), jax.tree.map(np.asarray, variables))
+    variables = drawn_variables(models.create(**config.model), seed)
+    checkpoint.save_model(directory, config.to_dict(), variables)
     return directory
 
 
@@ -122,7 +137,7 @@ def save_transformer(directory: Path, pictures: Path, tokenizer: Path, kind: str
         settings |= {"model__use_null_cond": True, "loss__cond_dropout": 0.1}
     config = transformer_config(pictures, "class" if kind == "guided" else kind, **settings)
     recipe, data, _ = recipes.prepare(config)
-    variables = jax.jit(functools.partial(models.init_variables, recipe.model))(jax.random.key(2))
+    variables = drawn_variables(recipe.model, 2)
     variables["codebook"] = {"codebook_KE": recipe.tokenizer.variables["codebook"]["codebook_KE"]}
     variables["params"] = jax.tree.map(lambda x: 6 * x, variables["params"])
     written = {**recipe.config, "class_names": data.train.class_names}
@@ -192,15 +207,43 @@ def host(state) -> dict:
     return {**arrays, "rng": np.asarray(jax.random.key_data(state.rng))}
 
 
-def start_state(variables, config, optimizer, discriminator=None) -> TrainState:
-    """The state before the first step, from variables drawn before."""
-    return create_state(variables, optimizer, jax.random.key(5), config.loop.ema_decay > 0, discriminator)
+def start_state(recipe, variables, discriminator=None) -> TrainState:
+    """The state before the first step, from variables drawn before, of the model and of the discriminator."""
+    if discriminator is not None:
+        discriminator = discriminator, recipe.adversary.optimizer
+    return create_state(variables, recipe.optimizer, jax.random.key(5), recipe.ema_decay > 0, discriminator)
 
 
 def place(state, mesh):
-    """The state on a mesh, and where each leaf of it lies."""
-    shardings = sharding.state_shardings(mesh, state)
-    return jax.device_put(state, shardings), shardings
+    """The state on a mesh."""
+    return jax.device_put(state, sharding.state_shardings(mesh, state))
+
+
+def zero_state(recipe) -> TrainState:
+    """A state of the recipe's shapes in the recipe's places, which no program draws."""
+    shapes = recipe.abstract_state()
+    zeros = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes.replace(rng=None))
+    return zeros.replace(rng=jax.device_put(jax.random.key(0), shapes.rng.sharding))
+
+
+def whole(state, metrics):
+    """What `jit_update` reads of a step: all of it."""
+    return state, metrics
+
+
+def jit_update(recipe, phase=None, read=whole):
+    """The jitted `update` of a recipe, (state, batch, frozen) -> read(state, metrics); the state is not donated.
+
+    Where a test reads the losses alone, nothing else is compiled: no backward pass, no optimizer.
+    """
+
+    def step(state, batch, frozen):
+        new, metrics = recipe.update(state, batch, frozen, phase)
+        # As `step` asks for it; one device needs no asking.
+        new = jax.lax.with_sharding_constraint(new, sharding.state_shardings(recipe.mesh, new))
+        return read(new, metrics)
+
+    return jax.jit(step)
 
 
 class HeldOut:

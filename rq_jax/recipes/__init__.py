@@ -1,4 +1,4 @@
-"""What is trained: a recipe for each kind of model, and the run of a config.
+"""Recipes, one for each kind of model, and training from a config.
 
 >>> recipes.train(config, workdir)                      # what train_vae.py and train_transformer.py do
 >>> recipe, data, settings = recipes.prepare(config)    # the same, apart
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from rq_jax import checkpoint
 from rq_jax.data import Splits, make_dataset
 from rq_jax.devices import sharding
 from rq_jax.recipes.tokenizer import Tokenizer
@@ -85,4 +86,8 @@ def train(
     Raises:
       ValueError, FileNotFoundError: bad settings, data or tokenizer, before anything compiles; see also `training.run`.
     """
-    return run(*prepare(config, stage=stage, mesh=mesh), workdir, strict=strict)
+    prepared = prepare(config, stage=stage, mesh=mesh)
+    init_from = prepared.recipe.config.get("init_from")
+    if init_from and not checkpoint.has_checkpoint(workdir):
+        checkpoint.read_config(init_from)  # raises where there is no run, before `workdir` is made
+    return run(*prepared, workdir, strict=strict)

@@ -13,8 +13,9 @@ import numpy as np
 from rq_jax.checkpoint import Checkpointer, read_config, write_config
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import explained_memory
-from rq_jax.files import RunLock
+from rq_jax.files import RunLock, write_atomic
 from rq_jax.report import curves
+from rq_jax.report.parameters import parameter_table
 from rq_jax.report.progress import Progress
 from rq_jax.training import monitor
 from rq_jax.training.evaluation import Evaluable, Evaluator, RunStatus
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Recipe(Evaluable, Protocol):
-    """What is trained: the science of a run. A frozen dataclass; a new kind of model is a model, a recipe and a config.
+    """The science of a run: state, step, evaluation, report. A new kind of model is a model, a recipe and a config.
 
     Attributes:
       title: in front of the progress bar.
@@ -51,7 +52,7 @@ class Recipe(Evaluable, Protocol):
     curves: Sequence[str]
 
     def start(self, workdir: str, data: Any, is_fresh: bool) -> tuple[Self, Any]:
-        """What has to be done in the run directory before the first step; the recipe and the data to go on with."""
+        """Prepare the run directory before the first step; returns the recipe and the data to go on with."""
 
     def init(self, rng: jax.Array) -> Any:
         """A `TrainState` at step 0, placed on the mesh."""
@@ -116,7 +117,7 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """What a run opens and closes."""
+    """Resources of a run, opened and closed by `run`."""
 
     writer: MetricWriter
     iterator: Iterator
@@ -141,7 +142,7 @@ class _Run:
         """All steps that are left; the last state."""
         recipe, settings, parts = self._recipe, self._settings, self._parts
         state = self._resume(state)
-        write_config(self._workdir, recipe.config)
+        _describe(self._workdir, recipe, state)
         step = int(state.step)
         # A start that made up for an evaluation may have been killed before it could note that.
         owed = self._status.owes_evaluation
@@ -242,6 +243,15 @@ def _check_kind(workdir: str, recipe: Recipe) -> None:
     there, ours = (config.get("model", {}).get("name") for config in (read_config(workdir), recipe.config))
     if there != ours:
         raise ValueError(f"workdir: '{workdir}' holds a run of '{there}', not of '{ours}'; give another --workdir")
+
+
+def _describe(workdir: str, recipe: Recipe, state: Any) -> None:
+    """Write the config, and write and print a table of the parameters with their shardings; on the first host."""
+    write_config(workdir, recipe.config)
+    if jax.process_index() == 0:
+        table = parameter_table(state.variables)
+        write_atomic(Path(workdir) / "parameters.txt", f"{table}\n".encode())
+        print(table)
 
 
 def _data_position(saved: Mapping[str, Any], batch_size: int) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import helpers
 import jax
@@ -17,13 +16,13 @@ from PIL import Image
 
 import benchmark
 from benchmarks import quantize as quantize_benchmark
-from benchmarks import roofline, sample, timing, train, weights
+from benchmarks import roofline, sample, sweep, timing, train, weights
 from rq_jax import models, quantize, recipes, sampling
 from rq_jax.data import make_dataset
 from rq_jax.devices.peaks import Peaks
 from rq_jax.models.flops import decoder_work, encoder_work, transformer_flops
 
-ROOT = Path(benchmark.__file__).parent
+ROOT = sweep.ROOT
 PEAKS = Peaks("toy", {"float32": 1e9, "bfloat16": 2e9}, 1e9)
 OWN_TINY = sample.TINY
 TINY = {"model_dim": 36, "num_heads": 2, "spatial_layers": 2, "depth_layers": 1}
@@ -48,12 +47,13 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def run(*argv):
-    return benchmark.run(benchmark.parse_args(argv))
+    args = benchmark.parse_args(argv)
+    return sweep.run(benchmark.COMMANDS[args.command], args)
 
 
 def groups(*argv):
     args = benchmark.parse_args(argv)
-    return benchmark.COMMANDS[args.command][0](args)
+    return benchmark.COMMANDS[args.command].groups(args)
 
 
 # --- refusals ---
@@ -77,7 +77,7 @@ def groups(*argv):
         ("sample --code_shape=8x8x4,4x4x1 --depth=2", "--code_shape: 8x8x4,4x4x1 is given beside --downsampling or --depth; give one of the two"),
         ("sample --model=vqgan_large --code_shape=8x8x4", "--code_shape: 8x8x4 is not that of 'vqgan_large'; allowed is 16x16x1"),
         ("sample --model=vqgan_huge --codebook_size=1024", "--codebook_size: 1024 is not that of 'vqgan_huge'; allowed is 16384"),
-        ("sample --code_shape=5x5x2 --decode", r"--code_shape: 5x5x2 is no grid that a tokenizer of 256x256 pictures makes \(downsampling 32, 16, 8\); give --tokenizer"),
+        ("sample --code_shape=5x5x2 --decode", r"--code_shape: 5x5x2 is no grid that a tokenizer of 256x256 images makes \(downsampling 32, 16, 8\); give --tokenizer"),
         ("sample --model=vqgan_huge --against=8x8x4", "--against: 8x8x4 is not that of 'vqgan_huge'; allowed is 16x16x1"),
         ("sample --against=5x5x2 --decode", "--against: 5x5x2 is no grid"),
         ("sample --tokenizer=none", 'unknown preset "none"'),
@@ -314,7 +314,7 @@ def test_compare(capsys, tmp_path):
 
 
 def test_save(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
     run("decode", "--batch=1", "--code_shape=4x4x3", *DECODED, "--save")
     (path,) = tmp_path.rglob("*.*")
     assert path.parent == tmp_path / "benchmarks" / "results"
@@ -323,7 +323,7 @@ def test_save(monkeypatch, tmp_path):
         "device": {"kind": "NVIDIA H100 80GB HBM3"},
         "environment": {"date": "2030-01-02T03:04:05-07:00", "commit": "abc"},
     }
-    assert benchmark.default_path(record).name == "nvidia-h100-80gb-hbm3-2030-01-02t030405-abc.json"
+    assert sweep.default_path(record).name == "nvidia-h100-80gb-hbm3-2030-01-02t030405-abc.json"
 
 
 def test_what_does_not_fit_into_memory_does_not_end_the_sweep(monkeypatch, capsys):
@@ -334,7 +334,7 @@ def test_what_does_not_fit_into_memory_does_not_end_the_sweep(monkeypatch, capsy
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return build(config, args)._replace(close=lambda: closed.append(config["batch"]))
 
-    monkeypatch.setitem(benchmark.COMMANDS, "decode", (sample.decode_groups, fail_at_two, "image"))
+    monkeypatch.setitem(benchmark.COMMANDS, "decode", sweep.Benchmark(sample.decode_groups, fail_at_two, "image"))
     record = run("decode", "--batch=1,2,4", "--code_shape=4x4x3", *DECODED, "--plot=rates.png")
     assert [entry.get("error") for entry in record["results"]] == [None, "out of memory", None]
     assert closed == [1, 4]
@@ -345,7 +345,7 @@ def test_other_failures_do(monkeypatch):
     def fail(config, args):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
-    monkeypatch.setitem(benchmark.COMMANDS, "decode", (sample.decode_groups, fail, "image"))
+    monkeypatch.setitem(benchmark.COMMANDS, "decode", sweep.Benchmark(sample.decode_groups, fail, "image"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: broken"):
         run("decode", "--batch=1", "--code_shape=4x4x3", *DECODED)
 
@@ -353,7 +353,7 @@ def test_other_failures_do(monkeypatch):
 def test_ratio_is_of_equal_runs():
     this = {"config": {"a": 1}, "count": 2, "seconds": {"runs": [1.0, 2.0, 4.0]}, "roofline": {"seconds": 1.0}}
     other = {"config": {"a": 2}, "count": 6, "seconds": {"runs": [6.0, 24.0, 36.0]}, "roofline": {"seconds": 9.0}}
-    assert benchmark.side_by_side(this, other) == {
+    assert sweep.side_by_side(this, other) == {
         "config": {"a": 1}, "against": {"a": 2}, "ratio": {"median": 3.0, "min": 2.0, "max": 4.0}, "predicted": 3.0,
     }  # fmt: skip
 

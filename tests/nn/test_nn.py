@@ -2,6 +2,7 @@
 
 import functools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -286,9 +287,22 @@ def test_remat_changes_no_output_and_no_gradient():
     def loss(variables, module):
         return (run(module, variables, X, train=True)[0] ** 2).sum()
 
+    # Unrolled stacks have the remat in their program; whether a compiler then saves memory is not asserted here.
     assert "remat" in str(jax.make_jaxpr(lambda v: loss(v, remat))(variables))
     for a, b in zip(*(jax.tree.leaves(jax.value_and_grad(loss)(variables, m)) for m in (module, remat)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
+
+
+@helpers.full_optimization()
+def test_remat_saves_memory_in_a_stack_that_is_scanned():
+    def temporaries(use_remat):
+        module, x = Stack(9, BlockSettings(4), use_remat), jax.ShapeDtypeStruct((4, 64, 32), jnp.float32)
+        variables = jax.eval_shape(module.init, jax.random.key(0), x)
+        gradient = jax.grad(lambda variables, x: module.apply(variables, x, None, True)[0].sum())
+        compiled = jax.jit(gradient).lower(variables, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert 0 < temporaries(use_remat=True) < 0.3 * temporaries(use_remat=False)
 
 
 @pytest.mark.parametrize("dtype, bound", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])

@@ -12,10 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-import train_vae
 from configs import rqvae
-from rq_jax import checkpoint, models
+from rq_jax import checkpoint, models, recipes
+from rq_jax.data import make_dataset
 from rq_jax.devices import sharding
+from rq_jax.models.rqvae import RQVAEOutput
+from rq_jax.recipes.tokenizer import Losses, Phase, Tokenizer
+from rq_jax.training import run
+from rq_jax.training.optimizer import make_optimizer
 
 DEPTHS = (1, 2, 3)
 SGD = {"optim__name": "sgd", "optim__learning_rate": 0.1}
@@ -32,34 +36,53 @@ def pictures(tmp_path_factory):
     return helpers.write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
+def prepare(pictures, mesh=None, **settings):
+    """A run on one device, where nothing is partitioned and programs compile faster."""
+    return recipes.prepare(helpers.vae_config(pictures, **settings), mesh=mesh or helpers.make_mesh())
+
+
 @pytest.fixture(scope="module")
 def start(pictures):
     """Variables of the small tokenizer and a batch: no switch under test touches either."""
-    run = train_vae.prepare(helpers.vae_config(pictures))
-    init = jax.jit(functools.partial(models.init_variables, run["model"]))
-    variables = jax.device_get(init(jax.random.key(0)))
-    return variables, {"image": next(run["dataset"].iterator())["image"]}
+    recipe, data, _ = prepare(pictures)
+    return helpers.drawn_variables(recipe.model), {"image": next(data.train.iterator())["image"]}
 
 
 @functools.cache
-def compiled_step(settings, pictures, mesh):
-    config = helpers.vae_config(pictures, **dict(settings))
-    run = train_vae.prepare(config)
-    step = train_vae.make_train_step(run["model"], run["optimizer"], run["loss"], config.loop.ema_decay)
-    return config, run["optimizer"], step
+def compiled_step(settings, pictures, mesh, read):
+    recipe = prepare(pictures, mesh, **dict(settings)).recipe
+    return recipe, helpers.jit_update(recipe, Phase(), read)
 
 
-def make_step(start, pictures, mesh=None, state=None, **settings):
-    """One step of the small tokenizer: (state, metrics, the state to go on from)."""
+def run_step(start, pictures, mesh=None, state=None, read=helpers.whole, **settings):
+    """What `read` finds in one step of the small tokenizer."""
     mesh = mesh or helpers.make_mesh()
     settings = {"model__codebook_decay": 0.5, "loop__ema_decay": 0.9, **SGD, **settings}
-    config, optimizer, step = compiled_step(tuple(settings.items()), pictures, mesh)
+    recipe, step = compiled_step(tuple(sorted(settings.items())), pictures, mesh, read)
     variables, batch = start
-    state = helpers.start_state(variables, config, optimizer) if state is None else state
-    state, shardings = helpers.place(state, mesh)
-    step = jax.jit(step, static_argnums=2, out_shardings=(shardings, None))
-    new, metrics = step(state, sharding.put_batch(mesh, batch), train_vae.Phase())
+    state = helpers.start_state(recipe, variables) if state is None else state
+    return step(helpers.place(state, mesh), sharding.put_batch(mesh, batch), recipe.frozen)
+
+
+def make_step(start, pictures, **settings):
+    """One step of the small tokenizer: (state, metrics, the state to go on from)."""
+    new, metrics = run_step(start, pictures, **settings)
     return helpers.host(new), jax.device_get(metrics), new
+
+
+# What some switches are seen in: programs without a backward pass, or without most of it.
+
+
+def losses_of(state, metrics):
+    return {name: metrics[name] for name in ("loss", "reconstruction_loss", "commitment_loss")}
+
+
+def bias_of_encoder(state, metrics):
+    return state.params["encoder"]["conv_out"]["bias"]
+
+
+def decoder_bias_and_metrics(state, metrics):
+    return state.params["decoder"], bias_of_encoder(state, metrics), losses_of(state, metrics)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +98,7 @@ def base(start, pictures):
 def test_eight_devices_make_the_step_of_one(start, pictures, name):
     settings = {"optim__name": name, "optim__learning_rate": {"sgd": 0.1, "adam": 1e-3}[name]}
     one, metrics_one, _ = make_step(start, pictures, **settings)
-    eight, metrics_eight, _ = make_step(start, pictures, helpers.make_mesh(8), **settings)
+    eight, metrics_eight, _ = make_step(start, pictures, mesh=helpers.make_mesh(8), **settings)
     np.testing.assert_array_equal(metrics_eight.pop("code_counts"), metrics_one.pop("code_counts"))
     helpers.assert_close(metrics_eight, metrics_one)
     helpers.assert_close(eight["model_state"], one["model_state"])
@@ -135,8 +158,12 @@ def test_restart_moves_unused_codes_and_no_parameter(start, pictures):
 
 
 def test_bfloat16_is_for_the_networks(start, pictures, base):
-    state, metrics, _ = make_step(start, pictures, model__dtype="bfloat16")
-    assert {leaf.dtype for leaf in jax.tree.leaves((state["params"], state["model_state"]))} == {np.dtype("float32")}
+    settings = {**SGD, "model__codebook_decay": 0.5, "loop__ema_decay": 0.9, "model__dtype": "bfloat16"}
+    recipe = prepare(pictures, **settings).recipe
+    state = helpers.start_state(recipe, start[0])
+    state, _ = jax.eval_shape(functools.partial(recipe.update, phase=Phase()), state, start[1], None)
+    assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.model_state))} == {np.dtype("float32")}
+    metrics = jax.device_get(run_step(start, pictures, read=losses_of, model__dtype="bfloat16"))
     assert metrics["reconstruction_loss"] != base[1]["reconstruction_loss"]
     np.testing.assert_allclose(metrics["loss"], base[1]["loss"], rtol=0.05)
 
@@ -157,31 +184,37 @@ def test_loss_settings_choose_and_weigh_the_image_terms(start):
     images, rng = start[1]["image"], np.random.default_rng(0)
     reconstruction = images + rng.normal(size=images.shape)
     difference, distances_B = reconstruction - images, rng.uniform(size=len(images))
+    output = RQVAEOutput(
+        reconstruction, None, np.zeros((8, 4, 2, 3)), np.zeros((8, 4, 2, 3, 3))
+    )  # nothing to commit to
     for kind, expected in (("mse", np.mean(difference**2)), ("l1", np.mean(np.abs(difference)))):
-        total, parts = train_vae.Losses(kind).of_images(images, reconstruction, None)
+        total, parts = total_and_parts(Losses(kind).terms(images, output, None))
         np.testing.assert_allclose(total, expected, rtol=1e-5)
-        assert parts == {"reconstruction_loss": total}
-        loss = train_vae.Losses(kind, perceptual_weight=0.6)
-        total, parts = loss.of_images(images, reconstruction, lambda a, b: distances_B)
+        assert parts == {"reconstruction_loss": total, "commitment_loss": 0}
+        loss = Losses(kind, perceptual_weight=0.6)
+        total, parts = total_and_parts(loss.terms(images, output, lambda a, b: distances_B))
         np.testing.assert_allclose(parts["perceptual_loss"], distances_B.mean(), rtol=1e-5)
         np.testing.assert_allclose(total, expected + 0.6 * distances_B.mean(), rtol=1e-5)
-        total, parts = loss.of_images(images, reconstruction, None)  # before its start
+        total, parts = total_and_parts(loss.terms(images, output, None))  # before its start
         np.testing.assert_allclose(total, expected, rtol=1e-5)
-        assert parts.keys() == {"reconstruction_loss", "perceptual_loss"} and parts["perceptual_loss"] == 0
+        assert parts.keys() == {"reconstruction_loss", "perceptual_loss", "commitment_loss"}
+        assert parts["perceptual_loss"] == 0
+
+
+def total_and_parts(terms):
+    return sum(weight * value for weight, value in terms.values()), {name: value for name, (_, value) in terms.items()}
 
 
 def test_terms_begin_at_their_steps():
-    loss = train_vae.Losses(
-        perceptual_weight=1.0, perceptual_start_steps=2, adversarial_weight=0.7, adversarial_start_steps=3
-    )
+    loss = Losses(perceptual_weight=1.0, perceptual_start_steps=2, adversarial_weight=0.7, adversarial_start_steps=3)
     assert [loss.phase(step) for step in (0, 1, 2, 3, 4)] == [
         (False, False), (False, False), (True, False), (True, True), (True, True),
     ]  # fmt: skip
-    assert train_vae.Losses().phase(9) == train_vae.Phase()
+    assert Losses().phase(9) == Phase()
 
 
 def test_commitment_weight_weighs_the_pull_on_the_encoder(start, pictures, base):
-    state, metrics, _ = make_step(start, pictures, loss__commitment_weight=0.7)
+    decoder, bias, metrics = run_step(start, pictures, read=decoder_bias_and_metrics, loss__commitment_weight=0.7)
     parts = {name: base[1][name] for name in ("reconstruction_loss", "commitment_loss")}
     for name, value in parts.items():
         np.testing.assert_array_equal(metrics[name], value)
@@ -189,9 +222,9 @@ def test_commitment_weight_weighs_the_pull_on_the_encoder(start, pictures, base)
         metrics["loss"], parts["reconstruction_loss"] + 0.7 * parts["commitment_loss"], rtol=1e-6
     )
     # The decoder does not feel it; the encoder's step is linear in it.
-    helpers.assert_equal(state["params"]["decoder"], base[0]["params"]["decoder"])
-    twice, _, _ = make_step(start, pictures, loss__commitment_weight=0.25 + 2 * 0.45)
-    steps = [s["params"]["encoder"]["conv_out"]["bias"] for s in (base[0], state, twice)]
+    helpers.assert_equal(decoder, base[0]["params"]["decoder"])
+    twice = run_step(start, pictures, read=bias_of_encoder, loss__commitment_weight=0.25 + 2 * 0.45)
+    steps = [np.asarray(x) for x in (base[0]["params"]["encoder"]["conv_out"]["bias"], bias, twice)]
     np.testing.assert_allclose(steps[2] - steps[0], 2 * (steps[1] - steps[0]), rtol=0, atol=1e-6)
     assert np.abs(steps[1] - steps[0]).max() > 1e-5
 
@@ -199,12 +232,18 @@ def test_commitment_weight_weighs_the_pull_on_the_encoder(start, pictures, base)
 # --- what is logged ----------------------------------------------------------------------------------------------------
 
 
+def recipe_of(**settings):
+    """A recipe for its summaries: its optimizer is not used."""
+    model = models.create(**{**rqvae.get_config("demo").model, **settings})
+    return Tokenizer(model, make_optimizer(learning_rate=0.1, total_steps=1), mesh=helpers.make_mesh())
+
+
 @pytest.mark.parametrize(("num_used", "warns"), [(3, True), (4, False)])
 def test_collapse_is_warned_of_below_a_twentieth_of_the_codes(caplog, num_used, warns):
-    model = models.create(**{**rqvae.get_config("demo").model, "codebook_size": 64, "code_shape": (8, 8, 2)})
+    recipe = recipe_of(codebook_size=64, code_shape=(8, 8, 2))
     counts_DK = np.ones((2, 64))
     counts_DK[1, num_used:] = 0
-    scalars = train_vae.make_summary(model)({"loss": np.float32(2.5), "code_counts": counts_DK})
+    scalars = recipe.summarize({"loss": np.float32(2.5), "code_counts": counts_DK})
     assert scalars == {
         "loss": 2.5,
         "code_usage/depth1": 1.0,
@@ -220,11 +259,10 @@ def test_collapse_is_warned_of_below_a_twentieth_of_the_codes(caplog, num_used, 
 
 def test_usage_is_measured_against_each_depths_own_codebook():
     sizes = (7, 5)
-    settings = {"codebook_size": sizes, "code_shape": (8, 8, 2), "use_shared_codebook": False}
-    model = models.create(**{**rqvae.get_config("demo").model, **settings})
+    recipe = recipe_of(codebook_size=sizes, code_shape=(8, 8, 2), use_shared_codebook=False)
     counts_DK = np.ones((2, 7))
     counts_DK[1, 5:] = 0  # padding, no codes
-    scalars = train_vae.make_summary(model)({"code_counts": counts_DK})
+    scalars = recipe.summarize({"code_counts": counts_DK})
     assert scalars["code_usage/depth1"] == scalars["code_usage/depth2"] == 1.0
 
 
@@ -233,26 +271,26 @@ def test_usage_is_measured_against_each_depths_own_codebook():
 
 def stop_at(monkeypatch, step: int):
     """Interrupt this process while it logs its `step`-th step."""
-    make_summary = train_vae.make_summary
+    summarize, steps = Tokenizer.summarize, iter(range(1, 100))
 
-    def make(model):
-        summarize, steps = make_summary(model), iter(range(1, 100))
+    def summarize_and_stop(recipe, means):
+        if next(steps) == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return summarize(recipe, means)
 
-        def summarize_and_stop(means):
-            if next(steps) == step:
-                os.kill(os.getpid(), signal.SIGINT)
-            return summarize(means)
-
-        return summarize_and_stop
-
-    monkeypatch.setattr(train_vae, "make_summary", make)
+    monkeypatch.setattr(Tokenizer, "summarize", summarize_and_stop)
 
 
 @pytest.fixture(scope="module")
-def whole_run(pictures, tmp_path_factory):
+def prepared(pictures):
+    """A run whose programs are compiled once for all tests."""
+    return prepare(pictures, loop__ema_decay=0.9)
+
+
+@pytest.fixture(scope="module")
+def whole_run(prepared, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    config = helpers.vae_config(pictures, loop__ema_decay=0.9)
-    return workdir, train_vae.train_and_evaluate(config, str(workdir))
+    return workdir, run(*prepared, workdir)
 
 
 def test_run_directory_holds_everything(whole_run):
@@ -276,9 +314,7 @@ def test_run_directory_holds_everything(whole_run):
 def test_evaluation_is_that_of_the_averaged_weights_on_the_held_out_pictures(whole_run, pictures):
     workdir, _ = whole_run
     loaded = checkpoint.load_model(workdir)
-    data = train_vae.make_dataset(
-        name="folder", data_dir=pictures, split="validation", train=False, batch_size=5, image_size=16
-    )
+    data = make_dataset(name="folder", data_dir=pictures, split="validation", train=False, batch_size=5, image_size=16)
     images = next(data.iterator())["image"]
     reconstruct = jax.jit(functools.partial(loaded.model.apply, method="reconstruct_by_depth"))
     by_depth = reconstruct(loaded.variables, images)
@@ -296,14 +332,13 @@ def test_loaded_models_have_the_weights_of_the_state(whole_run):
     assert helpers.differs(checkpoint.load_model(workdir, step=2).variables, jax.device_get(state.ema_variables))
 
 
-def test_resumed_run_is_the_uninterrupted_one(whole_run, pictures, tmp_path, monkeypatch):
-    config = helpers.vae_config(pictures, loop__ema_decay=0.9)
+def test_resumed_run_is_the_uninterrupted_one(prepared, whole_run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         stop_at(patch, 3)
-        train_vae.train_and_evaluate(config, str(tmp_path))
+        run(*prepared, tmp_path)
     assert stop.value.code == 128 + signal.SIGINT
     assert helpers.read_metrics(tmp_path).keys() == {1, 2, 3}
-    state = train_vae.train_and_evaluate(config, str(tmp_path))
+    state = run(*prepared, tmp_path)
     helpers.assert_equal(helpers.host(state), helpers.host(whole_run[1]))
     assert helpers.read_metrics(tmp_path) == helpers.read_metrics(whole_run[0])
 
@@ -336,7 +371,7 @@ REFUSED = {
     ),
     "optimizer of nothing": ({"keep_optimizer": True}, "keep_optimizer: True needs init_from, a run whose optimizer is kept"),
     "no start": ({"init_from": "/nowhere"}, "'/nowhere' is no run directory"),
-    "label": ({"data__label_key": "colour"}, "unknown label_key='colour' of data set 'folder'"),
+    "label": ({"data__label_key": "colour"}, "data.label_key: 'colour' is unknown in dataset 'folder'"),
 }  # fmt: skip
 
 
@@ -345,14 +380,14 @@ def nothing_compiles(monkeypatch):
     def fail(*_):
         raise AssertionError("settings must be refused before anything compiles")
 
-    monkeypatch.setattr(train_vae, "init_state", fail)
+    monkeypatch.setattr(Tokenizer, "init", fail)
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_settings_are_refused_in_one_line(pictures, tmp_path, nothing_compiles, case):
     settings, message = REFUSED[case]
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        train_vae.train_and_evaluate(helpers.vae_config(pictures, **settings), str(tmp_path / "run"))
+        recipes.train(helpers.vae_config(pictures, **settings), str(tmp_path / "run"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -363,22 +398,22 @@ def test_unknown_keys_are_refused(pictures, tmp_path, nothing_compiles):
         with config.unlocked():
             config[key].colour = 1
         with pytest.raises(ValueError, match=rf"{key}.colour: unknown"):
-            train_vae.train_and_evaluate(config, str(tmp_path / "run"))
+            recipes.train(config, str(tmp_path / "run"))
     config = helpers.vae_config(pictures)
     with config.unlocked():
         config.sample = {}
     with pytest.raises(
         ValueError, match="config.sample: unknown; allowed are seed, init_from, keep_optimizer, model, "
     ):
-        train_vae.train_and_evaluate(config, str(tmp_path / "run"))
+        recipes.train(config, str(tmp_path / "run"))
 
 
 def test_pictures_that_are_not_there_are_refused(pictures, tmp_path, nothing_compiles):
-    with pytest.raises(FileNotFoundError, match="no folder of pictures at data_dir="):
-        train_vae.train_and_evaluate(helpers.vae_config(tmp_path / "nowhere"), str(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="data.data_dir: .* is no directory"):
+        recipes.train(helpers.vae_config(tmp_path / "nowhere"), str(tmp_path / "run"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no pictures below .*empty.*: looked for .png"):
-        train_vae.train_and_evaluate(helpers.vae_config(tmp_path / "empty"), str(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="data.data_dir: .*empty.* holds no images; their names end in .png"):
+        recipes.train(helpers.vae_config(tmp_path / "empty"), str(tmp_path / "run"))
 
 
 def test_unreadable_pictures_are_refused(tmp_path, nothing_compiles):
@@ -386,17 +421,20 @@ def test_unreadable_pictures_are_refused(tmp_path, nothing_compiles):
         (tmp_path / "damaged" / split).mkdir(parents=True)
         for i in range(3):
             (tmp_path / "damaged" / split / f"{i}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="all 3 pictures are damaged"):
-        train_vae.train_and_evaluate(helpers.vae_config(tmp_path / "damaged"), str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="all 3 images are damaged"):
+        recipes.train(helpers.vae_config(tmp_path / "damaged"), str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("settings", [{"model__z_channels": 16}, {"optim__name": "sgd"}])
-def test_other_settings_never_spoil_a_run(whole_run, pictures, settings):
+def test_other_settings_never_spoil_a_run(whole_run, pictures, settings, monkeypatch):
     workdir, _ = whole_run
     before = (workdir / "config.json").read_text()
+    monkeypatch.setattr(
+        Tokenizer, "init", lambda recipe, rng: helpers.zero_state(recipe)
+    )  # which is refused whatever stands in it
     try:
         with pytest.raises(ValueError, match="give a new --workdir"):
-            train_vae.train_and_evaluate(helpers.vae_config(pictures, loop__ema_decay=0.9, **settings), str(workdir))
+            run(*prepare(pictures, loop__ema_decay=0.9, **settings), workdir)
         assert (workdir / "config.json").read_text() == before
     finally:
         (workdir / "config.json").write_text(before)

@@ -18,7 +18,7 @@ import train_vae
 from rq_jax.checkpoint import manifest, saver
 from rq_jax.checkpoint.saver import Checkpointer
 from rq_jax.training import loop as training_loop
-from rq_jax.training.loop import Stop
+from rq_jax.training.loop import StopSignal
 
 PROGRAM = helpers.ROOT / "tests" / "faulty_run.py"
 EVERY_STEP = {"checkpoint_every_steps": 1, "evaluate_every_steps": 4, "keep_checkpoints": 3}
@@ -160,10 +160,10 @@ ADVERSARY = {
 }  # fmt: skip
 
 
-class Stopped(Stop):
+class Stopped(StopSignal):
     """A signal in every step."""
 
-    def is_asked(self):
+    def poll(self):
         self.signal = signal.SIGTERM
         return True
 
@@ -186,7 +186,7 @@ def test_stopped_at_every_step(tmp_path, monkeypatch, record_property, stage):
         expected = script.train_and_evaluate(make(), str(tmp_path / "whole"))
         for step in range(1, STEPS):
             with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-                patch.setattr(training_loop, "Stop", Stopped)
+                patch.setattr(training_loop, "StopSignal", Stopped)
                 script.train_and_evaluate(make(), str(tmp_path / "stopped"))
             assert stopped.value.code == 128 + signal.SIGTERM
             assert saver.steps_of(tmp_path / "stopped" / "checkpoints")[-1] == step
