@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import signal
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -122,7 +123,7 @@ class _Parts:
     """Resources of a run, opened and closed by `run`."""
 
     writer: MetricWriter
-    iterator: Iterator
+    iterator: Any  # of batches, with get_state and set_state
     checkpointer: Checkpointer
     stop: StopSignal
     hang: monitor.HangGuard
@@ -138,7 +139,8 @@ class _Run:
         self._meter = monitor.Meter(recipe.flops_per_image, recipe.model.dtype)
         self._finite = monitor.FiniteGuard(workdir, settings.max_skipped_steps)
         self._phase: Hashable = None
-        self._metrics, self._batch = None, None  # of the last step that was dispatched
+        self._metrics: Any = None  # of the last step that was dispatched, with its batch
+        self._batch: Any = None
 
     def train(self, state: Any) -> Any:
         """All steps that are left; the last state."""
@@ -233,7 +235,7 @@ class _Run:
         """End the process where a signal has ended the run before its time."""
         is_done = step == self._settings.total_steps and not self._status.owes_evaluation
         if stopping and not is_done and not self._status.stopped:
-            number = self._parts.stop.signal
+            number = self._parts.stop.signal or signal.SIGTERM  # another process may have got it
             logger.warning(
                 "%s: stopped by signal %d at step %d; run the same command to go on", self._recipe.title, number, step
             )
