@@ -86,6 +86,7 @@ def test_a_tokenizer_and_a_sampler(tmp_path, monkeypatch):
     "options, message",
     [
         (["--mesh=3x1x1"], "does not fit 8 devices"),
+        (["--mesh=2x1"], "--mesh: '2x1' is no mesh; give data x fsdp x tensor, such as 1x8x1"),
         (["--mesh=8x1x1", "--batch=12"], "data.batch_size: 12 is not a multiple of 8"),
     ],
 )
