@@ -24,7 +24,7 @@ from benchmarks.scripts import ROOT, run_script, shown_command
 from configs import ablations
 from rq_jax import checkpoint
 from rq_jax.evaluation.protocol import environment
-from rq_jax.files import write_atomic
+from rq_jax.files import write_atomic, write_json
 from rq_jax.report import curves
 from rq_jax.training import cli
 from rq_jax.training.log import METRICS_FILE
@@ -95,7 +95,7 @@ def once(directory: Path, settings: Mapping[str, Any], run: Callable[[], Figures
     took = {"seconds": time.perf_counter() - start, "core_seconds": core_seconds() - start_cores}
     note |= {name: round(value, 1) if is_whole else None for name, value in took.items()}
     note |= {"settings": settings, **{name: origin[name] for name in ("commit", "dirty", "date")}}
-    write_atomic(path, (json.dumps(note, indent=1) + "\n").encode())
+    write_json(path, note)
     return note
 
 
@@ -316,7 +316,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     text = tables.markdown(columns, rows, by_depth)
     draw_table(args, rows, marks, out / f"{args.table}.png")
-    write_atomic(out / f"{args.table}.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_json(out / f"{args.table}.json", record)
     write_atomic(out / f"{args.table}.md", text.encode())
     print(text, *(f"{name}: {value:.4g}" for name, value in marks.items()), sep="\n")
     print(f"table: {Path(args.out) / args.table}.md, .json, .png")

@@ -23,7 +23,7 @@ from rq_jax import models, sampling
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import device_bytes
 from rq_jax.evaluation.protocol import environment
-from rq_jax.files import write_atomic
+from rq_jax.files import write_json
 from rq_jax.training import cli
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print("GiB on each device:")
     print(timing.table([one["config"] for one in results], rows))
     if args.out:
-        write_atomic(args.out, (json.dumps(record, indent=1) + "\n").encode())
+        write_json(args.out, record)
     print(json.dumps(record))
     return record
 

@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks import timing
 from rq_jax.devices.peaks import Peaks
 from rq_jax.evaluation.protocol import environment
-from rq_jax.files import write_atomic
+from rq_jax.files import write_json
 from rq_jax.report.progress import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +142,7 @@ def write_files(record: dict[str, Any], args: argparse.Namespace) -> None:
         timing.plot_rates(record["results"], record["unit"], args.plot)
         print(f"plot: {args.plot}")
     if path := args.out or (default_path(record) if args.save else None):
-        write_atomic(path, (json.dumps(record, indent=1) + "\n").encode())
+        write_json(path, record)
         print(f"record: {path}")
 
 

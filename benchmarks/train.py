@@ -201,7 +201,7 @@ def build(config: Config, args: argparse.Namespace) -> timing.Program:
 
 
 def step_work(recipe: Recipe, state: Any, batch: Mapping[str, Any], steps: int) -> dict[str, Work]:
-    """What `steps` training steps have to do; a frozen tokenizer apart, whose dtype is its own."""
+    """Work of `steps` training steps; a frozen tokenizer counts apart, as its dtype is its own."""
     update = functools.partial(recipe.update, phase=recipe.phase(LAST_STEP))
     counts, stages = count_traced(update, state, batch, recipe.frozen), {}
     flops, traffic = steps * counts.flops, steps * counts.bytes

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from rq_jax.files import atomic_path, write_json
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def write_config(directory: str | os.PathLike, config: dict[str, Any]) -> None:
+def write_config(directory: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Write the resolved config of a run or model directory, atomically; only the first process writes."""
     if jax.process_index() == 0:
         write_json(Path(directory) / CONFIG, config)
@@ -100,7 +101,7 @@ def fingerprint(variables: dict[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(variables)):
         digest.update(f"{name}{leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf, np.float32))
+        digest.update(np.ascontiguousarray(leaf, np.float32).data)
     return digest.hexdigest()[:16]
 
 

@@ -58,7 +58,8 @@ class Checkpointer:
           strict: raise at a damaged checkpoint instead of resuming from the one before.
         """
         self._root, self._strict = Path(directory).absolute(), strict
-        self._store, self._best_store = _Store(self._root / CHECKPOINTS, keep, keep_every), None
+        self._store = _Store(self._root / CHECKPOINTS, keep, keep_every)
+        self._best_store: _Store | None = None
 
     @property
     def latest_step(self) -> int | None:

@@ -1,6 +1,5 @@
 """A model of ours becomes an official state dict and its config."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rq_jax import checkpoint, models
+from rq_jax.files import write_json
 from rq_jax.interop import official
 
 
@@ -68,7 +68,7 @@ def _write(state: dict[str, np.ndarray], config: dict[str, Any], out: Path, conf
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, partial)
-        config_path.write_text(json.dumps(config, indent=1) + "\n")
+        write_json(config_path, config)
         shutil.copymode(config_path, partial)  # safetensors gives its files to their owner alone
         os.replace(partial, out)
     except BaseException:

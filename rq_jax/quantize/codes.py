@@ -58,7 +58,8 @@ def residual_quantize(x: jax.Array, codebook: Codebook, depth: int) -> ResidualC
     Raises:
       ValueError: depth below 1 or unlike the codebook's, or vectors of another length than the codebook's.
     """
-    residual, total = x.astype(jnp.float32), 0.0
+    residual: jax.Array = x.astype(jnp.float32)
+    total: Any = 0.0
     codes, sums = [], []
     for table_KE in tables_of(codebook, depth, x):
         code, vector = quantize_once(residual, table_KE)
@@ -85,11 +86,9 @@ def lookup(codes: jax.Array, codebook: Codebook) -> jax.Array:
     [[2.0], [0.0]]
     """
     depth = codes.shape[-1]
-    tables = codebook if is_shared(codebook) else codebook[:depth]
-    sizes = codebook_sizes(tables, depth)
-    check_codes(codes, sizes)
-    tables = tables_of(tables, depth)
-    return jnp.stack([_take(table_KE, codes[..., d]) for d, table_KE in enumerate(tables)], -2)
+    used = codebook if is_shared(codebook) else codebook[:depth]
+    check_codes(codes, codebook_sizes(used, depth))
+    return jnp.stack([_take(table_KE, codes[..., d]) for d, table_KE in enumerate(tables_of(used, depth))], -2)
 
 
 def check_codes(codes: Any, sizes: Sequence[int], what: str = "codes") -> None:
@@ -198,7 +197,7 @@ def tables_of(codebook: Codebook, depth: int, x: jax.Array | None = None) -> lis
     """One (K_d, E) table per depth."""
     if depth < 1:
         raise ValueError(f"depth: {depth} must be at least 1")
-    tables = [codebook] * depth if is_shared(codebook) else list(codebook)
+    tables: list[Any] = [codebook] * depth if is_shared(codebook) else list(codebook)
     if len(tables) != depth:
         raise ValueError(f"depth: {depth} does not match the {len(tables)} codebooks given; they must be as many")
     if x is not None:

@@ -1,7 +1,7 @@
 """Learning a codebook: moving average, restart of unused codes, k-means (paper, section 3.1)."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +122,8 @@ def quantize_and_update(
         rows_KE = candidates(d, x_NE, states[index].counts_K.shape[0]) if candidates else None
         states[index] = ema_update(states[index], x_NE, codes_N, decays[index], rows_KE)
 
-    residual, total = x.astype(jnp.float32), 0.0
+    residual: jax.Array = x.astype(jnp.float32)
+    total: Any = 0.0
     inputs, codes, sums = [], [], []
     # Sequential: a shared table changes between the depths of one call, so that depth d + 1 searches and subtracts
     # vectors that depth d has just moved. Pooled: all depths see the table as it was.

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -62,12 +63,12 @@ def _search(
         products_kN = jax.lax.dot_general(table_kE, x_NE, (((1,), (1,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
         return 2.0 * products_kN - norms_k[:, None]
 
-    if rng is None:
-        read, pick = (tables, norms, starts), _better_block
-    else:
+    read: tuple[jax.Array, ...] = (tables, norms, starts)
+    pick: Callable[..., Any] = _better_block
+    if rng is not None:
         # Two uniform numbers for each vector and block, where Gumbel noise would take one for each score.
-        uniforms = jax.random.uniform(rng, (num_blocks, 2, N))
-        read, pick = (tables, norms, starts, uniforms), functools.partial(_drawn_block, temperature=temperature)
+        read = (*read, jax.random.uniform(rng, (num_blocks, 2, N)))
+        pick = functools.partial(_drawn_block, temperature=temperature)
 
     def step(best: Any, block: Any) -> tuple[Any, None]:
         table_kE, norms_k, *more = block

@@ -40,14 +40,14 @@ def generate(
     variables: Any,
     rng: jax.Array,
     num_images: int,
-    cond: jax.Array | None = None,
+    cond: jax.typing.ArrayLike | None = None,
     *,
-    image_ids: jax.Array | None = None,
+    image_ids: jax.typing.ArrayLike | None = None,
     temperature: Any = 1.0,
     top_k: Any = None,
     top_p: Any = None,
     guidance: float | None = None,
-    prefix: jax.Array | None = None,
+    prefix: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """Draw code grids, as one compiled program a (model, batch shape, prefix length).
 
@@ -76,8 +76,8 @@ def generate(
     checks.at_least("num_images", num_images, 1)
     _check_codebook(variables)
     check_filter(temperature, top_k, top_p)
-    image_ids = np.arange(num_images) if image_ids is None else image_ids
-    checks.shape("image_ids", np.shape(image_ids), (num_images,))
+    ids = np.arange(num_images) if image_ids is None else image_ids
+    checks.shape("image_ids", np.shape(ids), (num_images,))
     cond = _check_cond(model, cond, num_images)
     prefix = _check_prefix(model, prefix, num_images)
     check_guidance(model, guidance)
@@ -88,7 +88,7 @@ def generate(
         _per_depth("top_p", 1.0 if top_p is None else top_p, D, jnp.float32),
     )
     guidance = None if guidance is None else jnp.float32(guidance)
-    return _generate(model, variables, rng, jnp.asarray(image_ids), cond, settings, guidance, prefix)
+    return _generate(model, variables, rng, jnp.asarray(ids), cond, settings, guidance, prefix)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -60,7 +60,8 @@ def draw(
         if pending is not None:
             yield fetch(*pending)
         pending = batch
-    yield fetch(*pending)
+    if pending is not None:
+        yield fetch(*pending)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -75,8 +75,8 @@ class MetricWriter:
         self._directory = Path(directory)
         self._enabled = enabled
         self._use_events = enabled and importlib.util.find_spec("tensorboardX") is not None
-        self._events = None
-        self._first_step = None
+        self._events: _EventFile | None = None
+        self._first_step: int | None = None
         self._warned = False
 
     def truncate_after(self, step: int, without: str | None = None) -> None:

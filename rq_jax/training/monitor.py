@@ -43,7 +43,7 @@ class HangGuard:
     def arm(self) -> None:
         """Start the clock of a step."""
         if self._seconds:
-            faulthandler.dump_traceback_later(self._seconds * self._factor, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._seconds * self._factor, exit=True, file=sys.__stderr__ or 2)
             self._factor = 1
 
     def disarm(self) -> None:

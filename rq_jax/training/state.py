@@ -10,8 +10,7 @@ import optax
 from rq_jax.training.optimizer import Optimizer
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a step reads and writes. `rng` never changes: each step folds its number into it.
 
     Stage 1 with an adversary also carries the discriminator's variables and the state of its optimizer.
@@ -119,7 +118,7 @@ def apply_gradients(
     }
 
 
-def average_weights(average: Any, params: Any, decay: float, step: jax.Array | int | None = None) -> Any:
+def average_weights(average: Any, params: Any, decay: float | jax.Array, step: jax.Array | int | None = None) -> Any:
     """Exponential moving average of weights with decay min(decay, (1 + step) / (10 + step)), or `decay` without a step.
 
     As kakaobrain/rq-vae-transformer:ExponentialMovingAverage, whose trainer never calls it.

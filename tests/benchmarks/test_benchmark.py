@@ -37,7 +37,21 @@ def quick():
     with helpers.quick_compilation(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "device_and_peaks", lambda: (device, PEAKS))
         patch.setattr(sample, "TINY", TINY)
+        patch.setattr(sample, "compile_decoder", compiled_once(sample.compile_decoder))
         yield
+
+
+def compiled_once(compile_decoder):
+    """Several tests use the same decoders."""
+    decoders = {}
+
+    def compile_or_reuse(config, model):
+        key = config["batch"], model
+        if key not in decoders:
+            decoders[key] = compile_decoder(config, model)
+        return decoders[key]
+
+    return compile_or_reuse
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +205,7 @@ def test_tokenizer_by_downsampling():
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_the_sampler_is_that_of_the_library(weights):
-    argv = ("--batch=3", "--code_shape=1x3x2", "--top_k=5", "--guidance=1.5", f"--weights={weights}", *SMALL)
+    argv = ("--batch=3", "--code_shape=1x2x2", "--top_k=5", "--guidance=1.5", f"--weights={weights}", *SMALL)
     (config,) = groups("sample", *argv)[0]
     model = sample.make_transformer(config)
     draw = sample.compile_sampler(config, model)
@@ -397,14 +411,26 @@ def zeros(monkeypatch):
         monkeypatch.setattr(recipe, "init", lambda recipe, rng: jax.tree.map(place, recipe.abstract_state()))
 
 
-def test_train_stage_1(zeros):
+def change_model(monkeypatch, **changes):
+    """Other settings of the model in every preset."""
+    load_settings = train.load_settings
+
+    def changed(config):
+        settings = load_settings(config)
+        return settings | {"model": settings["model"] | changes}
+
+    monkeypatch.setattr(train, "load_settings", changed)
+
+
+def test_train_stage_1(monkeypatch, zeros):
+    change_model(monkeypatch, code_shape=(8, 8, 2))
     argv = ("--quicktest", "--no_perceptual", "--no_adversary", "--batch=16", "--steps=3", "--runs=1")
     record = run("train", *argv)
     (entry,) = record["results"]
     assert entry["config"]["perceptual"] is entry["config"]["adversary"] is False and entry["config"]["batch"] == 16
     assert entry["count"] == 48 and entry["per_second"] == pytest.approx(16 * entry["steps_per_second"])
     assert entry["memory"]["aliased"] > 0, "the state is not donated"
-    model = models.create(**train.rqvae.get_config("demo,quicktest").model)
+    model = models.create(**train.load_settings(entry["config"])["model"])
     passes = 3 * (encoder_work(model).flops + decoder_work(model).flops)
     assert entry["model_flops"] == pytest.approx(48 * passes, rel=0.05)
     assert entry["flops"] == pytest.approx(entry["model_flops"], rel=0.05)
@@ -431,16 +457,9 @@ def test_train_stage_2_on_the_images_of_the_preset(monkeypatch, zeros, pictures)
         data = settings["data"] | dict(name="folder", data_dir=pictures, label_key="folder")
         return make_dataset(**data, split="train", train=True)
 
-    load_settings = train.load_settings
-
-    def with_five_classes(config):
-        settings = load_settings(config)
-        settings["model"]["cond_vocab_size"] = 5
-        return settings
-
     monkeypatch.setattr(train.sharding, "make_mesh", helpers.make_mesh)
     monkeypatch.setattr(train, "open_dataset", open_dataset)
-    monkeypatch.setattr(train, "load_settings", with_five_classes)
+    change_model(monkeypatch, cond_vocab_size=5, spatial_layers=1)
     argv = ("--stage=2", "--preset=imagenet256_480m", "--quicktest", "--data=preset", "--dtype=float32")
     record = run("train", *argv, "--batch=16", "--accumulation_steps=2", "--steps=2", "--runs=1")
     (entry,) = record["results"]

@@ -13,7 +13,9 @@ from rq_jax.devices import sharding
 from rq_jax.devices.memory import device_bytes
 from rq_jax.pretrained import vgg_lpips
 
-SMALL = {"model.width": 8, "discriminator.width": 8}
+SMALL = {
+    "model.width": 8, "model.width_multipliers": (1, 1), "model.code_shape": (8, 8, 2), "discriminator.width": 8,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

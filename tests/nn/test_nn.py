@@ -156,7 +156,8 @@ X = normal(2, 5, 12)
 
 def stack(use_remat=False, **settings):
     module = Stack(3, BlockSettings(4, **settings), use_remat)
-    return module, random_like(jax.eval_shape(module.init, jax.random.key(0), X))
+    x = jax.ShapeDtypeStruct(X.shape, settings.get("dtype", jnp.float32))
+    return module, random_like(jax.eval_shape(module.init, jax.random.key(0), x))
 
 
 @functools.partial(jax.jit, static_argnames=("module", "train"))
@@ -262,7 +263,7 @@ def test_gelu_switch():
         "out_bias_M": 0 * variables["out_bias_M"],
     }
     normed = LayerNorm().apply({"params": variables["norm2"]}, X)
-    hidden = np.asarray(normed @ variables["up_MF"] + variables["up_bias_F"], np.float64)
+    hidden = np.asarray(normed @ variables["up_MF"], np.float64) + np.asarray(variables["up_bias_F"], np.float64)
     expected = X + (hidden / (1 + np.exp(-1.702 * hidden))) @ variables["down_FM"] + variables["down_bias_M"]
     sigmoid = Block(BlockSettings(4, gelu="sigmoid")).apply({"params": flat}, X, None, None)[0]
     np.testing.assert_allclose(sigmoid, expected, rtol=1e-4, atol=1e-4)

@@ -339,7 +339,7 @@ def test_gradients_of_soft_codes(codebook):
     assert oracle.residual_quantize(x_NE, tables_of(codebook))[3] > 0.2, "a small step would change a code"
 
     def soft(x, tables):
-        return (quantize.soft_codes(x, tables, D, 4.0)[0] * weight_DK).sum()
+        return (quantize.soft_codes(x, tables, D, 4.0)[0] * weight_DK[None]).sum()
 
     check_grads(soft, (x_NE, codebook), order=1, modes="rev", eps=5e-3, atol=1e-2, rtol=1e-2)
 

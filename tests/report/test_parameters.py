@@ -15,7 +15,7 @@ def rows_of(table):
 
 
 def test_arrays_are_listed_with_their_shardings_and_total():
-    mesh = helpers.make_mesh(data=1, fsdp=-1)
+    mesh = helpers.make_mesh(fsdp=4)
     variables = {
         "params": {"up_MF": jnp.zeros((16, 3)), "b": jnp.zeros((2,), jnp.bfloat16)},
         "codebook": {"codebook_KE": (jnp.zeros((5, 2)), jnp.zeros((7, 2)))},
