@@ -47,7 +47,7 @@ class Norm(nn.Module):
         groups = math.gcd(self.groups, x.shape[-1])
         norm = nn.GroupNorm(groups, epsilon=1e-6, dtype=self.dtype, use_fast_variance=False)
         nn.share_scope(self, norm)
-        with jax.numpy_dtype_promotion("standard"):  # inside, Flax takes bfloat16 to float32 without saying so
+        with jax.numpy_dtype_promotion("standard"):  # inside, Flax mixes bfloat16 with float32
             return norm(x)
 
 

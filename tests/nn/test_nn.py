@@ -308,17 +308,18 @@ def test_remat_saves_memory_in_a_stack_that_is_scanned():
 
 @pytest.mark.parametrize("dtype, bound", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
 def test_flash_attention_changes_no_output_and_no_gradient(dtype, bound):
-    (module, variables), (flash, same) = stack(dtype=dtype), stack(use_flash_attention=True, dtype=dtype)
-    assert jax.tree.structure(same) == jax.tree.structure(variables)
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own attention mixes bfloat16 with float32
+        (module, variables), (flash, same) = stack(dtype=dtype), stack(use_flash_attention=True, dtype=dtype)
+        assert jax.tree.structure(same) == jax.tree.structure(variables)
 
-    def loss(variables, module):
-        return (run(module, variables, jnp.asarray(X, dtype), train=True)[0].astype(jnp.float32) ** 2).sum()
+        def loss(variables, module):
+            return (run(module, variables, jnp.asarray(X, dtype), train=True)[0].astype(jnp.float32) ** 2).sum()
 
-    plain, fused = (jax.tree.leaves(jax.value_and_grad(loss)(variables, m)) for m in (module, flash))
-    for a, b in zip(plain, fused, strict=True):
-        assert float(jnp.abs(a - b).max()) <= bound * float(jnp.abs(a).max())
-    jaxprs = [str(jax.make_jaxpr(lambda v, m=m: loss(v, m))(variables)) for m in (module, flash)]
-    assert jaxprs[0] != jaxprs[1]
+        plain, fused = (jax.tree.leaves(jax.value_and_grad(loss)(variables, m)) for m in (module, flash))
+        for a, b in zip(plain, fused, strict=True):
+            assert float(jnp.abs(a - b).max()) <= bound * float(jnp.abs(a).max())
+        jaxprs = [str(jax.make_jaxpr(lambda v, m=m: loss(v, m))(variables)) for m in (module, flash)]
+        assert jaxprs[0] != jaxprs[1]
 
 
 def test_bfloat16_is_close_and_its_softmax_is_float32():
@@ -327,5 +328,5 @@ def test_bfloat16_is_close_and_its_softmax_is_float32():
     out = run(half, variables, jnp.asarray(X, jnp.bfloat16))[0]
     expected = run(module, variables, X)[0]
     assert out.dtype == jnp.bfloat16
-    assert float(jnp.abs(out - expected).max() / jnp.abs(expected).max()) < 0.05
+    assert float(jnp.abs(out.astype(jnp.float32) - expected).max() / jnp.abs(expected).max()) < 0.05
     assert "f32[2,4,5,5]" in str(jax.make_jaxpr(half.apply)(variables, X.astype(jnp.bfloat16)))
