@@ -30,7 +30,7 @@ PURE = {"grains", "losses", "metrics", "models", "nn", "quantize", "sampling", "
 # Some rooms see less: networks return values and never losses, readers of foreign files trust nobody.
 NARROWER = {
     "models": {"grains", "nn", "quantize", "sampling", "settings"},
-    "interop": {"checkpoint", "data", "models", "settings"},
+    "interop": {"checkpoint", "data", "files", "models", "settings"},
     "interop/official": {"settings"},
     "interop/state_file": {"settings"},
     "pretrained": {"interop", "nn", "settings"},
