@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from rq_jax.checkpoint import LoadedModel
-from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, cond_of, trained_on
+from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
 
 
 def choose_conditions(
@@ -101,7 +101,7 @@ def classes_of_split(config: dict[str, Any], split: str) -> list[int]:
     if not {"name", "label_key"} <= settings.keys():
         raise ValueError(f"--classes_of: {split} needs the data set of the model, which names none; give --classes")
     batches = EvaluationData(settings, batch_size=256).open(split).iterator()
-    return [int(label) for batch in batches for label in cond_of(batch)[batch["mask"], 0]]
+    return [int(label) for batch in batches for label in batch["cond"][batch["mask"], 0]]
 
 
 def _tokens(prompts: list[str] | None, directory: str, length: int) -> np.ndarray:

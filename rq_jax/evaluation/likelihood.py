@@ -12,7 +12,7 @@ import numpy as np
 from rq_jax.checkpoint import LoadedModel, load_model
 from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import accumulate, counted
-from rq_jax.evaluation.protocol import CONDITION_SETTINGS, EvaluationData, cond_of, image_settings, trained_on
+from rq_jax.evaluation.protocol import CONDITION_SETTINGS, EvaluationData, image_settings, trained_on
 from rq_jax.losses import cross_entropy_by_depth
 from rq_jax.report.progress import Progress
 
@@ -60,7 +60,7 @@ def make_measure(
     def measure(variables, tokenizer_variables, batch):
         used = {"image": batch["image"], "mask": batch["mask"]}
         if model.is_conditional:
-            used["cond"] = cond_of(batch)
+            used["cond"] = batch["cond"]
         return sum_nats(variables, tokenizer_variables, sharding.put_batch(mesh, used)), None
 
     return measure

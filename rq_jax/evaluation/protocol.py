@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from rq_jax.data import Dataset, make_dataset
 
@@ -86,14 +85,6 @@ def image_settings(
     if "name" not in data:
         raise ValueError(f"--data_name: unset, and '{directory}' names no data set; give one")
     return data | {"image_size": list(image_shape[:2]), "channels": image_shape[2]}  # a list, as JSON gives it back
-
-
-def cond_of(batch: dict[str, np.ndarray]) -> np.ndarray | None:
-    """The conditions (B, U) of a batch; None without."""
-    # MERGE: once batches carry "cond" this is batch.get("cond").
-    if "label" in batch and "text" not in batch:
-        return batch["label"][:, None]
-    return batch.get("cond", batch.get("text"))
 
 
 def environment(root: Path) -> dict[str, Any]:

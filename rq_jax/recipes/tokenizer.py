@@ -15,7 +15,7 @@ import numpy as np
 from rq_jax import checkpoint, losses, metrics, models
 from rq_jax.data import Splits
 from rq_jax.devices import sharding
-from rq_jax.evaluation.tokenizer import make_measure
+from rq_jax.evaluation.tokenizer import make_measure, rows_by_depth
 from rq_jax.models.flops import autoencoder_flops
 from rq_jax.models.rqvae import RQVAEOutput, last_kernel_gradient
 from rq_jax.pretrained import vgg_lpips
@@ -372,11 +372,8 @@ class Tokenizer:
         scalars = {f"psnr/depth{d}": float(value) for d, value in enumerate(psnr_D, start=1)}
         scalars |= {name: float(np.asarray(sums[name]) / count) for name in sums if name not in ("psnr", "count")}
         originals, by_depth = jax.tree.map(np.asarray, shown)
-        rows = {"original": originals}
-        for d, images in enumerate(by_depth, start=1):
-            rows[f"depth {d}: {psnr_D[d - 1]:.1f} dB"] = images
-        scale = max(1, 96 // originals.shape[1])
-        return scalars, {"reconstructions": grids.labelled_grid(rows, scale=scale)}
+        grid = grids.labelled_grid(rows_by_depth(originals, by_depth, psnr_D), scale=max(1, 96 // originals.shape[1]))
+        return scalars, {"reconstructions": grid}
 
     # --- the log ---
 
