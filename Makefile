@@ -11,7 +11,7 @@ INSTALLED = $(VENV)/.installed
 # What was compiled once is read back, so that a second start is quick.
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-.PHONY: setup demo emoji emoji-figures test test-all reliability bench lint clean
+.PHONY: setup demo emoji emoji-figures test test-all gpu reliability bench lint clean
 
 setup: $(INSTALLED)
 
@@ -65,6 +65,10 @@ test: setup
 test-all: setup
 	RQ_JAX_TEST_OPTIMIZED=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
 
+# On a machine with a GPU: what only a GPU can show. `make test-all` runs the same tests on a CPU in its place.
+gpu: setup
+	RQ_JAX_TEST_GPU=1 $(PYTHON) -m pytest -m gpu
+
 # Every fault that the tests put in, and docs/reliability.md from what happened: a quarter of an hour.
 reliability: setup
 	$(PYTHON) -m pytest tests/training tests/checkpoint tests/devices tests/data -m fault --reliability=docs/reliability.md
@@ -81,11 +85,12 @@ bench: setup
 
 # make results-depth, -adversary, -coarse_to_fine, -updates, -soft_labels, -filter; runs that two tables share are made once.
 results-%: setup
-	$(PYTHON) ablate.py $*
+	$(PYTHON) -m benchmarks.ablate $*
 
 lint: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 
 clean:
 	rm -rf .cache .pytest_cache .ruff_cache .hypothesis build dist

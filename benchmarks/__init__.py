@@ -1,1 +1,1 @@
-"""What benchmark.py measures, a module for each of its commands: configurations side by side, and how each is built."""
+"""Benchmarks: a module for each kind of program that benchmark.py measures, memory, and the tables of results."""

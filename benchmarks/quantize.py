@@ -1,6 +1,6 @@
 """Residual quantisation of random vectors: search alone, and with the training update of the codebook.
 
-Each is measured beside the form that one would write first: the whole matrix of distances, and its argmin.
+Each is measured beside the naive form: the whole matrix of distances, and its argmin.
 """
 
 import argparse
@@ -22,7 +22,7 @@ Config = dict[str, Any]
 
 
 def groups(args: argparse.Namespace) -> list[list[Config]]:
-    """Ours and the dense form, side by side, without and with the update."""
+    """Pairs of the library's form and the dense form, without and with the update."""
     names = ("num_vectors", "code_dim", "codebook_size", "depth")
     sizes = [dict(zip(names, values, strict=True)) for values in itertools.product(*(getattr(args, n) for n in names))]
     methods = (("search", "dense_search"), ("update", "dense_update"))
@@ -60,7 +60,7 @@ def dense_update(
 
 
 def make_method(name: str, depth: int) -> Callable[..., Any]:
-    """(vectors, state of the codebook, key) -> what the method of this name gives."""
+    """The method of this name: (vectors, state of the codebook, key) -> arrays."""
 
     def run(x_NE: jax.Array, state: quantize.CodebookState, rng: jax.Array) -> Any:
         def candidates(d: int, x_NE: jax.Array, K: int) -> jax.Array:

@@ -31,7 +31,7 @@ TINY = {"spatial_layers": 8, "depth_layers": 4}
 CODE_SHAPE, CODEBOOK_SIZE = (8, 8, 4), 16384
 # The baselines of the paper exist in one shape and with one codebook.
 VQGAN = {"vqgan_large": ((16, 16, 1), 1024), "vqgan_huge": ((16, 16, 1), 16384)}
-# Presets of configs/rqvae.py by downsampling, for pictures of 256x256.
+# Presets of configs/rqvae.py by downsampling, for images of 256x256.
 TOKENIZERS = {32: "imagenet256", 16: "imagenet256_f16", 8: "imagenet256_f8"}
 IMAGE_SIZE, CODE_DIM, NUM_CLASSES = 256, 256, 1000
 PAPER_IMAGES = 1000  # at least so many a run
@@ -60,7 +60,7 @@ def code_shapes(args: argparse.Namespace) -> list[tuple[int, ...] | None]:
 
 
 def groups(args: argparse.Namespace) -> list[list[Config]]:
-    """What is measured side by side: each configuration of the sweep, with its counterparts of --against.
+    """Configurations of the sweep, each in a group with its counterparts of --against.
 
     Raises:
       ValueError: settings that do not fit together.
@@ -71,13 +71,13 @@ def groups(args: argparse.Namespace) -> list[list[Config]]:
     if args.protocol and args.batches:
         raise ValueError(f"--batches: {args.batches} is decided by --protocol={args.protocol}; leave it out")
     settings = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p", "protocol")}
-    decode, dtypes, found = args.decode or args.protocol is not None, args.dtype or default_dtypes(), []
+    decode, dtypes, sweep = args.decode or args.protocol is not None, args.dtype or default_dtypes(), []
     axes = args.model, code_shapes(args), args.codebook_size or [None], dtypes, args.weights or [None], args.batch
     for model, shape, codebook_size, dtype, stored, batch in itertools.product(*axes):
         batches = -(-PAPER_IMAGES // batch) if args.protocol else args.batches or (2 if decode else 1)
         group = []
-        for flag, wanted in (("--code_shape", shape), *(("--against", other) for other in args.against)):
-            code_shape, K = shape_and_codebook(model, wanted, codebook_size, flag)
+        for flag, given_shape in (("--code_shape", shape), *(("--against", other) for other in args.against)):
+            code_shape, K = shape_and_codebook(model, given_shape, codebook_size, flag)
             tokenizer = tokenizer_preset(args, code_shape, decode, flag)
             config = {
                 "model": model, "code_shape": code_shape, "codebook_size": K, "dtype": dtype,
@@ -86,19 +86,28 @@ def groups(args: argparse.Namespace) -> list[list[Config]]:
             }  # fmt: skip
             make_transformer(config)  # raises where settings do not fit, before anything compiles
             group.append(config)
-        found.append(group)
-    return found
+        sweep.append(group)
+    return sweep
 
 
 def default_dtypes() -> list[str]:
-    """What the device is made for."""
+    """Default dtypes of the device."""
     return ["float32"] if jax.default_backend() == "cpu" else ["bfloat16"]
 
 
 def shape_and_codebook(
     model: str, code_shape: tuple[int, ...] | None, codebook_size: int | None, flag: str
 ) -> tuple[tuple[int, ...], int]:
-    """Both, also where they are not said; the baselines have theirs alone. The flag is the shape's."""
+    """Code shape and codebook size, with defaults; a baseline has one of each.
+
+    Args:
+      model: name in `MODELS`.
+      code_shape, codebook_size: as given; None: the default.
+      flag: option that the shape comes from.
+
+    Raises:
+      ValueError: not those of the baseline.
+    """
     if model not in VQGAN:
         return code_shape or CODE_SHAPE, codebook_size or CODEBOOK_SIZE
     own_shape, own_size = VQGAN[model]
@@ -112,20 +121,20 @@ def shape_and_codebook(
 
 
 def tokenizer_preset(args: argparse.Namespace, code_shape: tuple[int, ...], needed: bool, flag: str) -> str | None:
-    """The tokenizer that was named, or else, where one is needed, the one that makes codes of this shape."""
+    """The preset that was named; else, where a tokenizer is needed, the one that makes codes of this shape."""
     if args.tokenizer or not needed:
         return args.tokenizer
     preset = TOKENIZERS.get(IMAGE_SIZE // code_shape[0])
     if preset is None:
         raise ValueError(
-            f"{flag}: {show_shape(code_shape)} is no grid that a tokenizer of {IMAGE_SIZE}x{IMAGE_SIZE} pictures "
+            f"{flag}: {show_shape(code_shape)} is no grid that a tokenizer of {IMAGE_SIZE}x{IMAGE_SIZE} images "
             f"makes (downsampling {', '.join(map(str, TOKENIZERS))}); give --tokenizer"
         )
     return preset
 
 
 def make_transformer(config: Config) -> Any:
-    """The model of a configuration; its code vectors are as long as the tokenizer's."""
+    """The transformer of a configuration, with the tokenizer's code dimension."""
     settings = dict(rqtransformer.get_config(MODELS[config["model"]]).model)
     settings |= TINY if config["model"] == "tiny" else {}
     if config["code_shape"][-1] == 1:
@@ -145,7 +154,7 @@ def make_tokenizer(config: Config, dtype: str | None = None) -> Any:
 
 @functools.lru_cache(maxsize=2)  # a sweep over batches draws them once, also where two shapes take turns
 def draw_variables(model: Any, dtype: str) -> Any:
-    """Random variables as sampling keeps them, with weights at rest in this dtype."""
+    """Random variables prepared for sampling, with weights stored in this dtype."""
     return jax.jit(model.for_inference, static_argnums=1)(weights.draw(models.abstract_variables(model)), dtype)
 
 
@@ -164,7 +173,7 @@ def compile_sampler(config: Config, model: Any) -> timing.Compiled:
 
 
 def compile_decoder(config: Config, model: Any) -> timing.Compiled:
-    """Codes -> 8-bit pictures, as sample.py makes them, of random weights."""
+    """Codes -> 8-bit images, as sample.py writes them, of random weights."""
     variables = weights.draw(models.abstract_variables(model))
 
     def decode(variables, codes):
@@ -212,7 +221,7 @@ def build(config: Config, args: argparse.Namespace) -> timing.Program:
 
 
 def draw_overlapped(draw: Callable[[int], Any], decode: Callable[[Any], Any] | None, batches: int) -> Any:
-    """As sample.py: while a batch is fetched, the next is already drawn."""
+    """Sample as sample.py does: while a batch is fetched, the next is already drawn."""
     pending = None
     for i in range(batches):
         arrays = draw(i) if decode is None else decode(draw(i))
@@ -225,7 +234,7 @@ def draw_overlapped(draw: Callable[[int], Any], decode: Callable[[Any], Any] | N
 def draw_apart(
     draw: Callable[[int], Any], decode: Callable[[Any], Any], batches: int, parts: list[dict[str, float]]
 ) -> None:
-    """As the paper's protocol: one after the other, each waited for; its seconds by part go into `parts`."""
+    """Sample by the paper's protocol, waiting for each part of a batch; appends the seconds by part to `parts`."""
     seconds = {"sampling": 0.0, "decoding": 0.0}
     for i in range(batches):
         start = timing.clock()
@@ -240,7 +249,7 @@ def draw_apart(
 def decode_groups(args: argparse.Namespace) -> list[list[Config]]:
     """Configurations of the decoder alone."""
     axes = code_shapes(args), args.codebook_size or [CODEBOOK_SIZE], args.dtype or default_dtypes(), args.batch
-    found = []
+    sweep = []
     for shape, codebook_size, dtype, batch in itertools.product(*axes):
         shape = shape or CODE_SHAPE
         config = {
@@ -248,8 +257,8 @@ def decode_groups(args: argparse.Namespace) -> list[list[Config]]:
             "codebook_size": codebook_size, "dtype": dtype, "batch": batch,
         }  # fmt: skip
         make_tokenizer(config, dtype)
-        found.append([config])
-    return found
+        sweep.append([config])
+    return sweep
 
 
 def build_decode(config: Config, args: argparse.Namespace) -> timing.Program:

@@ -1,8 +1,7 @@
-"""Measuring: compile apart, alternate what is compared, wait for the device; records, tables, comparisons.
+"""Timing of programs, and records of it: tables, comparisons, plots. It knows no model.
 
-It knows no model. A record is what a benchmark says as JSON: {"benchmark", "arguments", "environment", "device",
-"results", ...}; each result has a "config", which names what was measured, and the figures. Times are in seconds, sizes
-in bytes.
+A record is the JSON of a benchmark: {"benchmark", "arguments", "environment", "device", "results", ...}. Each result
+has a "config", which names what was measured, and the figures. Times are in seconds, sizes in bytes.
 """
 
 import io
@@ -26,12 +25,12 @@ from rq_jax.files import write_atomic
 from rq_jax.models.flops import Work
 
 clock = time.perf_counter
-# Of the measured peaks: side of the matrices, and numbers in the array (256 MB: more than a cache holds).
+# For measured peaks: side of the matrices, and length of the array (256 MB: more than a cache holds).
 _MATRIX_SIDE, _ARRAY_LENGTH = 2048, 2**26
 
 
 class Compiled(NamedTuple):
-    """A compiled program, the seconds it took to trace, lower and compile it, and the bytes that it asks for."""
+    """A compiled program, the seconds to trace, lower and compile it, and the bytes that it needs by use."""
 
     call: Callable[..., Any]
     seconds: float
@@ -42,14 +41,14 @@ class Program(NamedTuple):
     """Something to measure.
 
     Attributes:
-      call: does the work once and returns arrays to wait for.
-      count: items, such as pictures, that a call makes.
+      call: does the work once; returns arrays to wait for.
+      count: items of a call, such as images.
       compile_seconds, memory: see `Compiled`.
-      stages: what a call has to do, part by part; empty where no roofline applies.
+      stages: work of a call, part by part; empty where no roofline applies.
       model_flops: operations of the model alone, where `stages` count more.
-      num_devices: that share the work.
+      num_devices: devices that share the work.
       details: median seconds of a call -> further entries of the result.
-      close: ends what the calls have kept open.
+      close: releases what the calls hold open.
     """
 
     call: Callable[[], Any]
@@ -69,23 +68,23 @@ def compile_program(function: Callable[..., Any], *args: Any, **options: Any) ->
     compiled = jax.jit(function, **options).lower(*args).compile()
     seconds, analysis = clock() - start, compiled.memory_analysis()
     names = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp"}
-    sizes = {name: getattr(analysis, f"{theirs}_size_in_bytes", None) for name, theirs in names.items()}
+    sizes = {name: getattr(analysis, f"{use}_size_in_bytes", None) for name, use in names.items()}
     return Compiled(compiled, seconds, {name: size for name, size in sizes.items() if size is not None})
 
 
 def measure(
     programs: Sequence[Program], runs: int, warmups: int = 1, on_run: Callable[[], None] = lambda: None
 ) -> list[list[float]]:
-    """Seconds of each program's calls, taken in turn and back again, so that a slow spell meets all of them.
+    """Time programs in turn, forwards and backwards, so that a slow spell of the machine meets all of them.
 
     Args:
-      programs: what is compared.
+      programs: to compare.
       runs: timed calls of each.
-      warmups: calls before them, which are waited for too.
+      warmups: untimed calls before them.
       on_run: called after every call.
 
     Returns:
-      For each program the seconds of its runs; run i of all of them stood side by side.
+      Seconds of the runs of each program; runs i of all programs are neighbours in time.
     """
     seconds: list[list[float]] = [[] for _ in programs]
     for i in range(warmups + runs):
@@ -100,7 +99,7 @@ def measure(
 
 
 def result(config: dict[str, Any], program: Program, seconds: list[float], peaks: Peaks) -> dict[str, Any]:
-    """The entry of a record for one measurement; its roofline is that of the devices that shared the work."""
+    """Entry of a record for one measurement; its roofline is that of all devices that share the work."""
     median = statistics.median(seconds)
     entry = {
         "config": config,
@@ -127,11 +126,11 @@ def result(config: dict[str, Any], program: Program, seconds: list[float], peaks
     return entry | program.details(median)
 
 
-# --- where it was measured ---
+# --- devices ---
 
 
 def device_and_peaks() -> tuple[dict[str, Any], Peaks]:
-    """The devices as a record names them, and the peaks of one: from the table, or else measured here and now."""
+    """The devices as a record names them, and the peaks of one: from the table, else measured now."""
     device = jax.devices()[0]
     peaks = device_peaks(device.device_kind) or measured_peaks(device.device_kind)
     named = {"kind": device.device_kind, "platform": device.platform, "count": jax.device_count()}
@@ -142,7 +141,7 @@ def measured_peaks(name: str, side: int = _MATRIX_SIDE, length: int = _ARRAY_LEN
     """Peaks of one device: the fastest of ten products of square matrices, and of ten passes over a long array."""
 
     def fastest(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
-        # In place: fresh memory for every result would be what takes the time.
+        # In place: allocating every result would dominate the time.
         compiled = compile_program(function, x, donate_argnums=0)
 
         def call() -> jax.Array:
@@ -160,13 +159,13 @@ def measured_peaks(name: str, side: int = _MATRIX_SIDE, length: int = _ARRAY_LEN
     return Peaks(name, flops, 2.0 * 4 * length / seconds, "measured")  # read and written
 
 
-# --- what is made of it ---
+# --- tables, comparisons, plots ---
 
 Config = Mapping[str, Any]
 
 
 def table(configs: Sequence[Config], figures: Sequence[Mapping[str, str]]) -> str:
-    """Lines of text: what all configs have in common, then a row for each with what differs, and its figures."""
+    """Text: the settings that all configs share, then a row for each with those that differ and its figures."""
     varied = varied_keys(configs)
     common = [f"{key}={show(value)}" for key, value in configs[0].items() if key not in varied and value is not None]
     columns = list(dict.fromkeys(name for row in figures for name in row if row[name]))
@@ -179,7 +178,7 @@ def table(configs: Sequence[Config], figures: Sequence[Mapping[str, str]]) -> st
 
 
 def varied_keys(configs: Sequence[Config]) -> list[str]:
-    """Keys in which the configs differ, in order."""
+    """Keys whose values differ between configs, in order."""
     keys = dict.fromkeys(key for config in configs for key in config)
     return [key for key in keys if len({json.dumps(config.get(key)) for config in configs}) > 1]
 
@@ -190,7 +189,7 @@ def show(value: Any) -> str:
 
 
 def figures(entry: Mapping[str, Any], unit: str) -> dict[str, str]:
-    """What a table shows of a result."""
+    """Cells of a result in a table, by heading."""
     if "error" in entry:
         return {"error": entry["error"]}
     ms = {name: f"{1e3 * entry['seconds'][name] / entry['count']:.4g}" for name in ("median", "min", "max")}
@@ -208,11 +207,11 @@ def figures(entry: Mapping[str, Any], unit: str) -> dict[str, str]:
 
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:
-    """An earlier record.
+    """Read an earlier record.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: it holds something else.
+      ValueError: the file is no record.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"--compare: '{path}' is no file; give the JSON of an earlier run")
@@ -228,7 +227,7 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def check_comparable(benchmark: str, configs: Sequence[Config], old: Mapping[str, Any], path: Any) -> None:
-    """Refuse an earlier record that measured none of these configs.
+    """Check that an earlier record measured any of these configs.
 
     Raises:
       ValueError: naming the file.
@@ -240,7 +239,7 @@ def check_comparable(benchmark: str, configs: Sequence[Config], old: Mapping[str
 
 
 def compare(results: Sequence[Mapping[str, Any]], old: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For every config that both measured: the ratios new / old of the rate and of temporary memory."""
+    """Ratios new / old of the rate and of temporary memory, for every config in both."""
     before, ratios = {_key(entry["config"]): entry for entry in old["results"] if "error" not in entry}, []
     for entry in results:
         other = before.get(_key(entry["config"]))
@@ -257,7 +256,7 @@ def _key(config: Config) -> str:
 
 
 def plot_rates(results: Sequence[Mapping[str, Any]], unit: str, path: str | os.PathLike) -> None:
-    """Draws the rate against the batch, with its spread and, dashed, the roofline, as PNG; what failed is left out."""
+    """Plot rate against batch as PNG, with spread and (dashed) roofline; failed entries are left out."""
     from matplotlib.figure import Figure
 
     curves: dict[str, list[Mapping[str, Any]]] = {}

@@ -1,48 +1,135 @@
-"""The training steps of both stages as the scripts compile them, and the reading of their pictures alone."""
+"""The training steps of both stages as their recipes compile them, and the reading of their images alone."""
 
 import argparse
+import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-import train_transformer
-import train_vae
 from benchmarks import timing, weights
 from configs import rqtransformer, rqvae
-from rq_jax import checkpoint, models
-from rq_jax.data import make_dataset
+from rq_jax import checkpoint, models, recipes
+from rq_jax.data import Dataset, Splits, make_dataset
+from rq_jax.data.conditions import check_condition
 from rq_jax.devices import sharding
-from rq_jax.models.flops import Work, autoencoder_flops, count_traced, encoder_work, transformer_flops
+from rq_jax.models.flops import Work, count_traced, encoder_work
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.recipes import transformer
 from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import make_optimizer
-from rq_jax.training.settings import LoopSettings, resolve_durations
-from rq_jax.training.state import TrainState
+from rq_jax.training.settings import loop_settings, plain, resolve_durations
 
-# Of durations in epochs, which no speed depends on: a run need not know the size of its data set.
+# Durations in epochs change no speed, so that the size of the data set need not be known.
 STEPS_PER_EPOCH = 1000
+LAST_STEP = 2**31 - 1  # every term of the objective has begun there
 
-Config = dict[str, Any]
+Config = dict[str, Any]  # what is measured, as a record has it
+Settings = dict[str, Any]  # a preset as nested dicts
+Recipe = recipes.Tokenizer | recipes.Transformer
 
 
-def load_config(config: Config) -> Any:
-    """The preset of a configuration, with what the command line sets."""
-    preset = f"{config['preset']},quicktest" if config["quicktest"] else config["preset"]
-    full = (rqvae if config["stage"] == 1 else rqtransformer).get_config(preset)
-    if config.get("batch"):
-        full.data.batch_size = config["batch"]
-    if config.get("dtype"):
-        full.model.dtype = config["dtype"]
+# --- recipes without files ---
+
+
+def load_settings(config: Config) -> Settings:
+    """The preset of a configuration, changed as the command line says; of stage 2 with its tokenizer's settings."""
+    preset = f"{config['preset']},quicktest" if config.get("quicktest") else config["preset"]
+    settings = plain((rqvae if config["stage"] == 1 else rqtransformer).get_config(preset))
+    settings["data"]["batch_size"] = config.get("batch") or settings["data"]["batch_size"]
+    settings["model"]["dtype"] = config.get("dtype") or settings["model"]["dtype"]
     if config.get("accumulation_steps"):
-        full.optim.accumulation_steps = config["accumulation_steps"]
-    if config["stage"] == 1:
-        full.loss.perceptual_weight *= config.get("perceptual", True)
-        full.loss.adversarial_weight *= config.get("adversary", True)
-    return full
+        settings["optim"]["accumulation_steps"] = config["accumulation_steps"]
+    if config["stage"] == 2:
+        return transformer.fill_from_tokenizer(settings, tokenizer_settings(settings))
+    settings["loss"]["perceptual_weight"] *= config.get("perceptual", True)
+    settings["loss"]["adversarial_weight"] *= config.get("adversary", True)
+    return settings
+
+
+def tokenizer_settings(settings: Settings) -> Settings:
+    """The preset of the tokenizer that a preset of stage 2 expects."""
+    return plain(rqvae.get_config(settings["tokenizer_preset"]))
+
+
+def make_recipe(settings: Settings, mesh: jax.sharding.Mesh, place: Callable[[Any], Any]) -> Recipe:
+    """The recipe of a preset on a mesh.
+
+    Args:
+      settings: from `load_settings`.
+      mesh: devices.
+      place: shapes of frozen variables -> what stands in for them, such as random weights.
+
+    Raises:
+      ValueError: settings that are not allowed.
+    """
+    make = {"rqvae": _tokenizer_recipe, "rqtransformer": _transformer_recipe}[settings["model"]["name"]]
+    return make(settings, mesh, place)
+
+
+def _tokenizer_recipe(settings: Settings, mesh: jax.sharding.Mesh, place: Callable[[Any], Any]) -> recipes.Tokenizer:
+    weight = settings["loss"]["perceptual_weight"]
+    # Its weights would be read from a file.
+    without = {"loss": {**settings["loss"], "perceptual_weight": 0.0}, "evaluation": {"use_perceptual": False}}
+    config = recipes.Tokenizer.resolve({**settings, **without})
+    sizes = types.SimpleNamespace(batch_size=config["data"]["batch_size"], steps_per_epoch=STEPS_PER_EPOCH)
+    recipe = recipes.Tokenizer.from_config(config, mesh, Splits(sizes, None, None))
+    if not weight:
+        return recipe
+    perceptual = vgg_lpips.Perceptual("random", place(vgg_lpips.abstract_variables()))
+    losses = dataclasses.replace(recipe.losses, perceptual_weight=weight)
+    return dataclasses.replace(recipe, losses=losses, perceptual=perceptual)
+
+
+def _transformer_recipe(
+    settings: Settings, mesh: jax.sharding.Mesh, place: Callable[[Any], Any]
+) -> recipes.Transformer:
+    tokenizer = models.create(**tokenizer_settings(settings)["model"])
+    total_steps = loop_settings(settings["loop"], STEPS_PER_EPOCH).total_steps
+    optim = resolve_durations(settings["optim"], "optim", ("warmup", "hold"), STEPS_PER_EPOCH)
+    return recipes.Transformer(
+        models.create(**settings["model"]),
+        checkpoint.LoadedModel(tokenizer, {}, tokenizer_settings(settings), None),
+        construct(make_optimizer, "optim", optim, total_steps=total_steps),
+        construct(transformer.Losses, "loss", settings["loss"]),
+        mesh,
+        ema_decay=settings["loop"]["ema_decay"],
+        seed=settings["seed"],
+        tokenizer_variables=place(models.abstract_variables(tokenizer)),
+    )
+
+
+def tokenizer_of(recipe: Recipe) -> Any:
+    """The tokenizer that a recipe trains or builds on."""
+    return recipe.model if isinstance(recipe, recipes.Tokenizer) else recipe.tokenizer.model
+
+
+def batch_shapes(recipe: Recipe, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a training batch with their shardings."""
+
+    def rows(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(recipe.mesh))
+
+    tokenizer = tokenizer_of(recipe)
+    shapes = {"image": rows(*tokenizer.image_shape, tokenizer.in_channels, dtype=jnp.float32)}
+    if isinstance(recipe, recipes.Transformer) and recipe.model.is_conditional:
+        shapes["cond"] = rows(recipe.model.cond_length, dtype=jnp.int32)
+    return shapes
+
+
+def compile_step(recipe: Recipe, state: Any, batch: Mapping[str, Any]) -> timing.Compiled:
+    """(state, batch, frozen) -> (state, metrics), all terms begun; the state is donated. Shapes will do."""
+    outputs = recipe.shardings, sharding.replicated(recipe.mesh)
+    update = functools.partial(recipe.update, phase=recipe.phase(LAST_STEP))
+    return timing.compile_program(update, state, batch, recipe.frozen, donate_argnums=0, out_shardings=outputs)
+
+
+# --- training ---
 
 
 def groups(args: argparse.Namespace) -> list[list[Config]]:
@@ -56,145 +143,72 @@ def groups(args: argparse.Namespace) -> list[list[Config]]:
             raise ValueError(f"--{name}: stage 2 has neither; leave it out, or give --stage=1")
     if args.stage == 1 and args.accumulation_steps:
         raise ValueError(f"--accumulation_steps: {args.accumulation_steps} is for stage 2; leave it out")
-    found, mesh = [], sharding.make_mesh()
+    sweep, mesh = [], sharding.make_mesh()
     for preset, dtype, batch in itertools.product(args.preset, args.dtype or [None], args.batch or [None]):
         config = {"stage": args.stage, "preset": preset, "quicktest": args.quicktest, "batch": batch, "dtype": dtype}
         if args.stage == 1:
             config |= {"perceptual": not args.no_perceptual, "adversary": not args.no_adversary}
-        full = load_config(config | {"accumulation_steps": args.accumulation_steps})
-        steps = full.optim.accumulation_steps
-        sharding.check_batch_size(mesh, full.data.batch_size, steps)
-        config |= {"batch": full.data.batch_size, "dtype": full.model.dtype, "accumulation_steps": steps}
-        found.append([config | {"data": args.data, "steps": args.steps}])
-    return found
+        settings = load_settings(config | {"accumulation_steps": args.accumulation_steps})
+        steps, batch = settings["optim"]["accumulation_steps"], settings["data"]["batch_size"]
+        sharding.check_batch_size(mesh, batch, steps)
+        config |= {"batch": batch, "dtype": settings["model"]["dtype"], "accumulation_steps": steps}
+        sweep.append([config | {"data": args.data, "steps": args.steps}])
+    return sweep
 
 
-class Stage(NamedTuple):
-    """A stage of training, ready to compile.
-
-    Attributes:
-      state: before the first step, on its devices.
-      step: (state, batch, frozen) -> (state, metrics), the script's own.
-      frozen: variables that it reads and does not train.
-      model, tokenizer: the same in stage 1.
-      model_flops: of one picture, forward and backward, without the other networks that a step runs.
-      frozen_work: one picture's share of the step that does not run in the model's dtype.
-    """
-
-    state: TrainState
-    step: Callable[..., Any]
-    frozen: Any
-    model: Any
-    tokenizer: Any
-    model_flops: float
-    frozen_work: dict[str, Work]
-
-
-def prepare(full: Any, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """The pieces of a run that both stages have."""
-    resolve = functools.partial(resolve_durations, steps_per_epoch=STEPS_PER_EPOCH)
-    loop = resolve(full.loop, "loop", ("total",))
-    settings = construct(LoopSettings, "loop", loop)
-    optim = resolve(full.optim, "optim", ("warmup", "hold"))
-    optimizer = construct(make_optimizer, "optim", optim, total_steps=settings.total_steps)
-    return dict(mesh=mesh, model=models.create(**full.model), settings=settings, optim=optim, optimizer=optimizer)
-
-
-def prepare_stage1(full: Any, mesh: jax.sharding.Mesh) -> Stage:
-    """The step of train_vae.py, all its terms begun."""
-    run = prepare(full, mesh)
-    model, settings, optimizer = run["model"], run["settings"], run["optimizer"]
-    durations = resolve_durations(full.loss, "loss", train_vae.LOSS_DURATIONS, STEPS_PER_EPOCH)
-    loss = construct(train_vae.Losses, "loss", durations)
-    adversary = perceptual = frozen = None
-    if loss.adversarial_weight:
-        adversary = train_vae.make_adversary(full, model, run["optim"], settings.total_steps)
-    if loss.perceptual_weight:
-        frozen = weights.draw(vgg_lpips.abstract_variables(), sharding.replicated(mesh))
-        perceptual = vgg_lpips.Perceptual("random", frozen)
-    phase = train_vae.Phase(perceptual is not None, adversary is not None)
-    train_step = train_vae.make_train_step(model, optimizer, loss, settings.ema_decay, perceptual, adversary, mesh)
-
-    def step(state, batch, frozen):
-        return train_step(state, batch, phase, frozen)
-
-    state = train_vae.init_state(full, {**run, "adversary": adversary})
-    return Stage(state, step, frozen, model, model, autoencoder_flops(model), {})
-
-
-def fill_from_preset(full: Any) -> Any:
-    """Fill a stage-2 config from the tokenizer preset that it names; the tokenizer."""
-    config = rqvae.get_config(full.tokenizer_preset)
-    tokenizer = models.create(**config.model)
-    train_transformer.fill_from_tokenizer(full, checkpoint.LoadedModel(tokenizer, {}, config.to_dict(), None))
-    return tokenizer
-
-
-def prepare_stage2(full: Any, mesh: jax.sharding.Mesh) -> Stage:
-    """The step of train_transformer.py, over the preset's tokenizer with random weights."""
-    tokenizer = fill_from_preset(full)
-    run = prepare(full, mesh)
-    model = run["model"]
-    loss = construct(train_transformer.Losses, "loss", full.loss)
-    loss.check(model)
-    frozen = weights.draw(models.abstract_variables(tokenizer), sharding.replicated(mesh))
-    step = train_transformer.make_train_step(model, tokenizer, run["optimizer"], loss, run["settings"].ema_decay)
-    encoder = encoder_work(tokenizer)
-    model_flops = sum(transformer_flops(model, train=True).values())
-    state = train_transformer.init_state(full, run, frozen)
-    return Stage(state, step, frozen, model, tokenizer, model_flops, {"tokenizer": encoder})
-
-
-def open_batches(config: Config, full: Any, stage: Stage, mesh: jax.sharding.Mesh) -> tuple[Callable, Callable]:
-    """(next batch on the devices, stop reading); random pictures are made once."""
-    put = functools.partial(sharding.put_batch, mesh)
+def open_batches(config: Config, settings: Settings, recipe: Recipe) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """(next batch on the devices, stop reading); random images are drawn once."""
     if config["data"] == "preset":
-        dataset = open_dataset(full, stage.tokenizer.in_channels)
+        dataset = open_dataset(settings)
         if config["stage"] == 2:
-            train_transformer.check_condition(stage.model, dataset, full)
+            check_condition(recipe.model, dataset, settings["data"])
         iterator = dataset.iterator()
-        return lambda: put({k: v for k, v in next(iterator).items() if k in ("image", "cond")}), iterator.close
-    rng, B = np.random.default_rng(0), config["batch"]
-    shape = (B, *stage.tokenizer.image_shape, stage.tokenizer.in_channels)
-    batch = {"image": rng.uniform(-1, 1, shape).astype(np.float32)}
-    if config["stage"] == 2 and stage.model.is_conditional:
-        batch["cond"] = rng.integers(0, stage.model.cond_vocab_size, (B, stage.model.cond_length), np.int32)
-    batch = put(batch)
+        return lambda: sharding.put_batch(recipe.mesh, next(iterator)), iterator.close
+    rng, shapes = np.random.default_rng(0), batch_shapes(recipe, config["batch"])
+    batch = {"image": rng.uniform(-1, 1, shapes["image"].shape).astype(np.float32)}
+    if "cond" in shapes:
+        batch["cond"] = rng.integers(0, recipe.model.cond_vocab_size, shapes["cond"].shape, np.int32)
+    batch = sharding.put_batch(recipe.mesh, batch)
     return lambda: batch, lambda: None
 
 
 def build(config: Config, args: argparse.Namespace) -> timing.Program:
     """The step of a configuration; its state is donated from step to step, as in a run."""
-    full, mesh = load_config(config), sharding.make_mesh()
-    stage = (prepare_stage1 if config["stage"] == 1 else prepare_stage2)(full, mesh)
-    next_batch, close = open_batches(config, full, stage, mesh)
-    state, frozen, steps = stage.state, stage.frozen, config["steps"]
-    count, batch = steps * config["batch"], next_batch()
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    counts = count_traced(stage.step, state, batch, frozen)
-    options = {"donate_argnums": 0, "out_shardings": (shardings, None)}
-    compiled = timing.compile_program(stage.step, state, batch, frozen, **options)
-    stages = {name: work * count for name, work in stage.frozen_work.items()}
-    flops, traffic = (sum(getattr(work, name) for work in stages.values()) for name in ("flops", "bytes"))
-    stages["training"] = Work(steps * counts.flops - flops, steps * counts.bytes - traffic, full.model.dtype)
+    settings, mesh, steps = load_settings(config), sharding.make_mesh(), config["steps"]
+    recipe = make_recipe(settings, mesh, functools.partial(weights.draw, placement=sharding.replicated(mesh)))
+    next_batch, close = open_batches(config, settings, recipe)
+    state, batch = recipe.init(jax.random.key(recipe.seed)), next_batch()
+    compiled = compile_step(recipe, state, batch)
 
     def call() -> Any:
         nonlocal state
         for _ in range(steps):
-            state, metrics = compiled.call(state, next_batch(), frozen)
+            state, metrics = compiled.call(state, next_batch(), recipe.frozen)
         return metrics
 
+    count = steps * config["batch"]
     return timing.Program(
         call,
         count,
         compiled.seconds,
         compiled.memory,
-        stages,
-        model_flops=count * stage.model_flops,
+        step_work(recipe, state, batch, steps),
+        model_flops=count * recipe.flops_per_image,
         num_devices=mesh.size,
         details=lambda seconds: {"steps_per_second": steps / seconds},
         close=close,
     )
+
+
+def step_work(recipe: Recipe, state: Any, batch: Mapping[str, Any], steps: int) -> dict[str, Work]:
+    """Work of `steps` training steps; a frozen tokenizer counts apart, as its dtype is its own."""
+    update = functools.partial(recipe.update, phase=recipe.phase(LAST_STEP))
+    counts, stages = count_traced(update, state, batch, recipe.frozen), {}
+    flops, traffic = steps * counts.flops, steps * counts.bytes
+    if isinstance(recipe, recipes.Transformer):
+        stages["tokenizer"] = encoder_work(recipe.tokenizer.model) * (steps * batch["image"].shape[0])
+        flops, traffic = flops - stages["tokenizer"].flops, traffic - stages["tokenizer"].bytes
+    return stages | {"training": Work(flops, traffic, recipe.model.dtype)}
 
 
 # --- reading alone ---
@@ -202,28 +216,24 @@ def build(config: Config, args: argparse.Namespace) -> timing.Program:
 
 def data_groups(args: argparse.Namespace) -> list[list[Config]]:
     """Configurations of a sweep over presets, batches and threads."""
-    found = []
+    sweep = []
     for preset, batch, num_threads in itertools.product(args.preset, args.batch or [None], args.num_threads or [None]):
         config = {"stage": args.stage, "preset": preset, "quicktest": args.quicktest, "batch": batch}
-        data = load_config(config).data
-        config |= {"batch": data.batch_size, "num_threads": num_threads or data.num_threads, "steps": args.steps}
-        found.append([config | {"data_name": args.data_name or data.name, "data_dir": args.data_dir or data.data_dir}])
-    return found
+        data = load_settings(config)["data"]
+        config |= {"batch": data["batch_size"], "num_threads": num_threads or data["num_threads"], "steps": args.steps}
+        source = {"data_name": args.data_name or data["name"], "data_dir": args.data_dir or data["data_dir"]}
+        sweep.append([config | source])
+    return sweep
 
 
 def build_data(config: Config, args: argparse.Namespace) -> timing.Program:
-    """Batches of training pictures as the scripts read them, on the host."""
-    full = load_config(config)
-    if config["stage"] == 2:
-        image_size = rqvae.get_config(full.tokenizer_preset).model.image_size
-        with full.unlocked():
-            full.data.image_size = image_size
-    if config["data_name"] != full.data.name:
-        full.data.label_key = full.data.text_key = None  # another data set has others
-    full.data.name, full.data.data_dir, full.data.num_threads = (
-        config[name] for name in ("data_name", "data_dir", "num_threads")
-    )
-    iterator = open_dataset(full).iterator()
+    """Batches of training images as a run reads them, on the host."""
+    settings = load_settings(config)
+    data = settings["data"]
+    if config["data_name"] != data["name"]:
+        data |= {"label_key": None, "text_key": None}  # another data set has others
+    data |= {"name": config["data_name"], "data_dir": config["data_dir"], "num_threads": config["num_threads"]}
+    iterator = open_dataset(settings).iterator()
 
     def call() -> None:
         for _ in range(config["steps"]):
@@ -232,7 +242,7 @@ def build_data(config: Config, args: argparse.Namespace) -> timing.Program:
     return timing.Program(call, config["steps"] * config["batch"], close=iterator.close)
 
 
-def open_dataset(full: Any, channels: int = 3) -> Any:
-    """The training split that a config names."""
-    data = {**full.data, "channels": channels}
-    return construct(make_dataset, "data", data, split="train", train=True, seed=full.seed)
+def open_dataset(settings: Settings) -> Dataset:
+    """The training split of a preset."""
+    data = recipes.RECIPES[settings["model"]["name"]].data_settings(settings)
+    return construct(make_dataset, "data", data, split="train", train=True, seed=settings["seed"])

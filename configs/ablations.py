@@ -1,10 +1,10 @@
-"""The tables of results: which rows stand in each, and what a row changes. Data only; ablate.py makes them.
+"""Tables of results: the rows of each, and the settings that a row changes. Data only; `benchmarks.ablate` makes them.
 
 A row of one of the first two dictionaries changes settings of the preset `demo` of its stage, after those that all rows
 of it change; a row of the third changes options of sample.py on the pair that ships.
 """
 
-# On its squared error alone, measured by evaluate.py at the end.
+# On the squared error alone; evaluate.py measures at the end.
 TOKENIZER_CHANGES = {
     "loss.perceptual_weight": 0.0,
     "loss.adversarial_weight": 0.0,
@@ -46,7 +46,7 @@ TRANSFORMERS = {
     "neither": {"loss.use_soft_labels": False, "loss.use_stochastic_codes": False},
 }
 
-# The first option is what the row is about; what no option says is as the pair's config has it.
+# The first option is the one the row varies; options left out are those of the pair's config.
 FILTERS = {
     **{f"top-p {p}": {"top_p": p} for p in (0.3, 0.5, 0.7, 0.85, 0.95, 1.0)},
     **{f"top-k {k}": {"top_k": k, "top_p": 1.0} for k in (4, 16, 64, 256)},

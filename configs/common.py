@@ -1,4 +1,4 @@
-"""What the config files share: the common sections, the data sets, and how a preset becomes a config.
+"""Shared parts of the config files: common sections, data sets, and the way from a preset to a config.
 
 A preset is a flat dictionary of dotted keys: the few in which it differs from the base() of its file.
 """
@@ -54,7 +54,7 @@ def base() -> ConfigDict:
                 "text_tokenizer": placeholder(str),
                 "text_length": placeholder(int),
                 "text_dropout": 0.0,
-                "max_damaged": 100,  # pictures to pass over before the run stops
+                "max_damaged": 100,  # images to pass over before the run stops
                 "num_threads": 16,
                 "num_workers": 0,
             },
@@ -127,7 +127,7 @@ def build(
 
 
 def quicktest(config: ConfigDict) -> dict[str, Any]:
-    """What shrinks the shared sections: the bundled pictures, small batches, four steps.
+    """Overrides that shrink the shared sections: the bundled images, small batches, four steps.
 
     Args:
         config: a finished config of either stage.

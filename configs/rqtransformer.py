@@ -102,7 +102,7 @@ EMOJI = {
 }
 
 PRESETS: dict[str, common.Overrides] = {
-    # The bundled pictures, by category: one for a laptop, one for an accelerator.
+    # The bundled images, by category: one for a laptop, one for an accelerator.
     "demo": {
         **EMOJI,
         **_size(128, 4, 6, 1),
@@ -138,7 +138,7 @@ PRESETS: dict[str, common.Overrides] = {
         "loop.evaluate_every_steps": 1000,
         "loop.checkpoint_every_steps": 500,
         "loop.ema_decay": 0.998,
-        # The nearest to held-out pictures by kernel distance of six that were tried.
+        # The nearest to held-out images by kernel distance of six that were tried.
         "sample.guidance": 1.5,
         "sample.temperature": (0.8, 0.6, 0.5, 0.4),
         "sample.top_p": 0.9,
@@ -221,7 +221,7 @@ PRESETS: dict[str, common.Overrides] = {
 
 
 def base() -> ConfigDict:
-    """What the released transformers have in common (paper, section 4).
+    """Settings that the released transformers have in common (paper, section 4).
 
     Returns:
         An unlocked config.
@@ -288,7 +288,7 @@ def base() -> ConfigDict:
 
 
 def quicktest(config: ConfigDict) -> dict[str, Any]:
-    """What shrinks a transformer to a few narrow layers; its condition and its second stack, if any, stay.
+    """Overrides that shrink a transformer to a few narrow layers; its condition and its second stack, if any, stay.
 
     Args:
         config: a finished config of this file.

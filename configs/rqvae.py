@@ -44,7 +44,7 @@ EMOJI = {
 }
 
 PRESETS: dict[str, common.Overrides] = {
-    # The bundled pictures: one for a laptop, one for an accelerator.
+    # The bundled images: one for a laptop, one for an accelerator.
     "demo": {
         **EMOJI,
         "model.image_size": 32,
@@ -215,7 +215,7 @@ def base() -> ConfigDict:
 
 
 def quicktest(config: ConfigDict) -> dict[str, Any]:
-    """What shrinks a tokenizer to 16x16 images, 8x8 codes; depth, attention and kind of codebook stay.
+    """Overrides that shrink a tokenizer to 16x16 images, 8x8 codes; depth, attention and kind of codebook stay.
 
     Args:
         config: a finished config of this file.

@@ -1,46 +1,51 @@
-"""Files written whole or not at all, and one writer at a time in a directory."""
+"""Atomic writes, JSON records, and the lock of a run directory."""
 
+import contextlib
 import fcntl
 import json
 import os
+import secrets
 import socket
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 LOCK = "lock.json"
 
 
 class RunLock:
-    """Held while a run writes to its directory; the operating system lets go of it when the process ends, anyhow.
+    """Exclusive lock on a directory; the operating system releases it when the process ends, however it ends.
 
-    The file names who holds it (host, pid, since when) and stays; only the lock on it counts.
+    The lock file names its holder (host, pid, since when). It stays when the lock is released: deleting it would let
+    two processes lock two files of the same name.
 
     Raises:
-      ValueError: on entering, where another process holds it.
-      OSError: the directory cannot be written.
+      ValueError: on entering, where another process holds the lock.
+      OSError: on entering, where the directory cannot be written, or the lock file is a symbolic link.
     """
 
     def __init__(self, directory: str | os.PathLike, setting: str = "workdir", other: str = "another --workdir"):
-        """Args: setting: that named the directory; other: what to give in its place."""
+        """Args: directory: to lock; setting, other: the setting that named it and the alternative, for errors."""
         self._path, self._setting, self._other = Path(directory) / LOCK, setting, other
         self._file: int | None = None
 
     def __enter__(self) -> "RunLock":
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = _describe(os.read(file, 4096))
+            holder = _describe_holder(os.read(file, 4096))
             os.close(file)
             raise ValueError(
                 f"{self._setting}: '{self._path.parent}' is in use by {holder}; wait for it, stop it, or give "
                 f"{self._other}"
             ) from None
         since = datetime.now().astimezone().isoformat("T", "seconds")
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
         os.ftruncate(file, 0)
-        os.pwrite(file, f"{json.dumps(owner)}\n".encode(), 0)
+        os.pwrite(file, f"{json.dumps(holder)}\n".encode(), 0)
         self._file = file
         return self
 
@@ -48,29 +53,64 @@ class RunLock:
         os.close(self._file)
 
 
-def _describe(content: bytes) -> str:
+def _describe_holder(content: bytes) -> str:
     try:
-        owner = json.loads(content)
-        return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+        holder = json.loads(content)
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
     except (ValueError, KeyError, TypeError):
         return "another process"
 
 
-def write_atomic(path: str | os.PathLike, data: bytes) -> None:
-    """Writes a file whole or not at all, making its directory where it is missing.
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary file to write, which becomes `path` when the block ends, or is deleted when it fails.
+
+    For libraries that write to a file name; bytes go to `write_atomic`.
 
     Args:
-      path: file to write; an older one stays until the new one is complete.
-      data: what the file shall hold.
+      path: the file to write; an older one stays until the new one is whole. Its directory is created if missing.
+
+    Yields:
+      The name of an empty file beside it.
 
     Raises:
-      OSError: the disk is full or may not be written; nothing half written is left.
+      OSError: the disk is full, or the directory cannot be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    # O_EXCL refuses a name that exists, a symbolic link included, so that nobody chooses where the bytes go.
+    file = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
-        partial.write_bytes(data)
+        mode = os.fstat(file).st_mode & 0o777  # what the umask leaves of 0o666
+        os.close(file)
+        yield partial
+        if partial.stat().st_mode & 0o777 != mode:  # safetensors puts another file there, for its owner alone
+            partial.chmod(mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomic(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file whole or not at all, creating its directory if missing.
+
+    Args:
+      path: file to write; an older one stays until the new one is whole.
+      data: its content.
+
+    Raises:
+      OSError: the disk is full, or the directory cannot be written; nothing half written is left.
+    """
+    with atomic_path(path) as partial:
+        partial.write_bytes(data)
+
+
+def write_json(path: str | os.PathLike, record: Any, indent: int | None = 1) -> None:
+    """Write a record as JSON, whole or not at all; `indent=None` writes it in one line.
+
+    Raises:
+      OSError: as `write_atomic`.
+      TypeError: a value that JSON does not hold.
+    """
+    write_atomic(path, (json.dumps(record, indent=indent) + "\n").encode())

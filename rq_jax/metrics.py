@@ -17,7 +17,8 @@ def psnr(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
 
     The reconstruction is clipped to [-1, 1], as it is for display; identical images give 100 dB.
     """
-    difference = images - jnp.clip(reconstruction, -1.0, 1.0)
+    images, reconstruction = _of_one_rank(images, jnp.clip(reconstruction, -1.0, 1.0))
+    difference = images - reconstruction
     mse = jnp.mean(difference.astype(jnp.float32) ** 2, axis=(-3, -2, -1))
     return 10 * jnp.log10(4.0 / jnp.maximum(mse, 4e-10))
 
@@ -49,6 +50,7 @@ def ssim(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
         return x
 
     x, y = images.astype(jnp.float32), jnp.clip(reconstruction.astype(jnp.float32), -1.0, 1.0)
+    x, y = _of_one_rank(x, y)
     mean_x, mean_y = smooth(x), smooth(y)
     variances = smooth(x * x) + smooth(y * y) - mean_x**2 - mean_y**2
     covariance = smooth(x * y) - mean_x * mean_y
@@ -56,6 +58,12 @@ def ssim(images: jax.Array, reconstruction: jax.Array) -> jax.Array:
     mean_x, mean_y = mean_x + 1, mean_y + 1  # in [0, 2]: variances do not mind, the ratio of means does
     luminance = (2 * mean_x * mean_y + c1) / (mean_x**2 + mean_y**2 + c1)
     return jnp.mean(luminance * (2 * covariance + c2) / (variances + c2), axis=(-3, -2, -1))
+
+
+def _of_one_rank(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both arrays with leading axes of size 1 where the other has more: images meet several reconstructions each."""
+    rank = max(x.ndim, y.ndim)
+    return tuple(jnp.expand_dims(array, tuple(range(rank - array.ndim))) for array in (x, y))
 
 
 def laplacian_energy(images: jax.Array) -> jax.Array:

@@ -9,10 +9,20 @@ from pathlib import Path
 
 import pytest
 
-# Before JAX starts its backend: afterwards these are read by nobody.
-DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
-if DEVICE_COUNT_FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DEVICE_COUNT_FLAG}=8".strip()
+COMPILES_AS_A_USER = bool(os.environ.get("RQ_JAX_TEST_OPTIMIZED") or os.environ.get("RQ_JAX_TEST_GPU"))
+
+
+def set_flag(name: str, value: str) -> None:
+    """Before JAX starts its backend: afterwards nobody reads these. A flag that is set already stays."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if name not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {name}={value}".strip()
+
+
+set_flag("--xla_force_host_platform_device_count", "8")
+if not COMPILES_AS_A_USER:
+    # These emitters take twice the time over a backward pass, for speed that small programs have no use for.
+    set_flag("--xla_cpu_use_fusion_emitters", "false")
 if not os.environ.get("RQ_JAX_TEST_GPU"):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # What one process compiled, the others and the next run read; without this, the directory would be part of each key.
@@ -23,7 +33,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-if not (os.environ.get("RQ_JAX_TEST_OPTIMIZED") or os.environ.get("RQ_JAX_TEST_GPU")):
+if not COMPILES_AS_A_USER:
     jax.config.update("jax_disable_most_optimizations", True)
 
 

@@ -18,15 +18,20 @@ jax.config.update("jax_enable_compilation_cache", False)  # a kill would leave h
 
 
 class SlowDataset(ToyDataset):
-    """Takes its time, so that there is something to interrupt; says when it begins and where."""
+    """Takes its time, so that there is something to interrupt; says when it begins and where.
 
-    def __init__(self, seconds):
+    From then on no file can grow beyond `file_bytes`, as on a full disk.
+    """
+
+    def __init__(self, seconds, file_bytes=None):
         super().__init__()
-        self.seconds, self.begun = seconds, False
+        self.seconds, self.file_bytes, self.begun = seconds, file_bytes, False
 
     def __next__(self):
         if not self.begun:
             print(f"begun {self.position}", flush=True)
+            if self.file_bytes is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_bytes, resource.RLIM_INFINITY))
         self.begun = True
         time.sleep(self.seconds)
         return super().__next__()
@@ -36,10 +41,8 @@ def main() -> None:
     workdir, *given = sys.argv[1:]
     settings = {name: int(value) for name, value in (pair.split("=") for pair in given)}
     logging.basicConfig(level=logging.WARNING)
-    dataset = SlowDataset(settings.pop("milliseconds", 30) / 1000)
-    if file_bytes := settings.pop("file_bytes", None):  # as on a full disk, no file can grow beyond these
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a file that grows too large is an error and no signal
+    dataset = SlowDataset(settings.pop("milliseconds", 30) / 1000, settings.pop("file_bytes", None))
     with cli.one_line_errors():
         state = train(workdir, dataset, **settings)
     print(f"ended {int(state.step)}", flush=True)

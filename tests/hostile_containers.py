@@ -18,48 +18,13 @@ def zip_with(**changes: int) -> bytes:
     """A zip of one member whose headers say what they should not; a name begins with local_, entry_ or end_."""
     name, content = b"a/data.pkl", START + b"N."
     crc = zlib.crc32(content)
-    local = dict(
-        magic=0x04034B50,
-        version=20,
-        flags=0,
-        method=0,
-        time=0,
-        date=0,
-        crc=crc,
-        packed=len(content),
-        nbytes=len(content),
-        name=len(name),
-        extra=0,
-    )
-    entry = dict(
-        magic=0x02014B50,
-        made=20,
-        version=20,
-        flags=0,
-        method=0,
-        time=0,
-        date=0,
-        crc=crc,
-        packed=len(content),
-        nbytes=len(content),
-        name=len(name),
-        extra=0,
-        comment=0,
-        disk=0,
-        internal=0,
-        external=0,
-        header=0,
-    )
-    end = dict(
-        magic=0x06054B50,
-        disk=0,
-        first=0,
-        count=1,
-        total=1,
-        size=46 + len(name),
-        offset=30 + len(name) + len(content),
-        comment=0,
-    )
+    sizes = {"flags": 0, "method": 0, "time": 0, "date": 0, "crc": crc, "packed": len(content), "nbytes": len(content)}
+    sizes |= {"name": len(name), "extra": 0}
+    local = {"magic": 0x04034B50, "version": 20, **sizes}
+    entry = {"magic": 0x02014B50, "made": 20, "version": 20, **sizes}
+    entry |= dict.fromkeys(("comment", "disk", "internal", "external", "header"), 0)
+    end = {"magic": 0x06054B50, "disk": 0, "first": 0, "count": 1, "total": 1, "size": 46 + len(name)}
+    end |= {"offset": 30 + len(name) + len(content), "comment": 0}
     for key, value in changes.items():
         part, _, field = key.partition("_")
         {"local": local, "entry": entry, "end": end}[part][field] = value
@@ -105,16 +70,16 @@ def zip_cases():
     )
     yield (
         "a packed pickle",
-        zip_of({"a/data.pkl": b"\0" * 10**8}, zipfile.ZIP_DEFLATED),
+        zip_of({"a/data.pkl": b"\0" * 10**6}, zipfile.ZIP_DEFLATED),
         "holds 'a/data.pkl' compressed",
     )
     yield "a large pickle", zip_of({"a/data.pkl": START + b"N0" * (17 << 20)}), "has a data.pkl of .* at most 33554432"
-    yield "very many members", many_members(50_000), READ
-    yield "too many members to count", many_members(50_001), "lists 50001 zip members"
+    yield "very many members", many_members(20_000), READ
+    yield "too many members to count", many_members(20_001), "lists 20001 zip members"
     yield (
         "an array of nothing but zeros",
-        npz_of(10**8),
-        "packs 100000128 bytes into .*; at most 100 to one",
+        npz_of(70_000_000),
+        "packs 70000128 bytes into .*; at most 100 to one",
     )
     yield "a smaller array of zeros", npz_of(60 << 20), READ
     yield "an array that is shorter than it says", short_npz(), "ends too early|does not match"
@@ -127,12 +92,10 @@ def zip_cases():
     np.savez(objects, x=np.array([{}], object))
     yield "an array of objects", objects.getvalue(), r"of type '\|O'"
     header = b"\x93NUMPY\2\0" + struct.pack("<I", 2**31) + b"[" * 10**6
-    yield "a header of 2 GB", zip_of({"x.npy": header}), "a header that is too long"
-    yield (
-        "a deep header",
-        zip_of({"x.npy": b"\x93NUMPY\1\0" + struct.pack("<H", 9000) + b"(" * 9000}),
-        "a structure, or damaged",
-    )
+    yield "a header of 2 GB", zip_of({"x.npy": header}), "is no array of NumPy .*EOF"
+    for name, text in {"parentheses": b"(" * 9000, "signs": b"-" * 8999 + b"1", "dots": b"a" + b".a" * 4499}.items():
+        data = b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
+        yield f"a header of {name}", zip_of({"x.npy": data}), "is no array of NumPy"
 
 
 def zip_of(contents: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
@@ -190,9 +153,9 @@ def safetensors_cases():
     for name, text in {
         "deep": b'{"a":' + b"[" * (3 << 20), "deep in dicts": b'{"a":' * (1 << 19), "wide": b'{"a":[' + b"[]," * 1_300_000 + b"[]]}",
         "many dicts": b'{"a":[' + b"{}," * 1_300_000 + b"{}]}", "a long number": b'{"a":' + b"9" * (3 << 20) + b"}",
-        "many entries": b"{" + b",".join(b'"%x":0' % i for i in range(350_000)) + b"}",
+        "many entries": b"{" + b",".join(b'"%x":0' % i for i in range(320_000)) + b"}",
     }.items():  # fmt: skip
-        yield f"a header that is {name}", struct.pack("<Q", len(text)) + text, "damaged"
+        yield f"a header that is {name}", struct.pack("<Q", len(text)) + text, "is no valid .safetensors"
     zeros = json.dumps({f"{i}": {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]} for i in range(60_000)}).encode()
     yield "very many tensors of nothing", struct.pack("<Q", len(zeros)) + zeros, READ
 
@@ -215,7 +178,7 @@ def stream_cases():
         ("a negative number", encode(["0"], {}) + struct.pack("<q", -6) + data, "holds another number of elements"),
         ("a short end", encode(["0"], {}) + count + data[:-1], "ends within its storage"),
         ("no end", encode(["0"], {}), "ends at byte"),
-        ("nothing more", b"", "ends too early"),
+        ("nothing more", b"", "may end too early"),
     ):
         yield f"a stream with {name}", head + body + tail, expected
     twice = [STORAGE, Storage("Double", DATA.astype(np.float64))]
@@ -263,16 +226,16 @@ def config_cases():
         (
             "an alias bomb",
             "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 40)),
-            "more than 10000 values, aliases counted",
+            "more than 10000 values, shared parts counted each time",
         ),
         (
             "a merge bomb",
             "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 60)),
-            "more than 10000 values, aliases counted",
+            "more than 10000 values, shared parts counted each time",
         ),
-        ("a circle", "a: &a [*a]", "holds the alias \\*a within what it stands for"),
-        ("a circle of keys", "a: &a {b: {c: *a}}", "holds the alias"),
-        ("a circle of merges", "a: &a {<<: *a}", "holds the alias"),
+        ("a circle", "a: &a [*a]", "a list or dict that holds itself"),
+        ("a circle of keys", "a: &a {b: {c: *a}}", "a list or dict that holds itself"),
+        ("a circle of merges", "a: &a {<<: *a}", "a list or dict that holds itself"),
         ("depth", "a: " + "[" * 10_000, "nested more than 50 levels"),
         ("depth in one line", "a: " + "[" * 60 + "]" * 60, "nested more than 50 levels"),
         ("depth by indentation", "".join(f"{' ' * i}a:\n" for i in range(600)), "nested more than 50 levels"),
@@ -283,18 +246,18 @@ def config_cases():
         ("many keys", "\n".join(f"{i}:" for i in range(30_000)), "more than 10000 values"),
         ("keys alike", "\n".join(f"{i * (2**61 - 1)}:" for i in range(4_900)), READ),
         ("many anchors", "a: [" + ",".join(f"&a{i} 1" for i in range(20_000)) + "]", "more than 10000 values"),
-        ("many documents", "---\na: 1\n" * 20_000, "no valid YAML|more than 10000 values"),
+        ("many documents", "---\na: 1\n" * 20_000, "no valid YAML"),
         ("a number in base 60", "a: 1" + ":59" * 80_000, "holds a value of 240001 characters; put it between quotes"),
         ("a tagged number in base 60", "a: !!int '1" + ":59" * 80_000 + "'", "holds a value of 240001 characters"),
         ("a long number", "a: " + "9" * 200_000, "holds a value of 200000 characters"),
-        ("a long text", "a: '" + "x" * 250_000 + "'", READ),
+        ("a long text", "a: '" + "x" * 220_000 + "'", READ),
         ("a long text of escapes", 'a: "' + "\\x41" * 60_000 + '"', READ),
         ("a long text of lines", "a: '" + "x\n\n" * 80_000 + "'", READ),
         ("a long block", "a: |\n" + "  x\n" * 60_000, READ),
-        ("a long comment", "a: 1 #" + "x" * 250_000, READ),
+        ("a long comment", "a: 1 #" + "x" * 220_000, READ),
         ("a long key", "x" * 200_000 + ": 1", "holds a value of|no valid YAML"),
         ("braces", "{" * 200_000, "nested more than 50 levels"),
-        ("braces and colons", "{a: " * 50_000, "nested more than 50 levels"),
+        ("braces and colons", "{a: " * 20_000, "nested more than 50 levels"),
         ("tabs", "a:\n" + "\t" * 200_000, "no valid YAML"),
         ("a directive", "%YAML 1." + "1" * 5_000 + "\n---\na: 1", "no valid YAML"),
         ("a large file", "#" * (300 << 10), "has 307200 bytes; a config has at most 262144"),

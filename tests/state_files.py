@@ -74,77 +74,90 @@ def tensor(data: np.ndarray, kind: str, key: str = "0") -> Call:
 
 def encode(value: Any, storages: dict[str, Storage], protocol: int = 2, legacy: bool = False) -> bytes:
     """A pickle; the storages that it refers to are added to `storages`."""
-    out, memo = io.BytesIO(), {}
+    encoder = _Encoder(storages, protocol, legacy)
+    encoder.save(value)
+    return pickle.PROTO + bytes([protocol]) + encoder.out.getvalue() + pickle.STOP
 
-    def save(*values: Any) -> None:
+
+@dataclasses.dataclass
+class _Encoder:
+    storages: dict[str, Storage]
+    protocol: int
+    legacy: bool
+    out: io.BytesIO = dataclasses.field(default_factory=io.BytesIO)
+    # Index and value by id; the value too, as ids of dead objects come again.
+    memo: dict[int, tuple[int, Any]] = dataclasses.field(default_factory=dict)
+
+    def save(self, *values: Any) -> None:
         for value in values:
-            if id(value) in memo:
-                out.write(pickle.LONG_BINGET + struct.pack("<I", memo[id(value)][0]))
+            if id(value) in self.memo:
+                self.out.write(pickle.LONG_BINGET + struct.pack("<I", self.memo[id(value)][0]))
                 continue
-            save_new(value)
+            if isinstance(value, Global | Call | Storage):
+                self.save_object(value)
+            elif isinstance(value, list | dict | tuple):
+                self.save_container(value)
+            else:
+                self.out.write(_encode_leaf(value))
             if isinstance(value, Global | Call | tuple | str):
-                remember(value)
+                self.remember(value)
 
-    def remember(value: Any) -> None:
-        index, memo[id(value)] = len(memo), (len(memo), value)  # the value too: ids of dead objects come again
+    def remember(self, value: Any) -> None:
+        index = len(self.memo)
+        self.memo[id(value)] = index, value
         short = pickle.BINPUT + bytes([index]) if index < 256 else pickle.LONG_BINPUT + struct.pack("<I", index)
-        out.write(pickle.MEMOIZE if protocol >= 4 else short)
+        self.out.write(pickle.MEMOIZE if self.protocol >= 4 else short)
 
-    def save_new(value: Any) -> None:
+    def save_container(self, value: Any) -> None:
+        if isinstance(value, tuple):
+            items, end = value, pickle.TUPLE
+        else:
+            is_dict = isinstance(value, dict)
+            self.out.write(pickle.EMPTY_DICT if is_dict else pickle.EMPTY_LIST)
+            self.remember(value)
+            items = [part for item in value.items() for part in item] if is_dict else value
+            end = pickle.SETITEMS if is_dict else pickle.APPENDS
+        self.out.write(pickle.MARK)
+        self.save(*items)
+        self.out.write(end)
+
+    def save_object(self, value: Any) -> None:
         match value:
-            case None | bool():
-                out.write({None: pickle.NONE, True: pickle.NEWTRUE, False: pickle.NEWFALSE}[value])
-            case int() if 0 <= value < 256:
-                out.write(pickle.BININT1 + bytes([value]))
-            case int() if abs(value) < 1 << 31:
-                out.write(pickle.BININT + struct.pack("<i", value))
-            case int():
-                data = pickle.encode_long(value)
-                out.write(pickle.LONG1 + bytes([len(data)]) + data)
-            case float():
-                out.write(pickle.BINFLOAT + struct.pack(">d", value))
-            case str():
-                data = value.encode()
-                out.write(pickle.BINUNICODE + struct.pack("<I", len(data)) + data)
-            case bytes():
-                out.write(pickle.SHORT_BINBYTES + bytes([len(value)]) + value)
-            case tuple():
-                out.write(pickle.MARK)
-                save(*value)
-                out.write(pickle.TUPLE)
-            case list():
-                out.write(pickle.EMPTY_LIST)
-                remember(value)
-                out.write(pickle.MARK)
-                save(*value)
-                out.write(pickle.APPENDS)
-            case dict():
-                out.write(pickle.EMPTY_DICT)
-                remember(value)
-                out.write(pickle.MARK)
-                save(*(part for item in value.items() for part in item))
-                out.write(pickle.SETITEMS)
-            case Global(name=name) if protocol >= 4:
-                save(*name.split())
-                out.write(pickle.STACK_GLOBAL)
+            case Global(name=name) if self.protocol >= 4:
+                self.save(*name.split())
+                self.out.write(pickle.STACK_GLOBAL)
             case Global(name=name):
-                out.write(pickle.GLOBAL + name.replace(" ", "\n").encode() + b"\n")
+                self.out.write(pickle.GLOBAL + name.replace(" ", "\n").encode() + b"\n")
             case Call(function=function, args=args, attributes=attributes):
-                save(function, args)
-                out.write(pickle.REDUCE)
+                self.save(function, args)
+                self.out.write(pickle.REDUCE)
                 if attributes is not None:
-                    save(attributes)
-                    out.write(pickle.BUILD)
+                    self.save(attributes)
+                    self.out.write(pickle.BUILD)
             case Storage():
-                storages.setdefault(value.key, value)
-                save((*value.pid, value.view) if legacy else value.pid)
-                out.write(pickle.BINPERSID)
-            case _:
-                raise TypeError(type(value))
+                self.storages.setdefault(value.key, value)
+                self.save((*value.pid, value.view) if self.legacy else value.pid)
+                self.out.write(pickle.BINPERSID)
 
-    out.write(pickle.PROTO + bytes([protocol]))
-    save(value)
-    return out.getvalue() + pickle.STOP
+
+def _encode_leaf(value: Any) -> bytes:
+    match value:
+        case None | bool():
+            return {None: pickle.NONE, True: pickle.NEWTRUE, False: pickle.NEWFALSE}[value]
+        case int() if 0 <= value < 256:
+            return pickle.BININT1 + bytes([value])
+        case int() if abs(value) < 1 << 31:
+            return pickle.BININT + struct.pack("<i", value)
+        case int():
+            data = pickle.encode_long(value)
+            return pickle.LONG1 + bytes([len(data)]) + data
+        case float():
+            return pickle.BINFLOAT + struct.pack(">d", value)
+        case str():
+            return pickle.BINUNICODE + struct.pack("<I", len(value.encode())) + value.encode()
+        case bytes():
+            return pickle.SHORT_BINBYTES + bytes([len(value)]) + value
+    raise TypeError(type(value))
 
 
 def write_zip(path: Path, value: Any, protocol: int = 2, **members: bytes) -> Path:
@@ -188,6 +201,15 @@ def write_safetensors(path: Path, header: Any, data: bytes = b"") -> Path:
 def entry(dtype: str = "F32", shape: Any = (1,), start: int = 0, stop: int = 4) -> dict[str, Any]:
     """A line of the header of a .safetensors."""
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+def materialise(value: Any) -> None:
+    """Read every tensor of a tree."""
+    if isinstance(value, Tensor):
+        assert np.asarray(value).shape == value.shape
+    elif isinstance(value, dict | list | tuple):
+        for child in value.values() if isinstance(value, dict) else value:
+            materialise(child)
 
 
 def assert_same(found: Any, expected: Any, where: str = "top") -> None:

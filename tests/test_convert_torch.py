@@ -5,6 +5,7 @@ import functools
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,10 +29,10 @@ from safetensors.numpy import load_file, save_file
 
 import convert_torch
 import sample
-import train_transformer
 from rq_jax import checkpoint, models
 from rq_jax.data.text import train_tokenizer
 from rq_jax.interop import official
+from rq_jax.recipes.transformer import fill_from_tokenizer
 from rq_jax.training.optimizer import make_optimizer
 from rq_jax.training.state import create_state
 
@@ -55,7 +56,7 @@ def convert(directory, config, state, *more, out="out"):
     if isinstance(state, dict):
         state = save(directory / "state.npz", state)
     argv = [f"--config={directory / 'config.json'}", f"--state={state}", f"--out={directory / out}", *more]
-    convert_torch.import_checkpoint(convert_torch.parse_args(argv))
+    convert_torch.run(convert_torch.parse_args(argv))
     return directory / out
 
 
@@ -65,7 +66,7 @@ def save(path, state):
 
 
 def export(directory, out):
-    convert_torch.export_model(convert_torch.parse_args([f"--export={directory}", f"--out={out}"]))
+    convert_torch.run(convert_torch.parse_args([f"--export={directory}", f"--out={out}"]))
     return out
 
 
@@ -218,16 +219,17 @@ def test_sampling_from_a_converted_pair(tmp_path, stage2):
     with np.load(tmp_path / "codes_000000.npz") as file:
         assert file["codes"].shape == (3, 8, 4, 3)
     argv += ["--neighbours=2"]
-    with helpers.quick_compilation(), pytest.raises(ValueError, match="data_dir is missing"):
+    with helpers.quick_compilation(), pytest.raises(ValueError, match="data.data_dir: unset"):
         sample.run(sample.parse_args(argv))
 
 
 def test_training_on_a_converted_tokenizer(tmp_path, stage1):
     config = helpers.transformer_config(tmp_path)
-    train_transformer.fill_from_tokenizer(config, checkpoint.load_tokenizer(stage1))
-    assert (config.model.code_shape, config.model.codebook_size, config.model.code_dim) == ((8, 4, 3), 7, 6)
-    assert tuple(config.data.image_size) == (16, 8)
-    models.create(**config.model)
+    config = fill_from_tokenizer(config, checkpoint.read_tokenizer_config(stage1))
+    sizes = [config["model"][name] for name in ("code_shape", "codebook_size", "code_dim")]
+    assert sizes == [(8, 4, 3), 7, 6]
+    assert tuple(config["data"]["image_size"]) == (16, 8)
+    models.create(**config["model"])
 
 
 def test_a_text_model_takes_its_text_tokenizer(tmp_path, stage1, capsys):
@@ -389,8 +391,8 @@ def test_export_of_a_run_of_our_own(tmp_path, capsys):
     checkpoint.write_config(run, config.to_dict())
     out = export(run, tmp_path / "own.safetensors")
     assert "not in own.config.json, which has no word for it: codebook_update pooled\n" in capsys.readouterr().out
-    official = json.loads((tmp_path / "own.config.json").read_text())
-    settings = official.rqvae_settings(official)
+    config = json.loads((tmp_path / "own.config.json").read_text())
+    settings = official.rqvae_settings(config)
     assert models.create("rqvae", **settings) == dataclasses.replace(model, codebook_update="sequential", parent=None)
     helpers.assert_equal(official.rqvae_variables(load_file(out), settings), jax.tree.map(np.asarray, variables))
 
@@ -423,22 +425,21 @@ def test_export_overwrites_nothing(tmp_path, stage1, monkeypatch):
 # --- as a command -------------------------------------------------------------------------------------------
 
 
-def command(*argv):
-    return subprocess.run([sys.executable, "convert_torch.py", *argv], cwd=REPOSITORY, capture_output=True, text=True)
-
-
-def test_the_command(tmp_path, stage1, stage1_state):
+def test_the_command(tmp_path, stage1_state, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(STAGE1))
     stage1_state = stage1_state | {"quant_conv.bias": np.full(6, np.nan, np.float32)}
     save(tmp_path / "state.npz", stage1_state)
     flags = [f"--config={tmp_path / 'config.json'}", f"--state={tmp_path / 'state.npz'}", f"--out={tmp_path / 'out'}"]
-    ran = command(*flags)
+    command = [sys.executable, "convert_torch.py", *flags]
+    ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "WARNING: state dict: NaN or infinite values; they are kept in quant_conv.bias\n" in ran.stderr
     assert ran.stdout.startswith("rqvae: ") and ran.stdout.count("\n") == 3
-    ran = command(*flags)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as exit_:
+        convert_torch.main(flags)
     message = f"error: --out: '{tmp_path / 'out'}' is there already; give the name of a new directory\n"
-    assert (ran.returncode, ran.stdout, ran.stderr) == (2, "", message)
+    assert (exit_.value.code, *capsys.readouterr()) == (2, "", message)
 
 
 @pytest.mark.slow

@@ -30,7 +30,9 @@ PURE = {"grains", "losses", "metrics", "models", "nn", "quantize", "sampling", "
 # Some rooms see less: networks return values and never losses, readers of foreign files trust nobody.
 NARROWER = {
     "models": {"grains", "nn", "quantize", "sampling", "settings"},
-    "interop": {"settings"},
+    "interop": {"checkpoint", "data", "files", "models", "settings"},
+    "interop/official": {"settings"},
+    "interop/state_file": {"settings"},
     "pretrained": {"interop", "nn", "settings"},
 }
 MODEL_CLASSES = "rq_jax.models"  # the loop knows none
@@ -102,11 +104,11 @@ def module_of(root: Path, name: str) -> str | None:
     return None
 
 
-def may_import(room: str, target: str) -> bool:
+def may_import(room: str, target: str, folder: str = "") -> bool:
     if room == "__init__" or target == "__init__" or room == target:
         return room == target or target == "__init__"
     if room in NARROWER:
-        return target in NARROWER[room]
+        return target in NARROWER.get(folder, NARROWER[room])
     if FLOOR_OF[room] == FLOOR_OF[target]:
         return room not in GROUND
     return FLOOR_OF[target] < FLOOR_OF[room]
@@ -120,59 +122,89 @@ def circle(graph: dict[str, set[str]]) -> str | None:
     return None
 
 
-def layering_errors(root: Path) -> list[str]:
-    """Every import in a checkout that breaks the order of the house, as "file:line: what is wrong"."""
-    script_names = {path.stem for path in scripts(root)}
-    errors, rooms, modules = [], {}, {}
+class Errors(list):
+    """Imports that break the order of the house, as "file:line: what is wrong"."""
 
-    def check(path: Path, line: int, allowed: bool, what: str) -> None:
+    def __init__(self, root: Path):
+        super().__init__()
+        self.root = root
+
+    def check(self, path: Path, line: int, allowed: bool, what: str) -> None:
         if not allowed:
-            errors.append(f"{path.relative_to(root)}:{line}: {what}")
+            self.append(f"{path.relative_to(self.root)}:{line}: {what}")
 
+
+def layering_errors(root: Path) -> list[str]:
+    """Every import in a checkout that breaks the order of the house."""
+    errors = Errors(root)
+    _check_package(errors)
+    _check_configs_and_scripts(errors)
+    _check_frameworks(errors)
+    return errors
+
+
+def _check_package(errors: Errors) -> None:
+    """Rooms import downwards, and neither rooms nor modules go in a circle."""
+    root, rooms, modules = errors.root, {}, {}
     for path in sources(root, "rq_jax"):
         inside = path.relative_to(root / "rq_jax")
         room, package = inside.parts[0].removesuffix(".py"), len(inside.parts) > 1 and path.name == "__init__.py"
         module = ".".join(("rq_jax", *inside.with_suffix("").parts)).removesuffix(".__init__")
-        check(path, 1, room in FLOOR_OF or room == "__init__", f"no floor knows the room {room!r}")
+        errors.check(path, 1, room in FLOOR_OF or room == "__init__", f"no floor knows the room {room!r}")
         if room not in FLOOR_OF and room != "__init__":
             continue
-        for line, name, at_load in imports_of(path):
-            top, target = name.split(".")[0], room_of(name)
-            check(path, line, not name.startswith("."), "relative import")
-            check(path, line, top not in script_names | {"benchmarks", "configs", "tests"}, f"rq_jax imports {name}")
+        for imported in imports_of(path):
+            _check_import(errors, path, room, imported)
+            target = room_of(imported.name)
             if target is not None:
-                check(path, line, may_import(room, target), f"{room} imports {target}")
                 rooms.setdefault(room, set()).add(target)
                 if not package:  # a package's face hands on what its modules hold
-                    modules.setdefault(module, set()).add(module_of(root, name))
-            names_model = room == "training" and (name + ".").startswith(f"{MODEL_CLASSES}.")
-            check(path, line, not names_model, f"{room} imports {MODEL_CLASSES}")
-            third_party = target is None and top and top not in CORE | sys.stdlib_module_names
-            if room in PURE | {"__init__"}:
-                check(path, line, not third_party, f"{room} imports {top}")
-            elif not path.name.endswith("_dataset_builder.py"):  # loaded by tensorflow-datasets alone
-                check(path, line, not (third_party and at_load), f"{top} is imported before it is used")
+                    modules.setdefault(module, set()).add(module_of(root, imported.name))
     for what, graph in (("rooms", rooms), ("modules", modules)):
         graph = {node: targets - {node, None, "__init__", "rq_jax"} for node, targets in graph.items()}
         if found := circle(graph):
             errors.append(f"rq_jax: {what} import in a circle: {found}")
 
+
+def _check_import(errors: Errors, path: Path, room: str, imported: Import) -> None:
+    line, name, at_load = imported
+    top, target = name.split(".")[0], room_of(name)
+    folder = "/".join(path.relative_to(errors.root / "rq_jax").parts[:2])
+    outside = {path.stem for path in scripts(errors.root)} | {"benchmarks", "configs", "tests"}
+    errors.check(path, line, not name.startswith("."), "relative import")
+    errors.check(path, line, top not in outside, f"rq_jax imports {name}")
+    errors.check(path, line, target is None or may_import(room, target, folder), f"{room} imports {target}")
+    names_model = room == "training" and (name + ".").startswith(f"{MODEL_CLASSES}.")
+    errors.check(path, line, not names_model, f"{room} imports {MODEL_CLASSES}")
+    third_party = target is None and top and top not in CORE | sys.stdlib_module_names
+    if room in PURE | {"__init__"}:
+        errors.check(path, line, not third_party, f"{room} imports {top}")
+    elif not path.name.endswith("_dataset_builder.py"):  # loaded by tensorflow-datasets alone
+        errors.check(path, line, not (third_party and at_load), f"{top} is imported before it is used")
+
+
+def _check_configs_and_scripts(errors: Errors) -> None:
+    """Configs are data; scripts do not import one another."""
+    root = errors.root
     for path in sources(root, "configs"):
         for line, name, _ in imports_of(path):
             allowed = name.split(".")[0] in {"ml_collections", *sys.stdlib_module_names}
             allowed |= (name + ".").startswith("configs.common.")
-            check(path, line, allowed, f"configs imports {name}")
+            errors.check(path, line, allowed, f"configs imports {name}")
     benchmarks = list(sources(root, "benchmarks"))  # what benchmark.py is made of
     for path in [*scripts(root), *benchmarks]:
-        forbidden = script_names | {"benchmarks", "tests"}
+        forbidden = {path.stem for path in scripts(root)} | {"benchmarks", "tests"}
         forbidden -= {"benchmarks"} if path.name == "benchmark.py" or path in benchmarks else set()
         for line, name, _ in imports_of(path):
-            check(path, line, name.split(".")[0] not in forbidden, f"script imports {name}")
-    for path in [*sources(root, "rq_jax", "configs"), *scripts(root), *benchmarks]:
+            errors.check(path, line, name.split(".")[0] not in forbidden, f"script imports {name}")
+
+
+def _check_frameworks(errors: Errors) -> None:
+    """Nothing loads TensorFlow or PyTorch."""
+    for path in [*sources(errors.root, "rq_jax", "configs", "benchmarks"), *scripts(errors.root)]:
         for line, name, _ in imports_of(path):
             loads_foreign = name.split(".")[0] in FOREIGN_FRAMEWORKS or name.startswith(LOADS_TENSORFLOW)
-            check(path, line, not loads_foreign, f"imports {name}")
-    return errors
+            errors.check(path, line, not loads_foreign, f"imports {name}")
 
 
 def test_the_house_is_in_order():

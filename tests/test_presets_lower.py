@@ -1,91 +1,105 @@
 """Every preset at full size, on shapes alone: its train step and its sampler lower; no weight is ever made.
 
-Presets that differ in their data and durations alone have one program, which is lowered once.
+`make test` lowers one preset for each kind of program, `make test-all` every one. Presets that differ in their data and
+durations alone share a program, which is lowered once.
 """
 
 import functools
 import json
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import train_transformer
-import train_vae
 from configs import rqtransformer, rqvae
-from rq_jax import models, sampling
+from rq_jax import models, recipes, sampling
+from rq_jax.checkpoint import LoadedModel
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.recipes import adversary, tokenizer, transformer
 from rq_jax.training.optimizer import make_optimizer
-from rq_jax.training.state import create_state
 
 ROWS = 2  # of a micro-batch
 OPTIM = ("name", "learning_rate", "b1", "b2", "weight_decay", "schedule", "clip_norm", "accumulation_steps")
+# One of each kind of program: without attention and remat; with both and a codebook for each depth.
+TOKENIZERS = ("demo", "imagenet256_4xk4096")
+# Null condition and guidance; no condition; text in micro-batches; no stack along the depth.
+TRANSFORMERS = ("emoji", "ffhq256_350m", "cc3m_650m", "throughput_vqgan_large")
+
+
+def presets(module, kinds):
+    """All presets; those that are not the one of their kind are slow."""
+    assert module.PRESETS.keys() >= set(kinds)
+    return [name if name in kinds else pytest.param(name, marks=pytest.mark.slow) for name in module.PRESETS]
 
 
 def program_of(config, **sections) -> str:
     """All that the program of a preset depends on, as a key."""
     optim = {name: config.optim[name] for name in OPTIM}
-    sections = {"loss": dict(config.loss), "optim": optim, "ema_decay": config.loop.ema_decay, **sections}
+    loss = {key: value for key, value in config.loss.items() if not key.endswith("_epochs")}
+    sections = {"loss": loss, "optim": optim, "ema_decay": config.loop.ema_decay, **sections}
     return json.dumps(sections, sort_keys=True)
-
-
-def shapes(tree):
-    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
 def optimizer_of(program):
     return make_optimizer(**program["optim"], total_steps=1000, warmup_steps=10)
 
 
-def lower_step(make_step, variables, batch, program, *more, discriminator=None):
+abstract_variables = functools.cache(models.abstract_variables)
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
+
+
+def lower_step(recipe, batch, phase):
     """The states before and after a lowered step, as shapes, and the shapes of its metrics."""
-    optimizer, rng = make_optimizer(program), jax.eval_shape(lambda: jax.random.key(0))
-
-    def create(variables, rng, discriminator):
-        adversary = None if discriminator is None else (discriminator, optimizer)
-        return create_state(variables, optimizer, rng, program["ema_decay"] > 0, adversary)
-
-    state = jax.eval_shape(create, variables, rng, discriminator)
-    step = make_step(optimizer=optimizer, ema_decay=program["ema_decay"])
-    lowered = jax.jit(step, donate_argnums=0).lower(state, batch, *more)
-    after, metrics = lowered.out_info
+    state = recipe.abstract_state()
+    step = jax.jit(recipe.update, static_argnums=3, donate_argnums=0)
+    after, metrics = step.lower(state, batch, recipe.frozen, phase).out_info
     return shapes(state), shapes(after), {name: value.shape for name, value in metrics.items()}
 
 
 # --- stage 1 -----------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def lower_tokenizer(program: str):
-    program = json.loads(program)
-    model, discriminator = models.create(**program["model"]), models.create("discriminator", **program["discriminator"])
-    loss = train_vae.Losses(**{key: value for key, value in program["loss"].items() if not key.endswith("_epochs")})
-    adversary = train_vae.Adversary(discriminator, make_optimizer(program))
-    vgg = vgg_lpips.Perceptual("shapes", vgg_lpips.abstract_variables())
-
-    def make_step(**settings):
-        step = train_vae.make_train_step(model, loss=loss, perceptual=vgg, adversary=adversary, **settings)
-        return lambda state, batch, frozen: step(state, batch, train_vae.Phase(True, True), frozen)
-
-    batch = {"image": jax.ShapeDtypeStruct((ROWS, *model.image_shape, model.in_channels), jnp.float32)}
-    variables, judge = models.abstract_variables(model), models.abstract_variables(discriminator)
-    return lower_step(make_step, variables, batch, program, vgg.variables, discriminator=judge)
-
-
-@pytest.mark.parametrize("preset", rqvae.PRESETS)
-def test_train_step_of_a_tokenizer_lowers(preset):
+def tokenizer_program(preset) -> str:
     config = rqvae.get_config(preset)
     assert config.loss.perceptual_weight and config.loss.adversarial_weight
-    program = program_of(config, model=dict(config.model), discriminator=dict(config.discriminator))
-    before, after, metrics = lower_tokenizer(program)
+    return program_of(config, model=dict(config.model), discriminator=dict(config.discriminator))
+
+
+def tokenizer_recipe(program: str) -> recipes.Tokenizer:
+    program = json.loads(program)
+    losses = tokenizer.Losses(**program["loss"])
+    judge = models.create("discriminator", **program["discriminator"])
+    return recipes.Tokenizer(
+        models.create(**program["model"]), optimizer_of(program), losses,
+        adversary.Adversary(judge, optimizer_of(program), losses.adversarial_weight),
+        perceptual=vgg_lpips.Perceptual("shapes", vgg_lpips.abstract_variables()),
+        mesh=helpers.make_mesh(), ema_decay=program["ema_decay"],
+    )  # fmt: skip
+
+
+@functools.cache
+def lower_tokenizer(program: str):
+    recipe = tokenizer_recipe(program)
+    shape = (ROWS, *recipe.model.image_shape, recipe.model.in_channels)
+    return lower_step(recipe, {"image": jax.ShapeDtypeStruct(shape, jnp.float32)}, tokenizer.Phase(True, True))
+
+
+@pytest.mark.parametrize("preset", presets(rqvae, TOKENIZERS))
+def test_train_step_of_a_tokenizer_lowers(preset):
+    before, after, metrics = lower_tokenizer(tokenizer_program(preset))
     assert after == before
     scalars = (
         "loss", "reconstruction_loss", "perceptual_loss", "commitment_loss", "generator_loss", "discriminator_loss",
         "d_weight", "logits_fake", "logits_real", "gradient_norm", "discriminator_gradient_norm", "learning_rate",
         "skipped_share",
     )  # fmt: skip
-    counts = (config.model.code_shape[-1], config.model.codebook_size)
+    model = rqvae.get_config(preset).model
+    counts = (model.code_shape[-1], model.codebook_size)
     assert metrics == {**dict.fromkeys(scalars, ()), "code_counts": counts}
 
 
@@ -95,50 +109,76 @@ def test_train_step_of_a_tokenizer_lowers(preset):
 def settings_of(preset):
     """The config, the model's settings with what the paired tokenizer decides, and the tokenizer's settings."""
     config = rqtransformer.get_config(preset)
-    tokenizer = dict(rqvae.get_config(config.tokenizer_preset).model)
-    filled = {name: tokenizer[name] for name in ("codebook_size", "code_shape", "code_dim", "use_shared_codebook")}
-    return config, {**config.model, **filled}, tokenizer
+    frozen = dict(rqvae.get_config(config.tokenizer_preset).model)
+    filled = {name: frozen[name] for name in ("codebook_size", "code_shape", "code_dim", "use_shared_codebook")}
+    return config, {**config.model, **filled}, frozen
+
+
+def transformer_program(preset) -> str:
+    config, model, frozen = settings_of(preset)
+    return program_of(config, model=model, tokenizer=frozen, sample=dict(config.sample))
+
+
+def transformer_recipe(program: str) -> recipes.Transformer:
+    program = json.loads(program)
+    model, frozen = models.create(**program["model"]), models.create(**program["tokenizer"])
+    variables = abstract_variables(frozen)
+    return recipes.Transformer(
+        model, LoadedModel(frozen, variables, {}, None), optimizer_of(program), transformer.Losses(**program["loss"]),
+        helpers.make_mesh(), program["ema_decay"], program["sample"], tokenizer_variables=variables,
+    )  # fmt: skip
 
 
 @functools.cache
 def lower_transformer(program: str):
-    program = json.loads(program)
-    model, tokenizer = models.create(**program["model"]), models.create(**program["tokenizer"])
-    loss = train_transformer.Losses(**program["loss"])
-    loss.check(model)
-    make_step = functools.partial(train_transformer.make_train_step, model, tokenizer, loss=loss)
-    rows = ROWS * program["optim"]["accumulation_steps"]
-    batch = {"image": jax.ShapeDtypeStruct((rows, *tokenizer.image_shape, tokenizer.in_channels), jnp.float32)}
+    recipe = transformer_recipe(program)
+    model, frozen = recipe.model, recipe.tokenizer.model
+    rows = ROWS * recipe.optimizer.accumulation_steps
+    batch = {"image": jax.ShapeDtypeStruct((rows, *frozen.image_shape, frozen.in_channels), jnp.float32)}
     if model.is_conditional:
         batch["cond"] = jax.ShapeDtypeStruct((rows, model.cond_length), jnp.int32)
-    variables, frozen = models.abstract_variables(model), models.abstract_variables(tokenizer)
-    return lower_step(make_step, variables, batch, program, frozen)
+    return lower_step(recipe, batch, None)
 
 
-@pytest.mark.parametrize("preset", rqtransformer.PRESETS)
+@pytest.mark.parametrize("preset", presets(rqtransformer, TRANSFORMERS))
 def test_train_step_of_a_transformer_lowers(preset):
-    config, model, tokenizer = settings_of(preset)
-    before, after, metrics = lower_transformer(program_of(config, model=model, tokenizer=tokenizer))
+    config, model, _ = settings_of(preset)
+    before, after, metrics = lower_transformer(transformer_program(preset))
     assert after == before
     names = ["loss", "gradient_norm", "learning_rate", "skipped_share"] + ["text_loss"] * bool(config.data.text_key)
     assert metrics == {"code_loss": (model["code_shape"][-1],), **dict.fromkeys(names, ())}
 
 
 @functools.cache
-def lower_sampler(program: str):
-    program = json.loads(program)
-    model = models.create(**program["model"])
+def lower_sampler(settings: str):
+    settings = json.loads(settings)
+    model = models.create(**settings["model"])
     cond = np.zeros((ROWS, model.cond_length), int) if model.is_conditional else None
 
     def generate(variables, rng):
-        return sampling.generate(model, variables, rng, ROWS, cond, **program["sample"])
+        return sampling.generate(model, variables, rng, ROWS, cond, **settings["sample"])
 
     rng = jax.eval_shape(lambda: jax.random.key(0))
     return jax.jit(generate).lower(models.abstract_variables(model), rng).out_info
 
 
-@pytest.mark.parametrize("preset", rqtransformer.PRESETS)
+@pytest.mark.parametrize("preset", presets(rqtransformer, TRANSFORMERS))
 def test_sampler_of_a_transformer_lowers(preset):
     config, model, _ = settings_of(preset)
     codes = lower_sampler(json.dumps({"model": model, "sample": dict(config.sample)}, sort_keys=True))
     assert (codes.shape, codes.dtype) == ((ROWS, *model["code_shape"]), jnp.int32)
+
+
+# --- every preset ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", rqvae.PRESETS)
+def test_settings_of_a_tokenizer_make_its_recipe(preset):
+    recipe = tokenizer_recipe(tokenizer_program(preset))
+    assert recipe.phase(10**9) == tokenizer.Phase(True, True)
+
+
+@pytest.mark.parametrize("preset", rqtransformer.PRESETS)
+def test_settings_of_a_transformer_make_its_recipe(preset):
+    recipe = transformer_recipe(transformer_program(preset))
+    assert recipe.optimizer.accumulation_steps == rqtransformer.get_config(preset).optim.accumulation_steps

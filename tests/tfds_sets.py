@@ -13,7 +13,7 @@ def encode(pixels, kind="png"):
     return out.getvalue()
 
 
-def grey_pictures(count):
+def grey_images(count):
     return np.random.default_rng(0).integers(0, 256, (count, 9, 7), dtype=np.uint8)
 
 

@@ -1,7 +1,7 @@
-"""From a training run to a model: load, save, resume, ship.
+"""Checkpoints: load, save, resume, ship.
 
-`load` turns a directory into a model, `saver` writes and restores the states of a run, `model_dir` holds weights alone,
-`manifest` the checksums that seal a checkpoint.
+`load` reads a model from a directory, `saver` saves and restores the states of a run, `model_dir` reads and writes
+weights alone, `manifest` the checksums that seal a checkpoint.
 """
 
 from rq_jax.checkpoint.load import (

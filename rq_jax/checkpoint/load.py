@@ -1,4 +1,4 @@
-"""From a directory to a model.
+"""Loading models from run directories and model directories.
 
 A run directory is self-contained:
 
@@ -26,6 +26,7 @@ from rq_jax.checkpoint.model_dir import (
     CONFIG,
     WEIGHTS,
     fingerprint,
+    first_difference,
     read_config,
     read_weights,
     save_model,
@@ -55,22 +56,22 @@ class LoadedModel(NamedTuple):
 
 
 def ship(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
-    """Write the best weights of a run, and of its tokenizer, as model directories in half precision, with their logs.
+    """Write the best weights of a run and its tokenizer as model directories in half precision, with their logs.
 
     Args:
       workdir: of a run of either stage.
-      directory: made where it is missing. What the config says of a path to the tokenizer is left out: it lies beside.
+      directory: created if missing. Its config leaves out the path of the tokenizer, which is shipped beside it.
 
     Raises:
       FileNotFoundError: no run, or no checkpoint in it.
     """
     workdir, directory = Path(workdir), Path(directory)
     loaded = load_model(workdir)
-    for found, name in ((loaded, "."), (loaded.tokenizer, _TOKENIZER)):
-        if found is None:
+    for model, name in ((loaded, "."), (loaded.tokenizer, _TOKENIZER)):
+        if model is None:
             continue
-        config = {**found.config, "tokenizer": None} if "tokenizer" in found.config else found.config
-        save_model(directory / name, config, found.variables, "float16")
+        config = {**model.config, "tokenizer": None} if "tokenizer" in model.config else model.config
+        save_model(directory / name, config, model.variables, "float16")
     logs = [(workdir, directory)]
     if loaded.config.get("tokenizer"):  # where stage 1 was trained
         logs.append((Path(loaded.config["tokenizer"]), directory / _TOKENIZER))
@@ -84,11 +85,11 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
 
     Args:
       directory: of a training run or a model directory.
-      step: of a checkpoint; None: the best where one was kept, else the newest.
-      ema: the averaged weights, where the run keeps an average.
+      step: of a checkpoint; None takes the best if the run has one, else the newest.
+      ema: take the averaged weights, if the run keeps an average.
 
     Returns:
-      `LoadedModel`, its arrays on the host in float32 as saved.
+      The model; its variables are NumPy arrays in float32, as saved.
 
     Raises:
       FileNotFoundError: no such directory, or no checkpoint (of that step) in it.
@@ -110,11 +111,11 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
 
 
 def load_tokenizer(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
-    """Load a tokenizer, such as the one that stage 2 is to build on; arguments as for `load_model`.
+    """Load a stage-1 model; arguments as for `load_model`.
 
     Raises:
       FileNotFoundError: no run directory.
-      ValueError: a run of another kind of model.
+      ValueError: the directory holds another kind of model.
     """
     read_tokenizer_config(directory)
     return load_model(directory, step, ema)
@@ -137,27 +138,27 @@ def read_tokenizer_config(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:
-    """Whether a run directory holds a whole checkpoint to go on from."""
+    """Whether a run directory holds a checkpoint to resume from."""
     return bool(steps_of(Path(directory) / CHECKPOINTS))
 
 
 def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = False) -> Any:
-    """A state at step 0 with the weights, codebook and, where there is one, the discriminator of a checkpoint.
+    """Initialise a state from a checkpoint: weights, codebook and, if there is one, discriminator, at step 0.
 
-    With a fresh optimizer the weights are those that `load_model` gives (averaged, where the run keeps an average);
-    with a kept one they are those as trained, for which its moments are. Schedules start anew in both cases.
+    With a fresh optimizer the weights are those of `load_model` (averaged, if the run keeps an average). With
+    `keep_optimizer` they are the weights as trained, to which the moments belong. Schedules restart in both cases.
 
     Args:
       directory: of a training run or a model directory.
       state: a `TrainState` at step 0, placed on its devices; gives structure and shardings.
-      keep_optimizer: go on with the moments of the optimizers.
+      keep_optimizer: continue with the moments of the optimizers.
 
     Returns:
-      The state. A discriminator that the checkpoint does not have stays as drawn.
+      The state. Without a discriminator in the checkpoint, that of `state` stays as initialised.
 
     Raises:
       FileNotFoundError: no such directory, or no checkpoint in it.
-      ValueError: other arrays than those of `state`, or an optimizer is to be kept where there is none.
+      ValueError: names or shapes differ from those of `state`, or there is no optimizer to keep.
     """
     directory, hint = Path(directory).absolute(), "set config.model to the settings in its config.json"
     is_run = not (directory / WEIGHTS).is_file()
@@ -165,18 +166,13 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
         raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")
     if not keep_optimizer:
         variables = load_model(directory).variables
-        expected, found = shapes_of(state.variables), shapes_of(variables)
-        if expected != found:
-            name = min(name for name in expected | found if expected.get(name) != found.get(name))
-            raise ValueError(
-                f"init_from: '{directory}': '{name}' has shape {found.get(name)}, the config needs "
-                f"{expected.get(name)}; {hint}"
-            )
+        if (difference := first_difference(shapes_of(variables), shapes_of(state.variables))) is not None:
+            raise ValueError(f"init_from: '{directory}': {difference}; {hint}")
         params = variables.pop("params")
         new = {"params": params, "model_state": variables}
         if state.discriminator is not None:
-            found = _find_discriminator(directory, state.discriminator)
-            new |= {} if found is None else {DISCRIMINATOR: found}
+            discriminator = _read_discriminator(directory, state.discriminator)
+            new |= {} if discriminator is None else {DISCRIMINATOR: discriminator}
     else:
         new = _read_run(directory, state, hint)
     if state.ema_params is not None:
@@ -186,7 +182,7 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
 
 
 def bind_tokenizer(workdir: str | os.PathLike, tokenizer: LoadedModel) -> str:
-    """Put a copy of the tokenizer into a stage-2 run directory, or check that it is the one already there.
+    """Copy the tokenizer into a stage-2 run directory, or check that the copy there is of the same tokenizer.
 
     Returns:
       Its fingerprint.
@@ -224,32 +220,33 @@ def _read_checkpoint(directory: Path, step: int | None, ema: bool, template: dic
 
 
 def _find_checkpoint(directory: Path, step: int | None) -> Path:
-    """The checkpoint of a step; without one the best, or else the newest, that is whole.
+    """Path of the checkpoint of a step; without a step of the best, or else the newest, that is whole.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is damaged, or all are.
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: it is damaged; without a step, all are.
     """
     roots = [directory / BEST, directory / CHECKPOINTS]
-    there = sorted(old for root in roots for old in steps_of(root))
-    if step not in there and not (step is None and there):
-        wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
-        raise FileNotFoundError(f"'{directory}' holds no {wanted}; there are steps {there or '(none)'}")
+    steps = sorted(old for root in roots for old in steps_of(root))
+    if step not in steps and not (step is None and steps):
+        missing = "checkpoint" if step is None else f"checkpoint of step {step}"
+        raise FileNotFoundError(f"'{directory}' holds no {missing}; there are steps {steps or '(none)'}")
     if step is not None:
+        # A step may be in both stores: either will do.
         paths = [root / str(step) for root in roots if step in steps_of(root)]
-        found = {path: manifest.problems(path) for path in paths}
+        problems = {path: manifest.problems(path) for path in paths}
         for path in paths:
-            if not found[path]:
+            if not problems[path]:
                 return path
-        raise ValueError(f"'{paths[0]}' is damaged: {found[paths[0]][0]}; choose another of the steps {there}")
+        raise ValueError(f"'{paths[0]}' is damaged: {problems[paths[0]][0]}; choose another of the steps {steps}")
     for root in roots:
         if (newest := newest_whole(root)) is not None:
             return root / str(newest)
-    raise ValueError(f"'{directory}': no checkpoint is whole, of steps {there}; restore one from a copy or train again")
+    raise ValueError(f"'{directory}': no checkpoint is whole, of steps {steps}; restore one from a copy or train again")
 
 
 def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
-    """What a run's newest checkpoint holds of the fields of `state`, with schedules set back to their start."""
+    """Read the fields of `state` from a run's newest checkpoint, with schedules set back to their start."""
     import optax
     import orbax.checkpoint as ocp
 
@@ -262,19 +259,21 @@ def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
     with ocp.StandardCheckpointer() as checkpointer:
         new = {name: checkpointer.restore(path / name, tree) for name, tree in items.items()}
     training = new.pop("training")
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def restart(node: Any) -> Any:
+        return optax.ScaleByScheduleState(jax.numpy.zeros_like(node.count)) if is_schedule(node) else node
+
     for name in ("opt_state", "discriminator_opt_state"):
         if name in training:
-            new[name] = jax.tree.map(
-                lambda node: optax.ScaleByScheduleState(jax.numpy.zeros_like(node.count))
-                if isinstance(node, optax.ScaleByScheduleState) else node,
-                training[name],
-                is_leaf=lambda node: isinstance(node, optax.ScaleByScheduleState),
-            )  # fmt: skip
+            new[name] = jax.tree.map(restart, training[name], is_leaf=is_schedule)
     return new
 
 
-def _find_discriminator(directory: Path, template: dict[str, Any]) -> dict[str, Any] | None:
-    """The discriminator beside a model's weights, or None."""
+def _read_discriminator(directory: Path, template: dict[str, Any]) -> dict[str, Any] | None:
+    """Read the discriminator beside a model's weights; None if there is none."""
     if (directory / DISCRIMINATOR).is_dir():
         return load_model(directory / DISCRIMINATOR).variables
     newest = newest_whole(directory / CHECKPOINTS)
@@ -288,5 +287,5 @@ def _find_discriminator(directory: Path, template: dict[str, Any]) -> dict[str, 
 
 
 def _place_like(leaf: Any, like: jax.Array) -> jax.Array:
-    """A copy of a leaf where `like` lies; states are donated, so that no two leaves may share memory."""
+    """Copy a leaf to the devices of `like`; a copy, since states are donated and no two leaves may share memory."""
     return jax.device_put(jax.numpy.array(leaf), like.sharding)

@@ -1,4 +1,4 @@
-"""Checksums of a directory: written once it is whole, compared before it is read."""
+"""Checksums of a directory: written when it is whole, verified before it is read."""
 
 import hashlib
 import json
@@ -12,9 +12,10 @@ _CHUNK_BYTES = 2**20
 
 
 def write(directory: str | os.PathLike) -> None:
-    """Note size and SHA-256 of every file below `directory`; the manifest carries a checksum of itself.
+    """Write size and SHA-256 of every file below `directory` to its manifest, which starts with its own checksum.
 
-    When it returns, all of them would survive a power cut: what they replace may go.
+    Files, manifest and directories are synced: when this returns, the directory survives a power cut, and the
+    checkpoint that it replaces may be deleted.
     """
     directory = Path(directory)
     files = {name: [size, _sha256(directory / name)] for name, size in sorted(_sizes(directory).items())}
@@ -29,7 +30,7 @@ def write(directory: str | os.PathLike) -> None:
 
 
 def problems(directory: str | os.PathLike) -> list[str]:
-    """What differs from the manifest, a line for each file; empty for a whole directory."""
+    """Compare a directory with its manifest: a line for each file that differs; empty for a whole directory."""
     directory = Path(directory)
     try:
         checksum, _, body = (directory / MANIFEST).read_bytes().partition(b"\n")
@@ -37,23 +38,24 @@ def problems(directory: str | os.PathLike) -> list[str]:
         return [f"{MANIFEST} cannot be read ({error.strerror or error})"]
     if hashlib.sha256(body).hexdigest().encode() != checksum:
         return [f"{MANIFEST} is damaged"]
-    expected, sizes, found = json.loads(body), _sizes(directory), []
-    for name, (size, digest) in expected.items():
-        if name not in sizes:
-            found.append(f"{name} is missing")
-        elif sizes[name] != size:
-            found.append(f"{name} has {sizes[name]} bytes, not {size}")
-        else:
-            try:
-                if _sha256(directory / name) != digest:
-                    found.append(f"{name} has other contents")
-            except OSError as error:
-                found.append(f"{name} cannot be read ({error.strerror or error})")
-    return found
+    sizes = _sizes(directory)
+    checked = (_problem(directory, name, sizes, *entry) for name, entry in json.loads(body).items())
+    return [problem for problem in checked if problem is not None]
+
+
+def _problem(directory: Path, name: str, sizes: dict[str, int], size: int, digest: str) -> str | None:
+    if name not in sizes:
+        return f"{name} is missing"
+    if sizes[name] != size:
+        return f"{name} has {sizes[name]} bytes, not {size}"
+    try:
+        return None if _sha256(directory / name) == digest else f"{name} has other contents"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror or error})"
 
 
 def _sizes(directory: Path) -> dict[str, int]:
-    """Bytes of every file below a directory but the manifest, by relative path."""
+    """Size in bytes of every file below a directory except the manifest, by relative path."""
     files = (path for path in directory.rglob("*") if path.is_file())
     names = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
     names.pop(MANIFEST, None)

@@ -1,35 +1,32 @@
-"""A model directory: `config.json` and `model.safetensors`, the weights alone, for shipping and for the tokenizer."""
+"""Model directories: `config.json` and `model.safetensors`, weights alone, for shipping and for the tokenizer."""
 
 import hashlib
 import json
 import os
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from rq_jax.files import atomic_path, write_json
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def write_config(directory: str | os.PathLike, config: dict[str, Any]) -> None:
-    """Write the resolved config beside the checkpoints, atomically; of several hosts the first writes."""
-    if jax.process_index() != 0:
-        return
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{CONFIG}.partial"
-    partial.write_text(json.dumps(config, indent=1) + "\n")
-    os.replace(partial, directory / CONFIG)
+def write_config(directory: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Write the resolved config of a run or model directory, atomically; only the first process writes."""
+    if jax.process_index() == 0:
+        write_json(Path(directory) / CONFIG, config)
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """The resolved config of a run or model directory.
+    """Read the resolved config of a run or model directory.
 
     Raises:
-      FileNotFoundError: the directory is no run and no model directory.
-      ValueError: its config.json is not one of ours.
+      FileNotFoundError: the directory has no config.json.
+      ValueError: its config.json names no model of this package.
     """
     path = Path(directory) / CONFIG
     if not path.is_file():
@@ -38,10 +35,10 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text())
-        named = isinstance(config["model"]["name"], str)
+        has_name = isinstance(config["model"]["name"], str)
     except (ValueError, KeyError, TypeError, IndexError):
-        named = False
-    if not named:
+        has_name = False
+    if not has_name:
         raise ValueError(f"'{directory}' is no run directory: its {CONFIG} names no model of ours")
     return config
 
@@ -49,13 +46,13 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
 def save_model(
     directory: str | os.PathLike, config: dict[str, Any], variables: dict[str, Any], dtype: str | None = None
 ) -> None:
-    """Write a model directory: the weights as safetensors, names joined by "/", then the config; first host only.
+    """Write a model directory: the weights as safetensors, then the config; only the first process writes.
 
     Args:
-      directory: made where it is missing.
-      config: resolved, as JSON takes it.
-      variables: of the model.
-      dtype: "float16" to ship half of the bytes, which `load_model` widens again; None: as the variables are.
+      directory: created if missing.
+      config: the resolved config, JSON-able.
+      variables: of the model; an array's name is its path in the tree, joined by "/".
+      dtype: "float16" halves the file, and `load_model` widens it again; None keeps the dtypes of the variables.
 
     Raises:
       ValueError: another dtype, or a value that float16 cannot hold.
@@ -73,48 +70,52 @@ def save_model(
             if not largest <= float(np.finfo(np.float16).max):
                 raise ValueError(f"dtype: '{name}' has a value of {largest}, beyond float16; leave dtype out")
         arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{WEIGHTS}.partial"
-    save_file(arrays, partial)
-    os.replace(partial, directory / WEIGHTS)
-    write_config(directory, config)
-    shutil.copymode(directory / CONFIG, directory / WEIGHTS)  # safetensors gives its files to their owner alone
+    with atomic_path(Path(directory) / WEIGHTS) as partial:
+        save_file(arrays, partial)
+    write_config(directory, config)  # last: a directory without it is no model directory
 
 
 def read_weights(path: Path, template: dict[str, Any]) -> dict[str, Any]:
-    """The weights of a model directory in the structure, shapes and dtypes of a template.
+    """Read the weights of a model directory in the structure and dtypes of a template.
 
     Raises:
-      ValueError: the file holds other arrays.
+      ValueError: names or shapes differ from the template's.
     """
     from safetensors.numpy import load_file
 
     arrays = load_file(path)
+    shapes = {name: array.shape for name, array in arrays.items()}
     expected = {name: leaf.shape for name, leaf in named_leaves(template)}
-    found = {name: array.shape for name, array in arrays.items()}
-    if expected != found:
-        name = min(name for name in expected | found if expected.get(name) != found.get(name))
-        raise ValueError(f"'{path}': '{name}' has shape {found.get(name)}, the config needs {expected.get(name)}")
+    if (difference := first_difference(shapes, expected)) is not None:
+        raise ValueError(f"'{path}': {difference}")
 
     def take(keys: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        return arrays.pop(_name(keys)).astype(leaf.dtype, copy=False)  # nothing is held twice
+        # Popped, so that an array that is widened is not held in both dtypes.
+        return arrays.pop(_name(keys)).astype(leaf.dtype, copy=False)
 
     return jax.tree_util.tree_map_with_path(take, template)
 
 
 def fingerprint(variables: dict[str, Any]) -> str:
-    """16 hexadecimal digits that depend on every name, shape and value of the variables."""
+    """Hash of every name, shape and value of the variables: 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, leaf in sorted(named_leaves(variables)):
         digest.update(f"{name}{leaf.shape}".encode())
-        digest.update(np.ascontiguousarray(leaf, np.float32))
+        digest.update(np.ascontiguousarray(leaf, np.float32).data)
     return digest.hexdigest()[:16]
 
 
 def named_leaves(tree: Any) -> list[tuple[str, Any]]:
     """Leaves of a tree with their names, joined by "/"."""
     return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def first_difference(shapes: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    """The first array, by name, whose shape differs from the expected one, as a message; None where all agree."""
+    for name in sorted(shapes | expected):
+        if shapes.get(name) != expected.get(name):
+            return f"'{name}' has shape {shapes.get(name)}, the config needs {expected.get(name)}"
+    return None
 
 
 def _name(path: Any) -> str:

@@ -1,13 +1,16 @@
-"""The states of a run on disk: saved in the background, sealed with checksums, restored from the newest that is whole.
-
-Orbax writes; a checkpoint counts once its manifest stands beside what Orbax has moved into place.
+"""Checkpoints of a run: saved in the background, sealed with checksums, restored from the newest whole one.
 
     checkpoints/<step>/  params, ema_params, model_state, discriminator, training (optimizers, step, key),
                          host (data position ...), manifest.json
     best/<step>/         weights of the best evaluation, with loop.keep_best or early stopping
-    damaged/             what a resume passed over
-    amended.json         what the host learnt after the newest of them
-    */.sealing-<step>    this one is being written; where no manifest follows, it never counts
+    damaged/             checkpoints that a resume skipped
+    amended.json         host record that replaces the one in the newest checkpoint
+    */.sealing-<step>    marker of a checkpoint that is being written
+
+Orbax writes a checkpoint and moves it into place, but keeps no checksums. So each is sealed afterwards: a marker is
+created before Orbax starts; when Orbax is done, a thread writes and syncs the manifest, deletes the marker, and only
+then deletes the checkpoints that the new one replaces. A crash in between leaves a marker without a manifest: such a
+checkpoint never counts and is deleted at the next start.
 """
 
 import contextlib
@@ -24,8 +27,8 @@ import jax
 import numpy as np
 
 from rq_jax.checkpoint import manifest
-from rq_jax.checkpoint.model_dir import named_leaves
-from rq_jax.files import write_atomic
+from rq_jax.checkpoint.model_dir import first_difference, named_leaves
+from rq_jax.files import write_atomic, write_json
 
 CHECKPOINTS, BEST, DAMAGED, AMENDED = "checkpoints", "best", "damaged", "amended.json"
 DISCRIMINATOR = "discriminator"
@@ -39,46 +42,55 @@ class SaveFailed(OSError):
 
 
 class Checkpointer:
-    """Saves and restores the states of one run directory; used as a context manager, it waits for pending saves."""
+    """Saves and restores the states of one run directory; as a context manager it waits for pending saves.
+
+    States and best weights are two stores with an Orbax manager each: retention is by store, and the best weights must
+    outlive the checkpoint of the same step.
+    """
 
     def __init__(self, directory: str | os.PathLike, keep: int = 1, keep_every: int = 0, strict: bool = False):
-        """Keep the newest `keep` checkpoints and every multiple of `keep_every` steps (0: none), and the one best.
+        """Open the stores of a run directory.
 
         Args:
           directory: of the run.
-          keep: at least 1; an older checkpoint goes only after a newer one is whole.
-          keep_every: in steps.
-          strict: stop at a damaged checkpoint instead of going on from the one before.
+          keep: number of newest checkpoints to keep, at least 1; an older one is deleted when a newer one is sealed.
+          keep_every: also keep the checkpoints at multiples of this many steps; 0 keeps none of them.
+          strict: raise at a damaged checkpoint instead of resuming from the one before.
         """
         self._root, self._strict = Path(directory).absolute(), strict
-        self._store, self._best_store = _Store(self._root / CHECKPOINTS, keep, keep_every), None
+        self._store = _Store(self._root / CHECKPOINTS, keep, keep_every)
+        self._best_store: _Store | None = None
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint, or None; one that is being written is waited for."""
+        """Step of the newest checkpoint, or None; waits for a pending save."""
         self._store.join()
         return max(steps_of(self._store.directory), default=None)
 
     def save(self, state: Any, host: dict[str, Any]) -> None:
-        """Start to save a `TrainState` under its step, with what the host knows (JSON). No-op if it is there.
+        """Start to save a `TrainState` under its step; no-op if that checkpoint exists.
 
-        What goes wrong in the background is logged; the checkpoints before stay, and the next save tries again.
+        A save that fails in the background is logged; earlier checkpoints stay, and the next save tries again.
+
+        Args:
+          state: to save.
+          host: host-side record of the run, JSON-able: data position, evaluation history.
         """
         import orbax.checkpoint as ocp
 
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                (self._root / AMENDED).unlink(missing_ok=True)  # it was of the checkpoint before
+                (self._root / AMENDED).unlink(missing_ok=True)  # belongs to the previous checkpoint
         self._store.save(int(state.step), {**_saving(split(state)), "host": ocp.args.JsonSave(host)})
 
     def amend(self, step: int, host: dict[str, Any]) -> None:
-        """Note what the host has learnt since `step` was saved: `restore` gives it in the place of what was saved.
+        """Replace the host record of the checkpoint of `step`, for `restore`.
 
-        On a full disk nothing is noted, and is found out again after the next start.
+        A full disk is ignored: the run then works the record out again after a restart.
         """
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
-                write_atomic(self._root / AMENDED, json.dumps({"step": step, "host": host}).encode())
+                write_json(self._root / AMENDED, {"step": step, "host": host}, indent=None)
 
     def _amended(self, step: int) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -88,29 +100,34 @@ class Checkpointer:
         return {}
 
     def save_best(self, state: Any) -> bool:
-        """Save the weights alone as the best so far, and wait for that: whether they are on disk, on every process."""
+        """Save the weights alone as the best so far and wait; returns whether every process has them on disk."""
         if self._best_store is None:
             self._best_store = _Store(self._root / BEST, 1)
         step = int(state.step)
         self._best_store.join()
-        # A step that is not above the newest would be passed over: one that a killed run left behind stayed the best.
+        # Orbax skips a step that is not above the newest. A run that was killed and resumed from an earlier checkpoint
+        # may have left such a one, which would then stay the best.
         self._best_store.discard(old for old in steps_of(self._best_store.directory) if old >= step)
         items = {name: tree for name, tree in split(state).items() if name != "training"}
         self._best_store.save(step, _saving(items))
         return not self._best_store.has_failed()
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
-        """The newest whole checkpoint in the structure and shardings of `state`, and what the host knew.
+        """Restore the newest whole checkpoint; damaged ones above it are moved aside with a warning.
 
-        Damaged ones that are newer are put aside, with a warning.
+        Args:
+          state: gives structure, shapes and shardings.
+
+        Returns:
+          (state, host record).
 
         Raises:
-          ValueError: the checkpoint has other arrays than `state`; or it is damaged, and so are all before it, or
-            `strict` is set.
+          ValueError: names or shapes differ from those of `state`; or all checkpoints are damaged, or, with `strict`,
+            the newest.
         """
         import orbax.checkpoint as ocp
 
-        step, items = self._find_whole(), split(state)
+        step, items = self._newest_whole(), split(state)
         hint = "go on with the config that the run was started with or give a new --workdir"
         check_fits(self._store.directory / str(step), items, hint)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
@@ -119,25 +136,26 @@ class Checkpointer:
         training = trees.pop("training")
         return state.replace(**training, **trees), {**restored["host"], **self._amended(step)}
 
-    def _find_whole(self) -> int:
-        """The newest whole checkpoint, the same on every host; what is damaged above it is moved away."""
-        steps, first = sorted(steps_of(self._store.directory), reverse=True), jax.process_index() == 0
-        found = newest_whole(self._store.directory, self._strict) if first else None
-        found = _of_first_process(-1 if found is None else found)
-        found = None if found < 0 else found
-        if found is None:
+    def _newest_whole(self) -> int:
+        """Step of the newest whole checkpoint, the same on every process; moves the damaged ones above it aside."""
+        directory, is_first = self._store.directory, jax.process_index() == 0
+        steps = sorted(steps_of(directory), reverse=True)
+        # One process verifies and the others follow: each might see another state of a network file system.
+        newest = newest_whole(directory, self._strict) if is_first else None
+        newest = _of_first_process(-1 if newest is None else newest)
+        if newest < 0:
             raise ValueError(
-                f"'{self._store.directory}': no checkpoint is whole, of steps {steps}; restore one from a copy, "
+                f"'{directory}': no checkpoint is whole, of steps {steps}; restore one from a copy, "
                 "or give a new --workdir"
             )
-        if first:
-            for step in (step for step in steps if step > found):
-                _move_into(self._store.directory / str(step), self._root / DAMAGED)
+        if is_first:
+            for step in (step for step in steps if step > newest):
+                _move_into(directory / str(step), self._root / DAMAGED)
         self._store.manager.reload()
-        return found
+        return newest
 
     def wait(self) -> None:
-        """Until the last checkpoint is on disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
           SaveFailed: it could not be written.
@@ -165,13 +183,13 @@ class Checkpointer:
 
 
 class _Store:
-    """Checkpoints of one directory: one at a time is written, sealed, and then makes older ones superfluous."""
+    """Checkpoints of one directory, written and sealed one at a time."""
 
     def __init__(self, directory: Path, keep: int, keep_every: int = 0):
         self.directory, self._keep, self._keep_every = directory, keep, keep_every
         self.failed: tuple[int, BaseException] | None = None
         self._thread: threading.Thread | None = None
-        if jax.process_index() == 0:  # before the manager, at whose opening the processes meet
+        if jax.process_index() == 0:  # before the manager opens, where all processes synchronise
             for path in directory.glob(f"{_DELETING}*"):
                 shutil.rmtree(path, ignore_errors=True)
             self._drop_unsealed()
@@ -180,11 +198,11 @@ class _Store:
     def _open(self) -> Any:
         import orbax.checkpoint as ocp
 
-        # Deleting is ours: Orbax does not know which checkpoints are sealed.
+        # Retention is done here: Orbax does not know which checkpoints are sealed.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True, cleanup_tmp_directories=True)
         manager = ocp.CheckpointManager(self.directory, options=options)
-        # Orbax would ask JAX about a signal with the number of the step, where a run counts how often it has asked
-        # (`hosts.Stop`): processes stop together only where all numbers are of one count.
+        # Orbax would pass step numbers to JAX's preemption sync point, `training.signals` passes a count of polls.
+        # Processes stop together only if all of them pass numbers of one sequence, so Orbax must not ask.
         manager.reached_preemption = lambda step: False
         return manager
 
@@ -195,21 +213,21 @@ class _Store:
         if _of_first_process(step in steps_of(self.directory)):
             return
         try:
-            if has_failed:  # its manager still holds the failure
+            if has_failed:  # an Orbax manager raises its failure again at the next save
                 self.close()
                 self.manager = self._open()
             self.failed = None
             if jax.process_index() == 0:
-                (self.directory / f"{_SEALING}{step}").touch()
+                write_atomic(self.directory / f"{_SEALING}{step}", b"")
             self.manager.save(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # Orbax tells of disks in many ways
+        except Exception as error:  # Orbax raises several types for a failing disk
             self._fail(step, error)
             return
         self._thread = threading.Thread(target=self._seal, args=(step,), name=f"seal-{step}")
         self._thread.start()
 
     def has_failed(self) -> bool:
-        """Whether the last save failed for any process; waits for it, and for the other processes."""
+        """Whether the last save failed on any process; waits for the save and for the other processes."""
         self.join()
         if jax.process_count() == 1:
             return self.failed is not None
@@ -218,14 +236,14 @@ class _Store:
         return bool(np.any(multihost_utils.process_allgather(np.bool_(self.failed is not None))))
 
     def _seal(self, step: int) -> None:
-        """When a checkpoint is written: checksums, then room."""
+        """Wait for Orbax, write the manifest, delete the checkpoints that this one replaces; runs in a thread."""
         try:
             self.manager.wait_until_finished()
             if jax.process_index() == 0:
                 manifest.write(self.directory / str(step))
                 (self.directory / f"{_SEALING}{step}").unlink()
                 self._make_room()
-        except Exception as error:  # whatever it is, the training thread must hear of it
+        except Exception as error:  # an exception of a thread is lost; the next save reports this one
             self._fail(step, error)
 
     def _fail(self, step: int, error: BaseException) -> None:
@@ -240,7 +258,7 @@ class _Store:
         )  # fmt: skip
 
     def _drop_unsealed(self) -> None:
-        """Delete what a save that failed or was killed left behind; it keeps a full disk full."""
+        """Delete what failed or killed saves left, which would keep a full disk full."""
         for marker in self.directory.glob(f"{_SEALING}*"):
             path = self.directory / marker.name.removeprefix(_SEALING)
             if path.exists() and not (path / manifest.MANIFEST).exists():
@@ -248,16 +266,16 @@ class _Store:
             marker.unlink()
 
     def _make_room(self) -> None:
-        """Delete what the policy does not keep; only sealed checkpoints count as kept."""
-        is_sealed = lambda step: (self.directory / str(step) / manifest.MANIFEST).exists()  # noqa: E731
-        sealed = [step for step in steps_of(self.directory) if is_sealed(step)]
-        kept = set(sealed[-self._keep :])
+        """Delete the sealed checkpoints that the policy does not keep; unsealed ones do not count towards it."""
+        steps = steps_of(self.directory)
+        sealed = [step for step in steps if (self.directory / str(step) / manifest.MANIFEST).exists()]
+        retained = set(sealed[-self._keep :])
         if self._keep_every:
-            kept |= {step for step in sealed if step % self._keep_every == 0}
-        self.discard(step for step in sealed if step not in kept)
+            retained |= {step for step in sealed if step % self._keep_every == 0}
+        self.discard(step for step in sealed if step not in retained)
 
     def discard(self, steps: Iterator[int]) -> None:
-        """Delete checkpoints; one that is half deleted has another name."""
+        """Delete checkpoints, renamed first: one that is half deleted must not pass for a checkpoint."""
         for step in list(steps):
             if jax.process_index() == 0:
                 doomed = self.directory / f"{_DELETING}{step}"
@@ -266,7 +284,7 @@ class _Store:
         self.manager.reload()
 
     def join(self) -> None:
-        """Until the save in the background has ended, well or not."""
+        """Wait until the pending save has ended, well or not."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -278,7 +296,7 @@ class _Store:
 
 
 def steps_of(directory: Path) -> list[int]:
-    """The checkpoints in a directory, in order, but for those that are being written or deleted."""
+    """Steps of the checkpoints in a directory, ascending, without those that are being written or deleted."""
 
     def is_written(path: Path) -> bool:
         return (path / manifest.MANIFEST).exists() or not path.with_name(f"{_SEALING}{path.name}").exists()
@@ -287,17 +305,17 @@ def steps_of(directory: Path) -> list[int]:
 
 
 def newest_whole(directory: Path, strict: bool = False) -> int | None:
-    """The newest step whose files are as they were written, None where there is none.
+    """Newest step whose files agree with their manifest; None if there is none.
 
     Raises:
-      ValueError: with `strict`, at the first that is damaged.
+      ValueError: the newest is damaged, and `strict` is set.
     """
     for step in reversed(steps_of(directory)):
-        found = manifest.problems(directory / str(step))
-        if not found:
+        problems = manifest.problems(directory / str(step))
+        if not problems:
             return step
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        message = f"'{directory / str(step)}' is damaged: {found[0]}{more}"
+        more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
+        message = f"'{directory / str(step)}' is damaged: {problems[0]}{more}"
         if strict:
             raise ValueError(f"{message}; restore it from a copy, or leave out --strict to go on from the one before")
         logger.warning("%s; going on from the checkpoint before", message)
@@ -305,7 +323,7 @@ def newest_whole(directory: Path, strict: bool = False) -> int | None:
 
 
 def _of_first_process(value: int) -> int:
-    """What the first process says, on every process."""
+    """Broadcast the value of the first process to every process."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -314,7 +332,7 @@ def _of_first_process(value: int) -> int:
 
 
 def split(state: Any) -> dict[str, Any]:
-    """The items of a checkpoint; what is empty is no item."""
+    """Split a `TrainState` into the items of a checkpoint; empty trees are left out."""
     fields = {name: getattr(state, name) for name in ("params", "ema_params", "model_state", DISCRIMINATOR)}
     training = {name: getattr(state, name) for name in ("step", "opt_state", "rng", "skipped_steps")}
     if state.discriminator_opt_state is not None:
@@ -323,7 +341,12 @@ def split(state: Any) -> dict[str, Any]:
 
 
 def check_fits(path: Path, items: dict[str, Any], hint: str) -> None:
-    """Refuse a checkpoint with other arrays than the trees of `items`; the hint says what to do.
+    """Check that a checkpoint has the names and shapes of the trees of `items`.
+
+    Args:
+      path: of the checkpoint.
+      items: name -> tree, as `split` gives.
+      hint: the fix, which ends the message.
 
     Raises:
       ValueError: naming the array and both shapes.
@@ -332,23 +355,19 @@ def check_fits(path: Path, items: dict[str, Any], hint: str) -> None:
 
     handler = ocp.StandardCheckpointHandler()
     for item, tree in items.items():
-        expected = shapes_of(tree)
-        found = shapes_of(handler.metadata(path / item).tree) if (path / item).is_dir() else {}
-        if expected != found:
-            name = min(name for name in expected | found if expected.get(name) != found.get(name))
-            raise ValueError(
-                f"'{path}': '{item}/{name}' has shape {found.get(name)}, the config needs {expected.get(name)}; {hint}"
-            )
+        shapes = shapes_of(handler.metadata(path / item).tree, f"{item}/") if (path / item).is_dir() else {}
+        if (difference := first_difference(shapes, shapes_of(tree, f"{item}/"))) is not None:
+            raise ValueError(f"'{path}': {difference}; {hint}")
 
 
-def shapes_of(tree: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the leaves of a tree; keys are saved as their numbers."""
+def shapes_of(tree: Any, prefix: str = "") -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves of a tree, by name; random keys count as the integers they are saved as."""
 
     def shape(leaf: Any) -> tuple[int, ...]:
         is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
         return jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
 
-    return {name: shape(leaf) for name, leaf in named_leaves(tree)}
+    return {f"{prefix}{name}": shape(leaf) for name, leaf in named_leaves(tree)}
 
 
 def _saving(items: dict[str, Any]) -> dict[str, Any]:
@@ -358,7 +377,7 @@ def _saving(items: dict[str, Any]) -> dict[str, Any]:
 
 
 def _move_into(path: Path, directory: Path) -> None:
-    """Move a directory aside under a name of its own."""
+    """Move a directory into another, under a name that is free there."""
     directory.mkdir(exist_ok=True)
     number = 0
     while (target := directory / f"{path.name}{f'-{number}' if number else ''}").exists():

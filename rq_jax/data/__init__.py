@@ -1,4 +1,4 @@
-"""Data: TFDS builders and sources, transforms, captions, grain pipelines, a cache of computed features."""
+"""Image datasets: sources, transforms, captions, batches with exact resume, and a cache of computed features."""
 
 import importlib
 

@@ -44,7 +44,7 @@ def from_arrays(
       ValueError: a wrong shape, type, range or length, or settings out of range.
     """
     if not 0.0 <= flip_probability <= 1.0:
-        raise ValueError(f"flip_probability={flip_probability}: must be in [0, 1]")
+        raise ValueError(f"flip_probability: {flip_probability} is outside [0, 1]")
     images, validation_images = _check_images("images", images), _check_images("validation_images", validation_images)
     if images.shape[1:] != validation_images.shape[1:]:
         shapes = f"{validation_images.shape[1:]} an image, but images has {images.shape[1:]}"

@@ -1,4 +1,4 @@
-"""Features of a whole data set, computed once: a directory of .npy files and a data set that reads them."""
+"""Cache of the features of a dataset: a directory of .npy files, and a dataset that reads them."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rq_jax.data.pipeline import Batch, Dataset
+from rq_jax.files import write_json
 from rq_jax.report.progress import Progress
 
 _META = "meta.json"
@@ -24,19 +25,18 @@ def write_cache(
     """Write batches to a cache directory, which appears when it is whole and replaces an older cache.
 
     Args:
-      directory: where the cache is to be.
-      batches: dicts of arrays with a common leading axis, stored with the dtype they have. "latents" is
-        (B,V,...), V augmented views of each example; everything else is (B,...). Rows with a false "mask"
-        (B,) are left out.
-      meta: what the cache was made from, JSON-able, with the entry "fingerprint"; may hold "class_names",
-        "vocab_size" and "text_length" for the data set.
-      num_examples: rows to expect, for the progress bar.
+      directory: of the cache.
+      batches: dicts of arrays with a common leading axis, stored in their dtypes. "latents" is (B,V,...), V augmented
+        views of each example; everything else is (B,...). Rows whose "mask" (B,) is False are left out.
+      meta: JSON-able origin of the cache, with the entry "fingerprint"; may hold "class_names", "vocab_size" and
+        "text_length" for the dataset.
+      num_examples: expected rows, for the progress bar.
 
     Returns:
       The directory.
 
     Raises:
-      FileExistsError: something that is not a cache is in the way.
+      FileExistsError: the directory exists and is not a cache.
       ValueError: no batch, or batches that do not match.
     """
     directory = Path(directory).expanduser()
@@ -44,6 +44,8 @@ def write_cache(
         raise ValueError(f"cache meta has no 'fingerprint': its entries are {', '.join(meta) or '(none)'}")
     if directory.exists() and not (directory / _META).is_file():
         raise FileExistsError(f"{str(directory)!r} exists and is not a cache: choose another place or remove it")
+    # One name for all attempts, so that the next one reclaims the room that a killed one took. Nothing follows a link:
+    # mkdir refuses one that stands there.
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -64,7 +66,7 @@ def write_cache(
     if not columns:
         raise ValueError(f"no batches for the cache {str(directory)!r}")
     shapes = {key: column.close() for key, column in columns.items()}
-    (partial / _META).write_text(json.dumps({**meta, "format": _FORMAT, "shapes": shapes}, indent=1))
+    write_json(partial / _META, {**meta, "format": _FORMAT, "shapes": shapes})
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(partial, directory)
     return directory
@@ -78,9 +80,9 @@ def read_meta(directory: str | os.PathLike) -> dict | None:
 
 
 class CacheDataset(Dataset):
-    """The batches of a cache: endless and shuffled with one view drawn per example, or in order with view 0.
+    """Batches of a cache: endless and shuffled with a random view of each example, or in order with view 0.
 
-    Batches hold the arrays of the cache, "latents" without its axis of views.
+    Batches hold the arrays of the cache, "latents" without the axis of views.
     """
 
     def __init__(
@@ -96,16 +98,16 @@ class CacheDataset(Dataset):
         """Open a cache.
 
         Args:
-          directory: what `write_cache` wrote.
+          directory: written by `write_cache`.
           batch_size: of all shards together.
           train: endless and shuffled, or once through.
           seed: of order and views, in [0, 2**32).
-          shard_index: this process among `shard_count` that each read their part of every batch.
-          shard_count: how many processes read.
+          shard_index: this process among the `shard_count` that each read their part of every batch.
+          shard_count: number of reading processes.
           num_threads: reading threads.
 
         Raises:
-          FileNotFoundError: no whole cache is there.
+          FileNotFoundError: no whole cache of this format.
           ValueError: a value out of range.
         """
         meta = read_meta(directory)
@@ -129,7 +131,7 @@ class CacheDataset(Dataset):
 
 
 class _CacheSource:
-    """The rows of a cache, read from disk as they are asked for."""
+    """Rows of a cache, memory-mapped."""
 
     damaged: frozenset[int] = frozenset()
 
@@ -151,7 +153,11 @@ def _choose_view(example: Batch, rng: np.random.Generator | None = None) -> Batc
 
 
 class _Column:
-    """A .npy file that grows by rows; its header leaves room for the final count, which `close` fills in."""
+    """A .npy file that grows by rows.
+
+    The number of rows stands in the header, which is written first and again on closing. NumPy pads headers to a
+    multiple of 64 bytes with room for a growing first axis, so the second one has the same length.
+    """
 
     def __init__(self, path: Path, first: np.ndarray):
         self._dtype, self._row_shape, self._rows = first.dtype, first.shape[1:], 0

@@ -1,8 +1,8 @@
-"""Folders of pictures and LSUN's lmdb, written once as ArrayRecord: a prepared data set like any other.
+"""Conversion of image folders and of LSUN's lmdb to a prepared TFDS dataset in ArrayRecord.
 
     <data_dir>/<name>/1.0.0/dataset_info.json, features.json, <name>-<split>.array_record-00000-of-00012 ...
 
-A file is written beside its place and moved there when it is whole: an interrupted call goes on where it was.
+Each file appears when it is whole, so an interrupted conversion resumes at the first missing file.
 """
 
 import hashlib
@@ -14,38 +14,41 @@ from typing import Any, Protocol
 
 from rq_jax.data.sources import FolderRecords
 from rq_jax.data.tfrecord import make_example
-from rq_jax.files import RunLock, write_atomic
+from rq_jax.files import RunLock, atomic_path, write_json
 from rq_jax.report.progress import Progress
 
 VERSION = "1.0.0"
-PLAN = ".plan.json"  # of the call that began a set
-PICTURES_PER_FILE = 10_000
+PLAN = ".plan.json"  # settings of the call that began a dataset
+IMAGES_PER_FILE = 10_000
 LSUN_SPLITS = {"train": "train", "val": "validation"}
 _SPLITS = ("train", "validation")
 
 
-class Pictures(Protocol):
-    """Encoded pictures of one split, read in order."""
+class Images(Protocol):
+    """Encoded images of one split, read in order.
+
+    May have `names`, a checksum of the names of the images in their order, by which a resumed conversion notices that
+    the source changed.
+    """
 
     class_names: tuple[str, ...] | None
     has_text: bool
-    # May have `names`, a checksum of what the pictures are called in their order: it says whether they are the same.
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> Iterator[tuple[bytes, int | None, str | None]]:
-        """Picture, label and caption of these."""
+        """Image, label and caption of images start..stop."""
 
 
-class FolderPictures:
-    """A split of a folder of pictures, as `data.name='folder'` sees it."""
+class FolderImages:
+    """A split of an image folder, as `data.name='folder'` reads it."""
 
     def __init__(self, directory: Path, split: str, labels: bool, text: bool):
         keys = "folder" if labels else None, "txt" if text else None
         self._records = FolderRecords(directory, split, *keys)
         self.class_names, self.has_text = self._records.class_names, text
-        places = (Path(self._records.locate(i)).relative_to(self._records.root) for i in range(len(self)))
-        self.names = _checksum(place.as_posix().encode() for place in places)
+        paths = (Path(self._records.locate(i)).relative_to(self._records.root) for i in range(len(self)))
+        self.names = _checksum(path.as_posix().encode() for path in paths)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -55,8 +58,8 @@ class FolderPictures:
             yield self._records.read(index)
 
 
-class LmdbPictures:
-    """A category of LSUN as its authors give it: a directory with data.mdb, key to WebP."""
+class LmdbImages:
+    """A category of LSUN as published: a directory with data.mdb, key -> WebP."""
 
     class_names, has_text = None, False
 
@@ -85,128 +88,141 @@ class LmdbPictures:
                 yield transaction.get(key), None, None
 
 
-def open_folder(source: str | os.PathLike) -> dict[str, FolderPictures]:
-    """The splits of a folder; labels and captions are taken where every picture has one.
+def open_folder(source: str | os.PathLike) -> dict[str, FolderImages]:
+    """Open the splits of a folder, with labels if every image has one, and with captions if every image has one.
 
     Raises:
-      FileNotFoundError: no such folder, or no pictures in it.
+      FileNotFoundError: no such folder, or no images in it.
     """
     directory = Path(source).expanduser()
 
-    def open_split(split: str, labels: bool = False, text: bool = False) -> FolderPictures | None:
+    def open_split(split: str, labels: bool = False, text: bool = False) -> FolderImages | None:
         try:
-            return FolderPictures(directory, split, labels, text)
+            return FolderImages(directory, split, labels, text)
         except FileNotFoundError:
             if split == "train" and not text:
                 raise
-            return None  # nothing is held out, or a caption is missing
+            return None  # an empty validation split, or a missing caption
 
-    there = [split for split in _SPLITS if open_split(split) is not None]
+    splits = [split for split in _SPLITS if open_split(split) is not None]
 
     def has(**keys: bool) -> bool:
         try:
-            return all(open_split(split, **keys) is not None for split in there)
-        except ValueError:  # a picture outside of the folders of classes
+            return all(open_split(split, **keys) is not None for split in splits)
+        except ValueError:  # an image outside the class folders
             return False
 
     labels, text = has(labels=True), has(text=True)
-    return {split: FolderPictures(directory, split, labels, text) for split in there}
+    return {split: FolderImages(directory, split, labels, text) for split in splits}
 
 
-def open_lsun(source: str | os.PathLike) -> dict[str, LmdbPictures]:
-    """The splits of an LSUN category: `<source>_train_lmdb` and `<source>_val_lmdb`, or one such directory.
+def open_lsun(source: str | os.PathLike) -> dict[str, LmdbImages]:
+    """Open the splits of an LSUN category: `<source>_train_lmdb` and `<source>_val_lmdb`, or one such directory.
 
     Raises:
-      FileNotFoundError: none of them is there.
-      ModuleNotFoundError: without the package lmdb.
+      FileNotFoundError: neither exists.
+      ModuleNotFoundError: the package lmdb is not installed.
     """
     path = Path(source).expanduser()
-    found = {}
-    for theirs, ours in LSUN_SPLITS.items():
-        for directory in (path.parent / f"{path.name}_{theirs}_lmdb", path):
-            if directory.is_dir() and directory.name.endswith(f"_{theirs}_lmdb"):
-                found[ours] = LmdbPictures(directory)
+    splits = {}
+    for lsun_split, split in LSUN_SPLITS.items():
+        for directory in (path.parent / f"{path.name}_{lsun_split}_lmdb", path):
+            if directory.is_dir() and directory.name.endswith(f"_{lsun_split}_lmdb"):
+                splits[split] = LmdbImages(directory)
                 break
-    if not found:
+    if not splits:
         raise FileNotFoundError(
             f"--source: neither '{path}_train_lmdb' nor '{path}_val_lmdb' is there; give their common beginning"
         )
-    return found
+    return splits
 
 
 def write(
-    splits: Mapping[str, Pictures],
+    splits: Mapping[str, Images],
     name: str,
     data_dir: str | os.PathLike,
-    pictures_per_file: int = PICTURES_PER_FILE,
+    pictures_per_file: int = IMAGES_PER_FILE,
 ) -> Path:
-    """Write a prepared data set, or what is missing of it.
+    """Write a prepared dataset, or the files of it that are missing.
 
     Args:
-      splits: name -> pictures.
-      name: of the data set, "<name>" or "<name>/<config>".
-      data_dir: directory of TFDS data sets.
-      pictures_per_file: at least 1; the same in every call for one set.
+      splits: split name -> images.
+      name: of the dataset, "<name>" or "<name>/<config>".
+      data_dir: directory of TFDS datasets.
+      pictures_per_file: images in a file, at least 1; the same in every call for one dataset.
 
     Returns:
-      The directory of the set: open it by `name` and `data_dir`.
+      Directory of the dataset: open it by `name` and `data_dir`.
 
     Raises:
       ValueError: a name or number out of range, or files of an earlier call with other settings.
     """
-    import tensorflow_datasets as tfds
-    from array_record.python.array_record_module import ArrayRecordWriter
-
     if pictures_per_file < 1:
         raise ValueError(f"--pictures_per_file: {pictures_per_file} must be at least 1")
     if not all(part.isidentifier() and part == part.lower() for part in name.split("/")) or name.count("/") > 1:
-        raise ValueError(f"--name: '{name}' is no name of a data set; use small letters, digits and _, as in my_faces")
+        raise ValueError(f"--name: '{name}' is no dataset name; use small letters, digits and _, as in my_faces")
     target, base = Path(data_dir).expanduser() / name / VERSION, name.partition("/")[0]
-    counts = {split: len(pictures) for split, pictures in splits.items()}
-    plan = {split: _ranges(count, pictures_per_file) for split, count in counts.items()}
-    files = {
-        split: [target / f"{base}-{split}.array_record-{i:05d}-of-{len(ranges):05d}" for i in range(len(ranges))]
-        for split, ranges in plan.items()
-    }
+    counts = {split: len(images) for split, images in splits.items()}
+    ranges = {split: _ranges(count, pictures_per_file) for split, count in counts.items()}
     first = next(iter(splits.values()))
-    kinds = {"classes": first.class_names, "captions": first.has_text}
-    names = {split: pictures.names for split, pictures in splits.items() if hasattr(pictures, "names")}
-    kinds |= {"names": names} if len(names) == len(splits) else {}
-    bytes_of = dict.fromkeys(splits, 0)
-    lock = RunLock(target, "--name", "another --name")
-    with lock, Progress(sum(counts.values()), unit="picture", title=name) as progress:
-        _check_earlier(target, {"pictures": counts, "pictures_per_file": pictures_per_file, **kinds})
-        for split, pictures in splits.items():
-            for path, (start, stop) in zip(files[split], plan[split], strict=True):
-                if not path.exists():
-                    unfinished = path.with_name(f".writing-{path.name}")
-                    writer = ArrayRecordWriter(str(unfinished), "group_size:1")
-                    for picture in pictures.read(start, stop):
-                        writer.write(make_example(_features(*picture)))
-                        progress.update(1)
-                    writer.close()
-                    os.rename(unfinished, path)
-                else:
-                    progress.update(stop - start)
-                bytes_of[split] += path.stat().st_size
+    plan = {
+        "pictures": counts, "pictures_per_file": pictures_per_file, "classes": first.class_names,
+        "captions": first.has_text,
+    }  # fmt: skip
+    if all(hasattr(images, "names") for images in splits.values()):
+        plan["names"] = {split: images.names for split, images in splits.items()}
+    with (
+        RunLock(target, "--name", "another --name"),
+        Progress(sum(counts.values()), unit="image", title=name) as progress,
+    ):
+        _check_plan(target, plan)
+        for rest in target.glob(".*.partial"):  # of a call that was killed
+            rest.unlink()
+        for split, images in splits.items():
+            for i, (start, stop) in enumerate(ranges[split]):
+                path = target / f"{base}-{split}.array_record-{i:05d}-of-{len(ranges[split]):05d}"
+                _write_file(path, images, start, stop, progress)
+    _write_metadata(target, base, first, ranges)
+    return target
+
+
+def _write_file(path: Path, images: Images, start: int, stop: int, progress: Progress) -> None:
+    """Write images start..stop as one ArrayRecord file, unless an earlier call did."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    if path.exists():
+        progress.update(stop - start)
+        return
+    with atomic_path(path) as partial:
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
+        for image in images.read(start, stop):
+            writer.write(make_example(_features(*image)))
+            progress.update(1)
+        writer.close()
+
+
+def _write_metadata(target: Path, base: str, first: Images, ranges: Mapping[str, list[tuple[int, int]]]) -> None:
+    """Write dataset_info.json and features.json, which make the files a prepared dataset."""
+    import tensorflow_datasets as tfds
+
+    split_infos = [
+        tfds.core.SplitInfo(
+            name=split,
+            shard_lengths=[stop - start for start, stop in parts],
+            num_bytes=sum(path.stat().st_size for path in target.glob(f"{base}-{split}.array_record-*")),
+            filename_template=tfds.core.ShardedFileTemplate(
+                data_dir=target, dataset_name=base, split=split, filetype_suffix="array_record",
+                template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            ),
+        )
+        for split, parts in ranges.items()
+    ]  # fmt: skip
     tfds.folder_dataset.write_metadata(
         data_dir=target,
-        features=tfds.features.FeaturesDict(_describe(first)),
-        split_infos=[
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=[stop - start for start, stop in plan[split]],
-                num_bytes=bytes_of[split],
-                filename_template=tfds.core.ShardedFileTemplate(
-                    data_dir=target, dataset_name=base, split=split, filetype_suffix="array_record",
-                    template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
-                ),
-            )
-            for split in splits
-        ],
+        features=tfds.features.FeaturesDict(_tfds_features(first)),
+        split_infos=split_infos,
         check_data=False,
-    )  # fmt: skip
-    return target
+    )
 
 
 def _checksum(names: Iterable[bytes]) -> str:
@@ -220,38 +236,38 @@ def _ranges(count: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _check_earlier(target: Path, plan: dict[str, Any]) -> None:
-    """Note what is about to be written, or refuse to mix it with something else."""
+def _check_plan(target: Path, plan: dict[str, Any]) -> None:
+    """Record the plan of a dataset, or check that it is the one of the call that began it."""
     path, plan = target / PLAN, json.loads(json.dumps(plan))
     earlier = json.loads(path.read_text()) if path.exists() else {}
     if name := next((name for name in plan if name in earlier and earlier[name] != plan[name]), None):
         if name == "names":
             raise ValueError(
-                f"--source: its pictures are others than when '{target}' was begun; delete that, or choose another "
-                "--name"
+                f"--source: its images differ from those with which '{target}' was begun; delete that, or choose "
+                "another --name"
             )
         raise ValueError(
             f"--data_dir: '{target}' was begun with {name} {earlier.get(name)}, not {plan[name]}; delete it, or choose "
             "another --name"
         )
-    write_atomic(path, json.dumps(plan).encode())
+    write_json(path, plan, indent=None)
 
 
 def _features(image: bytes, label: int | None, text: str | None) -> dict[str, Any]:
-    found: dict[str, Any] = {"image": image}
+    features: dict[str, Any] = {"image": image}
     if label is not None:
-        found["label"] = label
+        features["label"] = label
     if text is not None:
-        found["caption"] = text.encode()
-    return found
+        features["caption"] = text.encode()
+    return features
 
 
-def _describe(pictures: Pictures) -> dict[str, Any]:
+def _tfds_features(images: Images) -> dict[str, Any]:
     import tensorflow_datasets as tfds
 
     features: dict[str, Any] = {"image": tfds.features.Image(shape=(None, None, 3))}
-    if pictures.class_names is not None:
-        features["label"] = tfds.features.ClassLabel(names=list(pictures.class_names))
-    if pictures.has_text:
+    if images.class_names is not None:
+        features["label"] = tfds.features.ClassLabel(names=list(images.class_names))
+    if images.has_text:
         features["caption"] = tfds.features.Text()
     return features

@@ -1,9 +1,9 @@
-"""Where data sets lie."""
+"""Default location of datasets."""
 
 import os
 from pathlib import Path
 
 
 def default_data_dir() -> Path:
-    """Where the bundled set lives: `$RQ_JAX_DATA` if set, else `~/.cache/rq_jax`."""
+    """Directory of the bundled dataset: `$RQ_JAX_DATA` if set, else `~/.cache/rq_jax`."""
     return Path(os.environ.get("RQ_JAX_DATA") or Path.home() / ".cache" / "rq_jax").expanduser()

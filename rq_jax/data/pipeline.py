@@ -1,4 +1,4 @@
-"""From a source of examples to batches of numpy arrays: endless and shuffled, or once through in order."""
+"""Batches of NumPy arrays from a source of examples: endless and shuffled, or once through in order."""
 
 import copy
 from collections.abc import Callable, Iterator, Sequence, Set
@@ -10,7 +10,7 @@ Batch = dict[str, np.ndarray]
 
 
 class Source(Protocol):
-    """Random access to examples; `damaged` holds the positions found unreadable, where others stand in."""
+    """Random access to examples; `damaged` holds the positions that turned out unreadable and have stand-ins."""
 
     damaged: Set[int]
 
@@ -22,17 +22,16 @@ class Source(Protocol):
 class Dataset:
     """Batches of one split.
 
-    Training: endless, reshuffled every epoch. The order and every random draw depend on the seed and the
-    position in the stream alone, never on threads, workers or shards: step k of a run sees the same examples
-    on any number of hosts. Evaluation: once through, in order; the last batch is padded, and "mask" marks
-    what counts.
+    Training: endless, reshuffled every epoch. The order and every random draw depend on the seed and the position in
+    the stream alone, never on threads, workers or shards: step k of a run sees the same examples on any number of
+    hosts. Evaluation: once through in order; the last batch is padded, and "mask" is False for padding and stand-ins.
 
     Attributes:
-      num_examples: examples in the split.
-      steps_per_epoch: batches in one pass: rounded down for training (at least 1), up for evaluation.
-      class_names: what the labels stand for; None without labels.
-      num_classes: how many there are; None without labels.
-      vocab_size: token ids of the captions; None without captions.
+      num_examples: of the split.
+      steps_per_epoch: batches in one pass, rounded down in training (at least 1), up in evaluation.
+      class_names: by class number; None without classes.
+      num_classes: None without classes.
+      vocab_size: number of token ids of the captions; None without captions.
       text_length: U, tokens of a caption; None without captions.
     """
 
@@ -55,13 +54,15 @@ class Dataset:
     ):
         """Args as `make_dataset`; the transforms make the arrays of one example, without the batch axis."""
         if not 0 <= shard_index < shard_count:
-            raise ValueError(f"shard_index={shard_index}: must be in [0, {shard_count}), the number of shards")
+            raise ValueError(f"shard_index: {shard_index} is outside 0..{shard_count - 1}, the shards of a batch")
         if batch_size < 1 or batch_size % shard_count:
-            raise ValueError(f"batch_size={batch_size}: must be a positive multiple of the {shard_count} shards")
-        if num_threads < 1 or num_workers < 0:
-            raise ValueError(f"num_threads={num_threads}, num_workers={num_workers}: at least 1 thread, 0 workers")
+            raise ValueError(f"data.batch_size: {batch_size} must be a positive multiple of {shard_count}, the shards")
+        if num_threads < 1:
+            raise ValueError(f"data.num_threads: {num_threads} must be at least 1")
+        if num_workers < 0:
+            raise ValueError(f"data.num_workers: {num_workers} must be at least 0")
         if not 0 <= seed < 2**32:
-            raise ValueError(f"seed={seed}: must be in [0, 2**32)")
+            raise ValueError(f"seed: {seed} is outside [0, 2**32)")
         self.source, self.train, self.batch_size = source, train, batch_size
         self.num_examples = len(source)
         self.class_names = tuple(class_names) if class_names is not None else None
@@ -88,7 +89,7 @@ class Dataset:
         return dataset
 
     def examples(self, indices: Sequence[int]) -> Batch:
-        """The examples at these positions of the source as one batch, through the evaluation transform."""
+        """Read the examples at these positions as one batch, with the evaluation transform."""
         return _stack([self._eval_transform(self.source[index]) for index in indices])
 
     def _training_batches(self):
@@ -96,9 +97,10 @@ class Dataset:
 
         stream = grain.MapDataset.source(self.source).shuffle(seed=self._seed).repeat()
         stream = stream.random_map(self._train_transform, seed=self._seed)
-        # An endless stream drops nothing; but its length would be rounded up beyond what len() can say.
+        # drop_remainder drops nothing of an endless stream; without it grain rounds the length up beyond sys.maxsize.
         stream = stream.batch(self.batch_size // self._shard_count, drop_remainder=True, batch_fn=_stack)
-        # Sharded last, so that the draws know nothing of shards; the parts of all, in order, are the batch.
+        # Sharded after the draws, which so do not depend on shards. Batches are of one shard's size, and shard i takes
+        # every shard_count-th from i on: the parts of one step, in the order of the shards, are the global batch.
         return stream[self._shard_index :: self._shard_count]
 
     def _evaluation_batches(self):
@@ -107,31 +109,31 @@ class Dataset:
         return grain.MapDataset.range(self.steps_per_epoch).map(self._evaluation_batch)
 
     def _evaluation_batch(self, step: int) -> Batch:
-        """This shard's part of global batch `step`: the parts of all shards, in order, are the batch."""
+        """This shard's part of global batch `step`; the parts in the order of the shards are the batch."""
         size = self.batch_size // self._shard_count
         positions = step * self.batch_size + self._shard_index * size + np.arange(size)
         batch = self.examples(np.minimum(positions, self.num_examples - 1))
-        # What stands in for a damaged picture has its own turn.
+        # Of a damaged image the stand-in does not count: it has its own turn.
         damaged = np.isin(positions, list(self.source.damaged))
         return {**batch, "mask": (positions < self.num_examples) & ~damaged}
 
     def _prefetched(self, batches) -> Iterator[Batch]:
         import grain
 
-        # A thread makes a whole batch, so these bound the memory: a batch per thread and one to hand out.
+        # Each thread builds a whole batch, so this bounds the memory to a batch per thread and one to hand out.
         options = grain.ReadOptions(num_threads=self._num_threads, prefetch_buffer_size=self._num_threads + 1)
         stream = batches.to_iter_dataset(options)
         if self.train and self._num_workers:
             from absl import flags
 
-            if not flags.FLAGS.is_parsed():  # outside an absl app; grain's workers read flags
+            if not flags.FLAGS.is_parsed():  # outside an absl app; grain's workers read absl flags
                 flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._num_workers))
         return iter(stream)
 
 
 class BatchIterator:
-    """Batches, and a position that can be saved: from there a new process goes on bit for bit."""
+    """Iterator over batches whose position can be saved; a new process resumes from it bit for bit."""
 
     def __init__(self, batches, prefetched: Callable[..., Iterator[Batch]]):
         self._batches, self._prefetched = batches, prefetched
@@ -149,18 +151,18 @@ class BatchIterator:
         return batch
 
     def get_state(self) -> dict[str, int]:
-        """The position, as something that JSON can hold."""
+        """The position in the stream, JSON-able."""
         return {"next_batch": self._position}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Go on from a position that `get_state` gave, under any number of threads, workers or shards."""
+        """Move to a position that `get_state` returned, under any number of threads, workers or shards."""
         if not isinstance(state.get("next_batch"), int):
-            raise ValueError(f"data state {state!r}: expected {{'next_batch': <int>}}")
+            raise ValueError(f"data state: {state!r} is not allowed; give {{'next_batch': <int>}}")
         self.close()
         self._position = state["next_batch"]
 
     def close(self) -> None:
-        """Stop the threads and worker processes; the next batch would start them again."""
+        """Stop the threads and worker processes; asking for a batch starts them again."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None

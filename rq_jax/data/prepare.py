@@ -1,7 +1,7 @@
-"""Prepare data sets.
+"""Prepare datasets.
 
-python -m rq_jax.data.prepare twemoji                                                 # the bundled pictures
-python -m rq_jax.data.prepare folder --source=~/ffhq --name=ffhq --data_dir=~/data    # any folder of pictures
+python -m rq_jax.data.prepare twemoji                                                 # the bundled images
+python -m rq_jax.data.prepare folder --source=~/ffhq --name=ffhq --data_dir=~/data    # any folder of images
 python -m rq_jax.data.prepare lsun --source=~/lsun/church_outdoor --name=lsun/church_outdoor --data_dir=~/data
 """
 
@@ -16,10 +16,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m rq_jax.data.prepare", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("kind", help="twemoji (72x72) or twemoji/256, bundled; folder or lsun, to be written as ArrayRecord")
-    add("--data_dir", help="directory of data sets; default $RQ_JAX_DATA or ~/.cache/rq_jax")
-    add("--source", help="the folder of pictures, or the beginning of LSUN's <category>_train_lmdb")
-    add("--name", help="of the new data set: give it as data.name")
-    add("--pictures_per_file", type=int, default=10_000)
+    add("--data_dir", help="directory of datasets; default $RQ_JAX_DATA or ~/.cache/rq_jax")
+    add("--source", help="the image folder, or the beginning of LSUN's <category>_train_lmdb")
+    add("--name", help="of the new dataset, later given as data.name")
+    add("--pictures_per_file", type=int, default=10_000, help="images in a file of the dataset")
     options = parser.parse_args(arguments)
     try:
         if options.kind not in ("folder", "lsun"):
@@ -33,7 +33,12 @@ def main(arguments: list[str] | None = None) -> None:
         splits = (convert.open_folder if options.kind == "folder" else convert.open_lsun)(options.source)
         data_dir = options.data_dir or default_data_dir()
         print(convert.write(splits, options.name, data_dir, options.pictures_per_file))
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:  # ArrayRecord tells of full disks so
+    except (
+        ValueError,
+        OSError,
+        RuntimeError,
+        ModuleNotFoundError,
+    ) as error:  # RuntimeError: array_record's, for a full disk
         parser.error(" ".join(str(error).split()))
 
 

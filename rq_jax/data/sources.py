@@ -1,4 +1,4 @@
-"""Where pictures come from: prepared TFDS data sets and folders, by index, without TensorFlow."""
+"""Sources of images: prepared TFDS datasets and folders, with random access, without TensorFlow."""
 
 import errno
 import hashlib
@@ -20,21 +20,21 @@ _CACHE_BYTES = 2**29
 
 
 class Records(Protocol):
-    """Random access to encoded pictures."""
+    """Random access to encoded images."""
 
     class_names: tuple[str, ...] | None
 
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[bytes, int | None, str | None]:
-        """The encoded picture, its label and its caption; None where the set was opened without them."""
+        """Encoded image, label and caption; label and caption are None if the dataset was opened without them."""
 
     def locate(self, index: int) -> str:
-        """What to call this record in a message."""
+        """Name of a record for messages."""
 
 
 class TfdsRecords:
-    """One split of a prepared TFDS data set, stored as ArrayRecord or as TFRecord."""
+    """One split of a prepared TFDS dataset, stored as ArrayRecord or as TFRecord."""
 
     def __init__(self, builder, split: str, label_key: str | None, text_key: str | None):
         import tensorflow_datasets as tfds
@@ -45,7 +45,9 @@ class TfdsRecords:
         labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
         texts = list(_texts(features))
         if not images:
-            raise ValueError(f"data set {self.name} has no Image feature: its features are {', '.join(features)}")
+            raise ValueError(
+                f"data.name: dataset '{self.name}' has no Image feature; its features are {', '.join(features)}"
+            )
         self.image_key = "image" if "image" in images else images[0]
         self.label_key = _check_key("label_key", label_key, labels, self.name)
         self.text_key = _check_key("text_key", text_key, texts, self.name)
@@ -54,18 +56,19 @@ class TfdsRecords:
             builder.info.splits[split]
         except (KeyError, ValueError) as error:
             splits = ", ".join(builder.info.splits)
-            raise ValueError(f"unknown split {split!r} of data set {self.name}: choose one of {splits}") from error
+            raise ValueError(f"split: '{split}' is unknown in dataset '{self.name}'; allowed are {splits}") from error
         if builder.info.file_format == tfds.core.file_adapters.FileFormat.TFRECORD:
             files = builder.info.splits[split].file_instructions
             self._data = TfRecords([Part(os.fspath(f.filename), f.skip, f.take) for f in files])
             return
-        decoders = {self.image_key: tfds.decode.SkipDecoding()}  # decoded here, where damage can be handled
+        # TFDS hands out encoded images: a decoding error inside it would end the run.
+        decoders = {self.image_key: tfds.decode.SkipDecoding()}
         try:
             self._data = builder.as_data_source(split, decoders=decoders)
         except NotImplementedError as error:
             raise ValueError(
-                f"data set {self.name} is not stored as array_record, so it has no random access, nor as tfrecord: "
-                "prepare it with download_and_prepare(file_format='array_record')"
+                f"data.name: dataset '{self.name}' is stored as neither array_record nor tfrecord, so it has no random "
+                "access; prepare it with download_and_prepare(file_format='array_record')"
             ) from error
 
     def __len__(self) -> int:
@@ -74,64 +77,66 @@ class TfdsRecords:
     def read(self, index: int) -> tuple[bytes, int | None, str | None]:
         try:
             record = self._data[index]
-        except (RuntimeError, IndexError) as error:  # how array_record tells of files that are missing or damaged
+        except (RuntimeError, IndexError) as error:  # array_record's, for missing or damaged files
             raise ValueError(f"cannot read: {error}") from error
         try:
             label = int(record[self.label_key]) if self.label_key else None
             return record[self.image_key], label, _first_text(record, self.text_key) if self.text_key else None
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"the record is not as the data set's features say: {error!r}") from error
+            raise ValueError(f"the record does not match the features of the dataset: {error!r}") from error
 
     def locate(self, index: int) -> str:
         return f"example {index} of {self.name}, split {self.split}"
 
 
 class FolderRecords:
-    """Every picture below a directory, in sorted order.
+    """The images below a directory, in sorted order.
 
-    Splits are the subfolders `train` and `validation` where there is one of them; otherwise a tenth of the
-    files, chosen by a hash of their relative path, is `validation`. The split `all` is every picture, and one
-    that ends in `.txt` is a file with a picture in each line: its path below the directory, or its name alone
-    where no other has it. A label is the first folder below the split (label_key="folder"), a caption the
-    `.txt` beside the picture (text_key="txt").
+    Splits are the subfolders `train` and `validation` if one of them exists; otherwise `validation` is a tenth of the
+    files, chosen by a hash of the relative path, so that new images move no old one between the splits. The split `all`
+    is every image. A split that ends in `.txt` is a file with one image a line: its path below the directory, or its
+    file name if that is unique. The label is the first folder below the split (label_key="folder"), the caption the
+    `.txt` beside the image (text_key="txt").
     """
 
     def __init__(self, data_dir: str | os.PathLike | None, split: str, label_key: str | None, text_key: str | None):
         if data_dir is None:
-            raise ValueError("data_dir is missing: name='folder' needs the directory of the pictures")
+            raise ValueError("data.data_dir: unset, but data.name 'folder' needs the directory of the images; set it")
         self.root = Path(data_dir).expanduser()
         if not self.root.is_dir():
-            raise FileNotFoundError(f"no folder of pictures at data_dir={str(self.root)!r}")
+            raise FileNotFoundError(f"data.data_dir: '{self.root}' is no directory; give the folder of the images")
         self.label_key = _check_key("label_key", label_key, ["folder"], "folder")
         self.text_key = _check_key("text_key", text_key, ["txt"], "folder")
-        is_list = split.endswith(".txt")
-        if split not in (*_SPLITS, "all") and not is_list:
-            allowed = f"{', '.join(_SPLITS)}, all, or a .txt file of names"
-            raise ValueError(f"unknown split {split!r} of a folder: choose one of {allowed}")
-        paths = _list_pictures(self.root)
+        paths = _list_images(self.root)
         if not paths:
-            raise FileNotFoundError(f"no pictures below {str(self.root)!r}: looked for {' '.join(_SUFFIXES)}")
+            suffixes = " ".join(_SUFFIXES)
+            raise FileNotFoundError(f"data.data_dir: '{self.root}' holds no images; their names end in {suffixes}")
         has_folders = any((self.root / name).is_dir() for name in _SPLITS)
-        if is_list:
-            self._paths = _listed(Path(split).expanduser(), self.root, paths)
-        else:
-            self._paths = [path for path in paths if split in ("all", _folder_split(path, has_folders))]
-        if not self._paths:
-            raise FileNotFoundError(f"split {split!r} of {str(self.root)!r} is empty: {len(paths)} pictures in all")
+        self._paths = _split_paths(split, self.root, paths, has_folders)
         self.class_names = None
         if label_key:
+            # Over all splits, so that a class has the same number in each of them.
             self._classes = {path: self._class_of(path, has_folders) for path in paths}
             self.class_names = tuple(sorted(set(self._classes.values())))
             self._labels = {name: label for label, name in enumerate(self.class_names)}
         if text_key:
-            for path in self._paths:
-                if not (self.root / path).with_suffix(".txt").is_file():
-                    raise FileNotFoundError(f"no caption beside {str(self.root / path)!r}: text_key='txt' needs one")
+            self._check_captions()
+
+    def _check_captions(self) -> None:
+        for path in self._paths:
+            if not (self.root / path).with_suffix(".txt").is_file():
+                file = str(self.root / path)
+                raise FileNotFoundError(
+                    f"data.text_key: 'txt' needs a caption beside '{file}'; add it, or leave it unset"
+                )
 
     def _class_of(self, path: Path, has_folders: bool) -> str:
         folders = path.parts[1:-1] if has_folders and path.parts[0] in _SPLITS else path.parts[:-1]
         if not folders:
-            raise ValueError(f"{str(self.root / path)!r} is in no class folder: label_key='folder' needs one")
+            file = str(self.root / path)
+            raise ValueError(
+                f"data.label_key: 'folder' needs a class folder around '{file}'; move it, or leave it unset"
+            )
         return folders[0]
 
     def __len__(self) -> int:
@@ -149,18 +154,22 @@ class FolderRecords:
 
 
 class ImageSource:
-    """Decoded examples of `records`, with a memory copy of small sets and a stand-in for damaged pictures.
+    """Decoded examples of `records`; small datasets stay in memory, damaged images are replaced.
 
-    A picture that cannot be read, or whose label is no class, is replaced by the next whole one, whose index the
-    example then carries, and counted; more than `max_damaged` different ones are an error. Each worker process counts
-    its own.
+    The stand-in of an image that cannot be read, or whose label is out of range, is the next undamaged one. It carries
+    its own index, by which evaluation masks it out: it has its own turn. Which image stands in depends on the files
+    alone, so a resumed run and every shard see the same one.
+
+    Attributes:
+      damaged: indices of the damaged images met so far; more than `max_damaged` are an error. Each worker process
+        counts its own.
     """
 
     def __init__(self, records: Records, channels: int = 3, max_damaged: int = 100):
         if channels not in (1, 3):
-            raise ValueError(f"channels={channels}: pictures are read with 1 (grey) or 3 (RGB)")
+            raise ValueError(f"data.channels: {channels} is not allowed; give 1 (grey) or 3 (RGB)")
         if len(records) == 0:
-            raise ValueError("the data set is empty")
+            raise ValueError("data.name: the split holds no examples; give another")
         self.records, self.channels, self.max_damaged = records, channels, max_damaged
         self.damaged: set[int] = set()
         self._last_damage = ""
@@ -170,11 +179,11 @@ class ImageSource:
         return len(self.records)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_cache": {}}  # a worker process fills its own
+        return {**self.__dict__, "_cache": {}}  # each worker process fills its own
 
     def __getitem__(self, index: int) -> dict:
-        """{"image": uint8 (H,W,C), "index": int, "label": int or None, "text": str or None}."""
-        index = int(index) % len(self)  # grain counts on through the epochs
+        """Decode an example: {"image": uint8 (H,W,C), "index": int, "label": int or None, "text": str or None}."""
+        index = int(index) % len(self)  # in an endless stream grain's indices grow beyond the dataset
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             if candidate in self._cache:
@@ -184,14 +193,16 @@ class ImageSource:
                     return self._load(candidate)
                 except (OSError, ValueError) as error:
                     if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                        raise  # too many open files say nothing of this one
+                        raise  # too many open files: the process is at fault, not this image
                     self.damaged.add(candidate)
                     self._last_damage = f"{self.records.locate(candidate)}: {error}"
-                    logging.getLogger(__name__).warning("damaged picture %s", self._last_damage)
+                    logging.getLogger(__name__).warning("damaged image %s", self._last_damage)
             if len(self.damaged) > self.max_damaged:
-                limit = f"max_damaged={self.max_damaged}"
-                raise ValueError(f"more than {limit} damaged pictures; the last is {self._last_damage}")
-        raise ValueError(f"all {len(self)} pictures are damaged; the last is {self._last_damage}")
+                raise ValueError(
+                    f"data.max_damaged: more than {self.max_damaged} images are damaged; repair them or raise the "
+                    f"limit; the last is {self._last_damage}"
+                )
+        raise ValueError(f"data.name: all {len(self)} images are damaged; the last is {self._last_damage}")
 
     def _load(self, index: int) -> dict:
         encoded, label, text = self.records.read(index)
@@ -215,12 +226,12 @@ def open_records(
     label_key: str | None = None,
     text_key: str | None = None,
 ) -> Records:
-    """Open one split of a data set.
+    """Open one split of a dataset.
 
     Args:
-      name: "twemoji" or "twemoji/256" (made on first use), "folder", or the name of a prepared TFDS data set.
-      split: a split of it; TFDS slices such as "train[:50%]" too. Of a folder also a .txt file of names.
-      data_dir: the folder of pictures, or the directory of TFDS data sets; None is the default place of each.
+      name: "twemoji" or "twemoji/256" (built on first use), "folder", or the name of a prepared TFDS dataset.
+      split: a split of it, or a TFDS slice such as "train[:50%]"; of a folder also a .txt file of names.
+      data_dir: the image folder, or the directory of TFDS datasets; None is the default of each.
       label_key: a ClassLabel feature, or "folder"; None for no labels.
       text_key: a Text feature, or "txt"; None for no captions. Of several texts, as "captions/text" of
         COCO, the first.
@@ -229,7 +240,7 @@ def open_records(
       The records.
 
     Raises:
-      FileNotFoundError: no such folder or prepared data set, or nothing in it.
+      FileNotFoundError: no such folder or prepared dataset, or nothing in it.
       ValueError: an unknown split or key.
     """
     if name == "folder":
@@ -244,22 +255,22 @@ def open_records(
 
 
 def decode_image(encoded: bytes, channels: int) -> np.ndarray:
-    """Decode a picture: upright, transparent parts white, 16 bits cut to 8.
+    """Decode an image: upright, on white where transparent, 16 bits reduced to 8.
 
     Args:
-      encoded: a file of any format that Pillow reads.
+      encoded: content of a file in any format that Pillow reads.
       channels: 1 for grey, 3 for RGB.
 
     Returns:
       uint8 (H,W,channels).
 
     Raises:
-      ValueError: the bytes are not a whole picture.
+      ValueError: the bytes are not a whole image.
     """
     from PIL import Image, ImageOps
 
     try:
-        # Differs from kakaobrain/rq-vae-transformer, whose loader leaves turned photographs turned.
+        # Differs from kakaobrain/rq-vae-transformer, whose loader ignores the EXIF orientation.
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(encoded)))
         if image.mode.startswith("I"):  # 16 bits; Pillow would clip them to 8
             image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) >> 8).astype(np.uint8))
@@ -269,7 +280,7 @@ def decode_image(encoded: bytes, channels: int) -> np.ndarray:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         pixels = np.asarray(image.convert("RGB" if channels == 3 else "L"))
-    except Exception as error:  # decoders raise nearly anything for bytes that they cannot read
+    except Exception as error:  # decoders raise nearly any type for damaged bytes
         raise ValueError(f"cannot decode: {error}") from error
     return pixels.reshape(*pixels.shape[:2], channels)
 
@@ -286,11 +297,11 @@ def _tfds_builder(name: str, data_dir: str | os.PathLike | None):
         AssertionError,
     ) as error:  # no such name, config or version
         raise FileNotFoundError(
-            f"unknown data set {name!r}: it is not prepared in {where}, and neither 'twemoji' nor 'folder'"
+            f"data.name: '{name}' is unknown; allowed are twemoji, folder and the datasets prepared in {where}"
         ) from error
     if not builder.is_prepared():
         raise FileNotFoundError(
-            f"data set {name!r} is not prepared in {where}: call its builder's "
+            f"data.name: '{name}' is not prepared in {where}; call its builder's "
             "download_and_prepare(file_format='array_record') first"
         )
     return builder
@@ -298,43 +309,59 @@ def _tfds_builder(name: str, data_dir: str | os.PathLike | None):
 
 def _check_key(what: str, key: str | None, allowed: list[str], name: str) -> str | None:
     if key is not None and key not in allowed:
-        raise ValueError(f"unknown {what}={key!r} of data set {name!r}: choose one of {', '.join(allowed) or '(none)'}")
+        names = ", ".join(allowed) or "(none)"
+        raise ValueError(f"data.{what}: '{key}' is unknown in dataset '{name}'; allowed are {names}")
     return key
 
 
-def _list_pictures(root: Path) -> list[Path]:
-    """Relative paths of all pictures below `root`, sorted; links to folders are followed, unless they lead back."""
-    found = []
-    for folder, below, files in os.walk(root, followlinks=True):
+def _list_images(root: Path) -> list[Path]:
+    """Relative paths of all images below `root`, sorted; follows links to folders except into a folder around them."""
+    images = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
         base = Path(folder).relative_to(root)
         outer = {os.path.realpath(each) for each in (folder, *(root / each for each in base.parents))}
-        below[:] = [name for name in below if os.path.realpath(os.path.join(folder, name)) not in outer]
-        found.extend(base / file for file in files if file.lower().endswith(_SUFFIXES))
-    return sorted(found)
+        # In place: os.walk descends into what is left in the list.
+        subfolders[:] = [name for name in subfolders if os.path.realpath(os.path.join(folder, name)) not in outer]
+        images.extend(base / file for file in files if file.lower().endswith(_SUFFIXES))
+    return sorted(images)
 
 
-def _listed(file: Path, root: Path, paths: list[Path]) -> list[Path]:
-    """The pictures that a file names, in its order."""
+def _split_paths(split: str, root: Path, paths: list[Path], has_folders: bool) -> list[Path]:
+    """Those of the paths that belong to a split."""
+    if split.endswith(".txt"):
+        chosen = _listed_paths(Path(split).expanduser(), root, paths)
+    elif split in (*_SPLITS, "all"):
+        chosen = [path for path in paths if split in ("all", _folder_split(path, has_folders))]
+    else:
+        allowed = f"{', '.join(_SPLITS)}, all, or a .txt file of names"
+        raise ValueError(f"split: '{split}' is unknown in a folder; allowed are {allowed}")
+    if not chosen:
+        raise FileNotFoundError(f"split: '{split}' of '{root}' is empty; it holds {len(paths)} images in all")
+    return chosen
+
+
+def _listed_paths(file: Path, root: Path, paths: list[Path]) -> list[Path]:
+    """The images that a file names, in its order."""
     if not file.is_file():
-        raise FileNotFoundError(f"no file of names at split={str(file)!r}")
+        raise FileNotFoundError(f"split: '{file}' is no file; give a .txt file with one image name a line")
     known, by_name = set(paths), {}
     for path in paths:
         by_name.setdefault(path.name, []).append(path)
-    found = []
+    listed = []
     for name in file.read_text(encoding="utf-8").split("\n"):
         if name := name.strip():
             candidates = [Path(name)] if Path(name) in known else by_name.get(name, [])
             if len(candidates) != 1:
                 raise FileNotFoundError(
-                    f"{name!r} of {str(file)!r} is {len(candidates)} of the {len(paths)} pictures below {str(root)!r}, "
-                    "not one: list paths as seen from there"
+                    f"split: '{name}' in '{file}' names {len(candidates)} of the {len(paths)} images below '{root}', "
+                    "not one; list paths relative to that directory"
                 )
-            found += candidates
-    return found
+            listed += candidates
+    return listed
 
 
 def _texts(features: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Names of the texts of a TFDS data set, "captions/text" for one inside of another feature."""
+    """Names of the Text features of a TFDS dataset, "captions/text" for one inside another feature."""
     import tensorflow_datasets as tfds
 
     if isinstance(features, tfds.features.Text):
@@ -347,7 +374,7 @@ def _texts(features: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def _first_text(record: Mapping[str, Any], key: str) -> str:
-    """A text, or the first one of several."""
+    """The text of a record, or the first of several."""
     name = key
     while name not in record:
         outer, _, name = name.partition("/")

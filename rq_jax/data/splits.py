@@ -144,19 +144,19 @@ def _check_transforms(
     image_size: int | tuple[int, int], train_transform: str, eval_transform: str, flip_probability: float
 ) -> tuple[int, int]:
     """Check the settings of the image transforms; returns (height, width)."""
-    if train_transform not in TRANSFORMS:
-        raise ValueError(f"unknown train_transform={train_transform!r}: choose one of {', '.join(TRANSFORMS)}")
-    if eval_transform not in DETERMINISTIC:
-        raise ValueError(f"unknown eval_transform={eval_transform!r}: choose one of {', '.join(DETERMINISTIC)}")
+    transforms = {"train_transform": (train_transform, TRANSFORMS), "eval_transform": (eval_transform, DETERMINISTIC)}
+    for setting, (name, allowed) in transforms.items():
+        if name not in allowed:
+            raise ValueError(f"data.{setting}: '{name}' is unknown; allowed are {', '.join(allowed)}")
     if not 0.0 <= flip_probability <= 1.0:
-        raise ValueError(f"flip_probability={flip_probability}: must be in [0, 1]")
+        raise ValueError(f"data.flip_probability: {flip_probability} is outside [0, 1]")
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"image_size={image_size}: must be a positive side in pixels or (height, width)")
+        raise ValueError(f"data.image_size: {image_size} is not allowed; give a positive side or (height, width)")
     return size
 
 
 def _open_tokenizer(text_key: str, path: str | os.PathLike | None, length: int | None, dropout: float) -> Tokenizer:
     if path is None:
-        raise ValueError(f"text_tokenizer is missing: text_key={text_key!r} needs a tokenizer file")
+        raise ValueError(f"data.text_tokenizer: unset, but data.text_key '{text_key}' needs a tokenizer file; set it")
     return load_tokenizer(path, length, dropout)

@@ -1,6 +1,6 @@
-"""Captions to token ids: byte-pair encoding over lower-cased words, as the text-to-image models use.
+"""Text tokenizer: byte-pair encoding of lower-cased words, as the published text-to-image models use it.
 
-Train one on the captions of a data set:
+Train one on the captions of a dataset:
 `python -m rq_jax.data.text --name=twemoji --text_key=caption --vocab_size=1024 --out=tokenizer.json`.
 """
 
@@ -12,17 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
+from rq_jax.files import atomic_path
+
 PAD, UNKNOWN = "[PAD]", "[UNK]"
 _WORD_END = "</w>"
 
 
 class Tokenizer:
-    """Lower-cased text to a fixed number of ids: cut or padded with 0 on the right; no start or end.
+    """Maps lower-cased text to a fixed number of ids, truncated or padded with 0 on the right; no start or end ids.
 
     Attributes:
       length: U, the number of ids of every text.
-      dropout: the probability with which a merge is left out, used only where a random generator is given.
-      vocab_size: the number of ids.
+      dropout: probability of leaving out a merge, used only with a random generator.
+      vocab_size: number of ids.
     """
 
     def __init__(self, bpe, length: int, dropout: float = 0.0):
@@ -36,11 +38,11 @@ class Tokenizer:
         """Encode texts.
 
         Args:
-          texts: n of them.
-          rng: draws the dropped merges; None keeps every merge.
+          texts: n texts.
+          rng: draws the dropped merges; None drops none.
 
         Returns:
-          int32 (n, U), 0 where there is no text.
+          int32 (n, U), padded with 0.
         """
         tokens = np.zeros((len(texts), self.length), np.int32)
         for row, text in zip(tokens, texts, strict=True):
@@ -53,21 +55,22 @@ class Tokenizer:
         return tokens
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The (lower-cased) text of one row of ids, without padding."""
+        """Lower-cased text of one row of ids, without padding."""
         words = "".join(self._bpe.id_to_token(int(token)) or "" for token in tokens if token != self._ids[PAD])
         return words.replace(_WORD_END, " ").strip()
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write it as a `tokenizer.json` that `load_tokenizer` reads, whatever files it came from."""
-        self._bpe.save(str(path))
+        """Write a `tokenizer.json` for `load_tokenizer`, whatever files the tokenizer came from."""
+        with atomic_path(path) as partial:
+            self._bpe.save(str(partial))
 
     def _encode_with_dropout(self, text: str, rng: np.random.Generator) -> list[int]:
-        # The library draws its own dropout from a generator that cannot be seeded: resume would not be exact.
+        # The library's own dropout draws from a generator that cannot be seeded: resume would not be exact.
         symbols = [symbol for word in _words(self._bpe, text) for symbol in self._merge(word, rng)]
         return [self._ids.get(symbol, self._ids[UNKNOWN]) for symbol in symbols]
 
     def _merge(self, word: str, rng: np.random.Generator) -> list[str]:
-        """BPE-dropout (Provilkov et al. 2020, algorithm 1): every step may leave out each possible merge."""
+        """BPE-dropout (Provilkov et al. 2020, algorithm 1): each step drops each possible merge at random."""
         symbols = [*word[:-1], word[-1] + _WORD_END]
         while True:
             ranked = ((self._ranks.get(pair), i) for i, pair in enumerate(zip(symbols, symbols[1:], strict=False)))
@@ -82,30 +85,32 @@ def load_tokenizer(path: str | os.PathLike, length: int, dropout: float = 0.0) -
     """Load a byte-pair tokenizer.
 
     Args:
-      path: a `tokenizer.json` that `train_tokenizer` made, or a `*-vocab.json` with `*-merges.txt` beside it.
+      path: a `tokenizer.json` of `train_tokenizer`, or a `*-vocab.json` with `*-merges.txt` beside it.
       length: U, the number of ids of every text; at least 1.
-      dropout: the probability with which a merge is left out in training, in [0, 1).
+      dropout: probability of leaving out a merge in training, in [0, 1).
 
     Returns:
       The tokenizer.
 
     Raises:
-      FileNotFoundError: a file is not there.
-      ValueError: not such a file, or an argument out of range.
+      FileNotFoundError: no such file.
+      ValueError: not a tokenizer file, or an argument out of range.
     """
     from tokenizers import Tokenizer as Bpe
     from tokenizers import models
 
     if length is None or length < 1:
-        raise ValueError(f"text_length={length}: a text needs at least 1 token")
+        raise ValueError(f"data.text_length: {length} must be at least 1")
     if not 0.0 <= dropout < 1.0:
-        raise ValueError(f"text_dropout={dropout}: must be in [0, 1)")
+        raise ValueError(f"data.text_dropout: {dropout} is outside [0, 1)")
     path = Path(path).expanduser()
     is_pair = path.name.endswith("vocab.json")
     files = [path, path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")] if is_pair else [path]
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"no tokenizer file {str(file)!r}: train one with python -m rq_jax.data.text")
+            raise FileNotFoundError(
+                f"data.text_tokenizer: '{file}' is no file; train one with python -m rq_jax.data.text"
+            )
     try:
         if is_pair:
             vocab, merges = models.BPE.read_file(*map(str, files))
@@ -113,9 +118,11 @@ def load_tokenizer(path: str | os.PathLike, length: int, dropout: float = 0.0) -
         else:
             bpe = Bpe.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{str(path)!r} is not a tokenizer file: {error}") from error
+        raise ValueError(f"data.text_tokenizer: '{path}' is not a tokenizer file: {error}") from error
     if not isinstance(bpe.model, models.BPE) or (bpe.token_to_id(PAD), bpe.token_to_id(UNKNOWN)) != (0, 1):
-        raise ValueError(f"{str(path)!r} is not a byte-pair tokenizer with {PAD} as id 0 and {UNKNOWN} as id 1")
+        raise ValueError(
+            f"data.text_tokenizer: '{path}' is not a byte-pair tokenizer with {PAD} as id 0 and {UNKNOWN} as id 1"
+        )
     return Tokenizer(bpe, length, dropout)
 
 
@@ -124,14 +131,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | os.PathLik
 
     Args:
       texts: the captions.
-      vocab_size: the most ids it may have, the two special ones included; small texts give fewer.
-      out: the `tokenizer.json` to write.
+      vocab_size: largest number of ids, the two special ones included; a small text gives fewer.
+      out: `tokenizer.json` to write.
 
     Returns:
       The number of ids.
 
     Raises:
-      ValueError: a vocabulary that cannot even hold the letters.
+      ValueError: the vocabulary cannot hold the letters alone.
     """
     from tokenizers import trainers
 
@@ -140,8 +147,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | os.PathLik
     words = {word for text in texts for word in _words(bpe, text)}
     letters = sorted({letter for word in words for letter in word[:-1]} | {word[-1] + _WORD_END for word in words})
     if len(letters) + 2 > vocab_size:
-        raise ValueError(f"vocab_size={vocab_size}: the letters alone need {len(letters) + 2}")
-    # The trainer numbers letters in no fixed order unless they are special, which they must not stay.
+        raise ValueError(f"vocab_size: {vocab_size} is too small; the letters alone need {len(letters) + 2}")
+    # The trainer numbers letters in no fixed order, except special tokens. So letters are special while it trains; they
+    # must not stay so, since a special token is never merged: the vocabulary goes into a fresh model.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, UNKNOWN, *letters],
@@ -151,9 +159,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | os.PathLik
     bpe.train_from_iterator(texts, trainer)
     vocab, merges = _vocabulary(bpe)
     bpe = _untrained(vocab=vocab, merges=merges)
-    out = Path(out).expanduser()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    bpe.save(str(out))
+    with atomic_path(Path(out).expanduser()) as partial:
+        bpe.save(str(partial))
     return bpe.get_vocab_size()
 
 
@@ -168,7 +175,7 @@ def _vocabulary(bpe) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def _untrained(**vocabulary):
-    """The text pipeline of the published models around a byte-pair model."""
+    """A byte-pair model with the text normalisation of the published models."""
     from tokenizers import Tokenizer as Bpe
     from tokenizers import models, normalizers, pre_tokenizers
 
@@ -186,11 +193,13 @@ def main(arguments: list[str] | None = None) -> None:
     from rq_jax.data.sources import open_records
 
     parser = argparse.ArgumentParser(prog="python -m rq_jax.data.text", description="Train a byte-pair tokenizer.")
-    parser.add_argument("--name", required=True, help="twemoji, folder, or a prepared TFDS data set")
+    parser.add_argument("--name", required=True, help="twemoji, folder, or a prepared TFDS dataset")
     parser.add_argument("--data_dir", help="as in config.data")
     parser.add_argument("--split", default="train", help="the split to read (default: train)")
     parser.add_argument("--text_key", required=True, help="the feature that holds the captions")
-    parser.add_argument("--vocab_size", type=int, required=True, help="the most ids, the two special ones included")
+    parser.add_argument(
+        "--vocab_size", type=int, required=True, help="largest number of ids, the two special ones included"
+    )
     parser.add_argument("--out", required=True, help="the tokenizer.json to write")
     options = parser.parse_args(arguments)
     try:

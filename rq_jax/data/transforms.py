@@ -1,7 +1,7 @@
-"""From decoded pictures to training pictures: resize, crop, flip, scale to [-1, 1].
+"""Image transforms: resize, crop, flip, scale to [-1, 1].
 
-Pillow's antialiased bilinear filter, and the same rounding of sizes and offsets as the torchvision transforms
-that the published models were trained with.
+The filter is Pillow's antialiased bilinear one; sizes and offsets are rounded as in the torchvision transforms that the
+published models were trained with.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def _center_crop(image: "Image.Image", size: Size) -> "Image.Image":
 
 
 def _resize_to_cover(image: "Image.Image", size: Size) -> "Image.Image":
-    """The smallest picture of the same aspect that covers `size`: the short side is that of a square size."""
+    """Resize to the smallest image of the same aspect that covers `size`; its short side is that of a square size."""
     height, width = size
     if image.width * height <= image.height * width:
         return _resize(image, (width * image.height // image.width, width))
@@ -52,13 +52,13 @@ def resize_random_crop(image: "Image.Image", size: Size, rng: np.random.Generato
 
 
 def resize_center_crop(image: "Image.Image", size: Size, rng: np.random.Generator | None = None) -> "Image.Image":
-    """Evaluation, and LSUN training: resize to cover `size`, then the middle."""
+    """Evaluation and LSUN training: resize to cover `size`, then crop the middle."""
     del rng
     return _center_crop(_resize_to_cover(image, size), size)
 
 
 def random_resized_crop(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
-    """FFHQ training: a crop with 75 to 100 % of the area, resized; the middle if none of that aspect fits."""
+    """FFHQ training: a random crop of 75 to 100 % of the area, resized; the middle if ten draws do not fit."""
     aspect = size[1] / size[0]
     for _ in range(10):
         area = image.height * image.width * rng.uniform(0.75, 1.0)
@@ -69,9 +69,9 @@ def random_resized_crop(image: "Image.Image", size: Size, rng: np.random.Generat
 
 
 def jittered_crop(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
-    """Text-to-image training: the largest crop near the middle, resized to at most 9/8, then a random crop.
+    """Text-to-image training: the largest crop near the middle, resized to at most 9/8 of `size`, then a random crop.
 
-    The offset of the first crop lies in [3/8, 5/8) of the slack; a picture is not enlarged beyond `size`.
+    The offset of the first crop lies in [3/8, 5/8) of the slack; an image is not enlarged beyond `size`.
     """
     height, width = _largest_crop(image, size)
     slack = image.height - height, image.width - width
@@ -82,15 +82,15 @@ def jittered_crop(image: "Image.Image", size: Size, rng: np.random.Generator) ->
 
 
 def squash(image: "Image.Image", size: Size, rng: np.random.Generator | None = None) -> "Image.Image":
-    """Text-to-image evaluation: resize to `size`, whatever the aspect."""
+    """Text-to-image evaluation: resize to `size`, ignoring the aspect."""
     del rng
     return _resize(image, size)
 
 
 def random_shift(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
-    """Small pictures that fill their frame: resize to cover `size`, widen by a sixteenth of it, then a random crop.
+    """Small images that fill their frame: resize to cover `size`, pad each side by 1/16 of it, then a random crop.
 
-    The border repeats the outermost pixels, so that the picture moves by up to 1/16 of its side and loses little.
+    The padding repeats the outermost pixels, so that an image moves by up to 1/16 of its side and loses little.
     """
     from PIL import Image
 
@@ -100,7 +100,7 @@ def random_shift(image: "Image.Image", size: Size, rng: np.random.Generator) -> 
 
 
 def _largest_crop(image: "Image.Image", size: Size) -> Size:
-    """The largest (height, width) within the picture that has the aspect of `size`."""
+    """Largest (height, width) within the image that has the aspect of `size`."""
     height, width = size
     if image.width * height <= image.height * width:
         return max(1, round(image.width * height / width)), image.width
@@ -116,12 +116,12 @@ DETERMINISTIC = ("resize_center_crop", "squash")
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-    """A named transform, a flip, and the scaling to [-1, 1].
+    """A named transform, a random flip, and the scaling to [-1, 1].
 
     Attributes:
       name: a key of `TRANSFORMS`; without a random generator one of `DETERMINISTIC`.
       size: (height, width) of the result.
-      flip_probability: how often the result is mirrored left to right, in [0, 1]; 0 without a generator.
+      flip_probability: of mirroring left to right, in [0, 1]; without a generator nothing is mirrored.
     """
 
     name: str

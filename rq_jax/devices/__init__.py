@@ -1,1 +1,1 @@
-"""Meshes, hosts, chips and their memory: the only room that knows them."""
+"""Devices: meshes and shardings, processes, memory, peak rates. No other folder knows them."""

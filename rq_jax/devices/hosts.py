@@ -1,4 +1,4 @@
-"""Several processes as one run, over JAX's own distributed runtime: who they are, and when they stop together."""
+"""Multi-process runs over JAX's distributed runtime."""
 
 import os
 import re
@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-# Environments in which JAX finds the other processes by itself, and what says that there are others.
+# Variables of the environments in which JAX finds the other processes: numbers of them, their addresses, and variables
+# that are set only where there are others.
 _COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
 _ADDRESSES = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
 _MARKS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS", "JOBSET_NAME")
@@ -18,16 +19,16 @@ def join(
     process_id: int | None = None,
     heartbeat_seconds: int = 100,
 ) -> None:
-    """Join the other processes of a run, where there are any; before anything else touches a device.
+    """Join the other processes of a run, if any; to be called before anything else touches a device.
 
-    Without arguments JAX finds them in what Slurm, Open MPI, Kubernetes (JobSet) or a TPU pod say in the environment; a
-    process that is alone needs nothing.
+    Without arguments JAX reads them from the environment of Slurm, Open MPI, Kubernetes (JobSet) or a TPU pod. A
+    single process joins nothing.
 
     Args:
       coordinator: "host:port" of process 0.
       num_processes: of the run.
-      process_id: of this one, 0..num_processes - 1.
-      heartbeat_seconds: after which the others end when one of them is gone.
+      process_id: of this process, 0..num_processes - 1.
+      heartbeat_seconds: time without a sign of a process after which the others end.
 
     Raises:
       ValueError: some of the three but not all, or a process id out of range.
@@ -49,7 +50,7 @@ def join(
 
 
 def _are_many(environment: Any) -> bool:
-    """Whether the environment tells of other processes."""
+    """Whether the environment describes several processes."""
     return (
         any(int(environment.get(name) or 1) > 1 for name in _COUNTS)
         or any("," in environment.get(name, "") for name in _ADDRESSES)

@@ -1,4 +1,4 @@
-"""Memory of devices and of the process: what a state takes, the peak, and remedies where a step does not fit."""
+"""Device and host memory: size of a state, peak use, and the error of a step that does not fit."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ import jax
 
 logger = logging.getLogger(__name__)
 
-# Fields of a state, and what they are called.
+# Fields of a `TrainState` and their names in the message.
 _PARTS = {
     "params": "parameters",
     "opt_state": "optimizer",
@@ -29,14 +29,14 @@ class OutOfMemory(MemoryError):
 
 @contextlib.contextmanager
 def explained_memory(state: Any, remedies: Sequence[str]) -> Iterator[None]:
-    """Say what takes the memory of a device where there is too little of it.
+    """Turn an out-of-memory error of a device into one line that lists the state's parts and remedies.
 
     Args:
-      state: a `TrainState`; its shapes and shardings alone are read, it may have been donated.
-      remedies: settings that need less, the cheapest first.
+      state: a `TrainState`; only shapes and shardings are read, so it may have been donated.
+      remedies: settings that need less memory, the cheapest first.
 
     Raises:
-      OutOfMemory: in the place of the error of the device.
+      OutOfMemory: in place of the device's error.
     """
     sizes = {name: device_bytes(getattr(state, name)) for name in _PARTS if getattr(state, name) is not None}
     try:
@@ -55,7 +55,7 @@ def explained_memory(state: Any, remedies: Sequence[str]) -> Iterator[None]:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays, or of shapes with shardings, on its fullest device."""
+    """Bytes per device of a tree of arrays, or of shapes with shardings."""
 
     def size(leaf: Any) -> int:
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -67,7 +67,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def peak_memory() -> dict[str, int]:
-    """The most that was in use since the process began, on its first device where the device tells, and in the host."""
+    """Peak memory in bytes since the process began: "process_peak", and "device_peak" if the device reports it."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"process_peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     stats = jax.local_devices()[0].memory_stats() or {}

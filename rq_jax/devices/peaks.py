@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Peaks(NamedTuple):
-    """What a device can do at most: operations per second by dtype, bytes per second, and who says so."""
+    """Peak rates of a device: operations per second by dtype, bytes per second, and the source of the figures."""
 
     name: str
     flops: Mapping[str, float]
@@ -14,7 +14,7 @@ class Peaks(NamedTuple):
     source: str = "table"
 
     def times(self, num_devices: int) -> "Peaks":
-        """Of so many devices together."""
+        """Peak rates of several such devices together."""
         flops = {dtype: value * num_devices for dtype, value in self.flops.items()}
         return self._replace(flops=flops, bandwidth=self.bandwidth * num_devices)
 
@@ -34,7 +34,7 @@ _DEVICES = (
 
 
 def device_peaks(device_kind: str) -> Peaks | None:
-    """Tabulated peaks of one device, by its `jax.Device.device_kind`; None where the table does not know it."""
+    """Look up the peaks of one device by its `jax.Device.device_kind`; None for an unknown one."""
     for pattern, name, bfloat16, float32, bandwidth in _DEVICES:
         if re.search(pattern, device_kind):
             return Peaks(name, {"bfloat16": bfloat16 * 1e12, "float32": float32 * 1e12}, bandwidth * 1e12)

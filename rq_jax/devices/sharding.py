@@ -1,7 +1,7 @@
-"""Devices: the only file that knows a mesh.
+"""Meshes and shardings; no other module names a mesh axis.
 
 The logical axes of a parameter are the letters at the end of its name ("up_MF" has M and F); a leading axis beyond them
-is the layer axis of a scan. `RULES` maps letters to mesh axes; what no rule names is replicated.
+is the layer axis of a scan. `RULES` maps letters to mesh axes; an axis without a rule is replicated.
 """
 
 import functools
@@ -16,8 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 # Logical axis -> mesh axes, as many as divide it: widths are split by fsdp; heads, MLP width and vocabulary by tensor.
-# Kernels of convolutions are split along their outputs alone: XLA's partitioner (jax 0.10) gives wrong gradients for
-# two convolutions in a row whose kernels are split along inputs and outputs, on a mesh of all three axes.
+# Kernels of convolutions (I inputs, O outputs) are split along their outputs only: on a mesh of all three axes XLA's
+# partitioner (jax 0.10) gives wrong gradients for two convolutions in a row whose kernels are split along both.
 RULES = {
     "M": ("fsdp",),
     "N": ("tensor",),
@@ -30,10 +30,16 @@ _SUFFIX = re.compile(r"_([A-Z0-9]+)$")
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Mesh over all devices with axes "data", "fsdp", "tensor"; one size may be -1: what the others leave.
+    """Make a mesh over all devices with axes "data", "fsdp" and "tensor".
+
+    Args:
+      data: devices along which the batch is split and parameters are replicated.
+      fsdp: devices along which batch and parameters are split.
+      tensor: devices along which heads, MLP width and vocabulary are split.
+        One of the three may be -1: the devices that the others leave.
 
     Raises:
-      ValueError: sizes that do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices.
     """
     sizes, count = {"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count()
     known = int(np.prod([size for size in sizes.values() if size != -1]))
@@ -47,7 +53,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def logical_axes(path: Any, ndim: int) -> str:
-    """Letters of a leaf's axes, "-" for those without a name."""
+    """Letters of a leaf's axes, one for each, "-" for axes without a name."""
     name = str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1]))) if path else ""
     match = _SUFFIX.search(name)
     letters = match.group(1) if match else ("IO" if name == "kernel" else "")
@@ -55,10 +61,15 @@ def logical_axes(path: Any, ndim: int) -> str:
 
 
 def state_shardings(mesh: Mesh, tree: Any, without: tuple[str, ...] = ()) -> Any:
-    """A sharding for every leaf of a tree of arrays or shapes, by `RULES`; codebooks are replicated.
+    """Shard every leaf of a tree of arrays or shapes by `RULES`; codebooks are replicated.
 
     Args:
-      without: mesh axes that split nothing.
+      mesh: from `make_mesh`.
+      tree: of arrays or shapes.
+      without: mesh axes to leave out.
+
+    Returns:
+      The tree with a `NamedSharding` in place of each leaf.
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
@@ -66,8 +77,8 @@ def state_shardings(mesh: Mesh, tree: Any, without: tuple[str, ...] = ()) -> Any
         used: set[str] = set()
         spec = []
         for letter, size in zip(logical_axes(path, leaf.ndim), leaf.shape, strict=True):
-            wanted = () if "codebook" in names else RULES.get(letter, ())
-            axes = _fitting(mesh, [axis for axis in wanted if axis not in used and axis not in without], size)
+            rule = () if "codebook" in names else RULES.get(letter, ())
+            axes = _dividing(mesh, [axis for axis in rule if axis not in used and axis not in without], size)
             spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
             used.update(axes)
         return NamedSharding(mesh, PartitionSpec(*spec))
@@ -75,8 +86,8 @@ def state_shardings(mesh: Mesh, tree: Any, without: tuple[str, ...] = ()) -> Any
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _fitting(mesh: Mesh, axes: list[str], size: int) -> tuple[str, ...]:
-    """All of these mesh axes of several devices if their product divides `size`, else the first that does alone."""
+def _dividing(mesh: Mesh, axes: list[str], size: int) -> tuple[str, ...]:
+    """The mesh axes of more than one device if their product divides `size`, else the first that divides it alone."""
     axes = [axis for axis in axes if mesh.shape[axis] > 1]
     for some in (axes, *([axis] for axis in axes)):
         if some and size % math.prod(mesh.shape[axis] for axis in some) == 0:
@@ -85,9 +96,10 @@ def _fitting(mesh: Mesh, axes: list[str], size: int) -> tuple[str, ...]:
 
 
 def gathered(mesh: Mesh, params: Any) -> Any:
-    """Parameters as convolutions use them: kernels whole along `fsdp`, which splits the batch.
+    """Gather convolution kernels along `fsdp` before their use.
 
-    Left to itself, XLA gathers the pictures in place of the kernels.
+    The axis splits both the batch and the kernels. To multiply them, one has to be gathered: without this constraint
+    XLA chooses the activations, which are far larger.
     """
 
     def gather(path: Any, leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
@@ -98,45 +110,53 @@ def gathered(mesh: Mesh, params: Any) -> Any:
 
 
 def sharded_shapes(mesh: Mesh, function: Any, *args: Any) -> Any:
-    """Shapes of what `function(*args)` returns, each with its sharding by `RULES`; nothing is computed."""
+    """Shapes of the result of `function(*args)`, each with its sharding by `RULES`; nothing is computed."""
     shapes = jax.eval_shape(function, *args)
     place = lambda shape, to: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=to)  # noqa: E731
     return jax.tree.map(place, shapes, state_shardings(mesh, shapes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis over the data and fsdp devices."""
+    """Sharding of a batch: the first axis over the data and fsdp devices."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 @functools.cache
 def batch_part(mesh: Mesh) -> tuple[int, int]:
-    """(which part of every batch this process reads, of how many): processes along `tensor` read the same one.
+    """Part of every batch that this process reads.
+
+    The batch is split into slices, one for each row of devices along `tensor`, and a process reads the slices that its
+    devices hold. A row may span several processes: then all of these hold the same slice and read the same part, so
+    there can be fewer parts than processes.
+
+    Returns:
+      (index of the part, number of parts).
 
     Raises:
-      ValueError: a process would need rows from several parts, or only some of another's.
+      ValueError: the slices of two processes overlap without being equal, or the parts are not equally large and
+        contiguous.
     """
-    places = mesh.devices.reshape(-1, mesh.shape["tensor"])  # a row of devices for each row of the batch sharding
-    held: dict[int, set[int]] = {}
-    for row, devices in enumerate(places):
+    rows = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    slices_of: dict[int, set[int]] = {}
+    for index, devices in enumerate(rows):
         for device in devices:
-            held.setdefault(device.process_index, set()).add(row)
-    parts = sorted({tuple(sorted(rows)) for rows in held.values()})
-    if [row for part in parts for row in part] != list(range(len(places))) or len({len(part) for part in parts}) > 1:
+            slices_of.setdefault(device.process_index, set()).add(index)
+    parts = sorted({tuple(sorted(slices)) for slices in slices_of.values()})
+    if [index for part in parts for index in part] != list(range(len(rows))) or len({len(part) for part in parts}) > 1:
         raise ValueError(
-            f"mesh: {dict(mesh.shape)} over {len(held)} processes gives some of them parts of a batch that overlap; "
-            "let tensor divide the devices of a process, or be a multiple of them"
+            f"mesh: {dict(mesh.shape)} over {len(slices_of)} processes gives some of them parts of a batch that "
+            "overlap; let tensor divide the devices of a process, or be a multiple of them"
         )
-    return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+    return parts.index(tuple(sorted(slices_of[jax.process_index()]))), len(parts)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Sharding of a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> None:
-    """Refuse a global batch that the mesh or the accumulation cannot split evenly.
+    """Check that mesh and gradient accumulation split the global batch evenly.
 
     Raises:
       ValueError: naming batch size, devices and accumulation.
@@ -150,7 +170,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Place a process's part of a batch (`batch_part`): the global arrays are all parts in order."""
+    """Place this process's part of a batch on its devices; the global arrays are the parts of `batch_part` in order."""
     sharding, (_, count) = batch_sharding(mesh), batch_part(mesh)
 
     def place(array: Any) -> jax.Array:

@@ -91,11 +91,11 @@ def extract_all(
     for directory, images in samples.items():
         batches = batches_of(images, data.batch_size)
         sets[f"samples {directory}"] = extract("features of samples", batches, len(images))
-    sets[TRAINING] = extract_split("of training pictures", data.training())
+    sets[TRAINING] = extract_split("features of training images", data.training())
     for directory, rebuild in reconstruct.items():
-        found = extract_split("of reconstructions", data.held_out(), rebuild=rebuild)
+        found = extract_split("features of reconstructions", data.held_out(), rebuild=rebuild)
         sets[f"reconstructions by {directory}"] = found
-    return extract_split("of held-out pictures", data.held_out()), sets
+    return extract_split("features of held-out images", data.held_out()), sets
 
 
 def make_reconstruct(loaded: LoadedModel, mesh: jax.sharding.Mesh, by_depth: bool) -> Callable[[jax.Array], jax.Array]:

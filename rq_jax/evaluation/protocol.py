@@ -118,7 +118,7 @@ def environment(root: Path) -> dict[str, Any]:
 
 
 def _git(root: Path, *args: str) -> str | None:
-    """What git says; None where there is no git or no repository."""
+    """Output of git; None where there is no git or no repository."""
     try:
         done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

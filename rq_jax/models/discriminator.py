@@ -12,6 +12,11 @@ from rq_jax.settings import checks
 MOMENTUM = 0.1
 
 
+def _channels(values_C: jax.Array) -> jax.Array:
+    """One value a channel, as it meets arrays (B, H, W, C)."""
+    return values_C[None, None, None]
+
+
 class BatchNorm(nn.Module):
     """Normalisation of each channel over batch and space, with epsilon 1e-5; statistics are float32.
 
@@ -30,12 +35,13 @@ class BatchNorm(nn.Module):
         if train:
             # Normalised by the biased variance, remembered as the unbiased one: both as torch.
             mean = x.mean(axes)
-            var = jnp.mean((x - mean) ** 2, axes)
+            var = jnp.mean((x - _channels(mean)) ** 2, axes)
             count = x.size // x.shape[-1]
             if not self.is_initializing():
                 running_mean.value += MOMENTUM * (mean - running_mean.value)
                 running_var.value += MOMENTUM * (var * count / (count - 1) - running_var.value)
-        return ((x - mean) * jax.lax.rsqrt(var + 1e-5) * scale + bias).astype(dtype)
+        rsqrt = jax.lax.rsqrt(var + 1e-5)
+        return ((x - _channels(mean)) * _channels(rsqrt) * _channels(scale) + _channels(bias)).astype(dtype)
 
 
 class ActNorm(nn.Module):
@@ -57,7 +63,7 @@ class ActNorm(nn.Module):
             self.put_variable("params", "shift", shift)
             self.put_variable("params", "scale", scale)
             initialized.value = jnp.ones_like(initialized.value)
-        return (scale * (x + shift)).astype(dtype)
+        return (_channels(scale) * (x + _channels(shift))).astype(dtype)
 
 
 class Discriminator(nn.Module):

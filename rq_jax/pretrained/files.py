@@ -1,4 +1,4 @@
-"""Files of weights: where an installed package keeps one, whether it is the right one, and its arrays."""
+"""Weight files: paths inside installed packages, digests, arrays."""
 
 import hashlib
 import importlib.util
@@ -10,16 +10,16 @@ import numpy as np
 
 
 def package_file(requirement: str, module: str, relative: str, name: str, remedy: str) -> Path:
-    """A file inside an installed package, which is found and not imported: it would import another framework.
+    """Path of a file inside an installed package, which is not imported: it would import another framework.
 
     Args:
-      requirement: what to install, such as "lpips==0.1.4".
-      module, relative: the package's name in Python, and the file inside it.
-      name: what is unset, for the message.
-      remedy: what else to do, for the message.
+      requirement: of the package, such as "lpips==0.1.4".
+      module, relative: module name of the package, and path of the file inside it.
+      name: setting that is unset, for the message.
+      remedy: alternative to installing the package, for the message.
 
     Raises:
-      FileNotFoundError: the package or the file is not there.
+      FileNotFoundError: the package is not installed, or lacks the file.
     """
     spec = importlib.util.find_spec(module)
     for directory in (spec.submodule_search_locations if spec else None) or ():
@@ -31,21 +31,32 @@ def package_file(requirement: str, module: str, relative: str, name: str, remedy
     )
 
 
-def array_of(state: Any, key: str, shape: tuple[int, ...], path: Path, wanted: str) -> np.ndarray:
-    """One entry of a file, float32, of the shape that it should have.
+def array_of(state: Any, key: str, shape: tuple[int, ...], path: Path, content: str) -> np.ndarray:
+    """Array of a weight file in float32.
+
+    Args:
+      state: the arrays of the file, by key.
+      key: of the array.
+      shape: that the array must have.
+      path: of the file, for the message.
+      content: of the right file, for the message.
 
     Raises:
-      ValueError: it is missing or of another shape; the message ends in what file is `wanted`.
+      ValueError: the array is missing or has another shape.
     """
     array = np.asarray(state[key], np.float32) if isinstance(state, Mapping) and key in state else None
     if array is None or array.shape != shape:
-        found = "is missing" if array is None else f"has shape {array.shape}"
-        raise ValueError(f"'{path}': '{key}' {found}, expected is shape {shape}; give a file of {wanted}")
+        problem = "is missing" if array is None else f"has shape {array.shape}"
+        raise ValueError(f"'{path}': '{key}' {problem}, expected is shape {shape}; give a file of {content}")
     return array
 
 
 def digest(path: Path, algorithm: str, remedy: str) -> str:
-    """Hexadecimal digest of a file; FileNotFoundError where there is none."""
+    """Hexadecimal digest of a file.
+
+    Raises:
+      FileNotFoundError: there is none; the message ends in the remedy.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' is no file; {remedy}")
     with open(path, "rb") as file:
@@ -53,7 +64,12 @@ def digest(path: Path, algorithm: str, remedy: str) -> str:
 
 
 def check_digest(path: Path, algorithm: str, expected: str, remedy: str, if_absent: str | None = None) -> None:
-    """Refuse a file of another digest, or none."""
-    found = digest(path, algorithm, if_absent or remedy)
-    if found != expected:
-        raise ValueError(f"'{path}' has {algorithm} {found}, expected is {expected}; {remedy}")
+    """Check the digest of a file.
+
+    Raises:
+      FileNotFoundError: there is none; the message ends in `if_absent`, or else in `remedy`.
+      ValueError: the digest differs; the message ends in `remedy`.
+    """
+    actual = digest(path, algorithm, if_absent or remedy)
+    if actual != expected:
+        raise ValueError(f"'{path}' has {algorithm} {actual}, expected is {expected}; {remedy}")

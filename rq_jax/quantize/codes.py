@@ -45,7 +45,7 @@ def nearest_codes(x_NE: jax.Array, codebook_KE: jax.Array) -> jax.Array:
 
 
 def residual_quantize(x: jax.Array, codebook: Codebook, depth: int) -> ResidualCodes:
-    """Quantise greedily, depth by depth, what the sum of the code vectors so far leaves over (equations 2 to 4).
+    """Quantise greedily: each depth codes the residual that the depths before it leave (paper, equations 2 to 4).
 
     Args:
       x: vectors (..., E).
@@ -58,7 +58,8 @@ def residual_quantize(x: jax.Array, codebook: Codebook, depth: int) -> ResidualC
     Raises:
       ValueError: depth below 1 or unlike the codebook's, or vectors of another length than the codebook's.
     """
-    residual, total = x.astype(jnp.float32), 0.0
+    residual: jax.Array = x.astype(jnp.float32)
+    total: Any = 0.0
     codes, sums = [], []
     for table_KE in tables_of(codebook, depth, x):
         code, vector = quantize_once(residual, table_KE)
@@ -85,15 +86,13 @@ def lookup(codes: jax.Array, codebook: Codebook) -> jax.Array:
     [[2.0], [0.0]]
     """
     depth = codes.shape[-1]
-    tables = codebook if is_shared(codebook) else codebook[:depth]
-    sizes = codebook_sizes(tables, depth)
-    check_codes(codes, sizes)
-    tables = tables_of(tables, depth)
-    return jnp.stack([_take(table_KE, codes[..., d]) for d, table_KE in enumerate(tables)], -2)
+    used = codebook if is_shared(codebook) else codebook[:depth]
+    check_codes(codes, codebook_sizes(used, depth))
+    return jnp.stack([_take(table_KE, codes[..., d]) for d, table_KE in enumerate(tables_of(used, depth))], -2)
 
 
 def check_codes(codes: Any, sizes: Sequence[int], what: str = "codes") -> None:
-    """Refuse concrete codes (..., D) outside [0, K_d): inside a compiled program a gather could only hide them.
+    """Check that concrete codes (..., D) lie in [0, K_d). A compiled program could not raise, only clamp or fill.
 
     Raises:
       ValueError: naming the first offending value, its depth and the allowed range.
@@ -151,6 +150,7 @@ def draw_codes(
     residual = x.astype(jnp.float32)
     codes, residuals = [], []
     for d, table_KE in enumerate(tables_of(codebook, depth, x)):
+        # A key per depth: the draws of a depth do not depend on how many depths follow.
         rng_depth = None if rng is None else jax.random.fold_in(rng, d)
         code, vector = quantize_once(residual, table_KE, temperature, rng_depth)
         codes.append(code)
@@ -166,6 +166,7 @@ def soft_labels(residuals: jax.Array, codebook: Codebook, temperature: float) ->
     soft = []
     for d, table_KE in enumerate(tables):
         probabilities = jax.nn.softmax(_scores(residuals[..., d, :], table_KE) / temperature, axis=-1)
+        # Unequal codebooks share one array: codes that a smaller one does not have get probability 0.
         padding = [(0, 0)] * (probabilities.ndim - 1) + [(0, largest - table_KE.shape[0])]
         soft.append(jnp.pad(probabilities, padding))
     return jnp.stack(soft, -2)
@@ -196,7 +197,7 @@ def tables_of(codebook: Codebook, depth: int, x: jax.Array | None = None) -> lis
     """One (K_d, E) table per depth."""
     if depth < 1:
         raise ValueError(f"depth: {depth} must be at least 1")
-    tables = [codebook] * depth if is_shared(codebook) else list(codebook)
+    tables: list[Any] = [codebook] * depth if is_shared(codebook) else list(codebook)
     if len(tables) != depth:
         raise ValueError(f"depth: {depth} does not match the {len(tables)} codebooks given; they must be as many")
     if x is not None:
@@ -219,10 +220,12 @@ def quantize_once(
 
 
 def _take(codebook_KE: jax.Array, codes: jax.Array) -> jax.Array:
+    # NaN where a traced code is out of range: the default would clamp it to a neighbour and go unseen.
     return jnp.asarray(codebook_KE).at[codes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def _scores(x: jax.Array, codebook_KE: jax.Array) -> jax.Array:
-    """Minus the squared distance plus |x|^2, (..., K): what is left out is the same for all codes of a vector."""
+    """Minus the squared distance plus |x|^2, (..., K): the softmax over K does not see a term all codes share."""
     products = jnp.einsum("...e,ke->...k", x, codebook_KE, precision=jax.lax.Precision.HIGHEST)
-    return 2.0 * products - jnp.sum(codebook_KE**2, axis=-1)
+    norms_K = jnp.sum(codebook_KE**2, axis=-1)
+    return 2.0 * products - jnp.expand_dims(norms_K, tuple(range(products.ndim - 1)))

@@ -1,7 +1,7 @@
-"""The codebook's moving average, restart of unused codes, k-means: how a codebook learns (paper, section 3.1)."""
+"""Learning a codebook: moving average, restart of unused codes, k-means (paper, section 3.1)."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 
 from rq_jax.quantize.codes import ResidualCodes, nearest_codes, quantize_once
 
-# As kakaobrain/rq-vae-transformer:VQEmbedding: Laplace smoothing of the counts, and noise on tiled restart candidates.
+# Laplace smoothing of the counts and noise on tiled restart candidates, as kakaobrain/rq-vae-transformer:VQEmbedding.
 _COUNT_EPSILON = 1e-5
 _TILE_NOISE = 0.01
 
@@ -35,7 +35,7 @@ def ema_update(
       state: the codebook and its averages.
       x_NE: the global batch of vectors (N, E).
       codes_N: their codes (N,).
-      decay: share of the old averages that is kept, in [0, 1].
+      decay: weight of the old averages, in [0, 1].
       candidates_KE: given, every code whose average count is below 1 restarts from its row here with count 1.
 
     Returns:
@@ -45,7 +45,8 @@ def ema_update(
     x_NE = x_NE.astype(jnp.float32)
     batch_counts_K = jnp.zeros(K, jnp.float32).at[codes_N].add(1.0)
     batch_sums_KE = jnp.zeros_like(state.sums_KE).at[codes_N].add(x_NE)
-    # In this order of operations a code used exactly once per update stays exactly at 1 and survives the test below.
+    # In this order of operations the count of a code used exactly once per update stays exactly 1, which the test below
+    # counts as used.
     counts_K = decay * state.counts_K + (1 - decay) * batch_counts_K
     sums_KE = decay * state.sums_KE + (1 - decay) * batch_sums_KE
     if candidates_KE is not None:
@@ -66,6 +67,7 @@ def restart_candidates(rng: jax.Array, x_NE: jax.Array, K: int) -> jax.Array:
     N, E = x_NE.shape
     rng_choice, rng_noise = jax.random.split(rng)
     repeats = -(-K // N)
+    # A permutation of `repeats` copies of the rows: every vector occurs at most `repeats` times.
     rows_K = jax.random.permutation(rng_choice, repeats * N)[:K] % N
     candidates_KE = x_NE.astype(jnp.float32)[rows_K]
     if repeats > 1:
@@ -120,8 +122,11 @@ def quantize_and_update(
         rows_KE = candidates(d, x_NE, states[index].counts_K.shape[0]) if candidates else None
         states[index] = ema_update(states[index], x_NE, codes_N, decays[index], rows_KE)
 
-    residual, total = x.astype(jnp.float32), 0.0
+    residual: jax.Array = x.astype(jnp.float32)
+    total: Any = 0.0
     inputs, codes, sums = [], [], []
+    # Sequential: a shared table changes between the depths of one call, so that depth d + 1 searches and subtracts
+    # vectors that depth d has just moved. Pooled: all depths see the table as it was.
     for d in range(depth):
         index = 0 if shared else d
         code, vector = quantize_once(residual, states[index].codebook_KE)

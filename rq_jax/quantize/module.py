@@ -63,7 +63,8 @@ class ResidualQuantizer(nn.Module):
         Returns:
           `ResidualCodes`; the gradient of `quantized` passes straight through to `x`.
         """
-        detached = jax.lax.stop_gradient(x.astype(jnp.float32))
+        x = x.astype(jnp.float32)
+        detached = jax.lax.stop_gradient(x)
         if train and not self.is_initializing():
             result, states = self._train(detached)
             for variable, values in zip(self._variables, zip(*states, strict=True), strict=True):
@@ -87,6 +88,7 @@ class ResidualQuantizer(nn.Module):
         states = [CodebookState(*arrays) for arrays in zip(*split, strict=True)]
         candidates = None
         if self.has_rng("restart"):
+            # Always split: switching k-means on does not change the vectors that codes restart from.
             rng_restart, rng_kmeans = jax.random.split(self.make_rng("restart"))
             if self.use_restart:
 
@@ -98,7 +100,11 @@ class ResidualQuantizer(nn.Module):
         return quantize_and_update(x, states, self.depth, self.decays, self.codebook_update, candidates)
 
     def _place_codes(self, rng: jax.Array, x: jax.Array, states: list[CodebookState]) -> list[CodebookState]:
-        """K-means on the residuals of each depth, only while nothing has ever been counted."""
+        """K-means on the residuals of each depth, only while nothing has ever been counted.
+
+        A shared codebook has one state, placed by the vectors themselves. The branch is taken at run time: a step's
+        program is the same before and after.
+        """
 
         def place() -> list[CodebookState]:
             residual, placed = x.reshape(-1, x.shape[-1]), []
@@ -107,6 +113,7 @@ class ResidualQuantizer(nn.Module):
                 residual = residual - quantize_once(residual, placed[-1].codebook_KE)[1]
             return placed
 
+        # The counts are those of a fresh codebook until the first update: restored runs keep what they learned.
         untouched = jnp.stack([jnp.all(state.counts_K == 0) for state in states]).all()
         return jax.lax.cond(untouched, place, lambda: states)
 

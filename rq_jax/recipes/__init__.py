@@ -1,4 +1,4 @@
-"""What is trained: a recipe for each kind of model, and the run of a config.
+"""Recipes, one for each kind of model, and training from a config.
 
 >>> recipes.train(config, workdir)                      # what train_vae.py and train_transformer.py do
 >>> recipe, data, settings = recipes.prepare(config)    # the same, apart

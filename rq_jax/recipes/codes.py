@@ -1,4 +1,4 @@
-"""What stage 2 asks of its tokenizer before the first step: counts of codes, the unigram mark, cached latents."""
+"""Codes of a frozen tokenizer before stage 2: how often each occurs, the unigram mark, cached latents."""
 
 import functools
 import logging

@@ -33,7 +33,6 @@ SECTIONS = (
 )  # fmt: skip
 LOSS_DURATIONS = ("perceptual_start", "adversarial_start", "adversarial_warmup")
 COLLAPSED_USAGE = 0.05  # share of a codebook in use below which a depth counts as collapsed
-NUM_SHOWN = 12
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +136,7 @@ class Tokenizer:
       judge: network of the perceptual distance of an evaluation; None: not measured.
       mesh: devices.
       ema_decay: of the weight average, 0 for none.
-      init_from: directory of a run or model whose weights a fresh run starts from.
-      keep_optimizer: start from its optimizer moments too.
+      init_from: directory whose weights a fresh run starts from; keep_optimizer: and its optimizer moments.
       seed: of the initial weights and of all random draws.
       config: resolved config, written into the run directory; None: that of the model alone.
     """
@@ -232,21 +230,14 @@ class Tokenizer:
     # --- state ---
 
     def start(self, workdir: str, data: Splits, is_fresh: bool) -> tuple["Tokenizer", Splits]:
-        """The recipe of a run: only a fresh one starts from `init_from`.
-
-        Raises:
-          FileNotFoundError, ValueError: no run there.
-        """
+        """The recipe of a run: only a fresh one starts from `init_from`."""
         if self.init_from and not is_fresh:
             return dataclasses.replace(self, init_from=None, keep_optimizer=False), data
-        if self.init_from:
-            checkpoint.read_config(self.init_from)
         return self, data  # itself, with the programs that it has compiled
 
     def _draw(self, rng: jax.Array) -> TrainState:
         rng_init, rng_train = jax.random.split(rng)
-        variables = models.init_variables(self.model, rng_init)
-        discriminator = None
+        variables, discriminator = models.init_variables(self.model, rng_init), None
         if self.adversary is not None:
             drawn = models.init_variables(self.adversary.model, jax.random.fold_in(rng_init, 1))
             discriminator = drawn, self.adversary.optimizer
@@ -368,9 +359,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _measure(self) -> Callable[..., Any]:
-        return make_measure(
-            self.model, self.mesh, reconstruction=self.losses.reconstruction, perceptual=self.judge, num_shown=NUM_SHOWN
-        )
+        return make_measure(self.model, self.mesh, reconstruction=self.losses.reconstruction, perceptual=self.judge)
 
     def evaluate(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
         """Sums of PSNR by depth, SSIM, reconstruction loss and perceptual distance over a batch; images to show."""
@@ -379,10 +368,9 @@ class Tokenizer:
     def report(self, state: TrainState, sums: Any, shown: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Means over the held-out images, and a grid: originals over reconstructions from 1, 2, ..., D codes."""
         count = float(sums["count"])
-        means = {name: np.asarray(value) / count for name, value in sums.items() if name != "count"}
-        psnr_D = means.pop("psnr")
+        psnr_D = np.asarray(sums["psnr"]) / count
         scalars = {f"psnr/depth{d}": float(value) for d, value in enumerate(psnr_D, start=1)}
-        scalars |= {name: float(value) for name, value in means.items()}
+        scalars |= {name: float(np.asarray(sums[name]) / count) for name in sums if name not in ("psnr", "count")}
         originals, by_depth = jax.tree.map(np.asarray, shown)
         rows = {"original": originals}
         for d, images in enumerate(by_depth, start=1):
@@ -390,7 +378,7 @@ class Tokenizer:
         scale = max(1, 96 // originals.shape[1])
         return scalars, {"reconstructions": grids.labelled_grid(rows, scale=scale)}
 
-    # --- what the log says of a run ---
+    # --- the log ---
 
     @property
     def flops_per_image(self) -> float:
@@ -406,6 +394,6 @@ class Tokenizer:
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation measures beside PSNR and SSIM: the config section `evaluation`."""
+    """Measurements beside PSNR and SSIM: the config section `evaluation`."""
 
     use_perceptual: bool = True

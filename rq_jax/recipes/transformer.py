@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import checkpoint, losses, models, quantize, sampling
-from rq_jax.data import Dataset, Splits, load_tokenizer
+from rq_jax.data import Splits, load_tokenizer
+from rq_jax.data.conditions import check_condition, shown_conditions
 from rq_jax.devices import sharding
 from rq_jax.evaluation import likelihood
 from rq_jax.models.flops import transformer_flops
@@ -202,7 +203,8 @@ class Transformer:
         text = config["data"]["text_tokenizer"] if config["data"]["text_key"] else None
         return cls(
             model, checkpoint.load_tokenizer(config["tokenizer"]), optimizer, terms, mesh,
-            ema_decay=config["loop"]["ema_decay"], sample=sample, shown_cond=shown_conditions(model, data.train),
+            ema_decay=config["loop"]["ema_decay"], sample=sample,
+            shown_cond=shown_conditions(model, data.train, NUM_SHOWN),
             text_tokenizer=load_tokenizer(text, config["data"]["text_length"]) if text else None,
             use_latent_cache=use_latent_cache, seed=config["seed"], config=config,
         )  # fmt: skip
@@ -400,41 +402,3 @@ def fill_from_tokenizer(config: Mapping[str, Any], tokenizer_config: Mapping[str
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
-
-
-def check_condition(model: Any, dataset: Dataset, data: Mapping[str, Any]) -> None:
-    """The data set has the condition that the model takes.
-
-    Raises:
-      ValueError: naming both sides.
-    """
-    label_key, text_key = data["label_key"], data["text_key"]
-    V, U = model.cond_vocab_size, model.cond_length
-    if not model.is_conditional:
-        if label_key or text_key:
-            raise ValueError(
-                f"data.label_key {label_key}, data.text_key {text_key}: an unconditional model "
-                "(model.cond_vocab_size 1) reads neither; leave them unset"
-            )
-    elif text_key:
-        if dataset.vocab_size > V or dataset.text_length != U:
-            raise ValueError(
-                f"model.cond_vocab_size {V} and cond_length {U} do not fit captions of {dataset.text_length} tokens "
-                f"out of {dataset.vocab_size}; set them to these"
-            )
-    elif not label_key:
-        raise ValueError(f"data.label_key: unset, but the model takes one of {V} conditions; set it or data.text_key")
-    elif dataset.num_classes != V or U != 1:
-        raise ValueError(
-            f"model.cond_vocab_size {V} and cond_length {U} do not fit the {dataset.num_classes} classes of "
-            f"'{label_key}'; set them to {dataset.num_classes} and 1"
-        )
-
-
-def shown_conditions(model: Any, dataset: Dataset) -> np.ndarray | None:
-    """Conditions of the sample grid (36, U): all classes in turn, or the first captions of the training set."""
-    if not model.is_conditional:
-        return None
-    if model.cond_length > 1:
-        return dataset.examples(np.arange(NUM_SHOWN) % dataset.num_examples)["cond"]
-    return (np.arange(NUM_SHOWN) % model.cond_vocab_size)[:, None]

@@ -1,1 +1,1 @@
-"""What a person looks at: image grids, curves, progress bars."""
+"""Reports for people: image grids, curves, progress bars, parameter tables."""

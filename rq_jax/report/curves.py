@@ -10,23 +10,25 @@ from rq_jax.files import write_atomic
 
 
 def curves(metrics_jsonl_path: str | os.PathLike, names: Sequence[str], out_path: str | os.PathLike) -> None:
-    """Draws metrics against the step, a panel for each, as PNG.
+    """Draw metrics against the step, a panel for each, as PNG.
 
     Args:
-      metrics_jsonl_path: the log that `progress.MetricWriter` wrote.
+      metrics_jsonl_path: log of `training.log.MetricWriter`.
       names: metrics to draw; non-finite values leave a gap.
       out_path: PNG file to write.
 
     Raises:
       FileNotFoundError: no such log.
-      ValueError: no names, or a name that the log does not hold.
+      ValueError: no names, or a name that is not in the log.
     """
     if not names:
-        raise ValueError("names is empty: give at least one metric to draw")
+        raise ValueError("names: empty; give at least one metric")
     logged = read_metrics(metrics_jsonl_path)
     unknown = [name for name in names if name not in logged]
     if unknown:
-        raise ValueError(f"{metrics_jsonl_path} holds no {unknown}: choose from {sorted(logged)}")
+        raise ValueError(
+            f"names: '{unknown[0]}' is not in '{metrics_jsonl_path}'; allowed are {', '.join(sorted(logged))}"
+        )
     panels({name: {"": (*logged[name], None)} for name in names}, "step", out_path)
 
 
@@ -35,18 +37,18 @@ def panels(
     xlabel: str,
     out_path: str | os.PathLike,
 ) -> None:
-    """Draws lines, a panel for each title, as PNG.
+    """Draw lines, a panel for each title, as PNG.
 
     Args:
-      lines: title -> label -> (x, y, half the length of the error bars or None); labels that are empty or start with
-        "_" stay out of the legend.
-      xlabel: what x is.
+      lines: title -> label -> (x, y, half length of the error bars or None); labels that are empty or start with "_"
+        are left out of the legend.
+      xlabel: label of the x axes.
       out_path: PNG file to write.
     """
     from matplotlib.figure import Figure
 
     columns = min(3, len(lines))
-    # A Figure of its own, not pyplot: no global state and no window.
+    # Figure in place of pyplot, which has global state and may open a window.
     figure = Figure(figsize=(4.5 * columns, 3.0 * -(-len(lines) // columns)), layout="constrained")
     axes = list(figure.subplots(-(-len(lines) // columns), columns, squeeze=False).flat)
     for panel, (title, of_panel) in zip(axes, lines.items(), strict=False):
@@ -56,7 +58,9 @@ def panels(
         panel.set(title=title, xlabel=xlabel)
         panel.grid(alpha=0.3)
         if any(of_panel):
-            panel.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2))  # covers no line
+            panel.legend(
+                fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2)
+            )  # below the panel, where it covers no line
     for panel in axes[len(lines) :]:
         panel.set_axis_off()
     buffer = io.BytesIO()
@@ -65,10 +69,10 @@ def panels(
 
 
 def read_metrics(metrics_jsonl_path: str | os.PathLike) -> dict[str, tuple[list[int], list[float]]]:
-    """Reads the log of a run.
+    """Read the log of a run.
 
     Args:
-      metrics_jsonl_path: the log that `progress.MetricWriter` wrote; a last line without an end is left out.
+      metrics_jsonl_path: log of `training.log.MetricWriter`; an unfinished last line is left out.
 
     Returns:
       Metric name -> (steps, values), in the order of the log.

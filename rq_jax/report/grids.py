@@ -1,7 +1,4 @@
-"""Pictures for a person to look at: grids, labels, captions, curves, and files written whole or not at all.
-
-Pictures are uint8 HWC arrays with one (grey) or three channels. PIL and matplotlib load when they are used.
-"""
+"""Image grids with labels and captions, as uint8 HWC arrays with one (grey) or three channels, and PNG files."""
 
 import io
 import itertools
@@ -19,44 +16,44 @@ CAPTION_LINES = 3
 
 
 def to_uint8(images: Any) -> np.ndarray:
-    """Turns model images into bytes.
+    """Convert model images to uint8.
 
     Args:
-      images: floats in [-1, 1], any shape, clipped where outside, NaN as black; uint8 stays as it is.
+      images: floats in [-1, 1] of any shape, clipped, NaN as black; uint8 is returned as it is.
 
     Returns:
       uint8 in [0, 255], same shape.
 
     Raises:
-      ValueError: other integers, of which nobody knows the range.
+      ValueError: other integers, whose range is unknown.
     """
     images = np.asarray(images)
     if images.dtype == np.uint8:
         return images
     if images.dtype.kind in "iub":
-        raise ValueError(f"images have dtype {images.dtype}: give floats in [-1, 1] or uint8")
+        raise ValueError(f"images: dtype {images.dtype} is not allowed; give floats in [-1, 1] or uint8")
     unit = np.clip(0.5 * images.astype(np.float32) + 0.5, 0.0, 1.0)
     return np.rint(np.nan_to_num(255.0 * unit)).astype(np.uint8)
 
 
 def grid(images: Any, columns: int, padding: int = 2, scale: int = 1) -> np.ndarray:
-    """Lays images out in rows, on white.
+    """Lay images out in rows, on white.
 
     Args:
       images: (B, H, W, C), uint8 or floats in [-1, 1]; C is 1 or 3.
-      columns: images in a row; a last row that is not full ends in white.
+      columns: images in a row; the last row is filled with white.
       padding: white pixels between the images and around them.
-      scale: whole factor by which each image is enlarged, nearest neighbour.
+      scale: integer factor of enlargement, nearest neighbour.
 
     Returns:
       uint8 HWC with the images' number of channels.
 
     Raises:
-      ValueError: no image, a shape other than (B, H, W, 1 or 3), columns or scale below 1.
+      ValueError: no image, a shape other than (B, H, W, 1 or 3), or columns or scale below 1.
     """
     cells = _cells(images, "images", scale)
     if columns < 1:
-        raise ValueError(f"columns={columns}: give 1 or more")
+        raise ValueError(f"columns: {columns} must be at least 1")
     B, H, W, C = cells.shape
     rows, columns = -(-B // columns), min(columns, B)
     sheet = np.full((padding + rows * (H + padding), padding + columns * (W + padding), C), WHITE, np.uint8)
@@ -67,27 +64,27 @@ def grid(images: Any, columns: int, padding: int = 2, scale: int = 1) -> np.ndar
 
 
 def labelled_grid(rows: Mapping[str, Any], scale: int = 1, padding: int = 2) -> np.ndarray:
-    """Lays out one row of images per label, the label at the left: a reconstruction by code depth, for one.
+    """Lay out one row of images per label, the label at the left, such as reconstructions by code depth.
 
     Args:
       rows: label -> images (B, H, W, C), uint8 or floats in [-1, 1]; only B may differ from row to row.
-      scale: whole factor by which each image is enlarged, nearest neighbour.
+      scale: integer factor of enlargement, nearest neighbour.
       padding: white pixels between the images and around them.
 
     Returns:
       uint8 HWC, three channels.
 
     Raises:
-      ValueError: no rows, images of two sizes, or images that `grid` refuses.
+      ValueError: no rows, images of different sizes, or images that `grid` does not take.
     """
     from PIL import Image, ImageDraw
 
     if not rows:
-        raise ValueError("rows is empty: give at least one label with its images")
+        raise ValueError("rows: empty; give at least one label with its images")
     cells = {label: _cells(images, f"images of row {label!r}", scale) for label, images in rows.items()}
     sizes = {label: images.shape[1:3] for label, images in cells.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"rows hold images of several sizes {sizes}: give one height and width")
+        raise ValueError(f"rows: images have several sizes {sizes}; give one height and width")
     strips = {label: _rgb(grid(images, len(images), padding)) for label, images in cells.items()}
 
     H = next(iter(sizes.values()))[0]
@@ -106,31 +103,31 @@ def labelled_grid(rows: Mapping[str, Any], scale: int = 1, padding: int = 2) -> 
 
 
 def captioned_grid(images: Any, captions: Sequence[str], columns: int, scale: int = 1, padding: int = 4) -> np.ndarray:
-    """Lays images out in rows, each with its caption below, wrapped to the image's width.
+    """Lay images out in rows, each with its caption below, wrapped to the image's width.
 
     Args:
       images: (B, H, W, C), uint8 or floats in [-1, 1]; C is 1 or 3.
-      captions: one per image; what does not fit into three lines ends in "...".
+      captions: one per image; longer than three lines they end in "...".
       columns: images in a row.
-      scale: whole factor by which each image is enlarged, nearest neighbour.
+      scale: integer factor of enlargement, nearest neighbour.
       padding: white pixels between the images and around them.
 
     Returns:
       uint8 HWC, three channels.
 
     Raises:
-      ValueError: not one caption per image, or images that `grid` refuses.
+      ValueError: not one caption per image, or images that `grid` does not take.
     """
     from PIL import Image, ImageDraw
 
     cells = _rgb(_cells(images, "images", scale))
     B, H, W, _ = cells.shape
     if len(captions) != B:
-        raise ValueError(f"{len(captions)} captions for {B} images: give one per image")
+        raise ValueError(f"captions: {len(captions)} for {B} images; give one per image")
     font = _font(H)
     texts = [_wrap(caption, font, W) for caption in captions]
     lines = 1 + max(text.count("\n") for text in texts)
-    text_height = _text_size("\n".join(["Ag"] * lines), font)[1] + padding  # whatever the letters in it
+    text_height = _text_size("\n".join(["Ag"] * lines), font)[1] + padding  # the same for every text
     captioned = np.full((B, H + text_height, W, 3), WHITE, np.uint8)
     for index, (cell, text) in enumerate(zip(cells, texts, strict=True)):
         canvas = Image.fromarray(captioned[index])
@@ -142,13 +139,13 @@ def captioned_grid(images: Any, captions: Sequence[str], columns: int, scale: in
 
 
 def encode_png(array: Any) -> bytes:
-    """Encodes one picture.
+    """Encode one image as PNG.
 
     Args:
       array: uint8 (H, W, C) with C 1 or 3.
 
     Returns:
-      The bytes of a PNG file.
+      Content of a PNG file.
 
     Raises:
       ValueError: another dtype or shape.
@@ -157,17 +154,17 @@ def encode_png(array: Any) -> bytes:
 
     array = np.asarray(array)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[-1] not in (1, 3):
-        raise ValueError(f"picture is {array.dtype} {array.shape}: give uint8 (H, W, 1 or 3)")
+        raise ValueError(f"image: {array.dtype} {array.shape} is not allowed; give uint8 (H, W, 1 or 3)")
     buffer = io.BytesIO()
     Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array).save(buffer, format="png")
     return buffer.getvalue()
 
 
 def read_image(path: str | os.PathLike) -> np.ndarray:
-    """A picture file as uint8 (H, W, C): C is 1 where the file is grey, else 3.
+    """Read an image file as uint8 (H, W, C), with C 1 if the file is grey, else 3.
 
     Raises:
-      ValueError: the file is no picture, or a damaged one.
+      ValueError: the file is no image, or a damaged one.
     """
     from PIL import Image
 
@@ -176,12 +173,12 @@ def read_image(path: str | os.PathLike) -> np.ndarray:
             grey = image.mode in ("1", "L")
             array = np.asarray(image.convert("L" if grey else "RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"'{path}' is no picture that can be read ({error}); remove or replace it") from None
+        raise ValueError(f"'{path}' is no readable image ({error}); remove or replace it") from None
     return array[..., None] if grey else array
 
 
 def save_png(path: str | os.PathLike, array: Any) -> None:
-    """Writes one picture as PNG, whole or not at all, making the directory where it is missing.
+    """Write one image as PNG, whole or not at all, creating its directory if missing.
 
     Args:
       path: file to write; an older one is replaced.
@@ -193,13 +190,13 @@ def save_png(path: str | os.PathLike, array: Any) -> None:
     write_atomic(path, encode_png(array))
 
 
-def _cells(images: Any, what: str, scale: int) -> np.ndarray:
-    """Checked and enlarged uint8 images (B, H, W, C)."""
+def _cells(images: Any, name: str, scale: int) -> np.ndarray:
+    """Check and enlarge images; returns uint8 (B, H, W, C)."""
     images = to_uint8(images)
     if images.ndim != 4 or 0 in images.shape or images.shape[-1] not in (1, 3):
-        raise ValueError(f"{what} have shape {images.shape}: give (B, H, W, 1 or 3), none of them 0")
+        raise ValueError(f"{name}: shape {images.shape} is not allowed; give (B, H, W, 1 or 3), none of them 0")
     if scale < 1:
-        raise ValueError(f"scale={scale}: give a whole number, 1 or more")
+        raise ValueError(f"scale: {scale} must be at least 1")
     return images.repeat(scale, axis=1).repeat(scale, axis=2)
 
 
@@ -208,7 +205,7 @@ def _rgb(images: np.ndarray) -> np.ndarray:
 
 
 def _font(cell_height: int) -> Any:
-    """A font that suits cells of this height: small enough to fit, large enough to be read."""
+    """Font for cells of this height, of a size between 10 and 20."""
     from PIL import ImageFont
 
     return ImageFont.load_default(min(max(cell_height // 6, 10), 20))
@@ -222,7 +219,7 @@ def _text_size(text: str, font: Any) -> tuple[int, int]:
 
 
 def _wrap(text: str, font: Any, width: int) -> str:
-    """Breaks a text at spaces and after hyphens, and inside a part only where the part alone is too wide."""
+    """Break a text at spaces and after hyphens, and inside a word only if the word alone is too wide."""
     lines = [""]
     for space, part in re.findall(r"(\s*)([^\s-]*-+|[^\s-]+)", text):
         joined = f"{lines[-1]}{' ' if space else ''}{part}".strip()

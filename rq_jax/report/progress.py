@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: a progress bar, rates, and metrics on disk. It knows no model."""
+"""Progress bar on a terminal, plain lines elsewhere."""
 
 import logging
 import os
@@ -14,20 +14,20 @@ logger = logging.getLogger(__name__)
 
 
 class Progress:
-    """A bar over training steps, encoded or sampled images: count, rate, time left and a few scalars.
+    """Progress bar over training steps or images: count, rate, time left and a few scalars.
 
     On a terminal it is tqdm's bar; elsewhere (a log file, a batch queue) a plain line every `line_seconds`.
 
     Args:
-      total: count at which the work is done; None where nobody knows.
-      start: count that an earlier run has done already; the rate leaves it out.
-      unit: what is counted, for instance "step" or "image".
-      title: words in front of the bar.
-      enabled: False shows nothing; of several hosts only the first shows a bar.
-      line_seconds: seconds between two lines where there is no terminal.
-      stream: where to show it; None is stderr.
-      leave: False takes the bar away at the end, and shows none of work that is done within two seconds; where there
-        is no terminal it shows no last line.
+      total: count at which the work is done; None if unknown.
+      start: count done by an earlier run, which the rate leaves out.
+      unit: of the count, such as "step" or "image".
+      title: text in front of the bar.
+      enabled: False shows nothing; of several processes only the first shows a bar.
+      line_seconds: seconds between two lines without a terminal.
+      stream: to show it on; None is stderr.
+      leave: False removes the bar at the end, and shows none for work that takes less than two seconds; without a
+        terminal it omits the last line.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Progress:
             self._bar = _Lines(tqdm.format_meter, line_seconds, **common)
 
     def update(self, count: int = 1, **scalars: float) -> None:
-        """Counts work that is done.
+        """Count finished work.
 
         Args:
-          count: how much more is done.
-          **scalars: shown beside the bar from now on. A device array is waited for: give numbers of the host.
+          count: to add.
+          **scalars: to show beside the bar from now on; numbers of the host, since device arrays would be waited for.
         """
         if self._bar is None:
             return
@@ -66,12 +66,12 @@ class Progress:
         self._bar.update(count)
 
     def message(self, text: str) -> None:
-        """Prints a line above the bar, which stays whole."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.write(text, file=self._bar.fp)
 
     def close(self) -> None:
-        """Shows the last count and ends the line; a second call does nothing."""
+        """Show the last count and end the line; a second call does nothing."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -84,7 +84,7 @@ class Progress:
 
 
 class _Lines:
-    """As much of tqdm's interface as `Progress` needs, for a stream that is no terminal."""
+    """The part of tqdm's interface that `Progress` needs, for a stream that is no terminal."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class _Lines:
 
     def _show(self) -> None:
         now = time.monotonic()
-        # The rate since the last line, so that compilation does not spoil the time left for ever.
+        # The rate since the last line: one since the start would carry compilation in the time left for ever.
         rate = (self._count - self._shown_count) / max(now - self._shown_at, 1e-9)
         elapsed = now - self._start
         line = self._format(n=self._count, elapsed=elapsed, rate=rate or None, postfix=self._postfix)
@@ -130,5 +130,5 @@ class _Lines:
 
 
 def _has_width(stream: TextIO) -> bool:
-    """Whether a bar can be drawn: files and pipes are no terminals, and a container's may have no columns."""
+    """Whether a bar can be drawn: the stream is a terminal, and has columns, which a container's may lack."""
     return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0

@@ -1,4 +1,4 @@
-"""Temperature, top-k and top-p."""
+"""Filter of the logits: temperature, top-k and top-p."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,13 +35,14 @@ def filter_logits(
     """
     check_filter(temperature, top_k, top_p)
     K = logits.shape[-1]
-    # +inf becomes a number that stays finite when it is divided by a small temperature.
+    # +inf becomes a large number: inf - inf in the softmax would be NaN.
     logits = jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=1e30, neginf=-jnp.inf)
-    # A row without any finite logit has no distribution; its first index is a code all the same.
+    # A row without any finite logit has no softmax. It takes its argmax, index 0, as rows of temperature 0 do.
     greedy = (jnp.asarray(temperature) == 0) | (jnp.max(logits, -1, keepdims=True) == -jnp.inf)
     scaled = logits / jnp.where(greedy, 1.0, temperature)
     top_k = jnp.minimum(K if top_k is None else top_k, K)
     top_p = jnp.asarray(1.0 if top_p is None else top_p, jnp.float32)
+    # The values are traced: branches at run time leave out what a filter that is off would cost.
     filters = jnp.any(top_k < K) | jnp.any(top_p < 1)
     probabilities = jax.lax.cond(filters, _cut, lambda x, k, p: jax.nn.softmax(x, -1), scaled, top_k, top_p)
 
@@ -52,21 +53,23 @@ def filter_logits(
 
 
 def _cut(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Top-k, softmax, top-p, without sorting: each keeps what is at or above a threshold, which is searched for."""
+    """Top-k, softmax, top-p. Without a sort: each keeps what is at or above a threshold, found by bisection."""
     K, shape = logits.shape[-1], (*logits.shape[:-1], 1)
     top_k, top_p = jnp.broadcast_to(top_k, shape), jnp.broadcast_to(top_p, shape)
-    kth = _threshold(logits, lambda _: 1.0, jnp.where(top_k < K, top_k, jnp.inf))
+    # Top-k is the sum of weights 1 up to k. An infinite target keeps everything without a single round.
+    kth = _threshold(logits, lambda _: 1.0, jnp.where(top_k < K, top_k.astype(jnp.float32), jnp.inf))
     probabilities = jax.nn.softmax(jnp.where(logits >= kth, logits, -jnp.inf), -1)
-    # At 1 nothing is cut: rounding of the sum must not cut the tail.
+    # At 1 nothing is cut: the float32 sum of all may stay below 1 or reach it before the tail.
     last = _threshold(probabilities, lambda value: value, jnp.where(top_p < 1, top_p, jnp.inf))
     kept = jnp.where(probabilities >= last, probabilities, 0.0)
-    # Of the items at the threshold only the first are kept, as many as the sum needs.
+    # Of equal items at the threshold only the first stay, as many as the sum needs.
     tied = kept == last
     needed = jnp.maximum(1, jnp.ceil((top_p - jnp.sum(kept, -1, where=~tied, keepdims=True)) / last))
-    too_many = (top_p < 1) & (jnp.sum(tied, -1, keepdims=True) > needed)
+    too_many = (top_p < 1) & (jnp.sum(tied, -1, keepdims=True).astype(jnp.float32) > needed)
 
     def keep_first(kept: jax.Array) -> jax.Array:
-        return jnp.where(too_many & tied & (jnp.cumsum(tied, -1) > needed), 0.0, kept)
+        surplus = jnp.cumsum(tied, -1).astype(jnp.float32) > needed
+        return jnp.where(too_many & tied & surplus, 0.0, kept)
 
     kept = jax.lax.cond(jnp.any(too_many), keep_first, lambda kept: kept, kept)
     return kept / jnp.sum(kept, -1, keepdims=True)
@@ -75,7 +78,8 @@ def _cut(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
 def _threshold(values: jax.Array, weight: Callable[[jax.Array], Any], target: jax.Array) -> jax.Array:
     """The largest of the values such that the weights of all values from it on sum to at least the target.
 
-    By bisection of the floats as ordered integers, until at most one value is left between the two ends.
+    Bisects the 32-bit integers that order as the floats do: the gap between two bounds halves at each round whatever
+    the spread of the values, so that 32 rounds always suffice, and most rows end as soon as one value is left.
 
     Args:
       values: (..., K).
@@ -86,19 +90,21 @@ def _threshold(values: jax.Array, weight: Callable[[jax.Array], Any], target: ja
       (..., 1).
     """
     keys = _ordered(values)
+    # Invariant: the weights from `low` on reach the target (or all of them fall short), those from `high` on do not.
     low, high = jnp.min(keys, -1, keepdims=True), jnp.max(keys, -1, keepdims=True) + 1
 
     def sum_from(key: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(keys >= key, weight(values), 0.0), -1, keepdims=True)
 
     def is_open(state: Any) -> jax.Array:
-        low, high, sum_low, sum_high = state  # the sum from `low` on reaches the target, that from `high` on does not
+        low, high, sum_low, sum_high = state
+        # One value between the bounds weighs at least what `low` would, two weigh twice that; 1.5 leaves room to round.
         several = sum_low - sum_high > 1.5 * weight(_from_ordered(low))
         return (high - low > 1) & several & (target <= sum_low)
 
     def halve(state: Any) -> Any:
         low, high, sum_low, sum_high = state
-        middle = low + (high - low) // 2
+        middle = low + (high - low) // 2  # low + high could overflow
         total = sum_from(middle)
         up = total >= target
         return (
@@ -114,12 +120,17 @@ def _threshold(values: jax.Array, weight: Callable[[jax.Array], Any], target: ja
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """Float32 as uint32 in the same order."""
+    """Float32 as uint32 in the same order.
+
+    The bits of positive floats order as integers. Negative ones order backwards, so that all their bits are flipped;
+    setting the sign bit of the positive ones puts them above.
+    """
     bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.uint32)  # -0 becomes 0
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
 def _from_ordered(keys: jax.Array) -> jax.Array:
+    """The inverse of `_ordered`."""
     bits = jnp.where(keys >> 31 == 1, keys & jnp.uint32((1 << 31) - 1), ~keys)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 

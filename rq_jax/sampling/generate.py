@@ -1,7 +1,7 @@
-"""Sampling from an RQ-Transformer: the filter, one compiled program for a batch of code grids, and re-ranking.
+"""Sampling code grids from an RQ-Transformer, as one compiled program for a batch.
 
-The model enters as an argument: it is only asked for its methods `for_inference`, `init_cache`, `spatial`, `depth` and
-`classify`.
+The model enters as an argument, and is used through its settings and its methods `for_inference`, `init_cache`,
+`spatial`, `depth` and `classify`.
 """
 
 import functools
@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import quantize
+from rq_jax.quantize.search import pick
 from rq_jax.sampling.filter import check_filter, filter_logits
 from rq_jax.settings import checks
 
-_PARTS = 128  # of the codes, see `_draw`; neighbours fall into different ones, so that vector registers can add them up
-# The cache grows in so many stretches at most, of so many positions at least.
+_PARTS = 128  # interleaved parts of the codes, see `_draw`: neighbours are in different ones, for vector registers
+# The cache grows in at most this many stretches, of at least this many positions.
 _MAX_STRETCHES, _MIN_STRETCH = 4, 16
 
 
@@ -39,14 +40,14 @@ def generate(
     variables: Any,
     rng: jax.Array,
     num_images: int,
-    cond: jax.Array | None = None,
+    cond: jax.typing.ArrayLike | None = None,
     *,
-    image_ids: jax.Array | None = None,
+    image_ids: jax.typing.ArrayLike | None = None,
     temperature: Any = 1.0,
     top_k: Any = None,
     top_p: Any = None,
     guidance: float | None = None,
-    prefix: jax.Array | None = None,
+    prefix: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
     """Draw code grids, as one compiled program a (model, batch shape, prefix length).
 
@@ -61,9 +62,9 @@ def generate(
       cond: int (n, U), or (n, 1) / (n,) for classes; None when unconditional.
       image_ids: int (n,), default arange(n).
       temperature, top_k, top_p: one value, or one per depth; see `filter_logits`.
-      guidance: scale g of classifier-free guidance: the logits are u + g (c - u), with u those of the null condition;
-        for models with `use_null_cond`. None: off.
-      prefix: codes (n, T0, D) of the first T0 positions in raster order, which are kept.
+      guidance: scale g of classifier-free guidance, for models with `use_null_cond`: the logits are u + g (c - u) of
+        those with the condition (c) and with the null condition (u). None: off.
+      prefix: codes (n, T0, D) of the first T0 positions in raster order, returned as they are.
 
     Returns:
       Codes (n, h, w, D), int32.
@@ -75,8 +76,8 @@ def generate(
     checks.at_least("num_images", num_images, 1)
     _check_codebook(variables)
     check_filter(temperature, top_k, top_p)
-    image_ids = np.arange(num_images) if image_ids is None else image_ids
-    checks.shape("image_ids", np.shape(image_ids), (num_images,))
+    ids = np.arange(num_images) if image_ids is None else image_ids
+    checks.shape("image_ids", np.shape(ids), (num_images,))
     cond = _check_cond(model, cond, num_images)
     prefix = _check_prefix(model, prefix, num_images)
     check_guidance(model, guidance)
@@ -87,7 +88,7 @@ def generate(
         _per_depth("top_p", 1.0 if top_p is None else top_p, D, jnp.float32),
     )
     guidance = None if guidance is None else jnp.float32(guidance)
-    return _generate(model, variables, rng, jnp.asarray(image_ids), cond, settings, guidance, prefix)
+    return _generate(model, variables, rng, jnp.asarray(ids), cond, settings, guidance, prefix)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -97,17 +98,18 @@ def _generate(model, variables, rng, image_ids_B, cond_BU, settings, guidance, p
     if P == T:
         return prefix_BPD.reshape(B, h, w, D)
     variables = model.for_inference(variables)
+    # A key per image id: what an image draws does not depend on its batch, its place there, or its device.
     keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, image_ids_B)
     # All random numbers at once, two for each code: a generator inside the loop would cost more than the classifier.
     uniforms_TD2B = jnp.moveaxis(jax.vmap(lambda key: jax.random.uniform(key, (T, D, 2)))(keys_B), 0, -1)
-    if guidance is not None:  # both halves in one batch
+    if guidance is not None:  # one batch of two halves: with the condition, and with the null condition
         cond_BU = jnp.concatenate([cond_BU, jnp.full_like(cond_BU, model.cond_vocab_size)])
 
     def apply(method, *args):
         return model.apply(variables, *args, method=method)
 
     def for_all(codes):
-        """Codes of the images, for both halves of the batch under guidance."""
+        """The same codes for both halves: they see what was drawn from the guided logits."""
         return codes if guidance is None else jnp.concatenate([codes, codes])
 
     def draw_position(context, cache, uniforms_D2B):
@@ -133,10 +135,11 @@ def _generate(model, variables, rng, image_ids_B, cond_BU, settings, guidance, p
     cache = apply("init_cache", rows, None, U + P)
     context, _, cache = apply("spatial", for_all(prefix_BPD), cond_BU, cache)
     carry, drawn = (context[:, -1], cache), []
-    # The step after the last position is a step for nothing: one program less to compile is worth more.
+    # The last step also computes a context that nobody reads: leaving it out would take a second program, and compiling
+    # that costs more.
     for start, end in _stretches(P, T, _size(cache.spatial) / (U + P) * (U + T) / _size(variables["params"])):
         context, cache = carry
-        # When the stretch ends the cache holds the condition and all positions before `end`.
+        # Shapes in a scan are static: the cache gets room for the condition and all positions of this stretch at once.
         carry = context, cache._replace(spatial=cache.spatial.resize(U + end))
         carry, codes_TBD = jax.lax.scan(step, carry, uniforms_TD2B[start:end])
         drawn.append(codes_TBD)
@@ -145,9 +148,17 @@ def _generate(model, variables, rng, image_ids_B, cond_BU, settings, guidance, p
 
 
 def _stretches(start: int, end: int, cache_share: float) -> list[tuple[int, int]]:
-    """Positions [start, end) in stretches of one static cache length each, which the attention reads in full.
+    """Cut the positions [start, end) into stretches, each with a cache of one static length.
 
-    The larger the whole cache beside the weights, the more stretches: each is compiled.
+    Attention reads the whole cache of a stretch, filled or not: shorter stretches read less. Each stretch compiles a
+    program of its own, so that their number grows with the share of the cache in what a step reads.
+
+    Args:
+      start, end: positions.
+      cache_share: size of the cache at its full length, relative to the weights.
+
+    Returns:
+      (start, end) of each stretch.
     """
     stride = max(_MIN_STRETCH, -(-end // min(_MAX_STRETCHES, 1 + int(4 * cache_share))))
     bounds = [start, *(bound for bound in range(stride, end, stride) if bound > start), end]
@@ -159,25 +170,18 @@ def _size(tree: Any) -> int:
 
 
 def _draw(uniforms_2B: jax.Array, probabilities_BK: jax.Array) -> jax.Array:
-    """One code an image, by inverting the cumulative sum in two steps: first one of 128 interleaved parts of the codes,
-    then the code in it.
+    """One code an image, from probabilities that sum to 1.
 
-    Two uniform numbers a code, where Gumbel noise takes K. Codes of probability 0 are never drawn.
+    In two steps, a part of the codes and a code in it, each by inverting a cumulative sum: sums of K / 128 and of 128
+    numbers instead of K, and two uniform numbers a code where Gumbel noise takes K. Codes of probability 0 are never
+    drawn.
     """
+    # Code k is in part k % 128.
     padding = -probabilities_BK.shape[-1] % _PARTS
     parts_BRP = jnp.pad(probabilities_BK, ((0, 0), (0, padding))).reshape(len(probabilities_BK), -1, _PARTS)
-    part_B = _pick(uniforms_2B[0], jnp.sum(parts_BRP, axis=1))
+    part_B = pick(uniforms_2B[0], jnp.sum(parts_BRP, axis=1), axis=1)
     inside_BR = jnp.take_along_axis(parts_BRP, part_B[:, None, None], axis=2)[..., 0]
-    return _pick(uniforms_2B[1], inside_BR) * _PARTS + part_B
-
-
-def _pick(uniform_B: jax.Array, weights_BN: jax.Array) -> jax.Array:
-    """Index of one of N weights, drawn in proportion to them."""
-    sums_BN = jnp.cumsum(weights_BN, axis=-1)
-    beyond = (sums_BN > uniform_B[:, None] * sums_BN[:, -1:]) & (weights_BN > 0)
-    # Rounding may leave no weight beyond the mark, when it lies at the very end.
-    last = jnp.where(jnp.any(beyond, axis=-1, keepdims=True), beyond, weights_BN > 0)
-    return jnp.argmax(last, axis=-1).astype(jnp.int32)
+    return pick(uniforms_2B[1], inside_BR, axis=1) * _PARTS + part_B
 
 
 def _per_depth(name: str, value: Any, depth: int, dtype: Any) -> jax.Array:
@@ -189,7 +193,7 @@ def _per_depth(name: str, value: Any, depth: int, dtype: Any) -> jax.Array:
 
 
 def _check_codebook(variables: Any) -> None:
-    """A fresh model's codebook is NaN; NaN logits count as -inf, so that it would draw code 0 everywhere."""
+    """Without its tokenizer a model has a codebook of NaN, whose logits count as -inf: it would draw code 0 only."""
     for table in jax.tree.leaves(variables.get("codebook", {})):
         # On the host, where the array is read once: a computation would wait for the batch that is being drawn.
         if not isinstance(table, jax.core.Tracer) and np.isnan(np.asarray(table)).all():

@@ -35,7 +35,7 @@ def draw(
       batch_size: images of one compiled program; a last batch is filled up, and what fills it dropped.
       first_index: id of the first image.
       seed: an image depends on the seed and its id alone.
-      weights: dtype of the transformer's weights in memory, see `inference_weights.at_rest`.
+      weights: dtype of the transformer's weights in memory, see `inference_weights.for_inference`.
       conds: (m, U), which the images take in turn by id; None for an unconditional model.
       prefix: codes (m, T0, D) of the first positions, likewise.
       **settings: temperature, top_k, top_p and guidance of `generate`.
@@ -43,7 +43,7 @@ def draw(
     Yields:
       Image ids (b,), codes (b, h, w, D) int32, images (b, H, W, C) uint8.
     """
-    resting, tokenizer_variables = _at_rest(model, variables, weights), jax.device_put(tokenizer.variables)
+    resting, tokenizer_variables = _for_inference(model, variables, weights), jax.device_put(tokenizer.variables)
     rng, end, pending = jax.random.key(seed), first_index + num_images, None
 
     def fetch(ids, codes, images):
@@ -60,7 +60,8 @@ def draw(
         if pending is not None:
             yield fetch(*pending)
         pending = batch
-    yield fetch(*pending)
+    if pending is not None:
+        yield fetch(*pending)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -79,5 +80,5 @@ def decode(tokenizer: Any, variables: Any, codes: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _at_rest(model: Any, variables: Any, weights: str) -> Any:
-    return model.at_rest(variables, weights)
+def _for_inference(model: Any, variables: Any, weights: str) -> Any:
+    return model.for_inference(variables, weights)

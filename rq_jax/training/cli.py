@@ -63,16 +63,17 @@ def _parse_flags(argv: list[str]) -> list[str]:
         try:
             return flags.FLAGS(argv)
         except (KeyError, AttributeError) as error:
-            while isinstance(error.args[0], Exception):  # ml_collections wraps one in the other
-                error = error.args[0]
-            key = error.args[0].splitlines()[0].split("lookup: ")[-1].strip("'")
+            cause: BaseException = error
+            while isinstance(cause.args[0], Exception):  # ml_collections wraps one in the other
+                cause = cause.args[0]
+            key = cause.args[0].splitlines()[0].split("lookup: ")[-1].strip("'")
             given = next((arg for arg in argv if re.match(rf"--config\.(.*\.)?{re.escape(key)}\b", arg)), key)
             raise flags.Error(f"{given}: the config has no key '{key}'; its keys stand in the config file") from None
 
 
 def keep_compiled_programs() -> None:
     """Caches compiled programs between processes: in `JAX_COMPILATION_CACHE_DIR` if set, else ~/.cache/rq_jax/jax."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rq_jax" / "jax"))
 
 
@@ -83,9 +84,10 @@ def one_line_errors(*more: type[Exception]):
     Args:
       *more: exceptions that count as one, beside ValueError, OSError and MemoryError.
     """
+    mistakes: tuple[type[Exception], ...] = (ValueError, OSError, MemoryError, *more)
     try:
         yield
-    except (ValueError, OSError, MemoryError, *more) as error:
+    except mistakes as error:
         if os.environ.get("RQ_JAX_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Evaluations of a run: when they happen, what a signal does to one, and what becomes of the figures."""
+"""Evaluations of a run: figures, the best weights, early stopping, interruption by a signal."""
 
 import contextlib
 import dataclasses
@@ -21,7 +21,7 @@ Figures = tuple[dict[str, float], dict[str, np.ndarray]]  # scalars, images
 
 
 class Evaluable(Protocol):
-    """What can be evaluated; a recipe is."""
+    """A source of figures on held-out batches; every recipe is one."""
 
     title: str
 
@@ -34,7 +34,7 @@ class Evaluable(Protocol):
 
 @dataclasses.dataclass
 class RunStatus:
-    """What a run knows beside its state and data position: saved with every checkpoint.
+    """Progress of a run beside its state and data position, saved with every checkpoint.
 
     Attributes:
       best_loss: the lowest "validation_loss" so far.

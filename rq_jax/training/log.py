@@ -1,4 +1,4 @@
-"""Metrics of a run on disk, and its rates."""
+"""Metrics of a run: means over steps, rates, and writing them to disk."""
 
 import contextlib
 import importlib.util
@@ -28,9 +28,9 @@ class Rate:
     """Steps and images per second between two log points.
 
     Args:
-      images_per_step: images that one step of the whole run works on (the global batch).
+      images_per_step: size of the global batch.
       step: steps done when measuring starts.
-      clock: seconds that never run backwards.
+      clock: monotonic clock in seconds.
     """
 
     def __init__(self, images_per_step: int, step: int = 0, clock: Callable[[], float] = time.monotonic):
@@ -39,17 +39,17 @@ class Rate:
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Starts anew at `step`: call it after an evaluation or a checkpoint, whose time is not training."""
+        """Restart at `step`, after an evaluation or a checkpoint, whose time is no training."""
         self._step, self._time = step, self._clock()
 
     def measure(self, step: int) -> dict[str, float]:
-        """Gives the rates since the last log point, and starts anew.
+        """Measure the rates since the last log point, and restart.
 
         Args:
           step: steps done so far; the device must have finished them, or the figures are too high.
 
         Returns:
-          {"steps_per_second", "images_per_second"}; empty where no step was made in between.
+          {"steps_per_second", "images_per_second"}; empty if there was no step in between.
         """
         steps, seconds = step - self._step, self._clock() - self._time
         self.restart(step)
@@ -60,31 +60,31 @@ class Rate:
 
 
 class MetricWriter:
-    """Scalars, pictures and hyperparameters of a run on disk, with the interface of clu's metric writers.
+    """Writes scalars and images of a run to disk, with the interface of clu's metric writers.
 
-    Writes `metrics.jsonl` (a line per call), `pictures/<name>_<step>.png`, `hparams.json`, and event files
-    for TensorBoard where tensorboardX is installed. A disk that is full or read-only costs metrics but never
-    the run: one warning is logged, and each later call tries again.
+    Writes `metrics.jsonl` (a line per call), `pictures/<name>_<step>.png`, and TensorBoard event files if tensorboardX
+    is installed. A full or read-only disk costs metrics but never the run: one warning is logged, and each later call
+    tries again.
 
     Args:
-      directory: the run's directory.
-      enabled: False writes nothing; of several hosts only the first writes.
+      directory: of the run.
+      enabled: False writes nothing; of several processes only the first writes.
     """
 
     def __init__(self, directory: str | os.PathLike, enabled: bool = True):
         self._directory = Path(directory)
         self._enabled = enabled
         self._use_events = enabled and importlib.util.find_spec("tensorboardX") is not None
-        self._events = None
-        self._first_step = None
+        self._events: _EventFile | None = None
+        self._first_step: int | None = None
         self._warned = False
 
     def truncate_after(self, step: int, without: str | None = None) -> None:
-        """Drops what was logged after `step`; a run that resumes there calls it before it writes.
+        """Drop the metrics of later steps, before a run resumes at `step`.
 
         Args:
           step: last step whose lines stay. TensorBoard hides the events of later steps.
-          without: lines of `step` itself that have this name go too; of events they stay.
+          without: also drop the lines of `step` itself that have this name; their events stay.
         """
         if not self._enabled:
             return
@@ -94,18 +94,18 @@ class MetricWriter:
         with self._tolerate_full_disk():
             if path.exists():
                 lines = path.read_bytes().splitlines(keepends=True)
-                kept = [line for line in lines if _place_of(line, without) <= (step, False)]
-                if kept == lines[: len(kept)]:
-                    os.truncate(path, sum(map(len, kept)))  # needs no room on a full disk
-                else:  # lines in between that nobody can read
-                    write_atomic(path, b"".join(kept))
+                retained = [line for line in lines if _position_of(line, without) <= (step, False)]
+                if retained == lines[: len(retained)]:
+                    os.truncate(path, sum(map(len, retained)))  # needs no room on a full disk
+                else:  # unreadable lines in between
+                    write_atomic(path, b"".join(retained))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Logs scalars.
+        """Write scalars.
 
         Args:
-          step: the step they belong to.
-          scalars: name -> number or array of one number; not finite becomes "nan", "inf" or "-inf".
+          step: that they belong to.
+          scalars: name -> number or array of one number; non-finite ones become "nan", "inf" or "-inf".
 
         Raises:
           ValueError: a value that is not one number, or the name "step".
@@ -119,11 +119,11 @@ class MetricWriter:
         self._add_events(step, [{"tag": name, "simple_value": value} for name, value in values.items()])
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Writes a PNG file per picture.
+        """Write a PNG file per image.
 
         Args:
-          step: the step they belong to.
-          images: name -> uint8 (H, W, C) with C 1 or 3; a file's name has "_" for "/" and the like.
+          step: that they belong to.
+          images: name -> uint8 (H, W, C) with C 1 or 3; file names have "_" in place of "/" and the like.
 
         Raises:
           ValueError: another dtype or shape.
@@ -138,29 +138,14 @@ class MetricWriter:
             size = dict(zip(("height", "width", "colorspace"), np.shape(image), strict=True))
             self._add_events(step, [{"tag": name, "image": {**size, "encoded_image_string": png}}])
 
-    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-        """Writes the run's hyperparameters.
-
-        Args:
-          hparams: name -> whatever JSON holds; other values are written as their text.
-        """
-        if not self._enabled:
-            return
-        text = json.dumps(hparams, indent=2, default=str)
-        with self._tolerate_full_disk():
-            write_atomic(self._directory / "hparams.json", f"{text}\n".encode())
-        tensor = {"dtype": "DT_STRING", "string_val": [f"```\n{text}\n```".encode()]}
-        is_text = {"plugin_data": {"plugin_name": "text"}}
-        self._add_events(0, [{"tag": "hparams", "tensor": tensor, "metadata": is_text}])
-
     def flush(self) -> None:
-        """Puts buffered TensorBoard events on disk; everything else is there as soon as it is written."""
+        """Flush TensorBoard events; nothing else is buffered."""
         with self._tolerate_full_disk():
             if self._events is not None:
                 self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes the event file; a later write opens a new one."""
+        """Flush and close the event file; a later write opens a new one."""
         events, self._events = self._events, None
         with self._tolerate_full_disk():
             if events is not None:
@@ -169,7 +154,7 @@ class MetricWriter:
     def _add_events(self, step: int, values: list[dict[str, Any]]) -> None:
         if not self._use_events:
             return
-        # Taken out until the write succeeds: an event file with a torn record is never written to again.
+        # None until the write succeeds: a file with a torn record must not be written to again.
         events, self._events = self._events, None
         with self._tolerate_full_disk():
             events = events or _EventFile(self._directory, self._first_step)
@@ -189,8 +174,7 @@ class MetricWriter:
 class _EventFile:
     """TensorBoard events, written in the calling thread.
 
-    tensorboardX's SummaryWriter gives them to a thread of its own, which dies on a full disk: its queue fills
-    and the run waits for ever.
+    tensorboardX's SummaryWriter has a writing thread, which dies on a full disk: its queue fills, and the run hangs.
     """
 
     def __init__(self, directory: Path, first_step: int | None):
@@ -199,7 +183,7 @@ class _EventFile:
 
         directory.mkdir(parents=True, exist_ok=True)
         self._event_type = Event
-        # The library's file names count whole seconds: a file made in the same second would replace this one.
+        # The library's file names have whole seconds: another file of the same second would replace this one.
         self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{time.time_ns()}")
         if first_step is not None:
             self.add(first_step, session_log={"status": "START"})
@@ -215,7 +199,7 @@ class _EventFile:
 
 
 def _append_line(path: Path, line: str) -> None:
-    """Appends a line, first cutting off one that a killed run or a full disk left half written."""
+    """Append a line, after cutting off one that a killed run or a full disk left unfinished."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "ab+") as file:
         if file.tell():
@@ -225,8 +209,8 @@ def _append_line(path: Path, line: str) -> None:
         file.write(f"{line}\n".encode())
 
 
-def _place_of(line: bytes, name: str | None) -> tuple[float, bool]:
-    """The step of a line of the log, infinite for a line that nobody can read, and whether the line has `name`."""
+def _position_of(line: bytes, name: str | None) -> tuple[float, bool]:
+    """Step of a line of the log, infinite for an unreadable one, and whether the line has `name`."""
     try:
         record = json.loads(line)
         return record["step"], name in record
@@ -236,11 +220,11 @@ def _place_of(line: bytes, name: str | None) -> tuple[float, bool]:
 
 def _number(name: str, value: Any) -> float:
     if name == "step":
-        raise ValueError('metric named "step": that name holds the step of the line, choose another')
+        raise ValueError("metric 'step': the name is reserved for the step of a line; choose another")
     try:
         return float(np.asarray(value).reshape(()))
     except (TypeError, ValueError):
-        raise ValueError(f"metric {name}={value!r} is not one number: give a scalar") from None
+        raise ValueError(f"metric '{name}': {value!r} is not one number; give a scalar") from None
 
 
 class StepLog:
@@ -251,12 +235,12 @@ class StepLog:
         self._sum, self._count = None, 0
 
     def add(self, metrics: Any) -> None:
-        """Of one step; stays on the devices."""
+        """Add the metrics of one step, which stay on the devices."""
         self._sum = metrics if self._sum is None else _add(self._sum, metrics)
         self._count += 1
 
     def write(self, step: int) -> dict[str, float]:
-        """Write what `step` steps came to, return it and start anew; waits for the last of them."""
+        """Write and return means and rates since the last log point, and restart; waits for the last step."""
         means = jax.tree.map(lambda x: np.asarray(x) / self._count, self._sum)
         rates = self._rate.measure(step)
         shown = {**self._summarize(means), **rates, **self._meter.measure(rates)}

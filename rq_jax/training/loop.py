@@ -3,7 +3,8 @@
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import signal
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -13,8 +14,9 @@ import numpy as np
 from rq_jax.checkpoint import Checkpointer, read_config, write_config
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import explained_memory
-from rq_jax.files import RunLock
+from rq_jax.files import RunLock, write_atomic
 from rq_jax.report import curves
+from rq_jax.report.parameters import parameter_table
 from rq_jax.report.progress import Progress
 from rq_jax.training import monitor
 from rq_jax.training.evaluation import Evaluable, Evaluator, RunStatus
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Recipe(Evaluable, Protocol):
-    """What is trained: the science of a run. A frozen dataclass; a new kind of model is a model, a recipe and a config.
+    """The science of a run: state, step, evaluation, report. A new kind of model is a model, a recipe and a config.
 
     Attributes:
       title: in front of the progress bar.
@@ -51,7 +53,7 @@ class Recipe(Evaluable, Protocol):
     curves: Sequence[str]
 
     def start(self, workdir: str, data: Any, is_fresh: bool) -> tuple[Self, Any]:
-        """What has to be done in the run directory before the first step; the recipe and the data to go on with."""
+        """Prepare the run directory before the first step; returns the recipe and the data to go on with."""
 
     def init(self, rng: jax.Array) -> Any:
         """A `TrainState` at step 0, placed on the mesh."""
@@ -98,9 +100,11 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
     workdir = str(workdir)
     _check_kind(workdir, recipe)
     lock = RunLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    # The lock first: opening a checkpointer removes what a killed save left, which may be another trainer's work.
     with lock, Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer:
         recipe, data = recipe.start(workdir, data, checkpointer.latest_step is None)
         state = recipe.init(jax.random.key(recipe.seed))
+        # Signals are noted from here on only: before, nothing is there to save, and the process may end at once.
         with (
             contextlib.closing(MetricWriter(workdir, enabled=jax.process_index() == 0)) as writer,
             contextlib.closing(data.train.iterator()) as iterator,
@@ -116,10 +120,10 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
 
 @dataclasses.dataclass(frozen=True)
 class _Parts:
-    """What a run opens and closes."""
+    """Resources of a run, opened and closed by `run`."""
 
     writer: MetricWriter
-    iterator: Iterator
+    iterator: Any  # of batches, with get_state and set_state
     checkpointer: Checkpointer
     stop: StopSignal
     hang: monitor.HangGuard
@@ -135,13 +139,14 @@ class _Run:
         self._meter = monitor.Meter(recipe.flops_per_image, recipe.model.dtype)
         self._finite = monitor.FiniteGuard(workdir, settings.max_skipped_steps)
         self._phase: Hashable = None
-        self._metrics, self._batch = None, None  # of the last step that was dispatched
+        self._metrics: Any = None  # of the last step that was dispatched, with its batch
+        self._batch: Any = None
 
     def train(self, state: Any) -> Any:
         """All steps that are left; the last state."""
         recipe, settings, parts = self._recipe, self._settings, self._parts
         state = self._resume(state)
-        write_config(self._workdir, recipe.config)
+        _describe(self._workdir, recipe, state)
         step = int(state.step)
         # A start that made up for an evaluation may have been killed before it could note that.
         owed = self._status.owes_evaluation
@@ -160,6 +165,8 @@ class _Run:
                 evaluator.make_up(state, step)
                 self._log.restart(step)
             stopping = self._status.owes_evaluation
+            # `stopping` is a signal, polled once a step on every process; `stopped` is early stopping, which the
+            # checkpoint remembers.
             while step < settings.total_steps and not self._status.stopped and not stopping:
                 state = self._step(state, step)
                 step += 1
@@ -168,6 +175,7 @@ class _Run:
                 if step % settings.evaluate_every_steps == 0 or last:
                     evaluator.run(state, step)
                     self._log.restart(step)
+                # An evaluation that a signal cut short has polled already, and a second poll would not repeat it.
                 stopping = self._status.owes_evaluation or parts.stop.poll()
                 if step % settings.checkpoint_every_steps == 0 or last or stopping or self._status.stopped:
                     self._save(state, step)
@@ -192,6 +200,7 @@ class _Run:
         if previous is None or phase != self._phase:
             parts.hang.expect_compilation()
         self._phase = phase
+        # Armed before the batch is read: a reader that hangs is a hang of the run.
         parts.hang.arm()
         parts.profiler.before(step + 1)
         with self._meter.waiting():
@@ -200,6 +209,7 @@ class _Run:
         state, self._metrics = self._recipe.step(state, placed, phase)
         self._log.add(self._metrics)
         jax.block_until_ready(previous)
+        # Only now are the numbers of the step before on the host without a wait for the one just dispatched.
         if previous is not None:
             self._finite.check(step, previous, previous_batch)
         return state
@@ -215,6 +225,7 @@ class _Run:
         self._progress.update(1, **{name: shown[name] for name in names if name in shown})
 
     def _save(self, state: Any, step: int) -> None:
+        # The position counts batches that were handed out; those read ahead by threads are read again.
         saved = dataclasses.asdict(self._status)
         position = {"data": self._parts.iterator.get_state(), "batch_size": self._data.train.batch_size}
         self._parts.checkpointer.save(state, {**saved, **position})
@@ -224,7 +235,7 @@ class _Run:
         """End the process where a signal has ended the run before its time."""
         is_done = step == self._settings.total_steps and not self._status.owes_evaluation
         if stopping and not is_done and not self._status.stopped:
-            number = self._parts.stop.signal
+            number = self._parts.stop.signal or signal.SIGTERM  # another process may have got it
             logger.warning(
                 "%s: stopped by signal %d at step %d; run the same command to go on", self._recipe.title, number, step
             )
@@ -242,6 +253,15 @@ def _check_kind(workdir: str, recipe: Recipe) -> None:
     there, ours = (config.get("model", {}).get("name") for config in (read_config(workdir), recipe.config))
     if there != ours:
         raise ValueError(f"workdir: '{workdir}' holds a run of '{there}', not of '{ours}'; give another --workdir")
+
+
+def _describe(workdir: str, recipe: Recipe, state: Any) -> None:
+    """Write the config, and write and print a table of the parameters with their shardings; on the first host."""
+    write_config(workdir, recipe.config)
+    if jax.process_index() == 0:
+        table = parameter_table(state.variables)
+        write_atomic(Path(workdir) / "parameters.txt", f"{table}\n".encode())
+        print(table)
 
 
 def _data_position(saved: Mapping[str, Any], batch_size: int) -> dict[str, Any]:

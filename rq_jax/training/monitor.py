@@ -1,8 +1,7 @@
-"""What watches a run: a step that hangs, steps that are not finite, where the time goes, a trace of chosen steps."""
+"""Run monitoring: hang watchdog, non-finite guard, throughput meter, profiler."""
 
 import contextlib
 import faulthandler
-import json
 import logging
 import sys
 import time
@@ -15,39 +14,40 @@ import numpy as np
 
 from rq_jax.devices.memory import peak_memory
 from rq_jax.devices.peaks import device_peaks
-from rq_jax.files import write_atomic
+from rq_jax.files import write_json
 
-COMPILE_FACTOR = 20  # for steps that compile
+COMPILE_FACTOR = 20  # allowance of a step that compiles
 
 logger = logging.getLogger(__name__)
 
 
 class NotFinite(ValueError):
-    """Too many steps in a row were left out because their loss or gradient is not finite."""
+    """Too many steps in a row were skipped because their loss or gradient is not finite."""
 
 
 class HangGuard:
-    """Ends the process with exit code 1, after the stacks of all threads on stderr, where a step takes too long.
+    """Watchdog: dumps the stacks of all threads to stderr and exits with code 1 when a step takes too long.
 
-    It runs outside the interpreter, so that a collective which waits for a dead host cannot hold it up.
+    `faulthandler` runs it in a thread outside the interpreter, which a collective that waits for a dead host cannot
+    block.
     """
 
     def __init__(self, seconds: float):
-        """Args: seconds: of one step; 0 watches nothing."""
+        """Args: seconds: longest duration of a step; 0 turns the watchdog off."""
         self._seconds, self._factor = seconds, 1
 
     def expect_compilation(self) -> None:
-        """The next step needs a new program."""
+        """Allow the next step the time of a compilation."""
         self._factor = COMPILE_FACTOR
 
     def arm(self) -> None:
-        """A step begins."""
+        """Start the clock of a step."""
         if self._seconds:
-            faulthandler.dump_traceback_later(self._seconds * self._factor, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._seconds * self._factor, exit=True, file=sys.__stderr__ or 2)
             self._factor = 1
 
     def disarm(self) -> None:
-        """What follows is no step."""
+        """Stop the clock, for work that is no step."""
         if self._seconds:
             faulthandler.cancel_dump_traceback_later()
 
@@ -59,19 +59,19 @@ class HangGuard:
 
 
 class FiniteGuard:
-    """Counts skipped steps in a row, and notes which examples they had."""
+    """Counts skipped steps in a row and records their examples."""
 
     def __init__(self, workdir: str, limit: int):
-        """Args: limit: skipped steps in a row at which the run stops; 0: never."""
+        """Args: workdir: of the run; limit: skipped steps in a row at which the run stops, 0 for never."""
         self._path = Path(workdir) / f"not_finite-{jax.process_index()}.json"
         self._limit = limit
         self._skipped: list[dict[str, Any]] = []
 
     def check(self, step: int, metrics: Any, batch: Any) -> None:
-        """Look at a step that is done.
+        """Check the metrics of a finished step.
 
         Raises:
-          NotFinite: `limit` steps in a row; the examples of each are then in a file.
+          NotFinite: `limit` steps in a row were skipped; a file then lists the examples of each.
         """
         if not self._limit or "skipped_share" not in metrics:
             return
@@ -81,7 +81,7 @@ class FiniteGuard:
         indices = np.asarray(batch["index"]).tolist() if "index" in batch else None
         self._skipped.append({"step": step, "indices": indices})
         if len(self._skipped) >= self._limit:
-            write_atomic(self._path, (json.dumps(self._skipped) + "\n").encode())
+            write_json(self._path, self._skipped, indent=None)
             raise NotFinite(
                 f"loss: not finite in {self._limit} steps in a row, {self._skipped[0]['step']} to {step}; none of them "
                 f"changed the weights, their examples are listed in '{self._path}'; lower optim.learning_rate, set "
@@ -90,10 +90,10 @@ class FiniteGuard:
 
 
 class Meter:
-    """Where the time of a run goes: waiting for data, arithmetic of the model, memory."""
+    """Measures waiting for data, arithmetic throughput and memory."""
 
     def __init__(self, flops_per_image: float | None = None, dtype: str = "float32"):
-        """Args: flops_per_image: forward and backward; dtype: whose peak the utilization is of."""
+        """Args: flops_per_image: of forward and backward pass; dtype: of the peak rate behind "mfu"."""
         self._flops = flops_per_image
         peaks = device_peaks(jax.devices()[0].device_kind)
         self._peak = peaks.flops.get(dtype, 0.0) * jax.device_count() if peaks else 0.0
@@ -101,48 +101,59 @@ class Meter:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what waits for data."""
+        """Context manager that counts its duration as waiting for data."""
         start = time.monotonic()
         yield
         self._waited += time.monotonic() - start
 
     def restart(self) -> None:
-        """What came before was no training."""
+        """Leave the time since the last measurement out: it was no training."""
         self._waited, self._start = 0.0, time.monotonic()
 
     def measure(self, rates: dict[str, float]) -> dict[str, float]:
-        """Figures since the last call, beside `rates`: "data_wait_share", memory in GiB, and arithmetic where counted.
+        """Measure since the last call.
 
-        "mfu" is the share of the device's tabulated peak, for devices that the table knows.
+        Args:
+          rates: of the same time, as `log.Rate` measures them.
+
+        Returns:
+          "data_wait_share" in [0, 1]; "process_gib" and, if the device reports it, "device_gib", peak memory; with
+          `flops_per_image` also "teraflops_per_second", and for devices in the table "mfu", their share of the peak.
         """
         elapsed = time.monotonic() - self._start
-        found = {"data_wait_share": self._waited / elapsed if elapsed > 0 else 0.0}
+        figures = {"data_wait_share": self._waited / elapsed if elapsed > 0 else 0.0}
         self.restart()
-        found |= {name.replace("peak", "gib"): value / 2**30 for name, value in peak_memory().items()}
+        figures |= {name.replace("peak", "gib"): value / 2**30 for name, value in peak_memory().items()}
         if self._flops and "images_per_second" in rates:
             rate = self._flops * rates["images_per_second"]
-            found["teraflops_per_second"] = rate / 1e12
+            figures["teraflops_per_second"] = rate / 1e12
             if self._peak:
-                found["mfu"] = rate / self._peak
-        return found
+                figures["mfu"] = rate / self._peak
+        return figures
 
 
 class Profiler:
-    """A trace of some steps, for TensorBoard's profile tab or Perfetto, in `<workdir>/profile`."""
+    """Traces chosen steps into `<workdir>/profile`, for TensorBoard's profile tab or Perfetto."""
 
     def __init__(self, workdir: str, first_step: int, num_steps: int):
-        """Args: num_steps: 0 traces nothing; first_step: counted from 1; a process that begins later begins there."""
+        """Set up without starting a trace.
+
+        Args:
+          workdir: of the run.
+          first_step: first step to trace, counted from 1; a run that resumes after it traces from there.
+          num_steps: number of steps to trace; 0 for none.
+        """
         self._directory = Path(workdir) / "profile"
         self._first, self._count, self._left, self._has_begun = first_step, num_steps, 0, False
 
     def before(self, step: int) -> None:
-        """A step, counted from 1, is about to begin."""
+        """Start the trace if it begins at this step, counted from 1; call it before each step."""
         if self._count and step >= self._first and not self._has_begun:
             jax.profiler.start_trace(self._directory)
             self._left, self._has_begun = self._count, True
 
     def after(self, metrics: Any) -> None:
-        """A step was dispatched; the last one that is traced is waited for."""
+        """End the trace after its last step, which is waited for; call it when a step has been dispatched."""
         if self._left:
             self._left -= 1
             if not self._left:

@@ -1,6 +1,8 @@
 """Optimizers with their learning-rate schedules."""
 
+import functools
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -75,7 +77,20 @@ def make_optimizer(
     else:
         base = optax.sgd(rate, momentum or None)
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm is not None else []
-    return Optimizer(optax.chain(*clip, base), rate, accumulation_steps)
+    transform = optax.chain(*clip, base)
+    transform = optax.GradientTransformation(transform.init, _with_standard_promotion(transform.update))
+    return Optimizer(transform, _with_standard_promotion(rate), accumulation_steps)
+
+
+def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under JAX's standard promotion, whatever the caller's: Optax multiplies integer counts by floats."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **keywords)
+
+    return call
 
 
 def _make_schedule(

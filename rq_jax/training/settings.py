@@ -9,6 +9,8 @@ from rq_jax.devices import sharding
 from rq_jax.settings import checks
 from rq_jax.settings.construct import construct
 
+# Settings of the config section `loop` that a recipe reads and not the loop.
+_OF_RECIPES = ("ema_decay", "use_latent_cache")
 _LEAST = {
     "total_steps": 1,
     "log_every_steps": 1,
@@ -69,7 +71,7 @@ class LoopSettings:
 def resolve_durations(
     section: Mapping[str, Any], prefix: str, names: tuple[str, ...], steps_per_epoch: int
 ) -> dict[str, Any]:
-    """Replace `<name>_epochs` by `<name>_steps` in a config section; 0 gives way to the other of the two.
+    """Replace `<name>_epochs` by `<name>_steps` in a config section; of the two, one that is 0 gives way.
 
     Raises:
       ValueError: neither of the two is set, or both.
@@ -81,16 +83,16 @@ def resolve_durations(
         if steps is None and epochs is None:
             raise ValueError(f"{both} unset; set one of them")
         if steps and epochs:
-            raise ValueError(f"{both} set, to {steps} and {epochs}; set the one that is not wanted to 0")
+            raise ValueError(f"{both} set, to {steps} and {epochs}; set one of them to 0")
         settings[f"{name}_steps"] = steps or round((epochs or 0) * steps_per_epoch)
     return settings
 
 
 def check_sections(config: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    """Refuse a config with sections that nothing reads, or without one that is needed.
+    """Check that a config has exactly the allowed sections.
 
     Raises:
-      ValueError: naming the section.
+      ValueError: an unknown or a missing section.
     """
     for name in config:
         if name not in allowed:
@@ -101,7 +103,7 @@ def check_sections(config: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
 
 
 def memory_remedies(recipe: Any, batch_size: int) -> list[str]:
-    """Settings that make a step smaller, the cheapest first.
+    """Settings that reduce the memory of a step, the cheapest first.
 
     Args:
       recipe: a `training.loop.Recipe`.
@@ -126,10 +128,6 @@ def loop_settings(section: Mapping[str, Any], steps_per_epoch: int) -> LoopSetti
     """The loop's settings in the config section `loop`, without those of the recipe, which stand there too."""
     settings = resolve_durations(section, "loop", ("total",), steps_per_epoch)
     return construct(LoopSettings, "loop", {name: value for name, value in settings.items() if name not in _OF_RECIPES})
-
-
-# Settings of the config section `loop` that a recipe reads and not the loop.
-_OF_RECIPES = ("ema_decay", "use_latent_cache")
 
 
 def plain(config: Any) -> Any:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, noted so that a run saves before it ends."""
+"""SIGINT and SIGTERM as a request to save and stop, agreed on by all processes of a run."""
 
 import signal
 from typing import Any
@@ -7,45 +7,53 @@ import jax
 
 
 class StopSignal:
-    """Notes SIGINT and SIGTERM, so that a run can save before it ends; a second SIGINT ends at once.
+    """Context manager that turns SIGINT and SIGTERM into a request that the loop polls; a second SIGINT interrupts.
 
-    Of several processes the one that gets the signal tells the others, and all stop at the same step.
+    A signal to one of several processes stops all of them at the same poll. Otherwise one would leave while the others
+    wait in a collective for it.
+
+    Attributes:
+      signal: number of the signal that arrived, None before.
     """
 
     def __init__(self):
         self.signal: int | None = None
-        self._times = 0
+        self._polls = 0
 
     def __enter__(self) -> "StopSignal":
-        self._old = {}
-        # JAX's preemption service listens for SIGTERM where there are others to tell.
+        self._previous = {}
+        # With several processes SIGTERM belongs to JAX's preemption service, which tells the other processes.
         numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else (signal.SIGINT,)
         try:
             for number in numbers:
-                self._old[number] = signal.signal(number, self._note)
-        except ValueError:  # not in the main thread: somebody else handles signals
-            self._old = {}
+                self._previous[number] = signal.signal(number, self._handle)
+        except ValueError:  # not in the main thread, where Python allows no handlers
+            self._previous = {}
         return self
 
-    def _note(self, number: int, frame: Any) -> None:
+    def _handle(self, number: int, frame: Any) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
-        if jax.process_count() > 1:
+        if jax.process_count() > 1:  # pass SIGINT on to the preemption service
             signal.raise_signal(signal.SIGTERM)
 
     def poll(self) -> bool:
-        """Whether the run is to end here; every process asks at the same places: after each step and batch held out."""
-        self._times += 1
+        """Whether to stop here. Every process must poll equally often: after each step and each evaluation batch.
+
+        The preemption service picks a number of polls that no process has reached yet, and every process returns True
+        at that one. So the count must be of polls, in all of them, and nothing else may ask with other numbers.
+        """
+        self._polls += 1
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            if multihost_utils.reached_preemption_sync_point(self._times):
+            if multihost_utils.reached_preemption_sync_point(self._polls):
                 self.signal = self.signal or signal.SIGTERM
                 return True
             return False
-        return self.signal is not None  # read once: a signal from here on is for the next step
+        return self.signal is not None  # read once: a signal that arrives from here on is for the next poll
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._old.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)

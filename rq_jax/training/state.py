@@ -1,4 +1,4 @@
-"""What a training run carries from step to step: state, optimizer with its schedule, moving average of weights."""
+"""State of a training run, its guarded update, weight average and micro-batches."""
 
 from typing import Any
 
@@ -10,9 +10,8 @@ import optax
 from rq_jax.training.optimizer import Optimizer
 
 
-@flax.struct.dataclass
-class TrainState:
-    """Everything that a step reads and writes; `rng` is folded with `step`, so that it never needs to be split.
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a step reads and writes. `rng` never changes: each step folds its number into it.
 
     Stage 1 with an adversary also carries the discriminator's variables and the state of its optimizer.
     """
@@ -40,6 +39,7 @@ class TrainState:
     def rng_of_step(self, *uses: str) -> dict[str, jax.Array]:
         """Keys of this step by use, {"dropout": key, ...}; a key does not depend on which others are asked for."""
         rng = jax.random.fold_in(self.rng, self.step)
+        # A polynomial hash of the name: Python's hash() differs from process to process.
         return {use: jax.random.fold_in(rng, sum(ord(c) * 31**i for i, c in enumerate(use)) % 2**31) for use in uses}
 
 
@@ -92,7 +92,7 @@ def apply_gradients(
       losses: scalars, all of which must be finite.
       model_state: the model's other variables after the step.
       ema_decay: of the weight average, where one is kept.
-      **updated: further fields of the state after the step, kept or dropped with the rest.
+      **updated: further fields of the state after the step, dropped with the rest where the step is skipped.
 
     Returns:
       The new state and {"gradient_norm", "learning_rate", "skipped_share"}, the last 1 for a skipped step, else 0.
@@ -107,30 +107,45 @@ def apply_gradients(
     new = dict(params=params, model_state=model_state, opt_state=opt_state, ema_params=ema_params, **updated)
     old = {name: getattr(state, name) for name in new}
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-    # The optimizer counts its own updates.
+    # The optimizer counts its own updates, of which a skipped step is none.
     learning_rate = optimizer.learning_rate(state.step - state.skipped_steps)
     skipped = state.skipped_steps + jnp.where(finite, 0, 1)
     state = state.replace(step=state.step + 1, skipped_steps=skipped, **new)
-    return state, {"gradient_norm": norm, "learning_rate": learning_rate, "skipped_share": 1.0 - finite}
+    return state, {
+        "gradient_norm": norm,
+        "learning_rate": learning_rate,
+        "skipped_share": 1.0 - finite.astype(jnp.float32),
+    }
 
 
-def average_weights(average: Any, params: Any, decay: float, step: jax.Array | int | None = None) -> Any:
+def average_weights(average: Any, params: Any, decay: float | jax.Array, step: jax.Array | int | None = None) -> Any:
     """Exponential moving average of weights with decay min(decay, (1 + step) / (10 + step)), or `decay` without a step.
 
     As kakaobrain/rq-vae-transformer:ExponentialMovingAverage, whose trainer never calls it.
     """
     if step is not None:
+        step = jnp.asarray(step, jnp.float32)
         decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
     return jax.tree.map(lambda a, p: a * decay + (1 - decay) * p, average, params)
 
 
 def accumulate_gradients(loss_and_grads: Any, params: Any, batch: Any, num_steps: int, rngs: Any) -> Any:
-    """Mean over `num_steps` micro-batches of what `loss_and_grads(params, micro_batch, rngs)` returns.
+    """Mean of `loss_and_grads` over micro-batches.
 
-    Micro-batch i holds every num_steps-th row from row i on: each device then slices its own rows of a sharded batch.
+    Args:
+      loss_and_grads: (params, micro-batch, rngs) -> a pytree of arrays, such as losses and gradients.
+      params: passed on.
+      batch: a pytree of arrays (B, ...).
+      num_steps: number of micro-batches, a divisor of B.
+      rngs: a pytree of keys; each micro-batch folds its index into them.
+
+    Returns:
+      A pytree as `loss_and_grads` returns.
     """
     if num_steps == 1:
         return loss_and_grads(params, batch, rngs)
+    # Micro-batch i holds every num_steps-th row from row i on. Consecutive rows would lie on few devices of a sharded
+    # batch and move at every step; in this order each device slices the rows it has.
     micro = jax.tree.map(lambda x: x.reshape(-1, num_steps, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def step(total: Any, inputs: Any) -> tuple[Any, None]:
@@ -138,6 +153,7 @@ def accumulate_gradients(loss_and_grads: Any, params: Any, batch: Any, num_steps
         keys = jax.tree.map(lambda key: jax.random.fold_in(key, index), rngs)
         return jax.tree.map(jnp.add, total, loss_and_grads(params, rows, keys)), None
 
+    # Shapes alone: evaluating the first micro-batch outside the scan would compile the model twice.
     first = jax.eval_shape(loss_and_grads, params, jax.tree.map(lambda x: x[0], micro), rngs)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
     total, _ = jax.lax.scan(step, zeros, (jnp.arange(num_steps), micro))

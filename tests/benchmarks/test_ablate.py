@@ -1,4 +1,4 @@
-"""ablate.py: its commands, notes, tables and pictures, with the scripts that it runs replaced by what they write."""
+"""benchmarks.ablate: its commands, notes, tables and images, with the scripts that it runs replaced by what they write."""
 
 import json
 import re
@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import ablate
+from benchmarks import ablate, scripts
 from configs import ablations, rqtransformer, rqvae
 from rq_jax import checkpoint
 from rq_jax.report import grids
 
-ROOT = Path(ablate.__file__).parent
 SIDE = 16
 
 
@@ -68,14 +67,21 @@ class Scripts:
 
 
 @pytest.fixture
-def scripts(tmp_path, monkeypatch):
-    scripts = Scripts(tmp_path)
+def fake_scripts(tmp_path, monkeypatch):
+    fake_scripts = Scripts(tmp_path)
     monkeypatch.setattr(ablate, "ROOT", tmp_path)
-    monkeypatch.setattr(ablate, "command", scripts)
+    monkeypatch.setattr(ablate, "NUM_SAMPLES", 21)
+    monkeypatch.setattr(ablate, "run_script", fake_scripts)
     monkeypatch.setattr(
         ablate, "model_of", lambda args: {"transformer": "of " + args.checkpoint, "sample": {"top_k": None}}
     )
-    return scripts
+    return fake_scripts
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Tables without their image, which takes seconds."""
+    monkeypatch.setattr(ablate, "draw_table", lambda *args: None)
 
 
 def made(table, *options):
@@ -83,7 +89,7 @@ def made(table, *options):
 
 
 @pytest.mark.parametrize("table", ablations.TABLES)
-def test_every_table_is_made(scripts, tmp_path, table):
+def test_every_table_is_made(fake_scripts, tmp_path, table):
     record = made(table, "--seeds=0,2")
     assert json.loads((tmp_path / "results" / f"{table}.json").read_text()) == json.loads(json.dumps(record))
     assert [row["row"] for row in record["rows"]] == list(ablations.TABLES[table])
@@ -96,14 +102,14 @@ def test_every_table_is_made(scripts, tmp_path, table):
     assert str(tmp_path) not in json.dumps(record)  # a record that is committed names no path of a machine
 
 
-def test_figures_have_mean_and_spread(scripts):
+def test_figures_have_mean_and_spread(fake_scripts):
     row = made("updates", "--seeds=0,1,2")["rows"][0]
     assert row["figures"]["psnr"] == {"mean": [21.0, 26.0], "std": [1.0, 1.0], "values": [[20.0, 25.0], [21.0, 26.0], [22.0, 27.0]]}  # fmt: skip
     assert row["figures"]["codes_used"]["mean"] == 0.5 and "fingerprint" not in row["figures"]
     assert made("updates", "--seeds=4", "--workdir=other")["rows"][0]["figures"]["psnr"]["std"] is None
 
 
-def test_cells(scripts, tmp_path):
+def test_cells(fake_scripts, undrawn, tmp_path):
     made("updates", "--seeds=0,1,2")
     lines = (tmp_path / "results" / "updates.md").read_text().splitlines()
     assert lines[0].startswith("|  | PSNR, dB | SSIM |") and lines[2].startswith("| D 4, K 512 | 26 ± 1 |")
@@ -115,8 +121,8 @@ def test_cells(scripts, tmp_path):
     ]
 
 
-def test_what_is_finished_is_not_run_again(scripts):
-    trained = lambda: [dict(given)["workdir"] for script, given in scripts.lines if script == "train_vae.py"]  # noqa: E731
+def test_what_is_finished_is_not_run_again(fake_scripts):
+    trained = lambda: [dict(given)["workdir"] for script, given in fake_scripts.lines if script == "train_vae.py"]  # noqa: E731
     made("updates", "--seeds=0")
     assert len(trained()) == 4
     made("updates", "--seeds=0,1")
@@ -125,13 +131,13 @@ def test_what_is_finished_is_not_run_again(scripts):
     assert len(trained()) == 14 == len(set(trained()))
 
 
-def test_an_interrupted_run_has_no_seconds(scripts, tmp_path):
+def test_an_interrupted_run_has_no_seconds(fake_scripts, tmp_path):
     (tmp_path / "runs" / "ablations" / "no_restart-seed0").mkdir(parents=True)
     seconds = {row["row"]: row["runs"][0]["core_seconds"] for row in made("updates", "--seeds=0")["rows"]}
     assert seconds.pop("no restart") is None and None not in seconds.values()
 
 
-def test_another_run_in_the_directory_is_refused(scripts):
+def test_another_run_in_the_directory_is_refused(fake_scripts):
     made("updates", "--seeds=0", "--quicktest")
     with pytest.raises(
         ValueError, match=r"^--workdir: 'runs/ablations/d_4_k_512-seed0' is a run of .*; give another --workdir$"
@@ -139,10 +145,10 @@ def test_another_run_in_the_directory_is_refused(scripts):
         made("updates", "--seeds=0")
 
 
-def test_transformers_share_the_tokenizer_of_the_first_seed(scripts):
+def test_transformers_share_the_tokenizer_of_the_first_seed(fake_scripts):
     record = made("soft_labels", "--seeds=1,2")
     tokenizers = {
-        dict(given)["config.tokenizer"] for script, given in scripts.lines if script == "train_transformer.py"
+        dict(given)["config.tokenizer"] for script, given in fake_scripts.lines if script == "train_transformer.py"
     }
     assert tokenizers == {"runs/ablations/d_4_k_512-seed0"}
     figures = record["rows"][0]["figures"]
@@ -151,14 +157,14 @@ def test_transformers_share_the_tokenizer_of_the_first_seed(scripts):
     assert record["marks"]["kernel distance of reconstructions"] == 0.2
 
 
-def test_filters_draw_from_the_model_that_is_named(scripts):
+def test_filters_draw_from_the_model_that_is_named(fake_scripts, undrawn):
     made("filter", "--seeds=0", "--checkpoint=elsewhere")
-    drawn = [dict(given) for script, given in scripts.lines if script == "sample.py"]
+    drawn = [dict(given) for script, given in fake_scripts.lines if script == "sample.py"]
     assert {given["checkpoint"] for given in drawn} == {"elsewhere"} and drawn[0]["top_p"] == "0.3"
-    assert scripts.lines[-1][1][0] == ("checkpoint", "elsewhere/tokenizer")
+    assert fake_scripts.lines[-1][1][0] == ("checkpoint", "elsewhere/tokenizer")
 
 
-def test_a_model_that_was_trained_anew_is_another(scripts, monkeypatch):
+def test_a_model_that_was_trained_anew_is_another(fake_scripts, undrawn, monkeypatch):
     run = made("filter", "--seeds=0")["rows"][0]["runs"][0]
     assert run["settings"]["model"] == {"transformer": "of checkpoints/emoji", "sample": {"top_k": None}}
     monkeypatch.setattr(ablate, "model_of", lambda args: {"transformer": "new", "sample": {"top_k": None}})
@@ -175,9 +181,9 @@ def test_the_model_that_ships_is_known_by_its_weights():
     assert found["tokenizer"] == checkpoint.fingerprint(pair.tokenizer.variables)
 
 
-def test_the_record_has_the_whole_command(scripts, tmp_path):
+def test_the_record_has_the_whole_command(fake_scripts, tmp_path):
     record = made("updates", "--seeds=0", "--quicktest", "--workdir=elsewhere")
-    assert record["command"] == "python ablate.py updates --seeds=0 --quicktest --workdir=elsewhere"
+    assert record["command"] == "python -m benchmarks.ablate updates --seeds=0 --quicktest --workdir=elsewhere"
     # Runs of four steps overwrite no results.
     assert (tmp_path / "elsewhere" / "updates.md").is_file() and not (tmp_path / "results").exists()
 
@@ -206,13 +212,13 @@ def test_rows_change_settings_that_exist(config, rows, shared):
 
 
 def test_a_command_that_fails_ends_the_table(monkeypatch, tmp_path):
-    monkeypatch.setattr(ablate, "ROOT", tmp_path)
+    monkeypatch.setattr(scripts, "ROOT", tmp_path)
     (tmp_path / "broken.py").write_text("raise SystemExit(3)\n")
     with pytest.raises(SystemExit) as raised:
-        ablate.command("broken.py")
+        scripts.run_script("broken.py")
     assert raised.value.code == 3
     (tmp_path / "fine.py").write_text("")
-    assert ablate.command("fine.py", "--shape=(8, 8)") == 'python fine.py "--shape=(8, 8)"'
+    assert scripts.run_script("fine.py", "--shape=(8, 8)") == 'python fine.py "--shape=(8, 8)"'
 
 
 SAVING = """
@@ -231,8 +237,8 @@ time.sleep(60)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_reaches_the_script_which_saves_in_peace(tmp_path, number):
     (tmp_path / "saving.py").write_text(SAVING)
-    program = f"import pathlib, ablate; ablate.ROOT = pathlib.Path({str(tmp_path)!r}); ablate.command('saving.py')"
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    program = f"import pathlib; from benchmarks import scripts; scripts.ROOT = pathlib.Path({str(tmp_path)!r}); scripts.run_script('saving.py')"
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=scripts.ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "$ python saving.py\n" and process.stdout.readline() == "begun\n"
     process.send_signal(number)
     assert process.wait(30) == 128 + number

@@ -6,7 +6,6 @@ import re
 import shlex
 import subprocess
 import sys
-from pathlib import Path
 
 import helpers
 import jax
@@ -17,13 +16,13 @@ from PIL import Image
 
 import benchmark
 from benchmarks import quantize as quantize_benchmark
-from benchmarks import roofline, sample, timing, train, weights
-from rq_jax import models, quantize, sampling
+from benchmarks import roofline, sample, sweep, timing, train, weights
+from rq_jax import models, quantize, recipes, sampling
 from rq_jax.data import make_dataset
 from rq_jax.devices.peaks import Peaks
-from rq_jax.models.flops import count_traced, decoder_work, encoder_work, transformer_flops
+from rq_jax.models.flops import decoder_work, encoder_work, transformer_flops
 
-ROOT = Path(benchmark.__file__).parent
+ROOT = sweep.ROOT
 PEAKS = Peaks("toy", {"float32": 1e9, "bfloat16": 2e9}, 1e9)
 OWN_TINY = sample.TINY
 TINY = {"model_dim": 36, "num_heads": 2, "spatial_layers": 2, "depth_layers": 1}
@@ -38,7 +37,21 @@ def quick():
     with helpers.quick_compilation(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(timing, "device_and_peaks", lambda: (device, PEAKS))
         patch.setattr(sample, "TINY", TINY)
+        patch.setattr(sample, "compile_decoder", compiled_once(sample.compile_decoder))
         yield
+
+
+def compiled_once(compile_decoder):
+    """Several tests use the same decoders."""
+    decoders = {}
+
+    def compile_or_reuse(config, model):
+        key = config["batch"], model
+        if key not in decoders:
+            decoders[key] = compile_decoder(config, model)
+        return decoders[key]
+
+    return compile_or_reuse
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +61,13 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def run(*argv):
-    return benchmark.run(benchmark.parse_args(argv))
+    args = benchmark.parse_args(argv)
+    return sweep.run(benchmark.COMMANDS[args.command], args)
 
 
 def groups(*argv):
     args = benchmark.parse_args(argv)
-    return benchmark.COMMANDS[args.command][0](args)
+    return benchmark.COMMANDS[args.command].groups(args)
 
 
 # --- refusals ---
@@ -77,7 +91,7 @@ def groups(*argv):
         ("sample --code_shape=8x8x4,4x4x1 --depth=2", "--code_shape: 8x8x4,4x4x1 is given beside --downsampling or --depth; give one of the two"),
         ("sample --model=vqgan_large --code_shape=8x8x4", "--code_shape: 8x8x4 is not that of 'vqgan_large'; allowed is 16x16x1"),
         ("sample --model=vqgan_huge --codebook_size=1024", "--codebook_size: 1024 is not that of 'vqgan_huge'; allowed is 16384"),
-        ("sample --code_shape=5x5x2 --decode", r"--code_shape: 5x5x2 is no grid that a tokenizer of 256x256 pictures makes \(downsampling 32, 16, 8\); give --tokenizer"),
+        ("sample --code_shape=5x5x2 --decode", r"--code_shape: 5x5x2 is no grid that a tokenizer of 256x256 images makes \(downsampling 32, 16, 8\); give --tokenizer"),
         ("sample --model=vqgan_huge --against=8x8x4", "--against: 8x8x4 is not that of 'vqgan_huge'; allowed is 16x16x1"),
         ("sample --against=5x5x2 --decode", "--against: 5x5x2 is no grid"),
         ("sample --tokenizer=none", 'unknown preset "none"'),
@@ -191,7 +205,7 @@ def test_tokenizer_by_downsampling():
 
 @pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8"])
 def test_the_sampler_is_that_of_the_library(weights):
-    argv = ("--batch=3", "--code_shape=1x3x2", "--top_k=5", "--guidance=1.5", f"--weights={weights}", *SMALL)
+    argv = ("--batch=3", "--code_shape=1x2x2", "--top_k=5", "--guidance=1.5", f"--weights={weights}", *SMALL)
     (config,) = groups("sample", *argv)[0]
     model = sample.make_transformer(config)
     draw = sample.compile_sampler(config, model)
@@ -314,7 +328,7 @@ def test_compare(capsys, tmp_path):
 
 
 def test_save(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
     run("decode", "--batch=1", "--code_shape=4x4x3", *DECODED, "--save")
     (path,) = tmp_path.rglob("*.*")
     assert path.parent == tmp_path / "benchmarks" / "results"
@@ -323,7 +337,7 @@ def test_save(monkeypatch, tmp_path):
         "device": {"kind": "NVIDIA H100 80GB HBM3"},
         "environment": {"date": "2030-01-02T03:04:05-07:00", "commit": "abc"},
     }
-    assert benchmark.default_path(record).name == "nvidia-h100-80gb-hbm3-2030-01-02t030405-abc.json"
+    assert sweep.default_path(record).name == "nvidia-h100-80gb-hbm3-2030-01-02t030405-abc.json"
 
 
 def test_what_does_not_fit_into_memory_does_not_end_the_sweep(monkeypatch, capsys):
@@ -334,7 +348,7 @@ def test_what_does_not_fit_into_memory_does_not_end_the_sweep(monkeypatch, capsy
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
         return build(config, args)._replace(close=lambda: closed.append(config["batch"]))
 
-    monkeypatch.setitem(benchmark.COMMANDS, "decode", (sample.decode_groups, fail_at_two, "image"))
+    monkeypatch.setitem(benchmark.COMMANDS, "decode", sweep.Benchmark(sample.decode_groups, fail_at_two, "image"))
     record = run("decode", "--batch=1,2,4", "--code_shape=4x4x3", *DECODED, "--plot=rates.png")
     assert [entry.get("error") for entry in record["results"]] == [None, "out of memory", None]
     assert closed == [1, 4]
@@ -345,7 +359,7 @@ def test_other_failures_do(monkeypatch):
     def fail(config, args):
         raise jax.errors.JaxRuntimeError("INTERNAL: broken")
 
-    monkeypatch.setitem(benchmark.COMMANDS, "decode", (sample.decode_groups, fail, "image"))
+    monkeypatch.setitem(benchmark.COMMANDS, "decode", sweep.Benchmark(sample.decode_groups, fail, "image"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL: broken"):
         run("decode", "--batch=1", "--code_shape=4x4x3", *DECODED)
 
@@ -353,7 +367,7 @@ def test_other_failures_do(monkeypatch):
 def test_ratio_is_of_equal_runs():
     this = {"config": {"a": 1}, "count": 2, "seconds": {"runs": [1.0, 2.0, 4.0]}, "roofline": {"seconds": 1.0}}
     other = {"config": {"a": 2}, "count": 6, "seconds": {"runs": [6.0, 24.0, 36.0]}, "roofline": {"seconds": 9.0}}
-    assert benchmark.side_by_side(this, other) == {
+    assert sweep.side_by_side(this, other) == {
         "config": {"a": 1}, "against": {"a": 2}, "ratio": {"median": 3.0, "min": 2.0, "max": 4.0}, "predicted": 3.0,
     }  # fmt: skip
 
@@ -389,26 +403,34 @@ def pictures(tmp_path_factory):
 def zeros(monkeypatch):
     """States of zeros, which need no compilation."""
 
-    def init_state(original, full, run, *frozen):
-        def place(shape):
-            key = jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key)
-            array = jax.random.key(0) if key else np.zeros(shape.shape, shape.dtype)
-            return jax.device_put(array, train.sharding.replicated(run["mesh"]))
+    def place(shape):
+        is_key = jax.dtypes.issubdtype(shape.dtype, jax.dtypes.prng_key)
+        return jax.device_put(jax.random.key(0) if is_key else np.zeros(shape.shape, shape.dtype), shape.sharding)
 
-        return jax.tree.map(place, jax.eval_shape(lambda: original(full, run, *frozen)))
-
-    for script in (train.train_vae, train.train_transformer):
-        monkeypatch.setattr(script, "init_state", functools.partial(init_state, script.init_state))
+    for recipe in (recipes.Tokenizer, recipes.Transformer):
+        monkeypatch.setattr(recipe, "init", lambda recipe, rng: jax.tree.map(place, recipe.abstract_state()))
 
 
-def test_train_stage_1(zeros):
+def change_model(monkeypatch, **changes):
+    """Other settings of the model in every preset."""
+    load_settings = train.load_settings
+
+    def changed(config):
+        settings = load_settings(config)
+        return settings | {"model": settings["model"] | changes}
+
+    monkeypatch.setattr(train, "load_settings", changed)
+
+
+def test_train_stage_1(monkeypatch, zeros):
+    change_model(monkeypatch, code_shape=(8, 8, 2))
     argv = ("--quicktest", "--no_perceptual", "--no_adversary", "--batch=16", "--steps=3", "--runs=1")
     record = run("train", *argv)
     (entry,) = record["results"]
     assert entry["config"]["perceptual"] is entry["config"]["adversary"] is False and entry["config"]["batch"] == 16
     assert entry["count"] == 48 and entry["per_second"] == pytest.approx(16 * entry["steps_per_second"])
     assert entry["memory"]["aliased"] > 0, "the state is not donated"
-    model = models.create(**train.rqvae.get_config("demo,quicktest").model)
+    model = models.create(**train.load_settings(entry["config"])["model"])
     passes = 3 * (encoder_work(model).flops + decoder_work(model).flops)
     assert entry["model_flops"] == pytest.approx(48 * passes, rel=0.05)
     assert entry["flops"] == pytest.approx(entry["model_flops"], rel=0.05)
@@ -416,34 +438,28 @@ def test_train_stage_1(zeros):
     assert entry["flops_utilization"] == pytest.approx(entry["flops_per_second"] / peak)
 
 
-def test_terms_of_stage_1_are_on(zeros):
-    full = train.load_config(groups("train", "--quicktest", "--batch=8")[0][0])
-    stage = train.prepare_stage1(full, train.sharding.make_mesh())
-    batch = {"image": jax.ShapeDtypeStruct((8, *stage.model.image_shape, 3), jnp.float32)}
-    _, metrics = jax.eval_shape(stage.step, stage.state, batch, stage.frozen)
+def test_terms_of_stage_1_are_on():
+    settings = train.load_settings(groups("train", "--quicktest", "--batch=8")[0][0])
+    recipe = train.make_recipe(settings, train.sharding.make_mesh(), lambda shapes: shapes)
+    state, batch = recipe.abstract_state(), train.batch_shapes(recipe, 8)
+    update = functools.partial(recipe.update, phase=recipe.phase(train.LAST_STEP))
+    _, metrics = jax.eval_shape(update, state, batch, recipe.frozen)
     assert {"perceptual_loss", "generator_loss"} <= set(metrics)
-    counted = count_traced(stage.step, stage.state, batch, stage.frozen)
-    assert counted.flops > 2 * 8 * stage.model_flops, "VGG16 alone is more than this tokenizer"
+    (work,) = train.step_work(recipe, state, batch, 1).values()
+    assert work.flops > 2 * 8 * recipe.flops_per_image, "VGG16 alone is more than this tokenizer"
 
 
-def test_train_stage_2_on_the_pictures_of_the_preset(monkeypatch, zeros, pictures):
+def test_train_stage_2_on_the_images_of_the_preset(monkeypatch, zeros, pictures):
     opened = []
 
-    def open_dataset(full, channels):
-        opened.append(full.data.label_key)
-        settings = dict(name="folder", data_dir=pictures, label_key="folder", image_size=full.data.image_size)
-        return make_dataset(**settings, split="train", train=True, batch_size=full.data.batch_size)
-
-    load_config = train.load_config
-
-    def with_five_classes(config):
-        full = load_config(config)
-        full.model.cond_vocab_size = 5
-        return full
+    def open_dataset(settings):
+        opened.append(settings["data"]["label_key"])
+        data = settings["data"] | dict(name="folder", data_dir=pictures, label_key="folder")
+        return make_dataset(**data, split="train", train=True)
 
     monkeypatch.setattr(train.sharding, "make_mesh", helpers.make_mesh)
     monkeypatch.setattr(train, "open_dataset", open_dataset)
-    monkeypatch.setattr(train, "load_config", with_five_classes)
+    change_model(monkeypatch, cond_vocab_size=5, spatial_layers=1)
     argv = ("--stage=2", "--preset=imagenet256_480m", "--quicktest", "--data=preset", "--dtype=float32")
     record = run("train", *argv, "--batch=16", "--accumulation_steps=2", "--steps=2", "--runs=1")
     (entry,) = record["results"]

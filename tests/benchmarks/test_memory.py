@@ -7,16 +7,15 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import train_transformer
-import train_vae
-from benchmarks import memory
-from benchmarks import train as training
+from benchmarks import memory, train
 from configs import rqtransformer, rqvae
-from rq_jax import models
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import device_bytes
+from rq_jax.pretrained import vgg_lpips
 
-SMALL = {"model.width": 8, "discriminator.width": 8}
+SMALL = {
+    "model.width": 8, "model.width_multipliers": (1, 1), "model.code_shape": (8, 8, 2), "discriminator.width": 8,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -50,16 +49,19 @@ def fullest(tree):
     return max(held.values())
 
 
+def drawn_state(config, mesh):
+    """The state of a preset as a run draws it."""
+    zeros = lambda shapes: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)  # noqa: E731
+    recipe = train.make_recipe(train.load_settings(config), mesh, zeros)
+    return recipe.init(jax.random.key(recipe.seed))
+
+
 def test_a_transformer_on_two_meshes(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "GIB", 1)
     whole, split = measured(tmp_path, "--preset=demo", "--mesh=8x1x1", "--mesh=1x4x2", "--batch=16")
     assert (whole["config"]["mesh"], split["config"]["mesh"]) == ("8x1x1", "1x4x2")
-    full = rqtransformer.get_config("demo")
-    tokenizer = training.fill_from_preset(full)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), models.abstract_variables(tokenizer))
     for found, sizes in ((whole, {"data": 8}), (split, {"data": 1, "fsdp": 4, "tensor": 2})):
-        run = training.prepare(full, sharding.make_mesh(**sizes))
-        state = train_transformer.init_state(full, run, zeros)
+        state = drawn_state({"stage": 2, "preset": "demo"}, sharding.make_mesh(**sizes))
         gib = found["gib_per_device"]
         assert gib["parameters"] == fullest(state.params) == device_bytes(state.params)
         assert gib["optimizer"] == fullest(state.opt_state) and gib["average"] == fullest(state.ema_params)
@@ -71,14 +73,11 @@ def test_a_transformer_on_two_meshes(tmp_path, monkeypatch):
 def test_a_tokenizer_and_a_sampler(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "GIB", 1)
     (found,) = measured(tmp_path, "--stage=1", "--preset=demo", "--mesh=2x4x1", "--batch=8")
-    full = rqvae.get_config("demo")
-    run = training.prepare(full, sharding.make_mesh(data=2, fsdp=4))
-    adversary = train_vae.make_adversary(full, run["model"], run["optim"], run["settings"].total_steps)
-    state = train_vae.init_state(full, {**run, "adversary": adversary})
+    state = drawn_state({"stage": 1, "preset": "demo"}, sharding.make_mesh(data=2, fsdp=4))
     gib = found["gib_per_device"]
     assert gib["parameters"] == fullest(state.params) and gib["average"] == fullest(state.ema_params)
     assert gib["other state"] == fullest((state.model_state, state.discriminator, state.discriminator_opt_state))
-    assert gib["frozen"] == device_bytes(memory.vgg_lpips.abstract_variables())
+    assert gib["frozen"] == device_bytes(vgg_lpips.abstract_variables())
     (drawn,) = measured(tmp_path, "--sample", "--preset=demo", "--batch=2")
     assert 0 < drawn["gib_per_device"]["parameters"] < drawn["gib_per_device"]["total"]
 
@@ -87,6 +86,7 @@ def test_a_tokenizer_and_a_sampler(tmp_path, monkeypatch):
     "options, message",
     [
         (["--mesh=3x1x1"], "does not fit 8 devices"),
+        (["--mesh=2x1"], "--mesh: '2x1' is no mesh; give data x fsdp x tensor, such as 1x8x1"),
         (["--mesh=8x1x1", "--batch=12"], "data.batch_size: 12 is not a multiple of 8"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
@@ -18,7 +17,6 @@ from toy_state import assert_equal, toy_state
 from rq_jax import checkpoint
 from rq_jax.checkpoint import manifest, saver
 from rq_jax.checkpoint.saver import Checkpointer, SaveFailed, steps_of
-from rq_jax.files import RunLock
 
 
 def save(directory, *steps, **settings):
@@ -274,15 +272,6 @@ def test_an_error_inside_orbax_is_no_different(tmp_path, monkeypatch, caplog):
     assert done.stdout.splitlines()[-1] == "done" and "failed checkpoint: the state of step 5" in done.stdout
 
 
-# --- one trainer ------------------------------------------------------------------------------------------------------
-
-
-def hold(directory, ready, leave):
-    with RunLock(directory):
-        ready.set()
-        leave.wait()
-
-
 def test_the_loop_alone_asks_about_signals(tmp_path, monkeypatch):
     """Several processes stop together only where all that ask JAX count alike, and Orbax counts steps."""
 
@@ -308,33 +297,6 @@ def test_what_is_learnt_after_a_save_is_restored_with_it(tmp_path):
         checkpointer.save(toy_state(2), {"a": 4, "b": 4})  # newer than what was learnt about a step of this number
         checkpointer.wait()
         assert checkpointer.restore(toy_state(0))[1] == {"a": 4, "b": 4}
-
-
-@pytest.mark.fault("a second trainer in one directory", "refused, exit code 2")
-def test_a_second_trainer_is_refused_until_the_first_ends(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready, leave = context.Event(), context.Event()
-    other = context.Process(target=hold, args=(tmp_path, ready, leave))
-    other.start()
-    ready.wait(60)
-    pattern = (
-        rf"^workdir: '.*' is in use by process {other.pid} on \S+ since \S+; wait for it, stop it, or give another"
-    )
-    with pytest.raises(ValueError, match=pattern), RunLock(tmp_path):
-        pass
-    other.kill()  # -9: nothing is left to clean up
-    other.join()
-    with RunLock(tmp_path):
-        assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
-    with RunLock(tmp_path):
-        pass
-
-
-def test_a_holder_that_cannot_be_read_is_still_refused(tmp_path):
-    with RunLock(tmp_path):
-        (tmp_path / "lock.json").write_text("{}")
-        with pytest.raises(ValueError, match="is in use by another process; "), RunLock(tmp_path):
-            pass
 
 
 def test_shapes_of_keys_are_those_of_their_numbers():

@@ -57,7 +57,7 @@ def test_a_folder_without_labels_and_captions(tmp_path):
         assert records_of("flat", split, tmp_path / "data") == records_of("folder", split, source)
 
 
-def test_labels_and_captions_without_held_out_pictures(folder, tmp_path):
+def test_labels_and_captions_without_held_out_images(folder, tmp_path):
     shutil.rmtree(folder / "validation")
     path = convert.write(convert.open_folder(folder), "pets", tmp_path / "data")
     info = tfds.builder_from_directory(path).info
@@ -97,7 +97,7 @@ def test_an_interrupted_call_goes_on(folder, tmp_path, after):
     splits = {name: Failing(pictures) for name, pictures in convert.open_folder(folder).items()}
     with pytest.raises(Interrupted):
         convert.write(splits, "pets", tmp_path / "data", pictures_per_file=4)
-    with pytest.raises(FileNotFoundError, match="is not prepared|unknown data set"):
+    with pytest.raises(FileNotFoundError, match="is not prepared|is unknown"):
         open_records("pets", "train", tmp_path / "data")
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "data" / "pets" / "1.0.0").glob("pets-*")}
     path = convert.write(convert.open_folder(folder), "pets", tmp_path / "data", pictures_per_file=4)
@@ -145,12 +145,12 @@ def test_lsun(tmp_path):
     [
         (["folder", "--name=pets"], "--source: missing; 'folder' needs it"),
         (["folder", "--source=pictures"], "--name: missing; 'folder' needs it"),
-        (["folder", "--source=nowhere", "--name=pets"], "no folder of pictures at data_dir='nowhere'"),
+        (["folder", "--source=nowhere", "--name=pets"], "data.data_dir: 'nowhere' is no directory"),
         (
             ["folder", "--source=pictures", "--name=My Pets"],
-            "--name: 'My Pets' is no name of a data set; use small letters",
+            "--name: 'My Pets' is no dataset name; use small letters",
         ),
-        (["folder", "--source=pictures", "--name=a/b/c"], "--name: 'a/b/c' is no name of a data set"),
+        (["folder", "--source=pictures", "--name=a/b/c"], "--name: 'a/b/c' is no dataset name"),
         (
             ["folder", "--source=pictures", "--name=pets", "--pictures_per_file=0"],
             "--pictures_per_file: 0 must be at least 1",
@@ -159,7 +159,7 @@ def test_lsun(tmp_path):
             ["lsun", "--source=nowhere/cat", "--name=cat"],
             "--source: neither 'nowhere/cat_train_lmdb' nor 'nowhere/cat_val_lmdb' is there",
         ),
-        (["foldr", "--source=pictures", "--name=pets"], "unknown bundled data set 'foldr'"),
+        (["foldr", "--source=pictures", "--name=pets"], "data.name: 'foldr' is no bundled dataset"),
     ],
 )
 def test_refused(folder, tmp_path, monkeypatch, capsys, options, message):
@@ -177,7 +177,7 @@ def test_a_source_that_changed_is_refused(folder, tmp_path):
     for suffix in (".png", ".txt"):
         path.with_suffix(suffix).rename(path.with_name(f"new{suffix}"))
     with pytest.raises(
-        ValueError, match="^--source: its pictures are others than when '.*' was begun; delete that, or"
+        ValueError, match="^--source: its images differ from those with which '.*' was begun; delete that, or"
     ):
         convert.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=4)
 

@@ -100,7 +100,7 @@ BROKEN = {
 
 @pytest.mark.fault("pictures of zero bytes, truncated, or no pictures", "passed over and counted; over the cap: stops")
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_pictures_are_passed_over(folder, kind):
+def test_broken_images_are_passed_over(folder, kind):
     before = batches(folder)
     (folder / f"{BAD:02}.png").write_bytes(BROKEN[kind])
     after = batches(folder)
@@ -110,7 +110,7 @@ def test_broken_pictures_are_passed_over(folder, kind):
         np.testing.assert_array_equal(new["image"][~stands_in], old["image"][~stands_in])
     assert sum((old["index"] == BAD).sum() for old in before) == 2
     with pytest.raises(
-        ValueError, match=r"more than max_damaged=0 damaged pictures; the last is .*05.png: cannot decode"
+        ValueError, match=r"data.max_damaged: more than 0 images are damaged; .* the last is .*05.png: cannot decode"
     ):
         batches(folder, max_damaged=0)
 
@@ -142,14 +142,14 @@ def test_a_missing_file_of_a_prepared_set(folder, tmp_path):
     from rq_jax.data import convert
 
     path = convert.write(
-        {"train": convert.FolderPictures(folder, "all", False, False)}, "set", tmp_path, pictures_per_file=3
+        {"train": convert.FolderImages(folder, "all", False, False)}, "set", tmp_path, pictures_per_file=3
     )
     (path / "set-train.array_record-00002-of-00004").unlink()
     source = ImageSource(open_records("set", "train", tmp_path), max_damaged=3)
     assert [source[i]["index"] for i in range(COUNT)] == [0, 1, 2, 3, 4, 5, 9, 9, 9, 9, 10, 11]
     with pytest.raises(
         ValueError,
-        match=r"^more than max_damaged=2 damaged pictures; the last is example 8 of set/1.0.0, split train: cannot read: .*set-train.array_record-00002-of-00004",
+        match=r"^data.max_damaged: more than 2 images are damaged; .* the last is example 8 of set/1.0.0, split train: cannot read: .*set-train.array_record-00002-of-00004",
     ):
         source = ImageSource(open_records("set", "train", tmp_path), max_damaged=2)
         [source[i] for i in range(COUNT)]
@@ -160,7 +160,7 @@ def test_a_record_that_lacks_a_feature(folder, tmp_path):
     pytest.importorskip("tensorflow_datasets")
     from rq_jax.data import convert
 
-    convert.write({"train": convert.FolderPictures(folder, "all", False, False)}, "set", tmp_path)
+    convert.write({"train": convert.FolderImages(folder, "all", False, False)}, "set", tmp_path)
     records = open_records("set", "train", tmp_path)
     whole = [records._data[i] for i in range(COUNT)]
     records._data, records.label_key, records.class_names = [{**each, "label": 0} for each in whole], "label", ("a",)
@@ -169,7 +169,7 @@ def test_a_record_that_lacks_a_feature(folder, tmp_path):
     del records._data[3]["label"]
     source = ImageSource(records)
     assert [source[i]["index"] for i in range(5)] == [0, 4, 4, 4, 4] and source.damaged == {1, 2, 3}
-    assert "the record is not as the data set's features say: KeyError('label')" in source._last_damage
+    assert "the record does not match the features of the dataset: KeyError('label')" in source._last_damage
 
 
 def test_too_many_open_files_are_no_damage(folder):

@@ -17,7 +17,7 @@ COUNT = 23
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Pictures whose level is their number, in two classes, captioned; and a tokenizer of the captions."""
+    """Images whose first pixel is their number, in two classes, captioned; and a tokenizer of the captions."""
     root = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     for i in range(COUNT):
@@ -207,7 +207,7 @@ def test_evaluation_shards_in_order_are_the_whole_batch(folder):
     assert_equal_batches(joined, whole)
 
 
-def test_a_damaged_picture_does_not_count_in_evaluation(folder, tmp_path):
+def test_a_damaged_image_does_not_count_in_evaluation(folder, tmp_path):
     for i, file in enumerate(sorted(folder.rglob("*.png"))[:5]):
         (tmp_path / file.name).write_bytes(b"" if i in (1, 4) else file.read_bytes())
     batches = list(make(tmp_path, train=False, batch_size=3).iterator())
@@ -237,25 +237,25 @@ def test_channels_is_read(folder):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"batch_size": 0}, "batch_size=0: must be a positive multiple of the 1 shards"),
-        ({"batch_size": 5, "shard_count": 2}, "batch_size=5: must be a positive multiple of the 2 shards"),
-        ({"shard_index": 2, "shard_count": 2}, r"shard_index=2: must be in \[0, 2\)"),
-        ({"num_threads": 0}, "num_threads=0, num_workers=0: at least 1 thread"),
-        ({"num_workers": -1}, "num_threads=2, num_workers=-1: at least 1 thread"),
-        ({"seed": -1}, r"seed=-1: must be in \[0, 2\*\*32\)"),
-        ({"image_size": 0}, "image_size=0: must be a positive side"),
-        ({"image_size": (8, 8, 3)}, r"image_size=\(8, 8, 3\): must be a positive side"),
-        ({"train_transform": "crop"}, "unknown train_transform='crop': choose one of resize_random_crop"),
+        ({"batch_size": 0}, "data.batch_size: 0 must be a positive multiple of 1, the shards"),
+        ({"batch_size": 5, "shard_count": 2}, "data.batch_size: 5 must be a positive multiple of 2, the shards"),
+        ({"shard_index": 2, "shard_count": 2}, "shard_index: 2 is outside 0..1, the shards"),
+        ({"num_threads": 0}, "data.num_threads: 0 must be at least 1"),
+        ({"num_workers": -1}, "data.num_workers: -1 must be at least 0"),
+        ({"seed": -1}, r"seed: -1 is outside \[0, 2\*\*32\)"),
+        ({"image_size": 0}, "data.image_size: 0 is not allowed; give a positive side"),
+        ({"image_size": (8, 8, 3)}, r"data.image_size: \(8, 8, 3\) is not allowed; give a positive side"),
+        ({"train_transform": "crop"}, "data.train_transform: 'crop' is unknown; allowed are resize_random_crop"),
         (
             {"eval_transform": "jittered_crop"},
-            "unknown eval_transform='jittered_crop': choose one of resize_center_crop",
+            "data.eval_transform: 'jittered_crop' is unknown; allowed are resize_center_crop",
         ),
-        ({"flip_probability": 1.5}, r"flip_probability=1.5: must be in \[0, 1\]"),
+        ({"flip_probability": 1.5}, r"data.flip_probability: 1.5 is outside \[0, 1\]"),
         (
             {"label_key": "folder", "text_key": "txt"},
             "^data.label_key 'folder' and data.text_key 'txt': set one of them$",
         ),
-        ({"text_key": "txt"}, "text_tokenizer is missing: text_key='txt' needs a tokenizer file"),
+        ({"text_key": "txt"}, "data.text_tokenizer: unset, but data.text_key 'txt' needs a tokenizer file; set it"),
     ],
 )
 def test_errors(folder, settings, message):
@@ -265,10 +265,10 @@ def test_errors(folder, settings, message):
 
 
 def test_missing_text_length(folder):
-    with pytest.raises(ValueError, match="text_length=None: a text needs at least 1 token"):
+    with pytest.raises(ValueError, match="data.text_length: None must be at least 1"):
         make(folder, **{**captioned(folder), "text_length": None})
 
 
 def test_state_of_something_else_is_refused(folder):
-    with pytest.raises(ValueError, match="data state {'step': 3}: expected {'next_batch': <int>}"):
+    with pytest.raises(ValueError, match="data state: {'step': 3} is not allowed; give {'next_batch': <int>}"):
         make(folder).iterator().set_state({"step": 3})

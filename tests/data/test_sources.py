@@ -9,7 +9,7 @@ import pytest
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
-from tfds_sets import encode, grey_pictures, write_tfds  # noqa: E402
+from tfds_sets import encode, grey_images, write_tfds  # noqa: E402
 
 from rq_jax.data import make_dataset  # noqa: E402
 from rq_jax.data import sources as sources_module  # noqa: E402
@@ -20,7 +20,7 @@ from rq_jax.data.sources import ImageSource, decode_image, open_records  # noqa:
 def tfds_dir(tmp_path_factory):
     """`greys`: other feature names, grey, labelled, captioned; `bare`: nothing but pictures, some damaged."""
     directory = tmp_path_factory.mktemp("tfds")
-    pictures = [encode(pixels) for pixels in grey_pictures(12)]
+    pictures = [encode(pixels) for pixels in grey_images(12)]
     features = {
         "picture": tfds.features.Image(shape=(None, None, 1)),
         "kind": tfds.features.ClassLabel(names=["a", "b", "c"]),
@@ -37,7 +37,7 @@ def tfds_dir(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path):
     """Twelve grey pictures in classes `cats` and `dogs`, each with a caption."""
-    for i, pixels in enumerate(grey_pictures(12)):
+    for i, pixels in enumerate(grey_images(12)):
         file = tmp_path / ("cats", "dogs")[i % 2] / "deeper" / f"{i:02}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encode(pixels))
@@ -51,7 +51,7 @@ def test_foreign_tfds_set(tfds_dir):
     source = ImageSource(records, channels=1)
     for i in (0, 4, 8):
         example = source[i]
-        np.testing.assert_array_equal(example["image"][..., 0], grey_pictures(12)[i])
+        np.testing.assert_array_equal(example["image"][..., 0], grey_images(12)[i])
         assert (example["label"], example["text"], example["index"]) == (i % 3, f"row {i}", i)
 
 
@@ -68,7 +68,7 @@ def test_the_first_of_several_captions(tmp_path):
             "image": encode(pixels), "image/name": f"{i}.png",
             "captions": [{"id": j, "text": text} for j, text in enumerate(captions[i])],
         }
-        for i, pixels in enumerate(grey_pictures(3))
+        for i, pixels in enumerate(grey_images(3))
     ]  # fmt: skip
     write_tfds("captioned", features, {"train": rows}, tmp_path)
     records = open_records("captioned", "train", tmp_path, text_key="captions/text")
@@ -77,7 +77,7 @@ def test_the_first_of_several_captions(tmp_path):
         records.read(2)
     assert ImageSource(records)[2]["text"] == "one"  # the next whole one stands in
     assert open_records("captioned", "train", tmp_path, text_key="image/name").read(2)[2] == "2.png"
-    with pytest.raises(ValueError, match="unknown text_key='text' .* choose one of .*captions/text"):
+    with pytest.raises(ValueError, match="data.text_key: 'text' is unknown in .*; allowed are .*captions/text"):
         open_records("captioned", "train", tmp_path, text_key="text")
 
 
@@ -111,12 +111,15 @@ def test_tensorflow_is_never_imported(tfds_dir):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("nope", "train"), "unknown data set 'nope': it is not prepared in data_dir="),
-        (("not a name", "train"), "unknown data set 'not a name'"),
-        (("greys:9.9.9", "train"), "unknown data set 'greys:9.9.9'"),
-        (("mnist", "train"), "data set 'mnist' is not prepared in data_dir="),
-        (("greys", "val"), "unknown split 'val' of data set greys/1.2.3: choose one of train, test"),
-        (("words", "train"), "data set words/1.2.3 has no Image feature: its features are said"),
+        (
+            ("nope", "train"),
+            "data.name: 'nope' is unknown; allowed are twemoji, folder and the datasets prepared in data_dir=",
+        ),
+        (("not a name", "train"), "data.name: 'not a name' is unknown"),
+        (("greys:9.9.9", "train"), "data.name: 'greys:9.9.9' is unknown"),
+        (("mnist", "train"), "data.name: 'mnist' is not prepared in data_dir="),
+        (("greys", "val"), "split: 'val' is unknown in dataset 'greys/1.2.3'; allowed are train, test"),
+        (("words", "train"), "data.name: dataset 'words/1.2.3' has no Image feature; its features are said"),
     ],
 )
 def test_tfds_errors(tfds_dir, arguments, message):
@@ -126,9 +129,13 @@ def test_tfds_errors(tfds_dir, arguments, message):
 
 
 def test_tfds_unknown_keys(tfds_dir):
-    with pytest.raises(ValueError, match="unknown label_key='said' of data set 'greys/1.2.3': choose one of kind"):
+    with pytest.raises(
+        ValueError, match="data.label_key: 'said' is unknown in dataset 'greys/1.2.3'; allowed are kind"
+    ):
         open_records("greys", "train", tfds_dir, label_key="said")
-    with pytest.raises(ValueError, match=r"unknown text_key='said' of data set 'bare/1.2.3': choose one of \(none\)"):
+    with pytest.raises(
+        ValueError, match=r"data.text_key: 'said' is unknown in dataset 'bare/1.2.3'; allowed are \(none\)"
+    ):
         open_records("bare", "train", tfds_dir, text_key="said")
 
 
@@ -137,7 +144,9 @@ def test_tfds_set_in_another_format(tfds_dir, monkeypatch):
         raise NotImplementedError
 
     monkeypatch.setattr(tfds.core.DatasetBuilder, "as_data_source", refuse)
-    with pytest.raises(ValueError, match="greys/1.2.3 is not stored as array_record, so it has no random access"):
+    with pytest.raises(
+        ValueError, match="'greys/1.2.3' is stored as neither array_record nor tfrecord, so it has no random access"
+    ):
         open_records("greys", "train", tfds_dir)
 
 
@@ -148,18 +157,18 @@ def test_folder_with_labels_and_captions(folder):
     numbers = [0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9, 11]  # sorted paths: cats first
     for index, number in enumerate(numbers):
         example = source[index]
-        np.testing.assert_array_equal(example["image"][..., 0], grey_pictures(12)[number])
+        np.testing.assert_array_equal(example["image"][..., 0], grey_images(12)[number])
         assert (example["label"], example["text"]) == (number % 2, f"picture {number}")
 
 
 def test_folder_is_split_by_a_hash_of_the_path(tmp_path):
     for i in range(150):
-        (tmp_path / f"{i}.png").write_bytes(encode(grey_pictures(1)[0]))
+        (tmp_path / f"{i}.png").write_bytes(encode(grey_images(1)[0]))
     train, validation = (open_records("folder", split, tmp_path) for split in ("train", "validation"))
     located = [{records.locate(i) for i in range(len(records))} for records in (train, validation)]
     assert not located[0] & located[1] and len(located[0] | located[1]) == 150
     assert 5 <= len(validation) <= 28
-    (tmp_path / "new.png").write_bytes(encode(grey_pictures(1)[0]))
+    (tmp_path / "new.png").write_bytes(encode(grey_images(1)[0]))
     again = open_records("folder", "validation", tmp_path)
     new = {again.locate(i) for i in range(len(again))} - {str(tmp_path / "new.png")}
     assert new == located[1]  # a new picture moves no other
@@ -169,7 +178,7 @@ def test_folder_with_split_subfolders_shares_class_numbers(tmp_path):
     for path in ("train/b/0.png", "train/c/1.png", "validation/a/2.png", "validation/c/3.png"):
         file = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encode(grey_pictures(1)[0]))
+        file.write_bytes(encode(grey_images(1)[0]))
     train, validation = (
         open_records("folder", split, tmp_path, label_key="folder") for split in ("train", "validation")
     )
@@ -199,70 +208,73 @@ def test_folder_is_split_by_lists_of_names(folder, tmp_path_factory):
 
 def test_lists_of_names_must_fit_the_folder(folder, tmp_path_factory):
     names = tmp_path_factory.mktemp("lists") / "names.txt"
-    with pytest.raises(FileNotFoundError, match="no file of names at split='.*names.txt'"):
+    with pytest.raises(FileNotFoundError, match="split: '.*names.txt' is no file; give a .txt file"):
         open_records("folder", str(names), folder)
     names.write_text("00.png\n77.png\n")
     with pytest.raises(
-        FileNotFoundError, match="'77.png' of '.*names.txt' is 0 of the 12 pictures below '.*', not one"
+        FileNotFoundError, match="split: '77.png' in '.*names.txt' names 0 of the 12 images below '.*', not one"
     ):
         open_records("folder", str(names), folder)
-    (folder / "dogs" / "00.png").write_bytes(encode(grey_pictures(1)[0]))
+    (folder / "dogs" / "00.png").write_bytes(encode(grey_images(1)[0]))
     names.write_text("cats/deeper/00.png")
     assert len(open_records("folder", str(names), folder)) == 1
     names.write_text("00.png")
     with pytest.raises(
-        FileNotFoundError, match="'00.png' of .* is 2 of the 13 pictures .*: list paths as seen from there"
+        FileNotFoundError,
+        match="split: '00.png' in .* names 2 of the 13 images .*; list paths relative to that directory",
     ):
         open_records("folder", str(names), folder)
 
 
 def test_links_that_lead_back_are_not_followed(folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    (elsewhere / "99.png").write_bytes(encode(grey_pictures(1)[0]))
+    (elsewhere / "99.png").write_bytes(encode(grey_images(1)[0]))
     (folder / "cats" / "back").symlink_to(folder)
     (folder / "cats" / "on").symlink_to(elsewhere)
     assert len(open_records("folder", "all", folder)) == 13
 
 
 def test_folder_errors(tmp_path, folder):
-    with pytest.raises(ValueError, match="data_dir is missing: name='folder' needs"):
+    with pytest.raises(ValueError, match="data.data_dir: unset, but data.name 'folder' needs"):
         open_records("folder", "train")
-    with pytest.raises(FileNotFoundError, match="no folder of pictures at data_dir='.*nowhere'"):
+    with pytest.raises(FileNotFoundError, match="data.data_dir: '.*nowhere' is no directory"):
         open_records("folder", "train", tmp_path / "nowhere")
     with pytest.raises(
         ValueError,
-        match="unknown split 'test' of a folder: choose one of train, validation, all, or a .txt file of names",
+        match="split: 'test' is unknown in a folder; allowed are train, validation, all, or a .txt file of names",
     ):
         open_records("folder", "test", folder)
-    with pytest.raises(ValueError, match="unknown label_key='breed' of data set 'folder': choose one of folder"):
+    with pytest.raises(ValueError, match="data.label_key: 'breed' is unknown in dataset 'folder'; allowed are folder"):
         open_records("folder", "all", folder, label_key="breed")
-    with pytest.raises(ValueError, match="unknown text_key='caption' of data set 'folder': choose one of txt"):
+    with pytest.raises(ValueError, match="data.text_key: 'caption' is unknown in dataset 'folder'; allowed are txt"):
         open_records("folder", "all", folder, text_key="caption")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no pictures below '.*empty': looked for .png"):
+    with pytest.raises(FileNotFoundError, match="data.data_dir: '.*empty' holds no images; their names end in .png"):
         open_records("folder", "train", tmp_path / "empty")
-    (folder / "loose.png").write_bytes(encode(grey_pictures(1)[0]))
-    with pytest.raises(ValueError, match="loose.png' is in no class folder: label_key='folder' needs one"):
+    (folder / "loose.png").write_bytes(encode(grey_images(1)[0]))
+    with pytest.raises(ValueError, match="data.label_key: 'folder' needs a class folder around '.*loose.png'"):
         open_records("folder", "all", folder, label_key="folder")
-    with pytest.raises(FileNotFoundError, match="no caption beside '.*loose.png': text_key='txt' needs one"):
+    with pytest.raises(FileNotFoundError, match="data.text_key: 'txt' needs a caption beside '.*loose.png'"):
         open_records("folder", "all", folder, text_key="txt")
     (folder / "train").mkdir()
-    with pytest.raises(FileNotFoundError, match="split 'train' of .* is empty: 13 pictures in all"):
+    with pytest.raises(FileNotFoundError, match="split: 'train' of .* is empty; it holds 13 images in all"):
         open_records("folder", "train", folder)
 
 
-def test_damaged_pictures_are_replaced_counted_and_named(tfds_dir, caplog):
+def test_damaged_images_are_replaced_counted_and_named(tfds_dir, caplog):
     source = ImageSource(open_records("bare", "train", tfds_dir), channels=1)
     with caplog.at_level(logging.WARNING):
         indices = [source[i]["index"] for i in range(7)] + [source[i]["index"] for i in range(7)]
     assert indices == [0, 1, 4, 4, 4, 5, 6] * 2
     assert source.damaged == {2, 3}
-    assert len(caplog.records) == 2 and "damaged picture example 2 of bare/1.2.3, split train" in caplog.text
+    assert len(caplog.records) == 2 and "damaged image example 2 of bare/1.2.3, split train" in caplog.text
 
 
-def test_too_many_damaged_pictures_stop_the_run(tfds_dir):
+def test_too_many_damaged_images_stop_the_run(tfds_dir):
     source = ImageSource(open_records("bare", "train", tfds_dir), max_damaged=1)
-    with pytest.raises(ValueError, match="more than max_damaged=1 damaged pictures; the last is example 3 of bare"):
+    with pytest.raises(
+        ValueError, match="data.max_damaged: more than 1 images are damaged; .* the last is example 3 of bare"
+    ):
         [source[i] for i in range(7)]
 
 
@@ -270,7 +282,7 @@ def test_damage_stops_the_pipeline_too(tfds_dir):
     dataset = make_dataset(
         split="train", train=True, name="bare", data_dir=tfds_dir, batch_size=7, image_size=4, max_damaged=0
     )
-    with pytest.raises(ValueError, match="max_damaged=0"):
+    with pytest.raises(ValueError, match="data.max_damaged: more than 0 images"):
         next(dataset.iterator())
 
 
@@ -282,7 +294,7 @@ def test_unreadable_files_and_wholly_damaged_folders(folder):
     assert source[0]["index"] == 2 and source.damaged == {0, 1}
     for file in folder.rglob("*.png"):
         file.write_bytes(b"not a picture")
-    with pytest.raises(ValueError, match="all 11 pictures are damaged; the last is .*: cannot decode"):
+    with pytest.raises(ValueError, match="data.name: all 11 images are damaged; the last is .*: cannot decode"):
         ImageSource(open_records("folder", "all", folder))[0]
 
 
@@ -306,14 +318,14 @@ def test_small_sets_are_decoded_once(folder, monkeypatch):
 
 def test_image_source_arguments(folder):
     records = open_records("folder", "all", folder)
-    with pytest.raises(ValueError, match=r"channels=4: pictures are read with 1 \(grey\) or 3 \(RGB\)"):
+    with pytest.raises(ValueError, match=r"data.channels: 4 is not allowed; give 1 \(grey\) or 3 \(RGB\)"):
         ImageSource(records, channels=4)
 
     class Nothing:
         def __len__(self):
             return 0
 
-    with pytest.raises(ValueError, match="the data set is empty"):
+    with pytest.raises(ValueError, match="data.name: the split holds no examples"):
         ImageSource(Nothing())
 
 

@@ -98,10 +98,10 @@ def test_training_is_deterministic(path, tmp_path):
 
 
 def test_load_errors(path, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no tokenizer file .*none.json.*: train one"):
+    with pytest.raises(FileNotFoundError, match="data.text_tokenizer: .*none.json.* is no file; train one"):
         load_tokenizer(tmp_path / "none.json", 8)
     (tmp_path / "lone-vocab.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="no tokenizer file .*lone-merges.txt"):
+    with pytest.raises(FileNotFoundError, match="data.text_tokenizer: .*lone-merges.txt.* is no file"):
         load_tokenizer(tmp_path / "lone-vocab.json", 8)
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(ValueError, match="bad.json' is not a tokenizer file"):
@@ -114,14 +114,14 @@ def test_load_errors(path, tmp_path):
     (tmp_path / "swapped.json").write_text(json.dumps(swapped))
     with pytest.raises(ValueError, match=r"swapped.json' is not a byte-pair tokenizer with \[PAD\] as id 0"):
         load_tokenizer(tmp_path / "swapped.json", 8)
-    with pytest.raises(ValueError, match="text_length=0: a text needs at least 1 token"):
+    with pytest.raises(ValueError, match="data.text_length: 0 must be at least 1"):
         load_tokenizer(path, 0)
-    with pytest.raises(ValueError, match=r"text_dropout=1.0: must be in \[0, 1\)"):
+    with pytest.raises(ValueError, match=r"data.text_dropout: 1.0 is outside \[0, 1\)"):
         load_tokenizer(path, 8, dropout=1.0)
 
 
 def test_vocabulary_too_small_for_the_letters(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size=5: the letters alone need"):
+    with pytest.raises(ValueError, match="vocab_size: 5 is too small; the letters alone need"):
         train_tokenizer(CAPTIONS, 5, tmp_path / "tokenizer.json")
     assert not (tmp_path / "tokenizer.json").exists()
 
@@ -139,4 +139,4 @@ def test_command_line(tmp_path, capsys):
     assert load_tokenizer(out, 8).vocab_size == 80
     with pytest.raises(SystemExit):
         main([*command, "--text_key=title"])
-    assert "unknown text_key='title'" in capsys.readouterr().err
+    assert "data.text_key: 'title' is unknown" in capsys.readouterr().err

@@ -13,7 +13,8 @@ import pytest
 tfds = pytest.importorskip("tensorflow_datasets")
 from array_record.python.array_record_module import ArrayRecordReader  # noqa: E402
 from tensorboardX.record_writer import RecordWriter  # noqa: E402
-from tfds_sets import encode, grey_pictures, write_tfds  # noqa: E402
+from tensorflow_datasets.proto.tf_example_generated_pb2 import Example  # noqa: E402
+from tfds_sets import encode, grey_images, write_tfds  # noqa: E402
 
 from rq_jax.data import make_dataset, tfrecord  # noqa: E402
 from rq_jax.data.sources import ImageSource, open_records  # noqa: E402
@@ -30,7 +31,7 @@ def directories(tmp_path_factory):
         "kind": tfds.features.ClassLabel(names=["a", "b", "c"]),
         "said": tfds.features.Text(),
     }
-    pictures = [encode(pixels) for pixels in grey_pictures(15)]
+    pictures = [encode(pixels) for pixels in grey_images(15)]
     rows = [{"image": picture, "kind": i % 3, "said": f"row {i}"} for i, picture in enumerate(pictures)]
     write_tfds("pets", features, {"train": rows[:12], "test": rows[12:]}, array)
     source, target = array / "pets" / "1.2.3", record / "pets" / "1.2.3"
@@ -57,7 +58,7 @@ def directories(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RQ_JAX_DATA", str(tmp_path / "cache"))
-    tfrecord.record_places.cache_clear()
+    tfrecord.record_offsets.cache_clear()
 
 
 def opened(directory, split="train"):
@@ -75,7 +76,7 @@ def test_records_are_those_of_the_other_format(directories, split, count):
     assert "tensorflow" not in sys.modules
 
 
-def test_pictures_come_in_the_order_of_the_other_format_and_resume(directories):
+def test_images_come_in_the_order_of_the_other_format_and_resume(directories):
     """Files shuffled as a whole: the order is that of every other data set, and a position can be gone on from."""
 
     def dataset(directory):
@@ -105,11 +106,11 @@ def test_records_travel_to_worker_processes(directories):
     assert copy.read(3) == expected
 
 
-def test_places_are_found_once(directories, tmp_path, monkeypatch):
+def test_offsets_are_scanned_once(directories, tmp_path, monkeypatch):
     expected = opened(directories[1]).read(2)
     assert any((tmp_path / "cache" / "tfrecord_places").iterdir())
-    tfrecord.record_places.cache_clear()
-    monkeypatch.setattr(tfrecord, "_scan", lambda *_: pytest.fail("looked for again"))
+    tfrecord.record_offsets.cache_clear()
+    monkeypatch.setattr(tfrecord, "_scan", lambda *_: pytest.fail("scanned again"))
     assert opened(directories[1]).read(2) == expected
 
 
@@ -135,14 +136,14 @@ def test_checksums_are_those_of_the_writer(tmp_path, length):
 @pytest.mark.fault("a bit flipped in a TFRecord", "passed over and counted")
 def test_a_flipped_bit_is_seen(directories, tmp_path):
     record = opened(directories[1])
-    parts, places = record._data._parts, tfrecord.record_places(record._data._parts[0].path)
+    parts, places = record._data._parts, tfrecord.record_offsets(record._data._parts[0].path)
     broken = tmp_path / "broken"
     content = bytearray(open(parts[0].path, "rb").read())
     start, length = (int(value) for value in places[2])
     content[start + length - 1] ^= 1
     broken.write_bytes(content)
     record._data._parts[0] = parts[0]._replace(path=str(broken))
-    with pytest.raises(ValueError, match=r"^record 2 of '.*broken' has other contents than its checksum says$"):
+    with pytest.raises(ValueError, match=r"^record 2 of '.*broken' does not match its checksum$"):
         record.read(2)
     assert ImageSource(record)[2]["index"] == 3
 
@@ -158,18 +159,18 @@ def test_files_are_not_kept_open(directories):
 def test_compressed_files_are_named(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(gzip.compress(open(write_records(tmp_path / "b", [b"one"]), "rb").read()))
-    with pytest.raises(ValueError, match="^'.*a' is compressed, so that its records have no places; unpack it$"):
-        tfrecord.record_places(str(path))
+    with pytest.raises(ValueError, match="^'.*a' is compressed, so that its records have no offsets; unpack it$"):
+        tfrecord.record_offsets(str(path))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", None])
-def test_damaged_places_are_looked_for_again(tmp_path, content):
+def test_damaged_offsets_are_scanned_again(tmp_path, content):
     path = write_records(tmp_path / "a", [b"one", b"three"])
-    expected = tfrecord.record_places(path)
+    expected = tfrecord.record_offsets(path)
     (cached,) = (tmp_path / "cache" / "tfrecord_places").iterdir()
     cached.write_bytes(cached.read_bytes()[:-9] if content is None else content)
-    tfrecord.record_places.cache_clear()
-    np.testing.assert_array_equal(tfrecord.record_places(path), expected)
+    tfrecord.record_offsets.cache_clear()
+    np.testing.assert_array_equal(tfrecord.record_offsets(path), expected)
     assert np.load(cached).tolist() == expected.tolist()
 
 
@@ -184,14 +185,14 @@ def test_records_after_damage_are_missing(tmp_path, damage):
         else:
             file.truncate(size - 1 if damage == "torn" else 0)
     whole = {"length": 1, "torn": 2, "empty": 0}[damage]
-    assert len(tfrecord.record_places(path)) == whole
+    assert len(tfrecord.record_offsets(path)) == whole
     records = tfrecord.TfRecords([tfrecord.Part(path, 0, 3)])
     assert len(records) == 3
     with pytest.raises(ValueError, match=rf"holds {whole} whole records, but number 2 is asked for"):
         records[2]
 
 
-def test_what_is_no_example_is_a_damaged_picture(tmp_path):
+def test_what_is_no_example_is_a_damaged_image(tmp_path):
     path = write_records(tmp_path / "a", [b"\xff\xff", b""])
     records = tfrecord.TfRecords([tfrecord.Part(path, 0, 2)])
     with pytest.raises(ValueError, match="^no Example: "):
@@ -203,7 +204,7 @@ def test_damaged_examples_are_skipped_and_counted(directories, tmp_path):
     record = opened(directories[1])
     (i,) = [i for i in range(12) if record.read(i)[2] == "row 6"]
     parts = record._data._parts
-    places = tfrecord.record_places(parts[1].path)
+    places = tfrecord.record_offsets(parts[1].path)
     broken = tmp_path / "broken"
     broken.write_bytes(open(parts[1].path, "rb").read())
     with open(broken, "r+b") as file:
@@ -215,7 +216,7 @@ def test_damaged_examples_are_skipped_and_counted(directories, tmp_path):
 
 
 def test_values_of_every_kind():
-    kinds = tfrecord._example_type()()
+    kinds = Example()
     kinds.features.feature["one"].int64_list.value.append(-3)
     kinds.features.feature["many"].float_list.value.extend([0.5, 2.0])
     kinds.features.feature["bytes"].bytes_list.value.append(b"x\x00")

@@ -167,7 +167,9 @@ def test_data_dir_from_the_environment(monkeypatch, tmp_path, data_dir):
 
 
 def test_prepare_errors(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"unknown bundled data set 'twemoji/64': choose one of twemoji, twemoji/72"):
+    with pytest.raises(
+        ValueError, match=r"data.name: 'twemoji/64' is no bundled dataset; allowed are twemoji, twemoji/72"
+    ):
         prepare(tmp_path, "twemoji/64")
     with pytest.raises(SystemExit):
         main(["notoemoji", f"--data_dir={tmp_path}"])

@@ -17,7 +17,7 @@ import pytest
 from rq_jax import checkpoint
 from rq_jax.checkpoint.saver import steps_of
 from rq_jax.devices import hosts
-from rq_jax.training.signals import Stop
+from rq_jax.training.signals import StopSignal
 
 ROOT = helpers.ROOT
 
@@ -75,8 +75,8 @@ def test_several_processes_ask_by_one_count(monkeypatch):
         "jax.experimental.multihost_utils.reached_preemption_sync_point",
         lambda number: asked.append(number) or number == 3,
     )
-    stop = Stop()
-    assert [stop.is_asked() for _ in range(3)] == [False, False, True]
+    stop = StopSignal()
+    assert [stop.poll() for _ in range(3)] == [False, False, True]
     assert asked == [1, 2, 3] and stop.signal == signal.SIGTERM
 
 

@@ -5,6 +5,7 @@ Floating-point arrays agree within 1e-5 of their largest value, codes exactly.
 
 import json
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,10 +13,11 @@ import optax
 import pytest
 from einops import rearrange
 
-import train_vae
-from rq_jax import losses, models
+from rq_jax import losses, models, recipes
 from rq_jax.interop import official
 from rq_jax.models import rqvae
+from rq_jax.recipes.adversary import Adversary
+from rq_jax.recipes.tokenizer import Losses
 from rq_jax.training.optimizer import make_optimizer
 from rq_jax.training.state import create_state
 
@@ -63,17 +65,18 @@ def step(golden):
     assert config["restart_unused_codes"] is False  # otherwise than the model's own config
     model = models.create("rqvae", **{**settings, "use_restart": False})
     optimizer, gan = make_optimizer(**OPTIM), config["gan"]["loss"]
-    loss = train_vae.Losses(
+    loss = Losses(
         adversarial_weight=gan["disc_weight"],
         discriminator_loss=gan["disc_loss"],
         generator_loss=gan["gen_loss"],
         perceptual_weight=gan["perceptual_weight"],
     )
-    adversary = train_vae.Adversary(models.create("discriminator", **settings_d), optimizer)
+    judge = models.create("discriminator", **settings_d)
+    adversary = Adversary(judge, optimizer, loss.adversarial_weight, loss.discriminator_loss, loss.generator_loss)
+    recipe = recipes.Tokenizer(model, optimizer, loss, adversary, mesh=helpers.make_mesh())
     before = create_state(variables, optimizer, jax.random.key(0), False, (variables_d, optimizer))
-    train_step = train_vae.make_train_step(model, optimizer, loss, 0.0, None, adversary)
-    train_step = jax.jit(train_step, static_argnums=2)
-    return before, *train_step(before, {"image": nhwc(io["images"])}, loss.phase(0))
+    update = jax.jit(recipe.update, static_argnums=3)
+    return before, *update(before, {"image": nhwc(io["images"])}, recipe.frozen, recipe.phase(0))
 
 
 def nhwc(images):
@@ -103,28 +106,33 @@ def test_losses_adaptive_weight_and_codes(golden, step):
 def test_what_the_step_is_made_of(golden, step):
     io, _, _, (settings, _), (settings_d, _) = golden
     before, images = step[0], nhwc(io["images"])
-    model = models.create("rqvae", **settings)
-    output, mutated = jax.jit(lambda v: model.apply(v, images, train=True, mutable=["codebook", "intermediates"]))(
-        before.variables
-    )
-    np.testing.assert_array_equal(output.codes, io["codes"])
-    assert_close(output.reconstruction, nhwc(io["recon"]))
-    discriminator = models.create("discriminator", **settings_d)
+    model, discriminator = models.create("rqvae", **settings), models.create("discriminator", **settings_d)
 
     @jax.jit
-    def score(images):
-        return discriminator.apply(before.discriminator, images, train=True, mutable=["batch_stats"])[0]
+    def parts(variables, judge, images):
+        """Output, logits of both batches, and the last kernel's gradients of the reconstruction and of the generator."""
+        mutable = ["codebook", "intermediates"]
+        output, mutated = model.apply(variables, images, train=True, mutable=mutable)
 
+        def score(images):
+            return discriminator.apply(judge, images, train=True, mutable=["batch_stats"])[0]
+
+        def generator(reconstruction):
+            logits = score(reconstruction)
+            return losses.generator_loss(logits), logits
+
+        nll = jax.grad(lambda x: losses.reconstruction_loss(images, x))(output.reconstruction)
+        generated, fake = jax.grad(generator, has_aux=True)(output.reconstruction)
+        grads = [rqvae.last_kernel_gradient(variables["params"], mutated["intermediates"], g) for g in (nll, generated)]
+        return output, fake, score(images), grads
+
+    output, fake, real, grads = parts(before.variables, before.discriminator, images)
+    np.testing.assert_array_equal(output.codes, io["codes"])
+    assert_close(output.reconstruction, nhwc(io["recon"]))
     for name in ("gen.logits_fake", "disc.logits_fake"):
-        assert_close(score(output.reconstruction), nhwc(io[name]), name)
-    assert_close(score(images), nhwc(io["disc.logits_real"]))
-    image_losses = {
-        "nll_grad_last_layer": lambda x: losses.reconstruction_loss(images, x),
-        "g_grad_last_layer": lambda x: losses.generator_loss(score(x)),
-    }
-    for name, image_loss in image_losses.items():
-        image_gradient = jax.grad(image_loss)(output.reconstruction)
-        kernel = rqvae.last_kernel_gradient(before.params, mutated["intermediates"], image_gradient)
+        assert_close(fake, nhwc(io[name]), name)
+    assert_close(real, nhwc(io["disc.logits_real"]))
+    for name, kernel in zip(("nll_grad_last_layer", "g_grad_last_layer"), grads, strict=True):
         assert_close(rearrange(kernel, "h w i o -> o i h w"), io[name], name)
 
 

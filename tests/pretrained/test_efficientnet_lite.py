@@ -70,6 +70,16 @@ def plain_features(state, x):
     return relu6(conv(x, "_conv_head", "_bn1")).mean((1, 2))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_strict_promotion_is_enough(channels):
+    variables = efficientnet_lite.abstract_variables()
+    net = efficientnet_lite.FeatureNet("abstract", variables)
+    image = jax.ShapeDtypeStruct((2, 20, 24, channels), jnp.float32)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        features = jax.eval_shape(net.features, variables, image)
+        assert jax.eval_shape(net.logits, variables, features).shape == (2, NUM_CLASSES)
+
+
 @pytest.mark.parametrize("side", [SIZE, 49])
 def test_the_network_agrees_with_a_plain_reading_of_its_file(state, path, side):
     net = efficientnet_lite.load(path)

@@ -69,6 +69,16 @@ def run(perceptual, *pictures):
     return compiled(perceptual.shift, perceptual.scale)(perceptual.variables, *pictures)
 
 
+@pytest.mark.parametrize("use_heads", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_strict_promotion_is_enough(use_heads, channels):
+    perceptual = random_perceptual(use_heads)
+    x, y = (images(seed, B, H, W, channels) for seed in (0, 1))
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        loss = lambda x: perceptual.distance(perceptual.variables, x, y).sum()  # noqa: E731
+        assert jax.eval_shape(jax.grad(loss), x).shape == x.shape
+
+
 # --- the network against loops -------------------------------------------------------------------------------
 
 

@@ -88,6 +88,33 @@ def test_search_memory_at_paper_size():
     assert 0 < compiled.memory_analysis().temp_size_in_bytes <= 512 * 2**20  # all scores at once are 4 GB
 
 
+def products(jaxpr):
+    """Every dot_general of a program, those of the programs inside it included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for part in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(part, "eqns"):
+                yield from products(part)
+
+
+@pytest.mark.parametrize("num_vectors", [15, 3 * 2**13], ids=["few", "in slices"])
+def test_products_are_true_float32_whatever_the_default(num_vectors):
+    x_NE, codebook_KE = jax.ShapeDtypeStruct((num_vectors, E), jnp.float32), jnp.asarray(normal(K, E))
+    functions = {
+        "search": lambda x: quantize.residual_quantize(x, codebook_KE, D),
+        "draw": lambda x: quantize.draw_codes(x, codebook_KE, D, 0.5, jax.random.key(0)),
+        "soft": lambda x: quantize.soft_codes(x, codebook_KE, D, 0.5)[0],
+    }
+    with jax.default_matmul_precision("default"):
+        precisions = {
+            name: {equation.params["precision"] for equation in products(jax.make_jaxpr(function)(x_NE).jaxpr)}
+            for name, function in functions.items()
+        }
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert precisions == dict.fromkeys(functions, {highest})
+
+
 def test_search_is_float32_for_bfloat16_vectors():
     x_NE = jnp.asarray(normal(200, E), jnp.bfloat16)
     codebook_KE = normal(K, E, seed=1)
@@ -312,7 +339,7 @@ def test_gradients_of_soft_codes(codebook):
     assert oracle.residual_quantize(x_NE, tables_of(codebook))[3] > 0.2, "a small step would change a code"
 
     def soft(x, tables):
-        return (quantize.soft_codes(x, tables, D, 4.0)[0] * weight_DK).sum()
+        return (quantize.soft_codes(x, tables, D, 4.0)[0] * weight_DK[None]).sum()
 
     check_grads(soft, (x_NE, codebook), order=1, modes="rev", eps=5e-3, atol=1e-2, rtol=1e-2)
 

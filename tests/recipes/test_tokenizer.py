@@ -371,7 +371,7 @@ REFUSED = {
     ),
     "optimizer of nothing": ({"keep_optimizer": True}, "keep_optimizer: True needs init_from, a run whose optimizer is kept"),
     "no start": ({"init_from": "/nowhere"}, "'/nowhere' is no run directory"),
-    "label": ({"data__label_key": "colour"}, "unknown label_key='colour' of data set 'folder'"),
+    "label": ({"data__label_key": "colour"}, "data.label_key: 'colour' is unknown in dataset 'folder'"),
 }  # fmt: skip
 
 
@@ -409,10 +409,10 @@ def test_unknown_keys_are_refused(pictures, tmp_path, nothing_compiles):
 
 
 def test_pictures_that_are_not_there_are_refused(pictures, tmp_path, nothing_compiles):
-    with pytest.raises(FileNotFoundError, match="no folder of pictures at data_dir="):
+    with pytest.raises(FileNotFoundError, match="data.data_dir: .* is no directory"):
         recipes.train(helpers.vae_config(tmp_path / "nowhere"), str(tmp_path / "run"))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no pictures below .*empty.*: looked for .png"):
+    with pytest.raises(FileNotFoundError, match="data.data_dir: .*empty.* holds no images; their names end in .png"):
         recipes.train(helpers.vae_config(tmp_path / "empty"), str(tmp_path / "run"))
 
 
@@ -421,7 +421,7 @@ def test_unreadable_pictures_are_refused(tmp_path, nothing_compiles):
         (tmp_path / "damaged" / split).mkdir(parents=True)
         for i in range(3):
             (tmp_path / "damaged" / split / f"{i}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="all 3 pictures are damaged"):
+    with pytest.raises(ValueError, match="all 3 images are damaged"):
         recipes.train(helpers.vae_config(tmp_path / "damaged"), str(tmp_path / "run"))
 
 

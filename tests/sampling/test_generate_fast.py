@@ -5,6 +5,7 @@ import importlib
 import re
 
 import helpers
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +149,7 @@ def test_the_program_sorts_nothing_makes_no_noise_in_the_loop_and_copies_no_cach
     model, variables = build(**WIDE, **CLASS, dtype=dtype)
     program = jax.jit(lambda v, k, p: generate(model, v, RNG, B, CONDS["class"], top_k=k, top_p=p))
     compiled = program.lower(variables, 5, 0.9).compile()
-    counts = roofline.count_compiled(compiled.as_text())
+    counts = hlo.count_compiled(compiled.as_text())
     assert "sort" not in counts.ops and not counts.loop_ops.get("rng-bit-generator", 0)
     copied = set(re.findall(r"= (\S+?)(?:\{[^}]*\})? copy\(", compiled.as_text()))
     assert (
@@ -156,7 +157,7 @@ def test_the_program_sorts_nothing_makes_no_noise_in_the_loop_and_copies_no_cach
     )  # no cache is, at any step
     plain = jax.jit(lambda v: generate(model, v, RNG, B, CONDS["class"])).lower(variables).compile()
     work = sum(stage.flops for stage in roofline.sampling_work(model, B, "float32").values())
-    assert roofline.count_compiled(plain.as_text()).flops == pytest.approx(work, rel=0.1)
+    assert hlo.count_compiled(plain.as_text()).flops == pytest.approx(work, rel=0.1)
     whole = jax.make_jaxpr(program)(variables, 5, 0.9).jaxpr
     loops = [equation for equation in equations(whole) if equation.primitive.name == "scan"]
     assert loops and "random_bits" in names(whole)

@@ -301,7 +301,9 @@ def test_a_run_ends_with_curves_and_says_where_its_images_are(uninterrupted, cap
     (workdir / "pictures" / "curves.png").unlink()
     train(workdir)  # it is finished
     assert (workdir / "pictures" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert capsys.readouterr().out == f"images: {workdir / 'pictures'}\n"
+    table = (workdir / "parameters.txt").read_text()
+    assert "params/w_M" in table and "Total: 15 -- 60 bytes" in table
+    assert capsys.readouterr().out == f"{table}images: {workdir / 'pictures'}\n"
 
 
 def test_a_run_directory_belongs_to_one_kind_of_model(tmp_path):
@@ -467,7 +469,7 @@ def test_a_duration_must_be_given():
 def test_a_duration_is_given_once():
     with pytest.raises(ValueError) as error:
         resolve_durations({"total_steps": 9, "total_epochs": 2.5}, "loop", ("total",), 10)
-    expected = "loop.total_steps and loop.total_epochs are both set, to 9 and 2.5; set the one that is not wanted to 0"
+    expected = "loop.total_steps and loop.total_epochs are both set, to 9 and 2.5; set one of them to 0"
     assert str(error.value) == expected
 
 

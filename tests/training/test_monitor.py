@@ -1,4 +1,4 @@
-"""What watches a run: a step that hangs ends the process, steps that are not finite stop it, figures and traces."""
+"""Run monitoring: a step that hangs ends the process, non-finite steps stop it, figures and traces."""
 
 import json
 import subprocess
@@ -79,12 +79,12 @@ def run_program(body):
 def test_a_step_that_hangs_ends_the_process_with_its_stacks():
     done = run_program("""
         import threading
-        from rq_jax import watch
+        from rq_jax.training import monitor
 
         def step_that_waits_for_a_dead_host():
             threading.Event().wait()
 
-        with watch.HangGuard(0.5) as hang:
+        with monitor.HangGuard(0.5) as hang:
             hang.arm()
             step_that_waits_for_a_dead_host()
     """)
@@ -95,9 +95,9 @@ def test_a_step_that_hangs_ends_the_process_with_its_stacks():
 def test_steps_in_time_and_what_is_no_step_are_left_alone():
     done = run_program("""
         import time
-        from rq_jax import watch
+        from rq_jax.training import monitor
 
-        with watch.HangGuard(0.4) as hang:
+        with monitor.HangGuard(0.4) as hang:
             hang.expect_compilation()
             hang.arm()
             time.sleep(0.6)
@@ -110,7 +110,7 @@ def test_steps_in_time_and_what_is_no_step_are_left_alone():
             hang.disarm()
             time.sleep(0.6)
         time.sleep(0.6)
-        with watch.HangGuard(0) as hang:
+        with monitor.HangGuard(0) as hang:
             hang.arm()
             time.sleep(0.2)
         print("done")

@@ -355,7 +355,7 @@ BATCH = {"x": normal(12, I, seed=1), "y": normal(12, O, seed=2)}
 
 def loss_and_grads(params, batch, rngs):
     def loss_fn(params):
-        prediction = jnp.tanh(batch["x"] @ params["w_IO"]) + params["bias_O"]
+        prediction = jnp.tanh(batch["x"] @ params["w_IO"]) + params["bias_O"][None]
         per_output_O = jnp.mean((prediction - batch["y"]) ** 2, axis=0)
         return per_output_O.sum(), per_output_O
 

@@ -1,4 +1,4 @@
-"""The bundled emoji pictures as a TFDS data set."""
+"""The bundled emoji images as a TFDS dataset."""
 
 VERSION = "1.0.0"
-CONFIGS = ("72", "256")  # side of the pictures in pixels
+CONFIGS = ("72", "256")  # side of the images in pixels

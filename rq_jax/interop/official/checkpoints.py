@@ -1,4 +1,4 @@
-"""Official checkpoint files taken apart: which model they are of, its state dict, its discriminator, and the rest."""
+"""The parts of official checkpoint files: the kind of model, its state dict, its discriminator, and the rest."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -10,12 +10,12 @@ _DISCRIMINATOR, _VQGAN_DISCRIMINATOR = "discriminator", "loss.discriminator."
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpoint file holds.
+    """The parts of a checkpoint file.
 
     Attributes:
       state: tensors of the model by official name.
       discriminator: those of the discriminator beside it, or None.
-      dropped: names of what is left out on purpose: optimizers, schedules, counters, the perceptual term.
+      dropped: names of the parts that are left out on purpose: optimizers, schedules, counters, the perceptual term.
     """
 
     state: Mapping[str, Any]
@@ -24,7 +24,7 @@ class Checkpoint(NamedTuple):
 
 
 def find_kind(config: Mapping[str, Any]) -> str:
-    """What an official config is of: "rqvae", "rqtransformer", "discriminator" or "vqgan".
+    """The kind of model of an official config: "rqvae", "rqtransformer", "discriminator" or "vqgan".
 
     Raises:
       ValueError: something else.
@@ -45,10 +45,10 @@ def find_kind(config: Mapping[str, Any]) -> str:
 
 
 def unpack(file: Any, kind: str, use_ema: bool = False) -> Checkpoint:
-    """Find the state dicts in what a checkpoint file holds.
+    """The state dicts in the content of a checkpoint file.
 
     Args:
-      file: a state dict, or a dict with one under "state_dict", beside "discriminator", "optimizer" and others.
+      file: a state dict, or a dict with one under "state_dict", beside "discriminator", "optimizer" and the like.
       kind: from `find_kind`.
       use_ema: take the averaged weights, under "state_dict_ema".
 
@@ -75,7 +75,7 @@ def unpack(file: Any, kind: str, use_ema: bool = False) -> Checkpoint:
 
 
 def _without_prefix(state: Any) -> dict[str, Any]:
-    """Without the "module." that torch's wrappers for several devices put in front of every name."""
+    """The state dict without the prefix "module." of torch's wrappers for several devices."""
     if not isinstance(state, Mapping) or not state:
         raise ValueError("state: its state dict is empty or none; give a checkpoint")
     state = {str(name): tensor for name, tensor in state.items()}
@@ -90,14 +90,14 @@ def _split_vqgan(state: dict[str, Any], dropped: list[str]) -> Checkpoint:
         raise ValueError("quantize.proj.weight: this is a Gumbel quantizer, which we do not have; allowed is VQModel")
     model: dict[str, Any] = {}
     discriminator: dict[str, Any] = {}
-    others: dict[str, int] = {}
+    losses: dict[str, int] = {}
     for name, tensor in state.items():
         if name.startswith(_VQGAN_DISCRIMINATOR):
             discriminator[name.removeprefix(_VQGAN_DISCRIMINATOR)] = tensor
         elif name.startswith("loss.") or name == "colorize":  # `colorize` paints segmentations for the log
             group = ".".join(name.split(".")[:2])
-            others[group] = others.get(group, 0) + 1
+            losses[group] = losses.get(group, 0) + 1
         else:
             model[name] = tensor
-    dropped = dropped + [f"{group}.* ({count} tensors)" if count > 1 else group for group, count in others.items()]
+    dropped = dropped + [f"{group}.* ({count} tensors)" if count > 1 else group for group, count in losses.items()]
     return Checkpoint(model, discriminator or None, dropped)

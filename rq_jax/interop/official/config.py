@@ -1,4 +1,4 @@
-"""Our settings as an official config: the way back of `settings`."""
+"""Official configs from our settings: the inverse of `settings`."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ from rq_jax.interop.official.settings import (
     latent_grid,
 )
 
-# Settings of ours that the original does not have, and the only value of them that it can express.
-_OURS_ALONE = {
+# Settings that the original does not have, and the only value of each that it can express.
+_FIXED = {
     # Its encoder can double the channels, but the convolution after it does not take them.
     "rqvae": (("norm_groups", 32), ("use_double_z", False)),
     "rqtransformer": (("use_null_cond", False),),
     "discriminator": (),
 }
-# The same, but the weights mean what they mean here.
-_NOT_SAID = {
+# The same for settings that leave the meaning of the weights alone: they are left out.
+_LEFT_OUT = {
     "rqvae": (("codebook_update", "sequential"), ("use_kmeans_init", False), ("dtype", "float32")),
     "rqtransformer": (("dtype", "float32"),),
     "discriminator": (("dtype", "float32"),),
@@ -31,19 +31,19 @@ _NOT_SAID = {
 
 
 def official_config(name: str, settings: Settings, sample: Settings | None = None) -> dict[str, Any]:
-    """The config with which the original builds the same model; the inverse of `rqvae_settings` and its like.
+    """The config from which the original builds the same model; the inverse of `rqvae_settings` and its siblings.
 
     Args:
-      name: of our model.
-      settings: all of them, as `models.create` takes them.
+      name: as `models.create` takes it.
+      settings: complete, as `models.create` takes them.
       sample: defaults of `sampling.generate`, for a transformer.
 
     Raises:
       ValueError: the original has no such model, or cannot express one of the settings.
     """
-    if name not in _OURS_ALONE:
-        raise ValueError(f"model '{name}': the original has none; allowed are {', '.join(_OURS_ALONE)}")
-    for setting, only in _OURS_ALONE[name]:
+    if name not in _FIXED:
+        raise ValueError(f"model '{name}': the original has none; allowed are {', '.join(_FIXED)}")
+    for setting, only in _FIXED[name]:
         if settings[setting] != only:
             raise ValueError(f"model.{setting}: {settings[setting]} cannot be exported; the original has {only} alone")
     return {
@@ -55,7 +55,7 @@ def official_config(name: str, settings: Settings, sample: Settings | None = Non
 
 def left_out_settings(name: str, settings: Settings) -> dict[str, Any]:
     """Settings that an official config leaves out: they steer training, or the precision of the computation."""
-    return {key: settings[key] for key, only in _NOT_SAID[name] if settings[key] != only}
+    return {key: settings[key] for key, only in _LEFT_OUT[name] if settings[key] != only}
 
 
 def _rqvae_config(settings: Settings, sample: Settings) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _rqvae_config(settings: Settings, sample: Settings) -> dict[str, Any]:
     height, grid, (h, w, _) = image_shape(settings)[0], latent_grid(settings), settings["code_shape"]
     latent_dim = settings["code_dim"] // ((grid[0] // h) * (grid[1] // w))
     hparams = {"bottleneck_type": "rq", "embed_dim": latent_dim, "latent_shape": (*grid, latent_dim)}
-    # Attention is where the height of a level is in the list: so it is there, with the height as the resolution.
+    # With the height as the resolution, both sides put attention at the levels whose height is in the list.
     coder = {"resolution": height, "attn_resolutions": settings["attention_resolutions"]}
     coder["out_ch"] = settings["in_channels"]
     config["arch"]["type"] = "rq-vae"
@@ -85,13 +85,13 @@ def _rqtransformer_config(settings: Settings, sample: Settings) -> dict[str, Any
     sizes = settings["codebook_size"]
     arch |= {"type": "rq-transformer", "vocab_size": sizes, "input_embed_dim": settings["code_dim"]}
     config["dataset"] = {"vocab_size": sizes}
-    gelu = next(theirs for theirs, ours in GELUS.items() if ours == settings["gelu"])
+    gelu = next(official for official, own in GELUS.items() if own == settings["gelu"])
     heads = {"body": settings["num_heads"], "head": depth_heads(settings)}
     for stack, num_heads in heads.items():
         block = {official: settings[name] for name, official, _ in BLOCK}
         arch[stack]["block"] = {**block, "gelu": gelu, "n_head": num_heads}
     names = (("temp", "temperature", 1.0), ("top_k", "top_k", None), ("top_p", "top_p", None))
-    config["sampling"] = {theirs: sample.get(ours, default) for theirs, ours, default in names}
+    config["sampling"] = {official: sample.get(own, default) for official, own, default in names}
     return config
 
 

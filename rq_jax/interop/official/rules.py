@@ -30,7 +30,7 @@ class Rule(NamedTuple):
       pattern: from the axes of the stacked tensors to those of our array; a group in parentheses is one axis.
       sizes: of at least the axes in the pattern.
       aliases: further official names of the same tensor, which must hold the same values.
-      padding_rows: rows at the end of each official tensor that are not kept, and are zero.
+      padding_rows: rows of zeros at the end of each official tensor, which ours does not have.
       dtype: of the official tensors; ours is float32, or int32 where it is an integer type.
     """
 
@@ -63,8 +63,8 @@ class Rule(NamedTuple):
         array = np.empty(self.shape, np.float32 if self.is_float else np.int32)
         for place, tensor in zip(self._places(array), tensors, strict=True):
             tensor = np.asarray(tensor)
-            kept = tensor[: -self.padding_rows] if self.padding_rows else tensor
-            place[...] = kept.reshape(place.shape)
+            values = tensor[: -self.padding_rows] if self.padding_rows else tensor
+            place[...] = values.reshape(place.shape)
         return array
 
     def write(self, array: np.ndarray) -> list[np.ndarray]:
@@ -72,17 +72,18 @@ class Rule(NamedTuple):
         tensors = []
         for place in self._places(np.asarray(array, order="C")):
             tensor = np.zeros(self.official_shape, self.dtype)
-            kept = tensor[: -self.padding_rows] if self.padding_rows else tensor
-            kept[...] = place.reshape(kept.shape)
+            values = tensor[: -self.padding_rows] if self.padding_rows else tensor
+            values[...] = place.reshape(values.shape)
             tensors.append(tensor)
         return tensors
 
     def _places(self, array: np.ndarray) -> list[np.ndarray]:
-        """For each tensor the view of our contiguous array where it goes, its axes those of the tensor, ungrouped."""
-        theirs, ours = (re.findall("[A-Z]", side) for side in self._sides)
-        apart = array.reshape([self.sizes[axis] for axis in ours]).transpose([ours.index(axis) for axis in theirs])
+        """For each official tensor a view of our contiguous array, with the axes of the tensor, ungrouped."""
+        official, own = (re.findall("[A-Z]", side) for side in self._sides)
+        ungrouped = array.reshape([self.sizes[axis] for axis in own])
+        ungrouped = ungrouped.transpose([own.index(axis) for axis in official])
         num_stacked = len(re.findall("[A-Z]", _groups(self.pattern)[0]))
-        return [apart[(*index, ...)] for index in np.ndindex(*apart.shape[:num_stacked])]
+        return [ungrouped[(*index, ...)] for index in np.ndindex(*ungrouped.shape[:num_stacked])]
 
     @property
     def _sides(self) -> list[str]:
@@ -94,12 +95,12 @@ class Rule(NamedTuple):
 
 
 class Table(NamedTuple):
-    """What an official state dict of one model consists of.
+    """The layout of the official state dict of one model.
 
     Attributes:
       rules: of all our arrays.
-      constants: tensors that hold nothing but a function of the settings, which is checked.
-      unread: tensors that nothing reads; they may be absent, are dropped whatever they hold, and are written as here.
+      constants: tensors that follow from the settings; their values are checked.
+      unread: tensors that nothing reads: absent or dropped on the way in, written as here on the way out.
     """
 
     rules: list[Rule]
@@ -135,19 +136,18 @@ def import_state(state: Mapping[str, Any], table: Table) -> dict[str, Any]:
     wrong = [problem for problem in _value_problems(state, table).values() if problem]
     problems += [_listed(wrong, "; ")] if wrong else []
     if problems:
-        found = "; ".join(problems)
-        raise ValueError(f"state dict: does not fit its config: {found}; take both from one checkpoint")
+        raise ValueError(f"state dict: does not fit its config: {'; '.join(problems)}; take both from one checkpoint")
     tree: dict[str, Any] = {}
-    odd: dict[str, list[str]] = {"NaN or infinite values; they are kept": [], "a padding row that is not zero": []}
+    suspect: dict[str, list[str]] = {"NaN or infinite values; they are kept": [], "a padding row that is not zero": []}
     for rule in table.rules:
         *parents, name = rule.path.split("/")
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[name] = rule.read(_watched(state, rule, *odd.values()))
-    for what, names in odd.items():
+        node[name] = rule.read(_watched(state, rule, *suspect.values()))
+    for problem, names in suspect.items():
         if names:
-            logger.warning("state dict: %s in %s", what, _listed(names))
+            logger.warning("state dict: %s in %s", problem, _listed(names))
     return tree
 
 
@@ -176,18 +176,18 @@ def _name_problems(state: Mapping[str, Any], table: Table) -> list[str]:
     expected = table.official_shapes()
     missing = [name for name in expected if name not in state]
     unexpected = [name for name in state if name not in expected and name not in table.unread]
-    found = (("missing", missing), ("unexpected", unexpected))
-    return [f"{what} {_listed(names)}" for what, names in found if names]
+    kinds = (("missing", missing), ("unexpected", unexpected))
+    return [f"{kind} {_listed(names)}" for kind, names in kinds if names]
 
 
 def _value_problems(state: Mapping[str, Any], table: Table) -> dict[str, str]:
-    """By the name of each tensor that is there, what is wrong with it or ""; values are read of copies alone."""
+    """The problem of each tensor of the state by name, "" for none; only copies and constants are read."""
     floats = {key: rule.is_float for rule in table.rules for key in (*rule.keys, *rule.aliases)}
     problems = {}
     for name, shape in table.official_shapes().items():
         if name in state:
-            wanted = np.floating if floats.get(name, False) else np.integer
-            problems[name] = _form_problem(name, state[name], shape, wanted)
+            kind = np.floating if floats.get(name, False) else np.integer
+            problems[name] = _form_problem(name, state[name], shape, kind)
 
     def compare(name: str, other: str, what: str, value: Any) -> None:
         if problems.get(name) == "" == problems.get(other) and not _same(state[name], value):
@@ -201,12 +201,12 @@ def _value_problems(state: Mapping[str, Any], table: Table) -> dict[str, str]:
     return problems
 
 
-def _form_problem(name: str, tensor: Any, shape: Shape, wanted: type) -> str:
+def _form_problem(name: str, tensor: Any, shape: Shape, kind: type) -> str:
     if np.shape(tensor) != shape:
         return f"{name} has shape {np.shape(tensor)} instead of {shape}"
     dtype = tensor.dtype if hasattr(tensor, "dtype") else np.asarray(tensor).dtype
-    if not jax.dtypes.issubdtype(dtype, wanted):  # knows bfloat16, as NumPy does not
-        return f"{name} is of type {dtype} where {'floats' if wanted is np.floating else 'integers'} are needed"
+    if not jax.dtypes.issubdtype(dtype, kind):  # knows bfloat16, as NumPy does not
+        return f"{name} is of type {dtype} where {'floats' if kind is np.floating else 'integers'} are needed"
     return ""
 
 
@@ -215,7 +215,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _watched(state: Mapping[str, Any], rule: Rule, not_finite: list[str], not_zero: list[str]) -> Iterator[np.ndarray]:
-    """The tensors of a rule, one by one; notes those that hold what they should not."""
+    """The tensors of a rule, one by one; notes names of those with suspect values."""
     for key in rule.keys:
         tensor = np.asarray(state[key])
         if rule.is_float and not np.isfinite(tensor).all():

@@ -1,8 +1,8 @@
-"""Official configs in our settings.
+"""Our settings from official configs.
 
-What the classes of the original read is in the tables below, or refused by name; the rest steers its trainer, or is
-read by nothing in the released source (`use_padding_idx`, `masked_dropout`, `code_hier`, `ema`, `ar_hierarchy`,
-`use_padding_emb`, `scaled_head_emb_vqvae`), and is ignored here too.
+The fields that the classes of the original read are in the tables below, or refused by name; the rest steers its
+trainer, or is read by nothing in the released source (`use_padding_idx`, `masked_dropout`, `code_hier`, `ema`,
+`ar_hierarchy`, `use_padding_emb`, `scaled_head_emb_vqvae`), and is ignored here too.
 """
 
 from collections.abc import Mapping
@@ -186,20 +186,20 @@ def is_vqgan(config: Mapping[str, Any]) -> bool:
 
 
 def sample_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """How the original samples by default: keywords of `sampling.generate`, as far as an official config says it."""
+    """Keywords of `sampling.generate` for sampling as the original does, as far as an official config gives them."""
     get = _Section(config).get
-    found = {"temperature": get("sampling.temp", None)}
+    settings = {"temperature": get("sampling.temp", None)}
     for name in ("top_k", "top_p"):
         value = get(f"sampling.{name}", get(f"experiment.sample.{name}", None))
-        found[name] = value[0] if isinstance(value, tuple) and len(value) == 1 else value
-    return {name: value for name, value in found.items() if value is not None}
+        settings[name] = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 # --- what both directions and the tables of tensors need ----------------------------------------------------
 
 
 def image_shape(settings: Settings) -> tuple[int, int]:
-    """(H, W) of the pictures."""
+    """(H, W) of the images."""
     size = settings["image_size"]
     return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -222,7 +222,7 @@ def depth_heads(settings: Settings) -> int:
 
 
 def downsampling(settings: Settings) -> int:
-    """How many pixels of a side are one latent."""
+    """Pixels per latent along a side."""
     return 2 ** (len(settings["width_multipliers"]) - 1)
 
 
@@ -255,21 +255,21 @@ class _Section(NamedTuple):
 
 
 def _check_kind(official: str, name: str, value: Any) -> None:
-    """Refuse a value of another type than our setting has; lists stand for one value per depth or level."""
+    """The type of a value is that of our setting; a list gives one value per depth or level."""
     kind = bool if name.startswith("use_") else _NUMBER if name.endswith(("dropout", "decay")) else int
     parts = value if isinstance(value, tuple) else (value,)
     fits = all(isinstance(part, kind) and isinstance(part, bool) == (kind is bool) for part in parts)
     needs_list = name in ("code_shape", "width_multipliers")
     if not fits or (needs_list and not isinstance(value, tuple)):
-        wanted = "list of integers" if needs_list else {bool: "true or false", int: "integer"}.get(kind, "number")
-        raise ValueError(f"{official}: {value!r} is no {wanted}")
+        expected = "list of integers" if needs_list else {bool: "true or false", int: "integer"}.get(kind, "number")
+        raise ValueError(f"{official}: {value!r} is no {expected}")
 
 
 def _arch(config: Mapping[str, Any], kind: str) -> _Section:
     arch = _Section(config).get("arch", config)
-    found = str(_Section(arch).get("type", kind)).lower()
-    if found != kind:
-        raise ValueError(f"arch.type: '{found}' is another model; a config of '{kind}' is needed here")
+    actual = str(_Section(arch).get("type", kind)).lower()
+    if actual != kind:
+        raise ValueError(f"arch.type: '{actual}' is another model; a config of '{kind}' is needed here")
     return _Section(arch, "arch.")
 
 
@@ -290,10 +290,10 @@ def _one_if_equal(sizes: Any) -> Any:
 
 
 def _image_settings(section: _Section, settings: Settings, grid: tuple[int, int]) -> dict[str, Any]:
-    """Size of the pictures and where attention is.
+    """Image size and the levels with attention.
 
-    Pictures are as large as the latent grid says. The original puts attention by the fraction of `resolution` that a
-    level has, whatever the pictures; ours goes by the height of the level.
+    The image size follows from the latent grid. The original places attention by the fraction of `resolution` that a
+    level has, whatever the image size; ours goes by the height of the level.
     """
     factor, prefix = downsampling(settings), f"{section.prefix}ddconfig."
     names = ("resolution", "out_ch", "attn_resolutions")
@@ -311,13 +311,13 @@ def _image_settings(section: _Section, settings: Settings, grid: tuple[int, int]
 
 
 def _default_code_dim(settings: Settings) -> tuple[int, ...]:
-    """None where code vectors are read; else their length does not matter."""
+    """No default where code vectors are read; elsewhere their length does not matter."""
     reads_codebook = settings["use_tokenizer_input"] or settings["use_tokenizer_depth_input"]
     return () if reads_codebook else (settings["model_dim"],)
 
 
 def _block_settings(arch: _Section, settings: Settings) -> dict[str, Any]:
-    """Of the blocks of both stacks; a stack without layers says nothing."""
+    """Settings of the blocks of both stacks, of which those without layers do not count."""
     stacks = [name for name, ours in (("body", "spatial"), ("head", "depth")) if settings[f"{ours}_layers"]]
     blocks, heads = {}, {stack: arch.get(f"{stack}.block.n_head") for stack in stacks}
     for stack in stacks:
@@ -342,20 +342,21 @@ def _block_settings(arch: _Section, settings: Settings) -> dict[str, Any]:
 
 
 def _with_tokenizer(settings: dict[str, Any], tokenizer: Settings) -> dict[str, Any]:
-    """What the tokenizer decides; what the config says of it must agree."""
-    said = {
+    """The settings with those of the tokenizer, with which the config must agree."""
+    pairs = {
         "block_size": (tuple(settings["code_shape"]), tuple(tokenizer["code_shape"])),
         "vocab_size": (codebook_sizes(settings), codebook_sizes(tokenizer)),
     }
     if not _default_code_dim(settings):
-        said["input_embed_dim"] = settings["code_dim"], tokenizer["code_dim"]
-    for name, (ours, theirs) in said.items():
-        if ours != theirs:
-            raise ValueError(f"arch.{name}: {ours} differs from the tokenizer's {theirs}; give the one of this pair")
-    taken = {name: tokenizer[name] for name in ("code_dim", "use_shared_codebook")}
-    return {**settings, **taken}
+        pairs["input_embed_dim"] = settings["code_dim"], tokenizer["code_dim"]
+    for name, (value, tokenizer_value) in pairs.items():
+        if value != tokenizer_value:
+            raise ValueError(
+                f"arch.{name}: {value} differs from the tokenizer's {tokenizer_value}; give the one of this pair"
+            )
+    return {**settings, **{name: tokenizer[name] for name in ("code_dim", "use_shared_codebook")}}
 
 
 def token_offsets(settings: Settings) -> np.ndarray:
-    """Where the table of each depth begins among separate token embeddings."""
+    """First row of each depth in the table of separate token embeddings."""
     return np.cumsum((0, *codebook_sizes(settings)[:-1]))

@@ -1,4 +1,4 @@
-"""The tables: for each model, the official tensors behind every array of ours."""
+"""For each model, the table of official tensors behind every array of ours."""
 
 import re
 from typing import Any

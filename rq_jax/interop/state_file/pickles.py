@@ -1,192 +1,166 @@
-"""Pickles by torch.save, read by a machine of our own: tensors, numbers, strings, lists and dicts come out.
+"""Pickle machine for files by torch.save, which makes tensors, numbers, strings, lists and dicts only.
 
-The machine knows the opcodes that torch.save writes and refuses all others by name. It calls nothing but the
-functions of the table in `pickle_names`, each of which checks its arguments: a pickle can name nothing else, and what
-it names is never looked up by name. Opcodes, bytes, depth and size of the result are bounded.
+The machine knows the opcodes that torch.save writes and refuses all others by name. It calls nothing but the functions
+of the table in `pickle_names`, each of which checks its arguments: a pickle can name nothing else, and what it names is
+never looked up. Opcodes, bytes, depth and size of the result are bounded.
 
-Opcodes are documented in `pickletools`.
+`pickletools` decodes the opcodes, and documents them. A `pickle.Unpickler` would not do: whatever its `find_class`
+allows, the memo, the dicts and the calls of a pickle have no bounds.
 """
 
-import pickle
+import io
 import pickletools
-import struct
 from collections.abc import Callable
 from typing import Any
 
-from rq_jax.interop.state_file.pickle_names import ALLOWED, MAX_ARGS, Bad, Name, NumberType, find, set_item
-from rq_jax.interop.state_file.tensor import DAMAGED, File, Tensor
+from rq_jax.interop.state_file.files import DAMAGED, Invalid, one_line
+from rq_jax.interop.state_file.limits import check_tree
+from rq_jax.interop.state_file.pickle_names import ALLOWED, Name, NumberType, find, set_item
+from rq_jax.interop.state_file.tensor import Tensor
 
 MAX_BYTES = 32 << 20
-_MAX_STEPS = 700_000
+_MAX_STEPS = 400_000  # about 20 for each tensor
 _MAX_NODES = 1_000_000
 _MAX_DEPTH = 100
-_MAX_LINE = 256
+_MAX_ARGS = 9
 # Tensors can view the same bytes many times over, and each can repeat them.
 _MAX_EXPANSION = 8
 _ALWAYS_ALLOWED_NBYTES = 64 << 20
-_TOO_SHORT = f"holds a pickle that ends too early, or has more than {MAX_BYTES} bytes; {DAMAGED}"
-_U1, _U2, _U4, _I4, _F8 = (struct.Struct(layout) for layout in ("<B", "<H", "<I", "<i", ">d"))
+_BROKEN = f"holds a damaged pickle; {DAMAGED}"
 
 
-def read_pickle(
-    source: File, data: bytes, start: int = 0, load_storage: Callable[[Any], Any] | None = None
-) -> tuple[Any, int]:
-    """One pickle.
+def read_pickle(stream: io.BytesIO, file_size: int, load_storage: Callable[[Any], Any] | None = None) -> Any:
+    """One pickle; the stream ends up behind it.
 
     Args:
-      source: the file, for messages.
-      data: at most `MAX_BYTES` of it.
-      start: where in `data` the pickle begins.
-      load_storage: what a persistent id stands for; None if there may be none.
+      stream: at most `MAX_BYTES` of a file.
+      file_size: of that file in bytes.
+      load_storage: from a persistent id to its tensor; None if there may be none.
 
     Returns:
-      (value, end): a tree of dicts, lists, tuples, strings, bytes, numbers, None and what `load_storage` returned,
-      with at most 100 levels and a million nodes; where in `data` the pickle ends.
+      A tree of dicts, lists, tuples, strings, bytes, numbers, None and tensors, with at most 100 levels and a million
+      nodes.
 
     Raises:
-      StateFileError: it holds anything else.
+      Invalid: it holds anything else.
     """
-    machine = _Machine(data, start, load_storage)
-    try:
-        value = machine.run()
-        nbytes = _check_tree(value)
-        if nbytes > max(_ALWAYS_ALLOWED_NBYTES, _MAX_EXPANSION * source.size):
-            raise Bad(f"makes tensors of {nbytes} bytes; at most {_MAX_EXPANSION} times its {source.size} are read")
-    except Bad as error:
-        raise source.error(str(error)) from None
-    return value, machine.position
+    value = _Machine(load_storage).run(stream)
+    nbytes = 0  # of tensors, once for each list, tuple or dict around them
+
+    def split(node: Any) -> tuple[int, list[Any]]:
+        nonlocal nbytes
+        inner = []
+        for child in node.values() if type(node) is dict else node:
+            kind = type(child)
+            if kind in _INNER:
+                inner.append(child)
+            elif kind is Tensor:
+                nbytes += child.nbytes
+            elif kind not in _LEAVES:
+                raise Invalid(f"holds {child.name if kind is Name else kind.__name__!r} as a value; {ALLOWED}")
+        return len(node) - len(inner), inner
+
+    check_tree(value, split, _MAX_NODES, _MAX_DEPTH)
+    if nbytes > max(_ALWAYS_ALLOWED_NBYTES, _MAX_EXPANSION * file_size):
+        raise Invalid(f"makes tensors of {nbytes} bytes; at most {_MAX_EXPANSION} times its {file_size} are read")
+    return value
+
+
+_INNER = frozenset({dict, list, tuple})
+_LEAVES = frozenset({str, bytes, bool, int, float, complex, type(None)})
 
 
 class _Machine:
-    def __init__(self, data: bytes, start: int, load_storage: Callable[[Any], Any] | None):
-        self.data, self.position, self.load_storage = data, start, load_storage
+    """The state of a pickle that is being read: a stack, the stacks below its marks, and the memo."""
+
+    def __init__(self, load_storage: Callable[[Any], Any] | None):
+        self.load_storage = load_storage
         self.steps_left = _MAX_STEPS
         self.stack: list[Any] = []
-        self.marks: list[int] = []  # how high the stack was at each mark
+        self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
 
-    def run(self) -> Any:
-        handlers, data, stop = _HANDLERS, self.data, pickle.STOP[0]
-        while self.position < len(data):
-            code = data[self.position]
-            self.position += 1
-            self.spend(1)
-            if code == stop:
-                value = self.pop()
-                if self.stack or self.marks:
-                    raise Bad(f"holds a damaged pickle; {DAMAGED}")
-                return value
-            handler = handlers.get(code)
-            if handler is None:
-                raise Bad(f"holds the pickle opcode {_OPCODE_NAMES.get(code, code)}, not one of torch.save; {ALLOWED}")
-            handler(self)
-        raise Bad(_TOO_SHORT)
+    def run(self, stream: io.BytesIO) -> Any:
+        try:
+            for opcode, argument, _ in pickletools.genops(stream):
+                self.spend(1)
+                handler = _HANDLERS.get(opcode.name)
+                if handler is None:
+                    raise Invalid(f"holds the pickle opcode {opcode.name}, not one of torch.save; {ALLOWED}")
+                handler(self, argument)
+        except (IndexError, KeyError):  # of an empty stack, an unknown memo
+            raise Invalid(_BROKEN) from None
+        except ValueError as error:
+            limit = f"it may end too early, or have more than {MAX_BYTES} bytes"
+            raise Invalid(f"holds a damaged pickle ({one_line(error)}); {limit}; {DAMAGED}") from None
+        if len(self.stack) != 1 or self.below:
+            raise Invalid(_BROKEN)
+        return self.stack.pop()
 
     def spend(self, count: int) -> None:
-        """Counts opcodes, and items where one opcode works on many."""
+        """Count opcodes, and items where one opcode works on many."""
         self.steps_left -= count
         if self.steps_left < 0:
-            raise Bad(f"holds a pickle of more than {_MAX_STEPS} steps; {ALLOWED}")
+            raise Invalid(f"holds a pickle of more than {_MAX_STEPS} steps; {ALLOWED}")
 
-    def take(self, count: int) -> bytes:
-        begin, self.position = self.position, self.position + count
-        if self.position > len(self.data):
-            raise Bad(_TOO_SHORT)
-        return self.data[begin : self.position]
-
-    def number(self, layout: struct.Struct) -> Any:
-        return layout.unpack(self.take(layout.size))[0]
-
-    def line(self) -> str:
-        end = self.data.find(b"\n", self.position, self.position + _MAX_LINE)
-        if end < 0:
-            raise Bad(f"holds a name that is too long in its pickle; {DAMAGED}")
-        name = _text(self.take(end - self.position))
-        self.position += 1
-        return name
+    def check_protocol(self, protocol: int) -> None:
+        if not 2 <= protocol <= 5:
+            raise Invalid(f"holds a pickle of protocol {protocol}; allowed are 2 to 5")
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
 
-    def check_stack(self) -> None:
-        """Refuses to reach under the last mark."""
-        if len(self.stack) <= (self.marks[-1] if self.marks else 0):
-            raise Bad(f"holds a damaged pickle; {DAMAGED}")
-
-    def pop(self) -> Any:
-        self.check_stack()
-        return self.stack.pop()
-
-    def top(self, kind: type) -> Any:
-        self.check_stack()
-        if type(self.stack[-1]) is not kind:
-            raise Bad(f"holds a pickle that adds to what is no {kind.__name__}; {DAMAGED}")
-        return self.stack[-1]
+    def push_text(self, text: str) -> None:
+        if not text.isascii():
+            text.encode()  # refuses halves of surrogate pairs, which pickletools lets through
+        self.push(text)
 
     def mark(self) -> None:
-        self.marks.append(len(self.stack))
+        self.below.append(self.stack)
+        self.stack = []
 
     def pop_to_mark(self) -> list[Any]:
-        if not self.marks:
-            raise Bad(f"holds a damaged pickle; {DAMAGED}")
-        at = self.marks.pop()
-        items = self.stack[at:]
-        del self.stack[at:]
+        items, self.stack = self.stack, self.below.pop()
         return items
 
-    def pop_tuple(self, count: int) -> None:
-        self.push(tuple([self.pop() for _ in range(count)][::-1]))
+    def pop_many(self, count: int) -> list[Any]:
+        return [self.stack.pop() for _ in range(count)][::-1]
 
-    def remember(self, index: int) -> None:
-        self.check_stack()
-        self.memo[index] = self.stack[-1]
+    def top(self, kind: type) -> Any:
+        if type(self.stack[-1]) is not kind:
+            raise Invalid(f"holds a pickle that adds to what is no {kind.__name__}; {DAMAGED}")
+        return self.stack[-1]
 
-    def recall(self, index: int) -> None:
-        if index not in self.memo:
-            raise Bad(f"holds a damaged pickle; {DAMAGED}")
-        self.push(self.memo[index])
-
-    def append(self) -> None:
-        value = self.pop()
-        self.top(list).append(value)
-
-    def extend(self) -> None:
-        values = self.pop_to_mark()
+    def extend(self, values: list[Any]) -> None:
         self.top(list).extend(values)
 
-    def set_one(self) -> None:
-        value, key = self.pop(), self.pop()
-        set_item(self.top(dict), key, value)
-
-    def set_items(self) -> None:
-        items = self.pop_to_mark()
+    def update(self, items: list[Any]) -> None:
         target = self.top(dict)
-        if len(items) % 2:
-            raise Bad(f"holds a damaged pickle; {DAMAGED}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             set_item(target, key, value)
 
-    def find(self) -> None:
-        module = self.line()
-        self.push(find(module, self.line()))
+    def remember(self, index: int) -> None:
+        self.memo[index] = self.stack[-1]
 
-    def find_on_stack(self) -> None:
-        name, module = self.pop(), self.pop()
-        if not isinstance(name, str) or not isinstance(module, str):
-            raise Bad(f"holds a damaged pickle; {DAMAGED}")
+    def find(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise Invalid(_BROKEN)
         self.push(find(module, name))
 
-    def call(self) -> None:
-        args, function = self.pop(), self.pop()
-        if not isinstance(function, Name) or function.call is None or type(args) is not tuple or len(args) > MAX_ARGS:
-            what = function.name if isinstance(function, Name) else type(function).__name__
-            raise Bad(f"calls {what!r}, which is no function; {ALLOWED}")
-        self.push(function.call(self.spend, args))
+    def call(self, function: Any, args: Any) -> None:
+        if not isinstance(function, Name) or function.call is None or type(args) is not tuple or len(args) > _MAX_ARGS:
+            name = function.name if isinstance(function, Name) else type(function).__name__
+            raise Invalid(f"calls {name!r}, which is no function; {ALLOWED}")
+        for value in args:  # a function may copy these
+            if type(value) in (dict, list, str):
+                self.spend(len(value) // 32 if type(value) is str else len(value))
+        value = function.call(args)
+        if value is None:
+            raise Invalid(f"calls {function.name!r} as torch.save does not; {ALLOWED}")
+        self.push(value)
 
-    def build(self) -> None:
-        """Attributes: a dict's are dropped (state dicts have _metadata), a dtype's are its byte order."""
-        state = self.pop()
-        self.check_stack()
+    def build(self, state: Any) -> None:
+        """Attributes: those of a dict are dropped (state dicts have _metadata), those of a dtype are its byte order."""
         target = self.stack[-1]
         match target, state:
             case (dict(), dict()):
@@ -194,128 +168,45 @@ class _Machine:
             case (NumberType(), (_, "<" | ">" | "|" | "=" as order, None, None, None, *_)):
                 target.order = order
             case _:
-                raise Bad(f"sets attributes of a {type(target).__name__.strip('_')}; {ALLOWED}")
+                raise Invalid(f"sets attributes of a {type(target).__name__.strip('_')}; {ALLOWED}")
 
-    def load(self) -> None:
-        pid = self.pop()
+    def load(self, pid: Any) -> None:
         if self.load_storage is None:
-            raise Bad(f"holds a storage where none can be; {DAMAGED}")
+            raise Invalid(f"holds a storage where none can be; {DAMAGED}")
         self.push(self.load_storage(pid))
 
 
-def _text(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        raise Bad(f"holds text that is no UTF-8; {DAMAGED}") from None
-
-
-def _check_tree(root: Any) -> int:
-    """Refuses circles, deep trees, and trees that grow large when shared parts are counted as often as they occur.
-
-    Returns:
-      Bytes of all tensors, counted once for each list, tuple or dict that they are in.
-    """
-    nbytes = root.nbytes if type(root) is Tensor else 0
-    sizes: dict[int, tuple[int, int]] = {}  # nodes and levels by id; 0 nodes while its children are counted
-    stack = [root] if _is_inner(root) else []
-    while stack:
-        node = stack[-1]
-        if sizes.get(id(node), (0, 0))[0]:
-            stack.pop()
-            continue
-        children = node.values() if type(node) is dict else node
-        inner = [child for child in children if _is_inner(child)]
-        if id(node) not in sizes:
-            sizes[id(node)] = (0, 0)
-            stack += inner
-            continue
-        stack.pop()
-        nbytes += sum(child.nbytes for child in children if type(child) is Tensor)
-        nodes, levels = 1 + len(children) - len(inner), 1
-        for child in inner:
-            child_nodes, child_levels = sizes[id(child)]
-            if not child_nodes:
-                raise Bad(f"holds a list or dict that holds itself; {ALLOWED}")
-            nodes, levels = nodes + child_nodes, max(levels, 1 + child_levels)
-        if nodes > _MAX_NODES or levels > _MAX_DEPTH:
-            raise Bad(f"holds more than {_MAX_NODES} values or {_MAX_DEPTH} levels; {ALLOWED}")
-        sizes[id(node)] = (nodes, levels)
-    return nbytes
-
-
-def _is_inner(node: Any) -> bool:
-    """Whether it holds others; refuses what is neither that nor a leaf of a state."""
-    kind = type(node)
-    if kind in _INNER:
-        return True
-    if kind not in _LEAVES:
-        raise Bad(f"holds {node.name if kind is Name else kind.__name__!r} as a value; {ALLOWED}")
-    return False
-
-
-_INNER = frozenset({dict, list, tuple})
-_LEAVES = frozenset({Tensor, str, bytes, bool, int, float, complex, type(None)})
-
-
-def _counted(layout: struct.Struct, convert: Callable[[bytes], Any]) -> Callable[[_Machine], None]:
-    return lambda machine: machine.push(convert(machine.take(machine.number(layout))))
-
-
-def _constant(value: Any) -> Callable[[_Machine], None]:
-    return lambda machine: machine.push(value)
-
-
-def _number_of(layout: struct.Struct) -> Callable[[_Machine], None]:
-    return lambda machine: machine.push(machine.number(layout))
-
-
-def _protocol(machine: _Machine) -> None:
-    protocol = machine.number(_U1)
-    if not 2 <= protocol <= 5:
-        raise Bad(f"holds a pickle of protocol {protocol}; allowed are 2 to 5")
-
-
-_OPCODE_NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-_BY_CODE: dict[bytes, Callable[[_Machine], None]] = {
-    pickle.PROTO: _protocol,
-    pickle.FRAME: lambda machine: machine.take(8),
-    pickle.MARK: _Machine.mark,
-    pickle.POP: lambda machine: machine.pop(),
-    pickle.NONE: _constant(None),
-    pickle.NEWTRUE: _constant(True),
-    pickle.NEWFALSE: _constant(False),
-    pickle.BININT: _number_of(_I4),
-    pickle.BININT1: _number_of(_U1),
-    pickle.BININT2: _number_of(_U2),
-    pickle.LONG1: _counted(_U1, pickle.decode_long),
-    pickle.BINFLOAT: _number_of(_F8),
-    pickle.SHORT_BINUNICODE: _counted(_U1, _text),
-    pickle.BINUNICODE: _counted(_U4, _text),
-    pickle.SHORT_BINSTRING: _counted(_U1, _text),  # Python 2
-    pickle.BINSTRING: _counted(_U4, _text),
-    pickle.SHORT_BINBYTES: _counted(_U1, bytes),
-    pickle.BINBYTES: _counted(_U4, bytes),
-    pickle.EMPTY_LIST: lambda machine: machine.push([]),
-    pickle.EMPTY_DICT: lambda machine: machine.push({}),
-    pickle.EMPTY_TUPLE: _constant(()),
-    pickle.APPEND: _Machine.append,
-    pickle.APPENDS: _Machine.extend,
-    pickle.SETITEM: _Machine.set_one,
-    pickle.SETITEMS: _Machine.set_items,
-    pickle.TUPLE: lambda machine: machine.push(tuple(machine.pop_to_mark())),
-    pickle.TUPLE1: lambda machine: machine.pop_tuple(1),
-    pickle.TUPLE2: lambda machine: machine.pop_tuple(2),
-    pickle.TUPLE3: lambda machine: machine.pop_tuple(3),
-    pickle.BINPUT: lambda machine: machine.remember(machine.number(_U1)),
-    pickle.LONG_BINPUT: lambda machine: machine.remember(machine.number(_U4)),
-    pickle.MEMOIZE: lambda machine: machine.remember(len(machine.memo)),
-    pickle.BINGET: lambda machine: machine.recall(machine.number(_U1)),
-    pickle.LONG_BINGET: lambda machine: machine.recall(machine.number(_U4)),
-    pickle.GLOBAL: _Machine.find,
-    pickle.STACK_GLOBAL: _Machine.find_on_stack,
-    pickle.REDUCE: _Machine.call,
-    pickle.BUILD: _Machine.build,
-    pickle.BINPERSID: _Machine.load,
+_VALUES = ("NONE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINBYTES", "BINBYTES")
+# Of Python 2, whose text is bytes, which pickletools takes for Latin-1.
+_BYTES_AS_TEXT = ("SHORT_BINSTRING", "BINSTRING")
+_HANDLERS: dict[str, Callable[[_Machine, Any], Any]] = {
+    **dict.fromkeys(_VALUES, _Machine.push),
+    **dict.fromkeys(("SHORT_BINUNICODE", "BINUNICODE"), _Machine.push_text),
+    **dict.fromkeys(_BYTES_AS_TEXT, lambda m, text: m.push(text.encode("latin-1").decode())),
+    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _Machine.remember),
+    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, index: m.push(m.memo[index])),
+    "PROTO": _Machine.check_protocol,
+    "FRAME": lambda m, _: None,
+    "STOP": lambda m, _: None,
+    "MARK": lambda m, _: m.mark(),
+    "POP": lambda m, _: m.stack.pop(),
+    "NEWTRUE": lambda m, _: m.push(True),
+    "NEWFALSE": lambda m, _: m.push(False),
+    "EMPTY_LIST": lambda m, _: m.push([]),
+    "EMPTY_DICT": lambda m, _: m.push({}),
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "TUPLE": lambda m, _: m.push(tuple(m.pop_to_mark())),
+    "TUPLE1": lambda m, _: m.push(tuple(m.pop_many(1))),
+    "TUPLE2": lambda m, _: m.push(tuple(m.pop_many(2))),
+    "TUPLE3": lambda m, _: m.push(tuple(m.pop_many(3))),
+    "APPEND": lambda m, _: m.extend(m.pop_many(1)),
+    "APPENDS": lambda m, _: m.extend(m.pop_to_mark()),
+    "SETITEM": lambda m, _: m.update(m.pop_many(2)),
+    "SETITEMS": lambda m, _: m.update(m.pop_to_mark()),
+    "MEMOIZE": lambda m, _: m.remember(len(m.memo)),
+    "GLOBAL": lambda m, names: m.find(*names.split(" ", 1)),
+    "STACK_GLOBAL": lambda m, _: m.find(*m.pop_many(2)),
+    "REDUCE": lambda m, _: m.call(*m.pop_many(2)),
+    "BUILD": lambda m, _: m.build(m.stack.pop()),
+    "BINPERSID": lambda m, _: m.load(m.stack.pop()),
 }
-_HANDLERS = {code[0]: handler for code, handler in _BY_CODE.items()}

@@ -1,101 +1,37 @@
-"""An array in a file: its place and shape are known and checked, its values are read when they are asked for."""
+"""An array in a file: its place and shape are checked at once, its values are read when they are asked for."""
 
-import contextlib
 import math
-import os
-import stat
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+
+from rq_jax.interop.state_file.files import DAMAGED, File, Invalid, Reader
 
 # An expanded tensor (stride 0) may be larger than what is stored, but not so much that it fills the memory.
 _MAX_EXPANSION = 8
 _ALWAYS_ALLOWED_NBYTES = 1 << 20
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 _MAX_AXES = 32
-# The end of many messages.
-DAMAGED = "copy or download it again"
+DTYPES = (
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint64", "uint32", "uint16",
+    "uint8", "bool", "complex64", "complex128", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz",
+    "float8_e8m0fnu",
+)  # fmt: skip
 
 
-class StateFileError(ValueError):
-    """A file that is damaged, hostile, or of a kind that is not read here; one line."""
-
-
-@dataclass(frozen=True)
-class File:
-    """A file as it was when it was first opened; `name` is how the user called it."""
-
-    name: str
-    path: str
-    size: int
-    mtime_ns: int
-
-    @contextlib.contextmanager
-    def open(self) -> Iterator[BinaryIO]:
-        """The file for reading, unbuffered.
-
-        Raises:
-          StateFileError: it cannot be read, or has changed.
-        """
-        try:
-            file = open(self.path, "rb", buffering=0)
-        except OSError as error:
-            raise self.error(f"cannot be read ({error.strerror}); give a file that you may read") from None
-        with file:
-            now = os.fstat(file.fileno())
-            if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime_ns):
-                raise self.error("has changed since it was opened; read it again")
-            yield file
-
-    def read_into(self, file: BinaryIO, offset: int, buffer: np.ndarray) -> None:
-        """Fills a buffer of bytes from an offset."""
-        view, done = memoryview(buffer), 0
-        file.seek(offset)
-        while done < len(view):  # one call reads 2 GB at most
-            count = file.readinto(view[done:])
-            if not count:
-                raise self.error(f"ends at byte {offset + done} of {offset + len(view)}; {DAMAGED}")
-            done += count
-
-    def read(self, file: BinaryIO, offset: int, nbytes: int) -> bytes:
-        """Bytes from an offset; for callers that have bounded their number."""
-        buffer = np.empty(nbytes, np.uint8)
-        self.read_into(file, offset, buffer)
-        return buffer.tobytes()
-
-    def error(self, what: str) -> StateFileError:
-        """The refusal of this file, for the caller to raise."""
-        return StateFileError(f"'{self.name}': {what}")
-
-
-def find_file(path: str | os.PathLike[str], wanted: str) -> File:
-    """A regular file that is not empty.
-
-    Args:
-      path: of the file.
-      wanted: what it should be, for the message if it is missing.
+def find_dtype(name: str) -> np.dtype:
+    """The type of an array by its name.
 
     Raises:
-      FileNotFoundError: nothing is there.
-      StateFileError: something else is there.
+      Invalid: it is none of those that are read.
     """
-    name = os.fspath(path)
-    try:
-        found = os.stat(name)
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"'{name}' does not exist; give {wanted}") from None
-    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        raise StateFileError(f"'{name}': cannot be read ({error}); give {wanted}") from None
-    file = File(name, os.path.abspath(name), found.st_size, found.st_mtime_ns)
-    if not stat.S_ISREG(found.st_mode):
-        what = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
-        raise file.error(f"is {what}; give {wanted}")
-    if not found.st_size:
-        raise file.error(f"is empty; give {wanted}")
-    return file
+    if name not in DTYPES:
+        raise Invalid(f"holds a tensor of type {name[:40]!r}; allowed are {', '.join(DTYPES)}")
+    import ml_dtypes  # noqa: F401  registers its types with NumPy
+
+    return np.dtype(name)
 
 
 @dataclass(eq=False)
@@ -103,66 +39,48 @@ class Storage:
     """Bytes in a file that one or more tensors view.
 
     Attributes:
-      file: where they are.
-      key: which they are in that file.
-      nbytes: how many they are, uncompressed.
-      offset: of the first byte in the file; None as long as it is not known.
-      deflated: compressed size, for a raw deflate stream; `offset` is then where the stream begins.
-      skipped: uncompressed bytes of that stream in front of ours.
-      crc: checksum of what stands in front, and of all with it; None to check nothing.
+      file: the file.
+      key: name of the storage in it.
+      nbytes: number of bytes, uncompressed.
+      offset: of the first byte in the file.
+      deflated: bytes of the raw deflate stream at `offset`; None for bytes as they are.
+      crc: checksum of all bytes; None to check nothing.
     """
 
     file: File
     key: str
     nbytes: int
-    offset: int | None = None
+    offset: int = 0
     deflated: int | None = None
-    skipped: int = 0
-    crc: tuple[int, int] | None = None
+    crc: int | None = None
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Bytes [start, stop) as uint8."""
-        if self.offset is None:
-            raise self.file.error(f"storage {self.key!r} is missing; {DAMAGED}")
-        buffer = np.empty(stop - start, np.uint8)
-        with self.file.open() as file:
-            if self.deflated is None:
-                self.file.read_into(file, self.offset + start, buffer)
-            else:
-                _inflate(self, file, self.skipped + start, buffer)
-        if self.crc and len(buffer) == self.nbytes and zlib.crc32(buffer, self.crc[0]) != self.crc[1]:
-            raise self.file.error(f"{self.key!r} does not match its checksum; {DAMAGED}")
-        return buffer
+        with self.file.open() as reader:
+            if self.crc is None and self.deflated is None:
+                return reader.array(self.offset + start, stop - start)
+            data = self.head(reader)
+            if len(data) < self.nbytes or self.crc not in (None, zlib.crc32(data)):
+                raise Invalid(f"{self.key!r} does not match its checksum; {DAMAGED}")
+            return data[start:stop]
 
-
-def _inflate(storage: Storage, file: BinaryIO, skip: int, buffer: np.ndarray) -> None:
-    """Fills the buffer with uncompressed bytes from `skip` on."""
-    done = 0
-    for chunk in inflate(storage.file, file, storage.offset, storage.deflated):
-        chunk, skip = chunk[skip:], max(skip - len(chunk), 0)
-        chunk = chunk[: len(buffer) - done]
-        buffer[done : done + len(chunk)] = np.frombuffer(chunk, np.uint8)
-        done += len(chunk)
-        if done == len(buffer):
-            return
-    raise storage.file.error(f"{storage.key!r} ends too early; {DAMAGED}")
-
-
-def inflate(source: File, file: BinaryIO, offset: int, nbytes: int) -> Iterator[bytes]:
-    """Uncompressed pieces of at most 1 MB of a raw deflate stream of `nbytes` bytes."""
-    stream, end = zlib.decompressobj(-zlib.MAX_WBITS), offset + nbytes
-    while not stream.eof:
-        packed = stream.unconsumed_tail
-        if not packed and offset < end:
-            packed = source.read(file, offset, min(_CHUNK, end - offset))
-            offset += len(packed)
-        try:
-            piece = stream.decompress(packed, _CHUNK)
-        except zlib.error as error:
-            raise source.error(f"is damaged ({error}); {DAMAGED}") from None
-        if not piece and not packed:
-            return  # cut off; a piece can still come when all is read
-        yield piece
+    def head(self, reader: Reader, limit: int | None = None) -> np.ndarray:
+        """All bytes, or the first `limit`, as uint8; fewer where a deflate stream ends early."""
+        nbytes = self.nbytes if limit is None else min(limit, self.nbytes)
+        if self.deflated is None:
+            return reader.array(self.offset, nbytes)
+        data, done, end = np.empty(nbytes, np.uint8), 0, self.offset + self.deflated
+        stream = zlib.decompressobj(-zlib.MAX_WBITS)
+        for offset in range(self.offset, end, _CHUNK):
+            if done == nbytes:
+                break
+            try:
+                piece = stream.decompress(reader.read(offset, min(_CHUNK, end - offset)), nbytes - done)
+            except zlib.error as error:
+                raise Invalid(f"is damaged ({error}); {DAMAGED}") from None
+            data[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
+            done += len(piece)
+        return data[:done]
 
 
 class Tensor:
@@ -183,17 +101,17 @@ class Tensor:
         strides: tuple[int, ...] | None = None,
         offset: int = 0,
     ):
-        """Checks that all elements lie within the storage.
+        """Check that all elements lie within the storage.
 
         Args:
-          storage: what is viewed.
+          storage: that is viewed.
           dtype: of the elements as stored.
           shape: of the tensor.
           strides: in elements; None for C order.
-          offset: of the first element, in elements.
+          offset: of the first element, in bytes.
 
         Raises:
-          StateFileError: elements outside, or a tensor far larger than what is stored.
+          Invalid: elements outside, or a tensor far larger than its storage.
         """
         if strides is None and len(shape) <= _MAX_AXES:
             strides = c_strides(shape)
@@ -201,17 +119,17 @@ class Tensor:
         fits = fits and all(type(n) is int and 0 <= n < 1 << 62 for n in (offset, *shape, *strides))
         # NumPy counts the other axes of an empty array too.
         if not fits or math.prod(n for n in shape if n) * dtype.itemsize >= 1 << 62:
-            # Nothing is shown of them: who knows what they are.
-            raise storage.file.error(f"holds an impossible tensor in storage {storage.key!r}; {DAMAGED}")
+            # Its numbers are not shown: they can be of any type and length.
+            raise Invalid(f"holds an impossible tensor in storage {storage.key!r}; {DAMAGED}")
         count = math.prod(shape)
-        end = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1 if count else 0
-        if end * dtype.itemsize > storage.nbytes:
-            raise storage.file.error(
+        last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        if count and offset + (last + 1) * dtype.itemsize > storage.nbytes:
+            raise Invalid(
                 f"a tensor of shape {shape}, strides {strides} and offset {offset} ends outside the {storage.nbytes} "
                 f"bytes of storage {storage.key!r}; {DAMAGED}"
             )
         if count * dtype.itemsize > max(_MAX_EXPANSION * storage.nbytes, _ALWAYS_ALLOWED_NBYTES):
-            raise storage.file.error(
+            raise Invalid(
                 f"a tensor of shape {shape} repeats the {storage.nbytes} bytes of storage {storage.key!r}; at "
                 f"most {_MAX_EXPANSION} times is allowed; save it before it is expanded"
             )
@@ -229,11 +147,9 @@ class Tensor:
         return self._root.file.path, self._root.key
 
     def view(self, dtype: np.dtype, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> "Tensor":
-        """Another tensor on the same storage, with an offset from the first element of this one; see `__init__`."""
-        skipped, rest = divmod(self._offset * self._stored.itemsize, dtype.itemsize)
-        if rest or type(offset) is not int:
-            raise self._root.file.error(f"holds an impossible tensor in storage {self._root.key!r}; {DAMAGED}")
-        return Tensor(self._root, dtype, shape, strides, skipped + offset)
+        """Another tensor on the same storage, `offset` elements after the first of this one; see `__init__`."""
+        start = self._offset + offset * dtype.itemsize if type(offset) is int and offset >= 0 else -1
+        return Tensor(self._root, dtype, shape, strides, start)
 
     def __len__(self) -> int:
         if not self.shape:
@@ -253,15 +169,13 @@ class Tensor:
             return np.empty(self.shape, self.dtype if dtype is None else dtype)
         size = self._stored.itemsize
         # NumPy checks the stride of an axis of length 1 as well.
-        strides = [stride if n > 1 else 0 for n, stride in zip(self.shape, self._strides, strict=True)]
-        last = self._offset + sum((n - 1) * stride for n, stride in zip(self.shape, strides, strict=True))
-        data = self._root.read(self._offset * size, (last + 1) * size)
+        strides = [size * stride if n > 1 else 0 for n, stride in zip(self.shape, self._strides, strict=True)]
+        last = sum((n - 1) * stride for n, stride in zip(self.shape, strides, strict=True))
+        data = self._root.read(self._offset, self._offset + last + size)
         if self._stored == np.bool_:
             np.not_equal(data, 0, out=data.view(np.bool_))  # NumPy takes for granted that it is 0 or 1
-        array = np.ndarray(self.shape, self._stored, data, 0, [size * stride for stride in strides])
-        array = np.ascontiguousarray(array).reshape(self.shape)  # a shape of () became (1,)
-        array = array.astype(self.dtype, copy=False)
-        return array if dtype is None else array.astype(dtype, copy=False)
+        array = np.require(np.ndarray(self.shape, self._stored, data, 0, strides), requirements=["C", "ALIGNED"])
+        return array.astype(self.dtype if dtype is None else dtype, copy=False)
 
     def __repr__(self) -> str:
         return f"Tensor(shape={self.shape}, dtype={self.dtype})"
@@ -269,7 +183,4 @@ class Tensor:
 
 def c_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements of a C-contiguous array, each at least 1."""
-    strides: list[int] = []
-    for size in reversed(shape[1:] + (1,)):
-        strides.append((strides[-1] if strides else 1) * max(size, 1))
-    return tuple(reversed(strides)) if shape else ()
+    return tuple(math.prod(max(n, 1) for n in shape[axis + 1 :]) for axis in range(len(shape)))

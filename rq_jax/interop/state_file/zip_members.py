@@ -1,160 +1,116 @@
 """The members of a zip file: where they lie and how large they are. Nothing is extracted.
 
-The format is in PKWARE's APPNOTE. zipfile of the standard library repairs and guesses where this reader refuses,
-and it holds a directory of any size in memory.
+`zipfile` decodes the entries of the directory. It would guess where the directory is, read one of any size and ignore
+wrong counts, so the directory is located and bounded here, and its entries are compared with the local headers.
+The format is in PKWARE's APPNOTE.
 """
 
+import io
 import struct
-from typing import BinaryIO, NamedTuple
+import zipfile
 
-from rq_jax.interop.state_file.tensor import DAMAGED, File, Storage
+from rq_jax.interop.state_file.files import DAMAGED, Invalid, Reader
+from rq_jax.interop.state_file.tensor import Storage
 
 _MAX_DIRECTORY = 8 << 20
-_MAX_MEMBERS = 50_000
-
+_MAX_MEMBERS = 20_000  # more storages than a pickle can name
 _END, _END64, _LOCATOR64 = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q"), struct.Struct("<4sLQL")
-_ENTRY, _LOCAL = struct.Struct("<4s6H3L5H2L"), struct.Struct("<4s5H3L2H")
-_STORED, _DEFLATED = 0, 8
+_LOCAL = struct.Struct("<4s5H3L2H")
+_BROKEN = f"has a damaged zip directory; {DAMAGED}"
+_ENCRYPTED = 0x2041  # bits of the flags
 
 
-class Member(NamedTuple):
-    """One line of the directory."""
-
-    name: str
-    raw_name: bytes
-    header: int  # offset of the local header
-    nbytes: int
-    packed_nbytes: int
-    is_deflated: bool
-    crc: int
-
-
-def read_members(source: File, file: BinaryIO) -> dict[str, Member]:
+def read_members(reader: Reader) -> dict[str, zipfile.ZipInfo]:
     """The members by name; directories are left out.
 
     Raises:
-      StateFileError: damaged, in several parts, encrypted, packed by an unknown method, a name twice, a path as name.
+      Invalid: damaged, in several parts, encrypted, packed by an unknown method, a name twice, a path as name.
     """
-    directory, count = _directory(source, file)
-    members: dict[str, Member] = {}
-    position = 0
-    for _ in range(count):
-        if len(directory) - position < _ENTRY.size:
-            raise source.error(f"has a damaged zip directory; {DAMAGED}")
-        entry = _ENTRY.unpack_from(directory, position)
-        (
-            magic,
-            _,
-            _,
-            flags,
-            method,
-            _,
-            _,
-            crc,
-            packed,
-            nbytes,
-            name_size,
-            extra_size,
-            comment_size,
-            disk,
-            _,
-            _,
-            header,
-        ) = entry
-        extra_at = position + _ENTRY.size + name_size
-        raw_name = directory[extra_at - name_size : extra_at]
-        extra = directory[extra_at : extra_at + extra_size]
-        position = extra_at + extra_size + comment_size
-        if magic != b"PK\x01\x02" or position > len(directory):
-            raise source.error(f"has a damaged zip directory; {DAMAGED}")
-        nbytes, packed, header = _widen(extra, nbytes, packed, header)
-        name = _name(source, raw_name)
-        if name in members:
-            raise source.error(f"holds {name!r} twice; write it again")
-        if flags & 0x2041:
-            raise source.error(f"holds {name!r} encrypted; decrypt it first")
-        if method not in (_STORED, _DEFLATED) or disk:
-            raise source.error(f"holds {name!r} packed by method {method}; allowed are stored and deflated")
-        if (method == _STORED and packed != nbytes) or header + _LOCAL.size + name_size + packed > source.size:
-            raise source.error(f"is too short for its member {name!r}; {DAMAGED}")
-        if name.endswith("/") and not nbytes:
-            continue
-        members[name] = Member(name, raw_name, header, nbytes, packed, method == _DEFLATED, crc)
-    if position != len(directory):
-        raise source.error(f"has a damaged zip directory; {DAMAGED}")
+    directory, count = _directory(reader)
+    end = _END.pack(b"PK\x05\x06", 0, 0, 0, 0, len(directory), 0, 0)
+    try:
+        end_of_entries = 0
+        for _ in range(count):  # zipfile cuts off a last entry that is too long
+            name_extra_comment = struct.unpack_from("<3H", directory, end_of_entries + 28)
+            end_of_entries += 46 + sum(name_extra_comment)
+        with zipfile.ZipFile(io.BytesIO(directory + end)) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error):
+        raise Invalid(_BROKEN) from None
+    if end_of_entries != len(directory) or len(infos) != count:
+        raise Invalid(_BROKEN)
+    members: dict[str, zipfile.ZipInfo] = {}
+    for info in infos:
+        _check(reader, info)
+        if info.filename in members:
+            raise Invalid(f"holds {info.filename!r} twice; write it again")
+        if not info.filename.endswith("/") or info.file_size:
+            members[info.filename] = info
     return members
 
 
-def locate(source: File, file: BinaryIO, member: Member, key: str) -> Storage:
+def locate(reader: Reader, info: zipfile.ZipInfo, key: str) -> Storage:
     """The bytes of a member.
 
     Raises:
-      StateFileError: its local header does not say what the directory says.
+      Invalid: its local header differs from its entry in the directory.
     """
-    size = _LOCAL.size + len(member.raw_name)
-    header = source.read(file, member.header, size)
+    raw_name = _raw_name(info)
+    size = _LOCAL.size + len(raw_name)
+    header = reader.read(info.header_offset, size)
     magic, _, _, method, _, _, _, packed, nbytes, name_size, extra_size = _LOCAL.unpack_from(header)
     # Sizes are 0 where they follow the data, all ones where they stand in the extra field.
-    sizes = {(member.packed_nbytes, packed), (member.nbytes, nbytes)}
-    agrees = all(local in (said, 0, 0xFFFFFFFF) for said, local in sizes)
-    agrees &= magic == b"PK\x03\x04" and method == (_DEFLATED if member.is_deflated else _STORED)
-    agrees &= name_size == len(member.raw_name) and header[_LOCAL.size :] == member.raw_name
-    offset = member.header + size + extra_size
-    if not agrees or offset + member.packed_nbytes > source.size:
-        raise source.error(f"says of its member {member.name!r} one thing here and another there; {DAMAGED}")
-    return Storage(source, key, member.nbytes, offset, member.packed_nbytes if member.is_deflated else None)
+    agrees = packed in (info.compress_size, 0, 0xFFFFFFFF) and nbytes in (info.file_size, 0, 0xFFFFFFFF)
+    agrees &= magic == b"PK\x03\x04" and method == info.compress_type
+    agrees &= name_size == len(raw_name) and header[_LOCAL.size :] == raw_name
+    offset = info.header_offset + size + extra_size
+    if not agrees or offset + info.compress_size > reader.file.size:
+        raise Invalid(f"says of its member {info.filename!r} one thing here and another there; {DAMAGED}")
+    deflated = None if info.compress_type == zipfile.ZIP_STORED else info.compress_size
+    return Storage(reader.file, key, info.file_size, offset, deflated)
 
 
-def _directory(source: File, file: BinaryIO) -> tuple[bytes, int]:
-    """The central directory and how many members it lists."""
-    tail_at = max(source.size - _END.size - 0xFFFF - _LOCATOR64.size, 0)
-    tail = source.read(file, tail_at, source.size - tail_at)
+def _directory(reader: Reader) -> tuple[bytes, int]:
+    """The central directory and the number of its entries."""
+    tail_at = max(reader.file.size - _END.size - 0xFFFF - _LOCATOR64.size, 0)
+    tail = reader.read(tail_at, reader.file.size - tail_at)
     at = tail.rfind(b"PK\x05\x06")
     if at < 0 or len(tail) - at < _END.size:
-        raise source.error(f"has no zip directory at its end; {DAMAGED}")
+        raise Invalid(f"has no zip directory at its end; {DAMAGED}")
     _, disk, first_disk, count, total, size, offset, _ = _END.unpack_from(tail, at)
     end = tail_at + at
-    if b"PK\x06\x07" == tail[max(at - _LOCATOR64.size, 0) : at][:4] and at >= _LOCATOR64.size:
-        where = _LOCATOR64.unpack_from(tail, at - _LOCATOR64.size)[2]
-        if where + _END64.size > source.size:
-            raise source.error(f"has a damaged zip directory; {DAMAGED}")
-        magic, _, _, _, disk, first_disk, count, total, size, offset = _END64.unpack(
-            source.read(file, where, _END64.size)
-        )
-        end = where if magic == b"PK\x06\x06" else -1
+    if at >= _LOCATOR64.size and tail[at - _LOCATOR64.size :].startswith(b"PK\x06\x07"):
+        end = _LOCATOR64.unpack_from(tail, at - _LOCATOR64.size)[2]
+        if end + _END64.size > reader.file.size:
+            raise Invalid(_BROKEN)
+        fields = _END64.unpack(reader.read(end, _END64.size))
+        magic, _, _, _, disk, first_disk, count, total, size, offset = fields
+        if magic != b"PK\x06\x06":
+            raise Invalid(_BROKEN)
     if disk or first_disk or count != total:
-        raise source.error("is one part of several; put them together first")
+        raise Invalid("is one part of several; put them together first")
     if size > _MAX_DIRECTORY or count > _MAX_MEMBERS:
-        raise source.error(f"lists {count} zip members in {size} bytes; at most {_MAX_MEMBERS} in {_MAX_DIRECTORY}")
+        raise Invalid(f"lists {count} zip members in {size} bytes; at most {_MAX_MEMBERS} in {_MAX_DIRECTORY}")
     if offset + size != end:
-        raise source.error(f"has a damaged zip directory; {DAMAGED}")
-    return source.read(file, offset, size), count
+        raise Invalid(_BROKEN)
+    return reader.read(offset, size), count
 
 
-def _widen(extra: bytes, *values: int) -> list[int]:
-    """The values, those that are all ones replaced from the zip64 extra field in turn."""
-    wide: list[int] = []
-    position = 0
-    while position + 4 <= len(extra) and not wide and 0xFFFFFFFF in values:
-        tag, size = struct.unpack_from("<2H", extra, position)
-        if tag == 1:
-            data = extra[position + 4 : position + 4 + min(size, 24)]
-            wide = [number for (number,) in struct.iter_unpack("<Q", data[: len(data) // 8 * 8])]
-        position += 4 + size
-    return [wide.pop(0) if value == 0xFFFFFFFF and wide else value for value in values]
+def _check(reader: Reader, info: zipfile.ZipInfo) -> None:
+    """The entry can be read, and its name is no path out of the archive."""
+    name = info.orig_filename  # `filename` ends at a zero byte
+    is_path = name.startswith("/") or "\\" in name or ".." in name.split("/")
+    if is_path or not 0 < len(name) <= 1000 or not name.isprintable():
+        raise Invalid(f"holds a member of the name {name[:80]!r}; a file that was saved as weights has none such")
+    if info.flag_bits & _ENCRYPTED:
+        raise Invalid(f"holds {name!r} encrypted; decrypt it first")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.volume:
+        raise Invalid(f"holds {name!r} packed by method {info.compress_type}; allowed are stored and deflated")
+    is_stored_short = info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size
+    end = info.header_offset + _LOCAL.size + len(_raw_name(info)) + info.compress_size
+    if is_stored_short or end > reader.file.size:
+        raise Invalid(f"is too short for its member {name!r}; {DAMAGED}")
 
 
-def _name(source: File, raw: bytes) -> str:
-    try:
-        name = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        name = raw.decode("cp437")
-    if (
-        not 0 < len(raw) <= 1000
-        or name.startswith("/")
-        or "\\" in name
-        or ".." in name.split("/")
-        or not name.isprintable()
-    ):
-        raise source.error(f"holds a member of the name {name[:80]!r}; a file that was saved as weights has none such")
-    return name
+def _raw_name(info: zipfile.ZipInfo) -> bytes:
+    return info.orig_filename.encode("utf-8" if info.flag_bits & 0x800 else "cp437")

@@ -47,17 +47,26 @@ def test_npz_of_other_writers(tmp_path):
     [
         (npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", b"x" * 8), r"of type '\|O'; allowed are bool"),
         (npy("{'descr': '<V2', 'fortran_order': False, 'shape': (1,), }", b"xx"), r"bfloat16 as float32"),
-        (npy("{'descr': '<f3', 'fortran_order': False, 'shape': (1,), }", b"xxx"), "of type '<f3'"),
-        (npy("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (1,), }", b"xxxx"), "a structure"),
+        (npy("{'descr': '<f3', 'fortran_order': False, 'shape': (1,), }", b"xxx"), "is no array of NumPy .*'<f3'"),
+        (npy("{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (1,), }", b"xxxx"), r"of type '\|V4'"),
         (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", b"xxxx"), r"of shape \(2,\) in 4 bytes"),
-        (npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1 1,), }", b"xxxx"), "impossible shape"),
-        (npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({'9' * 19},), }}"), "impossible shape"),
-        (npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({'0,' * 40}), }}"), "impossible shape"),
+        (
+            npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1 1,), }", b"xxxx"),
+            r"impossible tensor|of shape \(9+,\) in 0 bytes|is no array of NumPy .*Cannot parse header",
+        ),
+        (
+            npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({'9' * 19},), }}"),
+            r"impossible tensor|of shape \(9+,\) in 0 bytes|is no array of NumPy .*Cannot parse header",
+        ),
+        (
+            npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({'0,' * 40}), }}"),
+            r"impossible tensor|of shape \(9+,\) in 0 bytes|is no array of NumPy .*Cannot parse header",
+        ),
         (
             npy("{'descr': '<f4', 'fortran_order': False, 'shape': (0, 999999999999999999, 999999999999999999), }"),
             "impossible",
         ),
-        (npy(" " * 20_000), "header that is too long"),
+        (npy(" " * 20_000), "is no array of NumPy .*EOF"),
         (npy("", version=b"\4\0"), "is no array of NumPy"),
         (b"PK", "is no array of NumPy"),
     ],
@@ -102,25 +111,29 @@ def test_a_safetensors_whose_length_looks_like_a_pickle(tmp_path):
     assert_same(read_state(write_safetensors(tmp_path / "a", header, DATA[0, 0, :1].tobytes())), {"x": DATA[0, 0, :1]})
 
 
+def test_a_field_that_safetensors_does_not_know_is_ignored(tmp_path):
+    path = write_safetensors(tmp_path / "a", {"x": {**entry(), "more": 1}}, DATA[0, 0, :1].tobytes())
+    assert_same(read_state(path), {"x": DATA[0, 0, :1]})
+
+
 @pytest.mark.parametrize(
     ("header", "pattern"),
     [
-        ({"x": entry("F4")}, "of type 'F4'; allowed are F64, F32"),
-        ({"x": entry(stop=5)}, r"of shape \(1,\) in \[0, 5\)"),
-        ({"x": entry(start=4, stop=8)}, r"in \[4, 8\)"),
-        ({"x": entry(shape=(0,), stop=0)}, "overlap or leave gaps"),
-        ({"x": entry(), "y": entry()}, "overlap or leave gaps"),
-        ({"x": entry(shape=(-1,), stop=-4)}, "impossible shape or place"),
-        ({"x": entry(shape=(True,))}, "impossible shape or place"),
-        ({"x": entry(shape=(1.0,))}, "impossible shape or place"),
-        ({"x": entry(shape=(1,) * 40)}, "impossible shape or place"),
-        ({"x": entry(shape=(2**61, 0), stop=0)}, "impossible tensor"),
-        ({"x": {**entry(), "more": 1}}, "damaged entry 'x'"),
-        ({"x": [1]}, "damaged entry 'x'"),
-        ({"x": {"dtype": "F32"}}, "damaged entry 'x'"),
-        (b'{"x":1,"x":2}', "a name stands there twice"),
-        (b"{", "header that is damaged"),
-        (b'{"\xff"}', "header that is damaged"),
+        ({"x": entry("F8_E8M0", (4,))}, "of type 'F8_E8M0'; allowed are F64, F32"),
+        ({"x": entry(stop=5)}, "invalid shape, data type, or offset for tensor"),
+        ({"x": entry(start=4, stop=8)}, "invalid offset for tensor"),
+        ({"x": entry(shape=(0,), stop=0)}, "file not fully covered"),
+        ({"x": entry(), "y": entry()}, "invalid offset for tensor"),
+        ({"x": entry(shape=(-1,), stop=-4)}, "invalid value: integer `-1`"),
+        ({"x": entry(shape=(True,))}, "invalid type: boolean"),
+        ({"x": entry(shape=(1.0,))}, "invalid type: floating point"),
+        ({"x": entry(shape=(1,) * 40)}, "impossible tensor"),
+        ({"x": entry(shape=(2**61, 0), stop=0), "y": entry()}, "impossible tensor"),
+        ({"x": [1]}, "invalid type: integer"),
+        ({"x": {"dtype": "F32"}}, "missing field"),
+        (b'{"x":1,"x":2}', "invalid type: integer"),
+        (b"{ ", "EOF while parsing"),
+        (b'{"\xff"}', "invalid UTF-8"),
     ],
 )
 def test_safetensors_that_are_damaged(tmp_path, header, pattern):

@@ -253,7 +253,7 @@ def test_what_may_not_be_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("data", "pattern"),
     [
-        (b"\0" * 257 + b"ustar\0" + b"\0" * 300, "a tar: as torch before 0.1.10 .* save it again with a current torch"),
+        (b"\0" * 257 + b"ustar\0" + b"\0" * 300, "a tar, as torch before 0.1.10 .* save it again with a current torch"),
         (b"\x93NUMPY\1\0", "a single .npy array; save its arrays by name"),
         (b"\x1f\x8b\x08", "packed by gzip; unpack it first"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "pointer of Git LFS"),

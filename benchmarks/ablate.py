@@ -1,9 +1,9 @@
 """Train and measure the rows of a table of results, over several seeds.
 
-python ablate.py depth [--seeds=0,1,2] [--workdir=runs/ablations] [--out=results]
+python -m benchmarks.ablate depth [--seeds=0,1,2] [--workdir=runs/ablations] [--out=results]
 
-The rows stand in configs/ablations.py. Every run is a command of a training script or of sample.py, every figure one of
-evaluate.py; what an earlier call finished is not done again. Writes <table>.json, <table>.md and <table>.png.
+The rows are in configs/ablations.py. A run is a command of a training script or of sample.py, its figures come from
+evaluate.py; runs that an earlier call finished are not repeated. Writes <table>.json, <table>.md and <table>.png.
 """
 
 import argparse
@@ -11,8 +11,6 @@ import functools
 import json
 import re
 import resource
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -21,19 +19,20 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import tables
+from benchmarks.scripts import ROOT, run_script, shown_command
 from configs import ablations
 from rq_jax import checkpoint
 from rq_jax.evaluation.protocol import environment
-from rq_jax.files import write_atomic
-from rq_jax.report import curves, grids
+from rq_jax.files import write_atomic, write_json
+from rq_jax.report import curves
 from rq_jax.training import cli
 from rq_jax.training.log import METRICS_FILE
 
-ROOT = Path(__file__).parent
 NOTE = "ablation.json"  # in the directory of a run that is finished
 NUM_SAMPLES = 447  # as many as the bundled set holds out, and of their classes
 NUM_QUICK = 16  # with --quicktest
-NUM_SHOWN = 10
+NUM_SHOWN = 10  # in the image of a table
 
 Run = tuple[str, int]  # row, seed
 Figures = dict[str, Any]  # name -> number, or list by depth
@@ -41,7 +40,7 @@ Figures = dict[str, Any]  # name -> number, or list by depth
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = cli.OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", choices=tuple(ablations.TABLES))
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
     parser.add_argument("--workdir", default="runs/ablations", help="directory of the runs, seen from this checkout")
@@ -54,49 +53,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args.seeds = [int(seed) for seed in args.seeds.split(",")]
     if len(set(args.seeds)) < len(args.seeds):
         raise ValueError(f"--seeds: {args.seeds} names one twice; the spread is over different ones")
-    args.command = shown_command(["ablate.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command = shown_command(["-m", "benchmarks.ablate", *(sys.argv[1:] if argv is None else argv)])
     args.out = args.out or (args.workdir if args.quicktest else "results")
     return args
 
 
-def shown_command(line: list[str]) -> str:
-    """A script and its options as a reader would type them."""
-    return " ".join(["python", *(f'"{part}"' if re.search(r"[\s()]", part) else part for part in line)])
-
-
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-
-def command(script: str, *options: Any) -> str:
-    """Run a script of this checkout; the command as a reader would type it.
-
-    Raises:
-      SystemExit: it failed, or was interrupted; it has told why.
-    """
-    line = [script, *map(str, options)]
-    shown = shown_command(line)
-    print(f"$ {shown}", flush=True)
-    # In a group of its own a script hears of Ctrl-C from here alone, once, and saves its step in peace.
-    process = subprocess.Popen([sys.executable, *line], cwd=ROOT, process_group=0)
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda got, frame: process.send_signal(got)) for number in numbers}
-    try:
-        code = process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if code:
-        raise SystemExit(code if code > 0 else 128 - code)
-    return shown
+# --- runs ---
 
 
 def directory_of(args: argparse.Namespace, row: str, seed: int) -> Path:
-    """Where a run lives, seen from the checkout."""
+    """Directory of a run, relative to the checkout."""
     return Path(args.workdir) / f"{re.sub('[^a-z0-9.]+', '_', row.lower())}-seed{seed}"
 
 
 def once(directory: Path, settings: Mapping[str, Any], run: Callable[[], Figures]) -> Figures:
-    """The note of a run: its settings, commit, time and what `run` returns; called only where it is not finished.
+    """Do a run unless it is finished.
+
+    Args:
+      directory: of the run, relative to the checkout.
+      settings: of the run.
+      run: does it; returns entries of its note.
+
+    Returns:
+      The note: settings, commit, date, seconds, and what `run` returned.
 
     Raises:
       ValueError: the directory holds a finished run of other settings.
@@ -111,23 +90,33 @@ def once(directory: Path, settings: Mapping[str, Any], run: Callable[[], Figures
         return note
     origin = environment(ROOT)
     is_whole, start, start_cores = not path.parent.exists(), time.perf_counter(), core_seconds()
-    found = run()
+    note = run()
     # A run that was interrupted took longer than this call.
     took = {"seconds": time.perf_counter() - start, "core_seconds": core_seconds() - start_cores}
-    found |= {name: round(value, 1) if is_whole else None for name, value in took.items()}
-    found |= {"settings": settings, **{name: origin[name] for name in ("commit", "dirty", "date")}}
-    write_atomic(path, (json.dumps(found, indent=1) + "\n").encode())
-    return found
+    note |= {name: round(value, 1) if is_whole else None for name, value in took.items()}
+    note |= {"settings": settings, **{name: origin[name] for name in ("commit", "dirty", "date")}}
+    write_json(path, note)
+    return note
 
 
 def core_seconds() -> float:
-    """Processor time of the scripts that have ended, over all cores: what else ran meanwhile hardly counts."""
+    """Processor time of the scripts that have ended, over all cores; other programs hardly change it."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
 def train(args: argparse.Namespace, stage: int, row: str, seed: int, changes: Mapping[str, Any]) -> Figures:
-    """Train a row; its note has the number of steps."""
+    """Train a row.
+
+    Args:
+      args: the command line.
+      stage: 1 or 2.
+      row, seed: name the run.
+      changes: settings of the preset, by dotted name.
+
+    Returns:
+      The note, with the number of steps.
+    """
     script, config = [("train_vae.py", "rqvae"), ("train_transformer.py", "rqtransformer")][stage - 1]
     directory = directory_of(args, row, seed)
     if args.quicktest:  # the preset has durations of its own
@@ -139,7 +128,7 @@ def train(args: argparse.Namespace, stage: int, row: str, seed: int, changes: Ma
     }
 
     def run() -> Figures:
-        shown = command(script, *(f"--{name}={value}" for name, value in settings.items()), f"--workdir={directory}")
+        shown = run_script(script, *(f"--{name}={value}" for name, value in settings.items()), f"--workdir={directory}")
         return {"command": shown, "steps": curves.read_metrics(ROOT / directory / METRICS_FILE)["loss"][0][-1]}
 
     return once(directory, settings, run)
@@ -178,56 +167,68 @@ def _model(directory: Path) -> Figures:
 
 
 def model_of(args: argparse.Namespace) -> Figures:
-    """What the model of the table 'filter' is, and how it samples where a row says nothing: it may be trained anew."""
+    """Fingerprints and sampling defaults of the model of the table 'filter'; one that is trained anew is another."""
     return _model(ROOT / args.checkpoint)
 
 
 def draw(
     args: argparse.Namespace, out: Path, directory: Path | str, seed: int, changes: Mapping[str, Any], model: Any = None
 ) -> Figures:
-    """Draw as many pictures as are held out, of their classes, from the model in `directory`, known by `model`."""
+    """Draw as many images as are held out, of their classes.
+
+    Args:
+      args: the command line.
+      out: directory of the samples.
+      directory: of the model.
+      seed: of the samples.
+      changes: options of sample.py.
+      model: identity of a model that may change in its directory; see `model_of`.
+
+    Returns:
+      The note.
+    """
     count, batch = (NUM_QUICK, NUM_QUICK) if args.quicktest else (NUM_SAMPLES, 149)
     options = {"checkpoint": str(directory), "seed": seed, **changes, "num_images": count, "batch_size": batch}
     line = [f"--{name}={value}" for name, value in options.items()] + ["--classes_of=validation", f"--out={out}"]
     settings = {**options, "model": model} if model else options
-    return once(out, settings, lambda: {"command": command("sample.py", *line)})
+    return once(out, settings, lambda: {"command": run_script("sample.py", *line)})
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------
+# --- figures ---
 
 
 def evaluate(args: argparse.Namespace, *options: str) -> tuple[Figures, Figures]:
-    """(record of evaluate.py with all its options, kernel distances of the sets in it by name)."""
+    """Run evaluate.py; returns its record, and from it the mean kernel distance of each set by name."""
     out = Path(args.workdir) / "evaluations" / args.table
-    command("evaluate.py", *options, f"--out={out}")
+    run_script("evaluate.py", *options, f"--out={out}")
     record = json.loads((ROOT / out / "evaluation.json").read_text())
     return record, {name: distance["mean"] for name, distance in record["kernel_distance"]["of"].items()}
 
 
 def measure_tokenizers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[Figures, dict[Run, Figures]]:
-    """(marks, figures of each run)."""
+    """Marks to compare with, and the figures of each run."""
     places = {run: str(directory_of(args, *run)) for run in runs}
     depths = "by_depth" if args.table == "coarse_to_fine" else "full"
     options = [f"--checkpoint={place}" for place in places.values()]
     record, distances = evaluate(args, *options, f"--kernel_distance={depths}")
-    found = {
+    figures = {
         run: {**record["results"][place], "kernel_distance": distances[f"reconstructions by {place}"]}
         for run, place in places.items()
     }
     shown = [f"--checkpoint={place}" for (_, seed), place in places.items() if seed == args.seeds[0]]
-    out = Path(args.workdir) / "evaluations" / f"{args.table}_pictures"
-    command("evaluate.py", *shown, "--no_perceptual", f"--out={out}")
-    return {"kernel distance of training pictures": distances["training pictures"]}, found
+    out = Path(args.workdir) / "evaluations" / f"{args.table}_images"
+    run_script("evaluate.py", *shown, "--no_perceptual", f"--out={out}")
+    return {"kernel distance of training pictures": distances["training pictures"]}, figures
 
 
 def measure_samples(
     args: argparse.Namespace, tokenizer: Path, places: Mapping[Run, Path]
 ) -> tuple[Figures, dict[Run, Figures]]:
-    """(marks, figures of each set of samples)."""
+    """Marks to compare with, and the figures of each set of samples."""
     options = [f"--samples={place}" for place in places.values()]
     record, distances = evaluate(args, f"--checkpoint={tokenizer}", "--no_perceptual", *options)
     nearest = record["samples"]["median_squared_distance_to_nearest_training_picture"]
-    found = {
+    figures = {
         run: {"kernel_distance": distances[f"samples {place}"], "nearest": nearest[f"samples {place}"]}
         for run, place in places.items()
     }
@@ -236,123 +237,55 @@ def measure_samples(
         "kernel distance of reconstructions": distances[f"reconstructions by {tokenizer}"][-1],
         "distance to training of held-out pictures": nearest["held-out pictures"],
     }
-    return marks, found
+    return marks, figures
 
 
 def measure_transformers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[Figures, dict[Run, Figures]]:
-    """(marks, figures of each run)."""
+    """Marks to compare with, and the figures of each run."""
     places = {run: directory_of(args, *run) for run in runs}
     samples = {run: place / "samples" for run, place in places.items()}
-    marks, found = measure_samples(args, base_tokenizer(args), samples)
+    marks, figures = measure_samples(args, base_tokenizer(args), samples)
     for run, place in places.items():
         logged = {name: values[-1] for name, (_, values) in curves.read_metrics(ROOT / place / METRICS_FILE).items()}
         by_depth = [logged[name] for name in sorted(logged) if name.startswith("validation_nats/")]
-        found[run] |= {name: logged[name] for name in ("validation_loss", "loss")} | {"validation_nats": by_depth}
-    return marks, found
+        figures[run] |= {name: logged[name] for name in ("validation_loss", "loss")} | {"validation_nats": by_depth}
+    return marks, figures
 
 
 def measure_filters(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[Figures, dict[Run, Figures]]:
-    """(marks, figures of each run)."""
+    """Marks to compare with, and the figures of each run."""
     return measure_samples(args, Path(args.checkpoint) / "tokenizer", {run: directory_of(args, *run) for run in runs})
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
+# --- tables ---
 
-TOKENIZER_COLUMNS = {
-    "PSNR, dB": "psnr",
-    "SSIM": "ssim",
-    "perceptual distance": "distance",
-    "kernel distance": "kernel_distance",
-    "sharpness": "sharpness",
-    "codes used": "codes_used",
-}
-DEPTH_COLUMNS = {
-    **TOKENIZER_COLUMNS, "codes used": "code_usage", "code perplexity": "code_perplexity", "code norm": "code_norm",
-}  # fmt: skip
-SAMPLE_COLUMNS = {"kernel distance": "kernel_distance", "distance to training": "nearest"}
-# Without the training loss, whose targets differ by row.
-TRANSFORMER_COLUMNS = {"validation loss, nats": "validation_loss", **SAMPLE_COLUMNS}
+# Rows, how one is run, how all are measured, columns.
 KINDS = (
-    (ablations.TOKENIZERS, train_tokenizer, measure_tokenizers, TOKENIZER_COLUMNS),
-    (ablations.TRANSFORMERS, train_transformer, measure_transformers, TRANSFORMER_COLUMNS),
-    (ablations.FILTERS, draw_filtered, measure_filters, SAMPLE_COLUMNS),
+    (ablations.TOKENIZERS, train_tokenizer, measure_tokenizers, tables.TOKENIZER_COLUMNS),
+    (ablations.TRANSFORMERS, train_transformer, measure_transformers, tables.TRANSFORMER_COLUMNS),
+    (ablations.FILTERS, draw_filtered, measure_filters, tables.SAMPLE_COLUMNS),
 )
 PROTOCOL = (
-    "Held-out pictures of the bundled set. Mean over seeds, sample standard deviation; lists are by code depth 1..D, "
+    "Held-out images of the bundled set. Mean over seeds, sample standard deviation; lists are by code depth 1..D, "
     "cells the full depth. Kernel distance: KID's unbiased estimate on EfficientNet-Lite0 features to the held-out "
-    "pictures; distance to training: the median squared feature distance of a sample to its nearest training picture; "
-    "either compares with itself alone. Codes used: on the held-out pictures, by any depth. Core-seconds: of the "
+    "images; distance to training: the median squared feature distance of a sample to its nearest training image; "
+    "either compares with itself alone. Codes used: on the held-out images, by any depth. Core-seconds: of the "
     "training or drawing script, compilation included."
 )
 
 
-def over_seeds(found: list[Figures]) -> dict[str, dict[str, Any]]:
-    """Mean, standard deviation and the values of each figure."""
-    spread = {}
-    for name, value in found[0].items():
-        if not isinstance(value, str):
-            values = np.array([figures[name] for figures in found], np.float64)
-            std = values.std(axis=0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
-            known = std.tolist() if len(values) > 1 else None
-            spread[name] = {"mean": values.mean(axis=0).tolist(), "std": known, "values": values.tolist()}
-    return spread
-
-
-def markdown(columns: Mapping[str, str], rows: list[dict[str, Any]], by_depth: bool) -> str:
-    """The table, its last column the time of a run; with `by_depth` a line for each depth, else the full depth."""
-
-    def cell(figure: Mapping[str, Any], d: int) -> str:
-        mean, std = (None if value is None else np.atleast_1d(value)[d] for value in (figure["mean"], figure["std"]))
-        return f"{mean:.4g}" + ("" if std is None else f" ± {std:.2g}")
-
-    lines = ["| " + " | ".join(["", *columns, "core-seconds"]) + " |", "| --- " * (len(columns) + 2) + "|"]
-    for row in rows:
-        depths = range(len(row["figures"]["psnr"]["mean"])) if by_depth else [-1]
-        seconds = [run["core_seconds"] for run in row["runs"]]
-        time_shown = f"{np.mean(seconds):.0f}" if None not in seconds else ""
-        for d in depths:
-            label = f"{row['row']}, depth {d + 1}" if by_depth else row["row"]
-            cells = [cell(row["figures"][name], d) for name in columns.values()]
-            lines.append("| " + " | ".join([label, *cells, time_shown]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def picture(args: argparse.Namespace, rows: list[dict[str, Any]], marks: Figures, path: Path) -> None:
-    """What the table looks like: reconstructions or samples of the first seed, curves over depth or filter."""
-
-    def line(names: Iterable[Any], found: Iterable[Mapping[str, Any]]) -> tuple[list, list, list]:
-        found = list(found)
-        return list(names), [f["mean"] for f in found], [f["std"] or 0.0 for f in found]
-
+def draw_table(args: argparse.Namespace, rows: list[tables.Row], marks: Figures, path: Path) -> None:
+    """Draw the image of a table: curves over depth or filter, samples or reconstructions of the first seed."""
     if args.table == "coarse_to_fine":
-        panels = {}
-        for title, name in DEPTH_COLUMNS.items():
-            panels[title] = {}
-            for row in rows:
-                figure = row["figures"][name]
-                std = figure["std"] or [0.0] * len(figure["mean"])
-                panels[title][row["row"]] = list(range(1, len(std) + 1)), figure["mean"], std
-        curves.panels(panels, "code depth", path)
+        tables.depth_curves(rows, path)
     elif args.table == "filter":
-        panels = {}
-        for option, title in (("top_p", "top-p"), ("top_k", "top-k"), ("guidance", "guidance")):
-            kept = [row for row in rows if option == next(iter(row["changes"]))]
-            values = [str(row["changes"][option]) for row in kept]
-            for name, figure in SAMPLE_COLUMNS.items():
-                panels[f"{name}, {title}"] = {"samples": line(values, (row["figures"][figure] for row in kept))}
-                for mark, value in marks.items():
-                    if mark.startswith(name):
-                        panels[f"{name}, {title}"][mark] = values, [value] * len(values), [0.0] * len(values)
-        curves.panels(panels, "", path)
+        tables.filter_curves(rows, marks, path)
     elif args.table == "soft_labels":
-        chosen = np.linspace(0, (NUM_QUICK if args.quicktest else NUM_SAMPLES) - 1, NUM_SHOWN).astype(int)
-        shown = {}
-        for row in rows:
-            folder = ROOT / directory_of(args, row["row"], args.seeds[0]) / "samples" / "images"
-            shown[row["row"]] = np.stack([grids.read_image(folder / f"{i:06d}.png") for i in chosen])
-        grids.save_png(path, grids.labelled_grid(shown, scale=2))
+        shown = np.linspace(0, (NUM_QUICK if args.quicktest else NUM_SAMPLES) - 1, NUM_SHOWN).astype(int)
+        runs = {row["row"]: ROOT / directory_of(args, row["row"], args.seeds[0]) for row in rows}
+        tables.sample_grid({name: run / "samples" / "images" for name, run in runs.items()}, shown, path)
     else:
-        source = ROOT / args.workdir / "evaluations" / f"{args.table}_pictures" / "reconstructions.png"
+        source = ROOT / args.workdir / "evaluations" / f"{args.table}_images" / "reconstructions.png"
         write_atomic(path, source.read_bytes())
 
 
@@ -363,17 +296,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       ValueError: bad arguments, or a --workdir of other runs.
     """
     names, out = ablations.TABLES[args.table], ROOT / args.out
-    settings, do, measure, columns = next(kind for kind in KINDS if names[0] in kind[0])
+    settings, run_row, measure, columns = next(kind for kind in KINDS if names[0] in kind[0])
     by_depth = args.table == "coarse_to_fine"
-    columns = DEPTH_COLUMNS if by_depth else columns
+    columns = tables.DEPTH_COLUMNS if by_depth else columns
     runs = [(row, seed) for seed in args.seeds for row in names]
-    notes = {key: do(args, *key) for key in runs}
-    marks, found = measure(args, runs)
+    notes = {key: run_row(args, *key) for key in runs}
+    marks, figures = measure(args, runs)
     rows = [
         {
             "row": row, "changes": settings[row], "seeds": args.seeds,
             "runs": [notes[row, seed] for seed in args.seeds],
-            "figures": over_seeds([found[row, seed] for seed in args.seeds]),
+            "figures": tables.over_seeds([figures[row, seed] for seed in args.seeds]),
         }
         for row in names
     ]  # fmt: skip
@@ -381,11 +314,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "table": args.table, "command": args.command, "protocol": PROTOCOL, "marks": marks,
         "environment": environment(ROOT), "rows": rows,
     }  # fmt: skip
-    table = markdown(columns, rows, by_depth)
-    picture(args, rows, marks, out / f"{args.table}.png")
-    write_atomic(out / f"{args.table}.json", (json.dumps(record, indent=1) + "\n").encode())
-    write_atomic(out / f"{args.table}.md", table.encode())
-    print(table, *(f"{name}: {value:.4g}" for name, value in marks.items()), sep="\n")
+    text = tables.markdown(columns, rows, by_depth)
+    draw_table(args, rows, marks, out / f"{args.table}.png")
+    write_json(out / f"{args.table}.json", record)
+    write_atomic(out / f"{args.table}.md", text.encode())
+    print(text, *(f"{name}: {value:.4g}" for name, value in marks.items()), sep="\n")
     print(f"table: {Path(args.out) / args.table}.md, .json, .png")
     return record
 

@@ -1,0 +1,104 @@
+"""Tables of results from the rows of `benchmarks.ablate`: means and spreads, Markdown, curves, image grids."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rq_jax.report import curves, grids
+
+Figures = dict[str, Any]  # name -> number, or list by depth
+Row = dict[str, Any]  # of the record
+
+# Heading -> name of the figure.
+TOKENIZER_COLUMNS = {
+    "PSNR, dB": "psnr",
+    "SSIM": "ssim",
+    "perceptual distance": "distance",
+    "kernel distance": "kernel_distance",
+    "sharpness": "sharpness",
+    "codes used": "codes_used",
+}
+DEPTH_COLUMNS = {
+    **TOKENIZER_COLUMNS, "codes used": "code_usage", "code perplexity": "code_perplexity", "code norm": "code_norm",
+}  # fmt: skip
+SAMPLE_COLUMNS = {"kernel distance": "kernel_distance", "distance to training": "nearest"}
+# Without the training loss, whose targets differ by row.
+TRANSFORMER_COLUMNS = {"validation loss, nats": "validation_loss", **SAMPLE_COLUMNS}
+
+
+def over_seeds(runs: list[Figures]) -> dict[str, dict[str, Any]]:
+    """Mean, sample standard deviation (None for one run) and values of each figure over runs."""
+    spread = {}
+    for name, value in runs[0].items():
+        if not isinstance(value, str):
+            values = np.array([figures[name] for figures in runs], np.float64)
+            std = values.std(axis=0, ddof=1) if len(values) > 1 else None
+            spread[name] = {
+                "mean": values.mean(axis=0).tolist(),
+                "std": None if std is None else std.tolist(),
+                "values": values.tolist(),
+            }
+    return spread
+
+
+def markdown(columns: Mapping[str, str], rows: list[dict[str, Any]], by_depth: bool) -> str:
+    """The table, its last column the time of a run; with `by_depth` a line for each depth, else the full depth."""
+
+    def cell(figure: Mapping[str, Any], d: int) -> str:
+        mean, std = (None if value is None else np.atleast_1d(value)[d] for value in (figure["mean"], figure["std"]))
+        return f"{mean:.4g}" + ("" if std is None else f" ± {std:.2g}")
+
+    lines = ["| " + " | ".join(["", *columns, "core-seconds"]) + " |", "| --- " * (len(columns) + 2) + "|"]
+    for row in rows:
+        depths = range(len(row["figures"]["psnr"]["mean"])) if by_depth else [-1]
+        seconds = [run["core_seconds"] for run in row["runs"]]
+        time_shown = f"{np.mean(seconds):.0f}" if None not in seconds else ""
+        for d in depths:
+            label = f"{row['row']}, depth {d + 1}" if by_depth else row["row"]
+            cells = [cell(row["figures"][name], d) for name in columns.values()]
+            lines.append("| " + " | ".join([label, *cells, time_shown]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def depth_curves(rows: Sequence[Row], path: Path) -> None:
+    """Draw every figure of tokenizers over the code depth, a line for each row, as PNG."""
+    panels: dict[str, dict[str, tuple[list, list, list]]] = {}
+    for title, name in DEPTH_COLUMNS.items():
+        panels[title] = {}
+        for row in rows:
+            figure = row["figures"][name]
+            depths = range(1, len(figure["mean"]) + 1)
+            panels[title][row["row"]] = list(depths), figure["mean"], figure["std"] or [0.0] * len(depths)
+    curves.panels(panels, "code depth", path)
+
+
+def filter_curves(rows: Sequence[Row], marks: Figures, path: Path) -> None:
+    """Draw every figure of samples over the values of each option of the filter, with the marks, as PNG."""
+    panels: dict[str, dict[str, tuple[list, list, list]]] = {}
+    for option, title in (("top_p", "top-p"), ("top_k", "top-k"), ("guidance", "guidance")):
+        of_option = [row for row in rows if option == next(iter(row["changes"]))]
+        values = [str(row["changes"][option]) for row in of_option]
+        for name, column in SAMPLE_COLUMNS.items():
+            figures = [row["figures"][column] for row in of_option]
+            means, stds = [figure["mean"] for figure in figures], [figure["std"] or 0.0 for figure in figures]
+            lines = {"samples": (values, means, stds)}
+            for mark, value in marks.items():
+                if mark.startswith(name):
+                    lines[mark] = values, [value] * len(values), [0.0] * len(values)
+            panels[f"{name}, {title}"] = lines
+    curves.panels(panels, "", path)
+
+
+def sample_grid(folders: Mapping[str, Path], indices: Iterable[int], path: Path) -> None:
+    """Show images of several folders, a row for each, as PNG.
+
+    Args:
+      folders: label -> folder of images, as sample.py names them.
+      indices: of the images to show.
+      path: file to write.
+    """
+    names = [f"{i:06d}.png" for i in indices]
+    shown = {label: np.stack([grids.read_image(folder / name) for name in names]) for label, folder in folders.items()}
+    grids.save_png(path, grids.labelled_grid(shown, scale=2))

@@ -1,0 +1,1 @@
+"""Files from elsewhere: read, converted to model directories of ours, and written back."""

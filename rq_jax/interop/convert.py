@@ -1,0 +1,201 @@
+"""An official checkpoint becomes a model directory of ours."""
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from rq_jax import checkpoint, models
+from rq_jax.interop import official, state_file
+
+STAGE2, DISCRIMINATOR, TEXT_TOKENIZER = "rqtransformer", "discriminator", "text_tokenizer.json"
+
+logger = logging.getLogger(__name__)
+
+
+class Converted(NamedTuple):
+    """One model of ours and what it was made of.
+
+    Attributes:
+      config: of the model directory.
+      variables: of the model.
+      num_tensors: number of official tensors that were read.
+      dropped: names of those that nothing reads.
+    """
+
+    config: dict[str, Any]
+    variables: dict[str, Any]
+    num_tensors: int
+    dropped: list[str]
+
+
+class Conversion(NamedTuple):
+    """A checkpoint that was converted.
+
+    Attributes:
+      kind: of the checkpoint, see `official.find_kind`.
+      models: by directory below the output, "." for the main one.
+      dropped: names of the parts of the file that were left out on purpose.
+    """
+
+    kind: str
+    models: dict[str, Converted]
+    dropped: list[str]
+
+
+class _Pair(NamedTuple):
+    """Settings of a transformer that goes with a tokenizer, further sections of its config, and the codebook."""
+
+    settings: dict[str, Any]
+    sections: dict[str, Any]
+    codebook: Any
+
+
+def convert_checkpoint(
+    config: str | os.PathLike[str],
+    state: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: str | None = None,
+    text_tokenizer: str | None = None,
+    use_ema: bool = False,
+) -> Conversion:
+    """Convert an official checkpoint to a model directory.
+
+    Args:
+      config: official config file, YAML or JSON.
+      state: official weights, see `state_file.read_state`.
+      out: new directory; the discriminator beside a tokenizer goes into discriminator/ below it.
+      tokenizer: directory of the tokenizer of a transformer, converted or trained here; it is copied into `out`.
+      text_tokenizer: vocabulary file of a model of text; it is copied into `out`.
+      use_ema: take the averaged weights, under "state_dict_ema".
+
+    Raises:
+      ValueError, FileNotFoundError: files that are missing, damaged, or do not fit together; nothing is left behind.
+    """
+    official_config = state_file.read_config(config)
+    kind = official.find_kind(official_config)
+    for name, value in (("tokenizer", tokenizer), ("text_tokenizer", text_tokenizer)):
+        if value and kind != STAGE2:
+            raise ValueError(f"--{name}: {value} is for stage 2, and this is a config of '{kind}'")
+    if text_tokenizer and not tokenizer:
+        raise ValueError(f"--text_tokenizer: {text_tokenizer} needs --tokenizer beside it; give both")
+    with _new_directory(out) as partial:
+        # The configs are checked before the weights are read.
+        pair = _bind_tokenizer(partial, official_config, tokenizer, text_tokenizer) if tokenizer else None
+        settings = pair.settings if pair else official.KINDS[kind].settings(official_config)
+        file = official.unpack(state_file.read_state(state), kind, use_ema)
+        main = convert_state(kind, file.state, settings)
+        if kind == STAGE2:
+            _add_codebook(main, pair)
+        converted, dropped = {".": main}, file.dropped
+        if file.discriminator is not None and official.has_discriminator(official_config):
+            settings = official.discriminator_settings(official_config)
+            converted[DISCRIMINATOR] = convert_state(DISCRIMINATOR, file.discriminator, settings)
+        elif file.discriminator is not None:
+            dropped = [*dropped, f"{DISCRIMINATOR} (the config does not describe it)"]
+        for name, model in converted.items():
+            checkpoint.save_model(partial / name, model.config, model.variables)
+    return Conversion(kind, converted, dropped)
+
+
+def convert_state(kind: str, state: Mapping[str, Any], settings: dict[str, Any]) -> Converted:
+    """Config and variables of one model.
+
+    Args:
+      kind: of the official checkpoint, see `official.find_kind`.
+      state: official tensors by name.
+      settings: of our model, from the functions of `official`.
+
+    Raises:
+      ValueError: settings that do not fit together, or a state dict that does not fit them.
+    """
+    name, _, make_table, make_variables = official.KINDS[kind]
+    models.create(name, **settings)  # refuses settings before any tensor is read
+    table = make_table(settings)
+    dropped = [tensor for tensor in table.unread if tensor in state]
+    config = {"model": {"name": name, **settings}}
+    return Converted(config, make_variables(state, settings), len(table.official_shapes()), dropped)
+
+
+def report(conversion: Conversion, out: str | os.PathLike[str]) -> list[str]:
+    """Lines about what was read, left out and written to `out`."""
+    lines, dropped = [], list(conversion.dropped)
+    for name, model in conversion.models.items():
+        sizes = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in model.variables.items()}
+        more = "".join(f", {part} {size:,}" for part, size in sizes.items() if part != "params")
+        lines.append(
+            f"{model.config['model']['name']}: {model.num_tensors} tensors, {sizes['params']:,} parameters{more}; "
+            f"fingerprint {checkpoint.fingerprint(model.variables)}; written to {Path(out) / name}"
+        )
+        dropped += [tensor if name == "." else f"{name}.{tensor}" for tensor in model.dropped]
+    return [*lines, f"dropped on purpose: {', '.join(dropped) or 'nothing'}"]
+
+
+@contextlib.contextmanager
+def _new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
+    """A directory that becomes `out` in the end, and is removed where anything fails before."""
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out: '{out}' is there already; give the name of a new directory")
+    parent = next(parent for parent in out.parents if parent.is_dir())
+    partial = parent / f".{out.name}.{os.getpid()}.partial"
+    try:
+        partial.mkdir()
+        yield partial
+        out.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _bind_tokenizer(directory: Path, config: Mapping[str, Any], path: str, text_path: str | None) -> _Pair:
+    """Put the tokenizer, and the text tokenizer where there is one, into a stage-2 directory."""
+    tokenizer = checkpoint.load_tokenizer(path)
+    tokenizer_settings = models.settings_of(tokenizer.model)
+    settings = official.rqtransformer_settings(config, tokenizer_settings)
+    if text_path:
+        _copy_text_tokenizer(text_path, settings, directory)
+    checkpoint.bind_tokenizer(directory, tokenizer)
+    image_size, channels = tokenizer_settings["image_size"], tokenizer_settings["in_channels"]
+    data = {"name": "folder", "data_dir": None, "image_size": image_size, "channels": channels}
+    sections = {"data": data, "sample": official.sample_settings(config)}
+    return _Pair(settings, sections, tokenizer.variables["codebook"]["codebook_KE"])
+
+
+def _copy_text_tokenizer(path: str, settings: Mapping[str, Any], directory: Path) -> None:
+    from rq_jax.data import load_tokenizer
+
+    length, size = settings["cond_length"], settings["cond_vocab_size"]
+    if length == 1:
+        raise ValueError(f"--text_tokenizer: '{path}' is for models of text, this one takes none; leave it out")
+    text_tokenizer = load_tokenizer(path, length)
+    if text_tokenizer.vocab_size > size:
+        raise ValueError(
+            f"--text_tokenizer: '{path}' has {text_tokenizer.vocab_size} ids, the model {size}; give its own"
+        )
+    text_tokenizer.save(directory / TEXT_TOKENIZER)
+
+
+def _add_codebook(transformer: Converted, pair: _Pair | None) -> None:
+    """Complete a transformer by its tokenizer; without one its codebook is NaN, as in a fresh model."""
+    model = models.create(**transformer.config["model"])
+    if pair:
+        transformer.config.update(pair.sections)
+    if not model.uses_codebook:
+        return
+    if pair:
+        transformer.variables["codebook"] = {"codebook_KE": pair.codebook}
+        return
+    logger.warning(
+        "--tokenizer: not given; the codebook, which is the tokenizer's, is NaN and the directory makes no images; "
+        "convert the stage 1 of its pair first and give that directory"
+    )
+    shapes = models.abstract_variables(model)["codebook"]
+    transformer.variables["codebook"] = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), shapes)

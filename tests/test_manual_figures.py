@@ -1,0 +1,142 @@
+"""Figures of the README and the manual are those of the JSON records."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import helpers
+import pytest
+
+from configs import ablations
+
+ROOT = helpers.ROOT
+BENCHMARKS = ROOT / "benchmarks" / "results"
+
+
+def _text(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def _has(page: str, *texts: str) -> None:
+    flat = " ".join(_text(page).split())
+    assert [text for text in texts if text not in flat] == [], page
+
+
+def _row(title: str, values: list[float], form: Callable[[float], str] = "{:.3f}".format) -> str:
+    return f"| {title} | {' | '.join(map(form, values))} |"
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_ablation_tables_are_those_of_their_files():
+    page = _text("docs/results.md")
+    for name in ablations.TABLES:
+        assert f"`make results-{name}`" in page
+        shown = (ROOT / "results" / f"{name}.md").read_text(encoding="utf-8") in page
+        assert shown or f"../results/{name}.png" in page, name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "checkpoints/emoji/README.md"])
+def test_figures_of_the_shipped_model(page):
+    record = _read(ROOT / "checkpoints" / "emoji" / "figures" / "evaluation.json")
+    (tokenizer,) = record["results"].values()
+    distances = {name.split()[0]: value for name, value in record["kernel_distance"]["of"].items()}
+    reconstructions = distances["reconstructions"]
+    _has(
+        page,
+        f"{tokenizer['images']} held-out images",
+        _row("PSNR, dB", tokenizer["psnr"], "{:.2f}".format),
+        _row("SSIM", tokenizer["ssim"]),
+        _row("perceptual distance (VGG16)", tokenizer["distance"]),
+    )
+    if page == "README.md":
+        _has(page, _row("kernel distance", reconstructions["mean"]))
+        _has(page, f"kernel distance of {distances['samples']['mean']:.3f}", f"{distances['training']['mean']:.3f}.")
+        return
+    nats, percent = record["likelihood"], lambda share: f"{100 * share:.1f} %"
+    _has(
+        page,
+        _row("kernel distance of reconstructions", reconstructions["mean"]),
+        _row(f"codes used, of 1,024 (all depths: {percent(tokenizer['codes_used'])})", tokenizer["code_usage"], percent),
+        _row("mean norm of the codes", tokenizer["code_norm"], "{:.2f}".format),
+        _row("transformer, nats per code: held-out images", nats["validation"]["nats"], "{:.2f}".format),
+        _row("the same: training images", nats["train"]["nats"], "{:.2f}".format),
+        *(f"{distances[kind]['mean']:.3f} ± {distances[kind]['std']:.3f}" for kind in ("training", "samples")),
+        f"{reconstructions['mean'][-1]:.3f} ± {reconstructions['std'][-1]:.3f}",
+    )  # fmt: skip
+    if page == "checkpoints/emoji/README.md":
+        nearest = record["samples"]["median_squared_distance_to_nearest_training_picture"]
+        ours, theirs = (round(value) for _, value in sorted(nearest.items(), reverse=True))
+        _has(page, f"{nats['train']['mean']:.2f} nats a code against {nats['validation']['mean']:.2f}")
+        _has(page, f"nearest training image is {ours}, that of a held-out image {theirs}.")
+        _has(page, f"{record['kernel_distance']['num_subsets']} subsets of {record['kernel_distance']['subset_size']}")
+
+
+def test_memory_of_meshes():
+    shown = 0
+    for path in sorted(BENCHMARKS.glob("memory-*.json")):
+        for result in _read(path)["results"]:
+            config, gib = result["config"], result["gib_per_device"]
+            if config.get("sample"):
+                mesh = f"one device, batch {config['batch']}, bfloat16"
+                cells = [f"`{config['preset']}`, sampling", mesh, f"{gib['parameters']:.2f}", "", ""]
+            else:
+                name = f"`{config['preset']}`" + ", stage 1" * (config["stage"] == 1)
+                rest = gib["other state"] + gib["frozen"]
+                cells = [name, config["mesh"], *(f"{v:.2f}" for v in (gib["parameters"], gib["optimizer"], rest))]
+            cells += [f"{gib['temporaries']:.1f}", f"{gib['total']:.1f}"]
+            _has("docs/scaling.md", " ".join(f"| {' | '.join(cells)} |".split()))
+            shown += 1
+    assert shown == _text("docs/scaling.md").count("\n| `imagenet256")
+
+
+def _benchmarks() -> list[dict[str, Any]]:
+    return [_read(path) for path in sorted(BENCHMARKS.glob("cpu-*.json"))]
+
+
+def _medians(benchmark: str, **config: Any) -> list[float]:
+    """Median seconds of the newest record whose configurations all fit, one a configuration."""
+    found = []
+    for record in _benchmarks():
+        results = [r for r in record["results"] if all(r["config"].get(k) == v for k, v in config.items())]
+        if record["benchmark"] == benchmark and results:
+            found = [result["seconds"]["median"] for result in results]
+    return found
+
+
+def test_speed_of_sampling():
+    page, shape = "docs/performance.md", [8, 8, 4]
+    plain = _medians("sample", code_shape=shape, weights="float32", top_p=None)
+    _has(page, "| float32 | {:.2f} | {:.2f} | {:.1f} |".format(*plain))
+    narrow = _medians("sample", code_shape=shape, weights="bfloat16")
+    _has(page, "| weights stored in bfloat16 | {:.2f} | {:.2f} | {:.1f} |".format(*narrow))
+    filtered = _medians("sample", code_shape=shape, weights="float32", top_k=2048, top_p=0.95)
+    added = [round(100 * (a / b - 1)) for a, b in zip(filtered, plain, strict=True)]
+    _has(page, "Top-k and top-p together add {}, {} and {} %".format(*added))
+    slower = sorted(a / b for a, b in zip(_medians("sample", weights="int8"), plain, strict=True))
+    for name in (page, "README.md"):
+        _has(name, f"{slower[0]:.1f} to {slower[-1]:.1f} times as long as float32")
+    (pairs,) = (r["comparisons"] for r in _benchmarks() if r["benchmark"] == "sample" and r["comparisons"])
+    measured, counted = ([f"{value:.1f}" for value in values] for values in zip(
+        *((pair["ratio"]["median"], pair["predicted"]) for pair in pairs), strict=True))  # fmt: skip
+    _has(page, "drawn {}, {} and {} times as fast".format(*measured), "gives {}, {} and {}.".format(*counted))
+
+
+def test_speed_of_search_and_data():
+    page = "docs/performance.md"
+    for count, depth, row in (
+        (8192, 4, "| 8,192 x 256, 16,384 | {:.2f} | {:.2f} |"),
+        (65536, 1, "| 65,536 x 256, 16,384 | {:.1f}, in 84 MB | {:.1f}, in 4.3 GB |"),
+        (1048576, 1, "| 1,048,576 x 64, 256, three depths together | {:.1f} | {:.1f} |"),
+    ):
+        ((ours,), (plain,)) = (_medians("quantize", num_vectors=count, method=m) for m in ("search", "dense_search"))
+        _has(page, row.format(ours / depth, plain / depth))
+    data = {}
+    for record in _benchmarks():
+        for result in record["results"] if record["benchmark"] == "data" else ():
+            if result["config"]["num_threads"] == 1:
+                data[result["config"]["preset"]] = round(result["per_second"], -2)
+    _has(page, f"{data['demo']:,.0f} images a second for the demo and {data['emoji']:,.0f} for the shipped")
