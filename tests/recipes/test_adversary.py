@@ -1,5 +1,6 @@
 """Stage 1 with its adversary: the step against a plain formulation, start and warm-in, devices, faults, resume."""
 
+import dataclasses
 import functools
 import signal
 
@@ -10,14 +11,16 @@ import numpy as np
 import optax
 import pytest
 
-import train_vae
-from rq_jax import checkpoint, losses, models
+from rq_jax import checkpoint, losses, recipes
 from rq_jax.devices import sharding
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.recipes.tokenizer import Tokenizer
+from rq_jax.training import run
 
 WEIGHT = 0.7
 SETTINGS = {
     "loss__adversarial_weight": WEIGHT,
+    "loss__discriminator_loss": "hinge",
     "loss__perceptual_start_steps": 0,
     "loss__adversarial_start_steps": 0,
     "loss__adversarial_warmup_steps": 0,
@@ -44,64 +47,65 @@ def pictures(tmp_path_factory):
     return helpers.write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
-@functools.cache
-def prepared(pictures, settings):
-    config = helpers.vae_config(pictures, **{**SETTINGS, **dict(settings)})
-    return config, train_vae.prepare(config)
+def prepared(pictures, mesh=None, **settings):
+    """A run on one device, where nothing is partitioned and programs compile faster."""
+    return _prepared(pictures, mesh or helpers.make_mesh(), tuple(sorted({**SETTINGS, **settings}.items())))
 
 
 @functools.cache
-def _initial_variables(model, seed):
-    return jax.jit(functools.partial(models.init_variables, model))(jax.random.key(seed))
+def _prepared(pictures, mesh, settings):
+    return recipes.prepare(helpers.vae_config(pictures, **dict(settings)), mesh=mesh)
 
 
-def initial_variables(model, seed):
-    """Drawn once; the dictionaries are the caller's own."""
-    return jax.tree.map(lambda x: x, _initial_variables(model, seed))
-
-
-def discriminator_variables(run, seed=1):
+def discriminator_variables(recipe, seed=1):
     """Not as drawn: with weights of 0.02 a discriminator says 0 to everything."""
-    variables = initial_variables(run["adversary"].model, seed)
-    grown = jax.tree.map(lambda x: 8 * x if x.ndim == 4 else x, variables["params"])
+    variables = helpers.drawn_variables(recipe.adversary.model, seed)
+    grown = jax.tree.map(lambda x: jnp.asarray(8 * x if x.ndim == 4 else x), variables["params"])
     return {**variables, "params": grown}
 
 
-def start_state(pictures, **settings):
-    """(config, run, state at step 0, batch)."""
-    config, run = prepared(pictures, tuple(settings.items()))
-    variables = initial_variables(run["model"], 0)
-    discriminator = None
-    if run["adversary"] is not None:
-        discriminator = discriminator_variables(run), run["adversary"].optimizer
-    state = helpers.start_state(variables, config, run["optimizer"], discriminator)
-    return config, run, state, {"image": next(run["dataset"].iterator())["image"]}
-
-
-def jitted_step(config, run, mesh, shapes, perceptual=None):
-    step = train_vae.make_train_step(
-        run["model"], run["optimizer"], run["loss"], config.loop.ema_decay, perceptual, run["adversary"]
-    )
-    return jax.jit(step, static_argnums=2, out_shardings=(sharding.state_shardings(mesh, shapes), None))
+def start_state(recipe):
+    """The state at step 0."""
+    discriminator = None if recipe.adversary is None else discriminator_variables(recipe)
+    return helpers.start_state(recipe, helpers.drawn_variables(recipe.model), discriminator)
 
 
 @functools.cache
-def compiled_step(pictures, mesh, settings):
-    config, run, state, _ = start_state(pictures, **dict(settings))
-    return jitted_step(config, run, mesh, state)
+def batch_of(pictures):
+    return {"image": next(prepared(pictures).data.train.iterator())["image"]}
 
 
-def make_step(pictures, mesh=None, perceptual=None, change=lambda state: state, **settings):
-    """One step: (state before, state after on the host, metrics)."""
-    mesh = mesh or helpers.make_mesh()
-    config, run, state, batch = start_state(pictures, **settings)
-    state, _ = helpers.place(change(state), mesh)
+# Numbers of the adversary that its program takes as arguments here: a test of one of them compiles nothing.
+NUMBERS = ("max_adaptive_weight", "start_steps")
+
+
+@functools.cache
+def compiled_step(recipe, phase, read):
+    def step(numbers, state, batch, frozen):
+        adversary = recipe.adversary and dataclasses.replace(recipe.adversary, **numbers)
+        return helpers.jit_update(dataclasses.replace(recipe, adversary=adversary), phase, read)(state, batch, frozen)
+
+    return jax.jit(step)
+
+
+def make_step(pictures, mesh=None, perceptual=None, change=lambda state: state, read=helpers.whole, **settings):
+    """One step: (state before, state after on the host, metrics), or what `read` finds in the latter two."""
+    recipe, template = prepared(pictures, mesh, **settings).recipe, recipe_of_structure(pictures, mesh, **settings)
+    state = helpers.place(change(start_state(recipe)), recipe.mesh)
     if perceptual:
-        step, frozen = jitted_step(config, run, mesh, state, perceptual), perceptual.variables
-    else:
-        step, frozen = compiled_step(pictures, mesh, tuple(settings.items())), None
-    new, metrics = step(state, sharding.put_batch(mesh, batch), run["loss"].phase(int(state.step)), frozen)
-    return state, helpers.host(new), jax.device_get(metrics)
+        template = dataclasses.replace(template, perceptual=perceptual)
+    phase = recipe.phase(int(state.step))
+    numbers = {name: jnp.float32(getattr(recipe.adversary, name)) for name in NUMBERS} if recipe.adversary else {}
+    batch = sharding.put_batch(recipe.mesh, batch_of(pictures))
+    frozen = perceptual.variables if perceptual else recipe.frozen
+    new, metrics = compiled_step(template, phase, read)(numbers, state, batch, frozen)
+    return state, helpers.host(new) if read is helpers.whole else jax.device_get(new), jax.device_get(metrics)
+
+
+def recipe_of_structure(pictures, mesh=None, **settings):
+    """The recipe whose program these settings share: they may differ from its in `NUMBERS`."""
+    shared = ("loss__max_adaptive_weight", "loss__adversarial_start_steps")
+    return prepared(pictures, mesh, **{name: value for name, value in settings.items() if name not in shared}).recipe
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +116,9 @@ def base(pictures):
 # --- the step against a plain formulation ------------------------------------------------------------------------------
 
 
-def plain_losses(run, state, images, discriminator_params, kind):
+def plain_losses(recipe, state, images, discriminator_params, kind):
     """What the step's single passes stand for, written as the original does: a pass for every use."""
-    model, discriminator, statistics = run["model"], run["adversary"].model, state.discriminator["batch_stats"]
+    model, discriminator, statistics = recipe.model, recipe.adversary.model, state.discriminator["batch_stats"]
     rngs = state.rng_of_step("restart", "dropout")
 
     def judge(params, images, statistics):
@@ -127,25 +131,28 @@ def plain_losses(run, state, images, discriminator_params, kind):
         output, _ = model.apply(variables, images, train=True, mutable=["codebook"], rngs=rngs)
         return output
 
-    def image_loss(params):
-        return losses.reconstruction_loss(images, autoencode(params).reconstruction)
+    def image_loss(reconstruction):
+        return losses.reconstruction_loss(images, reconstruction)
 
-    def generator_loss(params):
-        return -judge(discriminator_params, autoencode(params).reconstruction, statistics)[0].mean()
+    def generator_loss(reconstruction):
+        return -judge(discriminator_params, reconstruction, statistics)[0].mean()
 
-    last = ("decoder", "conv_out", "kernel")
-    norms = []
-    for function in (image_loss, generator_loss):
-        gradient = functools.reduce(lambda tree, key: tree[key], last, jax.grad(function)(state.params))
-        norms.append(jnp.linalg.norm(gradient))
+    decoder = state.params["decoder"]
+
+    def reconstruct(kernel):
+        last = {**decoder["conv_out"], "kernel": kernel}
+        return autoencode({**state.params, "decoder": {**decoder, "conv_out": last}}).reconstruction
+
+    reconstruction, pull_back = jax.vjp(reconstruct, decoder["conv_out"]["kernel"])
+    norms = [jnp.linalg.norm(pull_back(jax.grad(f)(reconstruction))[0]) for f in (image_loss, generator_loss)]
     d_weight = norms[0] / (norms[1] + 1e-4)
 
     def total(params):
         output = autoencode(params)
         commitment = losses.commitment_loss(output.latents, output.partial_sums)
-        return image_loss(params) + 0.25 * commitment + WEIGHT * d_weight * generator_loss(params)
+        adversarial = WEIGHT * d_weight * generator_loss(output.reconstruction)
+        return image_loss(output.reconstruction) + 0.25 * commitment + adversarial
 
-    reconstruction = autoencode(state.params).reconstruction
     _, statistics = judge(discriminator_params, reconstruction, statistics)
 
     def discriminator_loss(params):
@@ -163,11 +170,12 @@ def plain_losses(run, state, images, discriminator_params, kind):
 @pytest.mark.parametrize("kind", ["hinge", pytest.param("vanilla", marks=pytest.mark.slow)])
 def test_step_is_that_of_separate_passes(pictures, kind):
     before, after, metrics = make_step(pictures, loss__discriminator_loss=kind)
-    _, run, state, batch = start_state(pictures, loss__discriminator_loss=kind)
+    recipe = prepared(pictures, loss__discriminator_loss=kind).recipe
+    state, batch = start_state(recipe), batch_of(pictures)
     params = state.discriminator["params"]
     d_weight, total, discriminator_loss = jax.jit(
         lambda: (lambda w, t, d: (w, jax.value_and_grad(t)(state.params), jax.value_and_grad(d, has_aux=True)(params)))(
-            *plain_losses(run, state, batch["image"], params, kind)
+            *plain_losses(recipe, state, batch["image"], params, kind)
         )
     )()
     np.testing.assert_allclose(metrics["d_weight"], d_weight, rtol=1e-4)
@@ -195,11 +203,9 @@ def test_what_is_logged(base):
 
 def test_one_forward_pass_of_the_discriminator_serves_both_networks(pictures):
     """Two passes, over made and over real pictures, and not three: counted in convolutions of the first layer."""
-    config, run, state, batch = start_state(pictures)
-    step = train_vae.make_train_step(
-        run["model"], run["optimizer"], run["loss"], config.loop.ema_decay, None, run["adversary"]
-    )
-    text = jax.jit(step, static_argnums=2).lower(state, batch, run["loss"].phase(0)).as_text()
+    recipe = prepared(pictures).recipe
+    state, batch = start_state(recipe), batch_of(pictures)
+    text = jax.jit(recipe.update, static_argnums=3).lower(state, batch, None, recipe.phase(0)).as_text()
     assert text.count("tensor<4x4x3x6xf32>) -> tensor<8x8x8x6xf32>") == 2
 
 
@@ -213,14 +219,21 @@ def test_adaptive_weight_is_limited(pictures, base):
 
 def test_perceptual_term_is_in_the_loss_and_in_the_adaptive_weight(pictures, base):
     perceptual = vgg_lpips.Perceptual("random", random_vgg())
-    _, after, metrics = make_step(pictures, perceptual=perceptual, loss__perceptual_weight=0.3)
+    _, discriminator, metrics = make_step(
+        pictures, perceptual=perceptual, read=discriminator_and_losses, loss__perceptual_weight=0.3
+    )
     assert metrics["perceptual_loss"] > 0
     others = metrics["reconstruction_loss"] + 0.25 * metrics["commitment_loss"]
     weighted = WEIGHT * metrics["d_weight"] * metrics["generator_loss"]
     np.testing.assert_allclose(metrics["loss"], others + 0.3 * metrics["perceptual_loss"] + weighted, rtol=1e-5)
     np.testing.assert_array_equal(metrics["reconstruction_loss"], base[2]["reconstruction_loss"])
     assert abs(metrics["d_weight"] / base[2]["d_weight"] - 1) > 1e-3
-    helpers.assert_equal(after["discriminator"], base[1]["discriminator"])
+    helpers.assert_equal(discriminator, base[1]["discriminator"])
+
+
+def discriminator_and_losses(state, metrics):
+    """Read by themselves they need no backward pass through the tokenizer."""
+    return state.discriminator, {name: metrics[name] for name in metrics if name != "gradient_norm"}
 
 
 @functools.cache
@@ -257,12 +270,14 @@ def test_from_its_start_on_the_step_is_the_whole_one(pictures):
 
 def test_warm_in_scales_the_generators_term_alone(pictures, base):
     for step, share in ((0, 0.25), (1, 0.5), (3, 1.0), (9, 1.0)):
-        _, after, metrics = make_step(pictures, loss__adversarial_warmup_steps=4, change=at_step(step))
+        _, discriminator, metrics = make_step(
+            pictures, change=at_step(step), read=discriminator_and_losses, loss__adversarial_warmup_steps=4
+        )
         others = metrics["reconstruction_loss"] + 0.25 * metrics["commitment_loss"]
         weighted = share * WEIGHT * metrics["d_weight"] * metrics["generator_loss"]
         np.testing.assert_allclose(metrics["loss"] - others, weighted, rtol=1e-4, atol=1e-6)
         if step == 0:
-            helpers.assert_close(after["discriminator"], base[1]["discriminator"])
+            helpers.assert_close(discriminator, base[1]["discriminator"])
 
 
 # --- devices, faults, other discriminators -----------------------------------------------------------------------------
@@ -290,23 +305,22 @@ def test_a_fault_of_the_discriminator_leaves_everything_as_it_was(pictures):
 
 
 def test_actnorm_starts_from_the_first_reconstructions(pictures):
-    before, after, metrics = make_step(pictures, discriminator__use_actnorm=True)
-    norms = after["discriminator"]["batch_stats"]
+    before, discriminator, metrics = make_step(pictures, read=discriminator_and_losses, discriminator__use_actnorm=True)
+    norms = discriminator["batch_stats"]
     assert all(norm["initialized"] == 1 for norm in norms.values())
     assert np.isfinite(metrics["loss"]) and metrics["d_weight"] > 0
-    moved = [after["discriminator"]["params"][name]["shift"] for name in norms]
+    moved = [discriminator["params"][name]["shift"] for name in norms]
     assert all(np.abs(shift).max() > 1e-3 for shift in moved)
     assert all(norm["initialized"] == 0 for norm in jax.device_get(before.discriminator["batch_stats"]).values())
 
 
 def test_discriminator_of_its_own_rate_and_moments(pictures):
-    _, run = prepared(pictures, (("optim__name", "adam"), ("discriminator_optim__b1", 0.3)))
-    assert run["adversary"].optimizer.learning_rate(5) == np.float32(0.05)
-    assert run["optimizer"].learning_rate(5) == np.float32(0.1)
+    recipe = prepared(pictures, optim__name="adam", discriminator_optim__b1=0.3).recipe
+    optimizer = recipe.adversary.optimizer
+    assert optimizer.learning_rate(5) == np.float32(0.05)
+    assert recipe.optimizer.learning_rate(5) == np.float32(0.1)
     params = {"w": jnp.ones(3)}
-    _, state = run["adversary"].optimizer.transform.update(
-        params, run["adversary"].optimizer.transform.init(params), params
-    )
+    _, state = optimizer.transform.update(params, optimizer.transform.init(params), params)
     np.testing.assert_allclose(optax.tree.get(state, "mu")["w"], 0.7, rtol=1e-6)
 
 
@@ -319,7 +333,7 @@ RUN |= {"loss__adversarial_start_steps": 1, "loss__adversarial_warmup_steps": 2}
 @pytest.fixture(scope="module")
 def whole_run(pictures, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    return workdir, train_vae.train_and_evaluate(helpers.vae_config(pictures, **RUN), str(workdir))
+    return workdir, run(*prepared(pictures, **RUN), workdir)
 
 
 def test_run_logs_the_adversary(whole_run):
@@ -330,40 +344,39 @@ def test_run_logs_the_adversary(whole_run):
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_interrupted_run_is_the_whole_one(whole_run, pictures, tmp_path, monkeypatch, step):
-    config = helpers.vae_config(pictures, **RUN)
-    make_summary, steps = train_vae.make_summary, iter(range(1, 100))
+    summarize, steps = Tokenizer.summarize, iter(range(1, 100))
 
-    def stopping(model):
-        summarize = make_summary(model)
-
-        def summarize_and_stop(means):
-            if next(steps) == step:
-                signal.raise_signal(signal.SIGTERM)
-            return summarize(means)
-
-        return summarize_and_stop
+    def summarize_and_stop(recipe, means):
+        if next(steps) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return summarize(recipe, means)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(train_vae, "make_summary", stopping)
-        train_vae.train_and_evaluate(config, str(tmp_path))
+        patch.setattr(Tokenizer, "summarize", summarize_and_stop)
+        run(*prepared(pictures, **RUN), tmp_path)
     assert stop.value.code == 128 + signal.SIGTERM
-    state = train_vae.train_and_evaluate(config, str(tmp_path))
+    state = run(*prepared(pictures, **RUN), tmp_path)
     helpers.assert_equal(helpers.host(state), helpers.host(whole_run[1]))
 
 
 # --- fine-tuning -------------------------------------------------------------------------------------------------------
 
 
-def begun(pictures, start, **settings):
+@pytest.fixture(scope="module")
+def drawn(pictures):
+    """The state before the first step of a run that starts from nothing."""
+    recipe = prepared(pictures, **RUN).recipe
+    return recipe.init(jax.random.key(recipe.seed))
+
+
+def begun(start, drawn, keep_optimizer=False):
     """The state before the first step of a run that starts from `start`."""
-    config = helpers.vae_config(pictures, **{**RUN, "init_from": str(start), **settings})
-    state = train_vae.init_state(config, train_vae.prepare(config))
-    return helpers.host(checkpoint.start_from(start, state, config.keep_optimizer))
+    return helpers.host(checkpoint.start_from(start, drawn, keep_optimizer))
 
 
-def test_a_fresh_optimizer_starts_from_the_averaged_weights(whole_run, pictures):
+def test_a_fresh_optimizer_starts_from_the_averaged_weights(whole_run, drawn):
     workdir, trained = whole_run
-    state = begun(pictures, workdir)
+    state = begun(workdir, drawn)
     trained = helpers.host(trained)
     helpers.assert_equal(state["params"], trained["ema_params"])
     helpers.assert_equal(state["ema_params"], trained["ema_params"])
@@ -375,7 +388,8 @@ def test_a_fresh_optimizer_starts_from_the_averaged_weights(whole_run, pictures)
 
 def test_a_kept_optimizer_goes_on_with_the_weights_as_trained(whole_run, pictures):
     workdir, trained = whole_run
-    state, trained = begun(pictures, workdir, keep_optimizer=True), helpers.host(trained)
+    recipe = prepared(pictures, **RUN, init_from=str(workdir), keep_optimizer=True).recipe
+    state, trained = helpers.host(recipe.init(jax.random.key(recipe.seed))), helpers.host(trained)
     for name in ("params", "ema_params", "model_state", "discriminator"):
         helpers.assert_equal(state[name], trained[name])
     for name in ("opt_state", "discriminator_opt_state"):
@@ -386,38 +400,40 @@ def test_a_kept_optimizer_goes_on_with_the_weights_as_trained(whole_run, picture
     assert sorted(int(count) for count in counts.values()) == [0, 4]  # the schedule's, Adam's
 
 
-def test_a_model_directory_gives_weights_and_discriminator(whole_run, pictures, tmp_path):
+def test_a_model_directory_gives_weights_and_discriminator(whole_run, drawn, tmp_path):
     workdir, trained = whole_run
     loaded, discriminator = checkpoint.load_model(workdir), helpers.host(trained)["discriminator"]
     checkpoint.save_model(tmp_path, loaded.config, loaded.variables)
-    alone = begun(pictures, tmp_path)
+    alone = begun(tmp_path, drawn)
     helpers.assert_equal(alone["params"], loaded.variables["params"])
     assert helpers.differs(alone["discriminator"], discriminator)
     settings = {"name": "discriminator", "width": 6, "in_channels": 3}
     checkpoint.save_model(tmp_path / "discriminator", {"model": settings}, discriminator)
-    helpers.assert_equal(begun(pictures, tmp_path)["discriminator"], discriminator)
+    helpers.assert_equal(begun(tmp_path, drawn)["discriminator"], discriminator)
     with pytest.raises(
         ValueError, match="keep_optimizer: .* holds weights alone; leave it out, or give a training run"
     ):
-        begun(pictures, tmp_path, keep_optimizer=True)
+        begun(tmp_path, drawn, keep_optimizer=True)
 
 
 def test_fine_tuning_runs_and_resumes_from_itself(whole_run, pictures, tmp_path):
     settings = {"init_from": str(whole_run[0]), "optim__learning_rate": 1e-9, "loop__total_steps": 2}
-    config = helpers.vae_config(pictures, **{**RUN, **settings})
-    state = train_vae.train_and_evaluate(config, str(tmp_path))
+    settings |= {"loss__adversarial_start_steps": 0}  # one program
+    prepared_run = prepared(pictures, **{**RUN, **settings})
+    state = run(*prepared_run, tmp_path)
     helpers.assert_close(helpers.host(state)["params"], helpers.host(whole_run[1])["ema_params"], 1e-4)
-    again = train_vae.train_and_evaluate(config, str(tmp_path))  # complete: nothing is done, nothing starts anew
+    again = run(*prepared_run, tmp_path)  # complete: nothing is done, nothing starts anew
     helpers.assert_equal(helpers.host(again), helpers.host(state))
 
 
-def test_a_start_that_does_not_fit_is_refused(whole_run, pictures, tmp_path):
-    for settings in ({}, {"keep_optimizer": True}):
+def test_a_start_that_does_not_fit_is_refused(whole_run, drawn, pictures, tmp_path):
+    other = helpers.zero_state(prepared(pictures, **RUN, model__z_channels=16).recipe)
+    for keep_optimizer in (False, True):
         with pytest.raises(ValueError, match="has shape .*, the config needs .*config.model") as error:
-            begun(pictures, whole_run[0], model__z_channels=16, **settings)
+            begun(whole_run[0], other, keep_optimizer)
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="is no run directory"):
-        begun(pictures, tmp_path / "nowhere")
+        begun(tmp_path / "nowhere", drawn)
     checkpoint.write_config(tmp_path, {"model": {"name": "rqvae"}})
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
-        begun(pictures, tmp_path, keep_optimizer=True)
+        begun(tmp_path, drawn, keep_optimizer=True)

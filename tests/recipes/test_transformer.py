@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 from typing import Any
 
 import helpers
@@ -12,10 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-import train_transformer
-from rq_jax import losses, models, quantize
+from rq_jax import checkpoint, losses, models, quantize, recipes
+from rq_jax.data import Dataset
 from rq_jax.data.text import train_tokenizer
 from rq_jax.devices import sharding
+from rq_jax.recipes import codes as frozen_codes
+from rq_jax.recipes.transformer import Losses, Transformer
 from rq_jax.training.state import TrainState
 
 (h, w, D), E, K = helpers.CODE_SHAPE, helpers.CODE_DIM, helpers.CODEBOOK_SIZE
@@ -54,21 +55,20 @@ def world(tmp_path_factory):
     pictures = helpers.write_pictures(root / "pictures")
     tokenizer = helpers.save_tokenizer(root / "tokenizer", pictures)
     train_tokenizer((path.read_text() for path in sorted(pictures.rglob("*.txt"))), 40, root / "bpe.json")
-    run = train_transformer.prepare(
-        helpers.transformer_config(pictures, "class", tokenizer=str(tokenizer), data__batch_size=16)
-    )
-    batch = next(run["dataset"].iterator())
-    encode = jax.jit(functools.partial(train_transformer.encode, run["tokenizer"].model))
-    return World(
-        pictures, tokenizer, root / "bpe.json", batch, np.asarray(encode(run["tokenizer"].variables, batch["image"]))
-    )
+    config = helpers.transformer_config(pictures, "class", tokenizer=str(tokenizer), data__batch_size=16)
+    recipe, data, _ = recipes.prepare(config, mesh=helpers.make_mesh())
+    batch = next(data.train.iterator())
+    encode = jax.jit(functools.partial(frozen_codes.encode, recipe.tokenizer.model))
+    latents = np.asarray(encode(recipe.tokenizer_variables, batch["image"]))
+    return World(pictures, tokenizer, root / "bpe.json", batch, latents)
 
 
 @dataclasses.dataclass
 class Step:
     """A step that was made: what went in and what came out."""
 
-    run: dict[str, Any]
+    recipe: Transformer
+    dataset: Dataset
     start: TrainState
     end: TrainState
     metrics: dict[str, np.ndarray]
@@ -79,42 +79,38 @@ class Step:
         return jax.tree.map(lambda a, b: np.asarray(a - b) / RATE, self.start.params, self.end.params)
 
 
-@functools.cache
-def initial_variables(model):
-    return jax.jit(functools.partial(models.init_variables, model))(jax.random.key(1))
+def loss_terms(state, metrics):
+    """A program of these alone has no backward pass."""
+    return None, {name: metrics[name] for name in metrics if name.endswith("loss")}
 
 
 @functools.cache
-def compiled_step(pictures, kind, mesh, settings):
-    """(run, state before the first step, the jitted step)."""
+def compiled_step(pictures, kind, mesh, read, settings):
+    """(recipe, data set, state before the first step, the jitted step)."""
     config = helpers.transformer_config(pictures, kind, **dict(settings))
-    run = train_transformer.prepare(config)
-    codebook = {"codebook_KE": run["tokenizer"].variables["codebook"]["codebook_KE"]}
-    model = run["model"].clone(residual_dropout=0.0, use_remat=False, dtype="float32")  # that draws the same
-    state = helpers.start_state({**initial_variables(model), "codebook": codebook}, config, run["optimizer"])
-    step = train_transformer.make_train_step(
-        run["model"], run["tokenizer"].model, run["optimizer"], run["loss"], config.loop.ema_decay
-    )
-    return run, state, jax.jit(step, out_shardings=(sharding.state_shardings(mesh, state), None))
+    recipe, data, _ = recipes.prepare(config, mesh=mesh)
+    codebook = {"codebook_KE": recipe.tokenizer.variables["codebook"]["codebook_KE"]}
+    model = recipe.model.clone(residual_dropout=0.0, use_remat=False, dtype="float32")  # that draws the same
+    state = helpers.start_state(recipe, {**helpers.drawn_variables(model, 1), "codebook": codebook})
+    return recipe, data.train, helpers.place(state, mesh), helpers.jit_update(recipe, read=read)
 
 
-def make_step(world, kind="class", mesh=None, state=None, batch=None, **settings) -> Step:
+def make_step(world, kind="class", mesh=None, state=None, batch=None, read=helpers.whole, **settings) -> Step:
     """One step of the small transformer, from latents unless the batch says otherwise."""
     mesh = mesh or helpers.make_mesh()
     settings = {**PLAIN, "tokenizer": str(world.tokenizer), "data__batch_size": 16, **settings}
     if kind == "text":
         settings["data__text_tokenizer"] = str(world.text_tokenizer)
-    run, start, step = compiled_step(world.pictures, kind, mesh, tuple(sorted(settings.items())))
-    tokenizer_variables = jax.device_put(run["tokenizer"].variables, sharding.replicated(mesh))
+    recipe, dataset, start, step = compiled_step(world.pictures, kind, mesh, read, tuple(sorted(settings.items())))
     if batch is None:
         batch = {"latents": world.latents}
     if kind == "class":
         batch = {**batch, "cond": world.batch["cond"]}
     elif kind == "text":
-        batch = {**batch, "cond": run["dataset"].examples(world.batch["index"])["cond"]}
-    state, _ = helpers.place(start if state is None else state, mesh)
-    end, metrics = step(state, sharding.put_batch(mesh, batch), tokenizer_variables)
-    return Step(run, state, end, jax.device_get(metrics))
+        batch = {**batch, "cond": dataset.examples(world.batch["index"])["cond"]}
+    state = start if state is None else helpers.place(state, mesh)
+    end, metrics = step(state, sharding.put_batch(mesh, batch), recipe.frozen)
+    return Step(recipe, dataset, state, end, jax.device_get(metrics))
 
 
 @pytest.fixture(scope="module")
@@ -123,16 +119,29 @@ def base(world):
     return make_step(world)
 
 
+@functools.partial(jax.jit, static_argnames="stochastic")
+def draw_codes(latents, codebook, temperature, rng, stochastic):
+    return quantize.soft_codes(
+        quantize.fold_patches(latents, (h, w)), codebook, D, temperature, rng if stochastic else None
+    )
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def apply(model, variables, codes, cond=None):
+    output = model.apply(variables, codes, cond)
+    cond_logits = None if output.cond_logits is None else jax.nn.log_softmax(output.cond_logits)
+    return jax.nn.log_softmax(output.logits), cond_logits
+
+
 def expected_code_loss(world, step: Step, soft: bool, stochastic: bool, cond=None) -> np.ndarray:
     """Cross-entropy by depth, all in one piece from the model's public output."""
-    rng = step.start.rng_of_step("codes")["codes"] if stochastic else None
-    codebook = step.run["tokenizer"].variables["codebook"]["codebook_KE"]
-    vectors = quantize.fold_patches(world.latents, (h, w))
-    soft_codes, codes = quantize.soft_codes(vectors, codebook, D, step.run["loss"].temperature, rng)
-    cond = world.batch["cond"] if cond is None else cond
-    logits = jax.jit(step.run["model"].apply)(step.start.variables, codes, cond).logits
-    targets = soft_codes if soft else jax.nn.one_hot(codes, K)
-    return -np.asarray((targets * jax.nn.log_softmax(logits)).sum(-1).mean((0, 1, 2)))
+    codebook = step.recipe.tokenizer.variables["codebook"]["codebook_KE"]
+    rng = step.start.rng_of_step("codes")["codes"]
+    soft_codes, codes = draw_codes(world.latents, codebook, step.recipe.losses.temperature, rng, stochastic)
+    cond = world.batch["cond"] if cond is None else cond.reshape(16, -1)
+    log_probabilities, _ = apply(step.recipe.model, step.start.variables, codes, cond)
+    targets = np.asarray(soft_codes) if soft else np.eye(K)[codes]
+    return -(targets * np.asarray(log_probabilities)).sum(-1).mean((0, 1, 2))
 
 
 # --- devices -----------------------------------------------------------------------------------------------------------
@@ -141,7 +150,7 @@ def expected_code_loss(world, step: Step, soft: bool, stochastic: bool, cond=Non
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [
-        ((8, 1, 1), {"optim__learning_rate": 0.1}),
+        ((8, 1, 1), {"optim__learning_rate": 0.1, "optim__clip_norm": 0.1}),
         ((8, 1, 1), {"optim__name": "adamw", "optim__learning_rate": 1e-3, "optim__accumulation_steps": 2}),
         ((2, 2, 2), {"optim__learning_rate": 0.1, "optim__clip_norm": 0.1}),
     ],
@@ -179,7 +188,8 @@ def without_key_bias(tree):
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_labels_and_codes_are_what_the_switches_say(world, soft, stochastic):
-    step = make_step(world, loss__use_soft_labels=soft, loss__use_stochastic_codes=stochastic)
+    settings = {"loss__use_soft_labels": soft, "loss__use_stochastic_codes": stochastic}
+    step = make_step(world, read=loss_terms, **settings)
     np.testing.assert_allclose(step.metrics["code_loss"], expected_code_loss(world, step, soft, stochastic), rtol=1e-5)
     np.testing.assert_allclose(step.metrics["loss"], step.metrics["code_loss"].mean(), rtol=1e-6)
     others = [(s, d) for s in (False, True) for d in (False, True) if (s, d) != (soft, stochastic)]
@@ -188,19 +198,19 @@ def test_labels_and_codes_are_what_the_switches_say(world, soft, stochastic):
 
 
 def test_without_both_switches_the_codes_are_the_tokenizers(world):
-    loss, tokenizer = train_transformer.Losses(use_stochastic_codes=False), make_tokenizer(world)
+    loss, tokenizer = Losses(use_stochastic_codes=False), load_tokenizer(world)
     codes, residuals = loss.draw(world.latents, tokenizer.model, tokenizer.variables["codebook"]["codebook_KE"], None)
     encode_to_codes = jax.jit(functools.partial(tokenizer.model.apply, method="encode_to_codes"))
     np.testing.assert_array_equal(codes, encode_to_codes(tokenizer.variables, world.batch["image"]))
     np.testing.assert_allclose(residuals[..., 0, :], quantize.fold_patches(world.latents, (h, w)), atol=1e-6)
 
 
-def make_tokenizer(world):
-    return train_transformer.checkpoint.load_tokenizer(world.tokenizer)
+def load_tokenizer(world):
+    return checkpoint.load_tokenizer(world.tokenizer)
 
 
 def test_temperature_is_that_of_the_soft_codes(world):
-    step = make_step(world, loss__temperature=2.0, **DETERMINISTIC)
+    step = make_step(world, read=loss_terms, loss__temperature=2.0, **DETERMINISTIC)
     np.testing.assert_allclose(step.metrics["code_loss"], expected_code_loss(world, step, True, False), rtol=1e-5)
 
 
@@ -212,11 +222,11 @@ def test_image_weight_scales_the_loss_alone(world, base):
 
 
 def test_text_loss_is_weighed_against_the_codes(world):
-    step = make_step(world, "text", loss__image_weight=0.7, loss__text_weight=0.3)
-    tokens = step.run["dataset"].examples(world.batch["index"])["cond"]
+    step = make_step(world, "text", read=loss_terms, loss__image_weight=0.7, loss__text_weight=0.3)
+    tokens = step.dataset.examples(world.batch["index"])["cond"]
     codes = jnp.zeros((16, h, w, D), jnp.int32)  # nothing in front of a caption depends on the codes
-    cond_logits = jax.jit(step.run["model"].apply)(step.start.variables, codes, tokens).cond_logits
-    text_loss = -np.take_along_axis(jax.nn.log_softmax(cond_logits), tokens[:, 1:, None], -1).mean()
+    _, cond_log_probabilities = apply(step.recipe.model, step.start.variables, codes, tokens)
+    text_loss = -np.take_along_axis(np.asarray(cond_log_probabilities), tokens[:, 1:, None], -1).mean()
     np.testing.assert_allclose(step.metrics["text_loss"], text_loss, rtol=1e-5)
     expected = expected_code_loss(world, step, True, True, tokens)
     np.testing.assert_allclose(step.metrics["code_loss"], expected, rtol=1e-5)
@@ -251,16 +261,26 @@ def test_null_condition_changes_nothing_for_conditions_that_are_kept(world, base
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_chunks_change_neither_loss_nor_gradient(world, base, monkeypatch, soft):
-    whole = base if soft else make_step(world, loss__use_soft_labels=False)
-    asked = []
+    recipe, rng = base.recipe, np.random.default_rng(0)
+    loss = dataclasses.replace(recipe.losses, use_soft_labels=soft)
+    codebook = recipe.tokenizer.variables["codebook"]["codebook_KE"]
+    codes, residuals = loss.draw(world.latents, recipe.model, codebook, jax.random.key(0))
+    hidden = rng.normal(size=(16, h, w, D, recipe.model.model_dim)).astype(np.float32)
+
+    def nats(params, hidden):
+        variables = {**base.start.variables, "params": params}
+        nats_BD = loss.code_nats(recipe.model, variables, hidden, codes, residuals, codebook)
+        return nats_BD.mean(), nats_BD
+
+    def value_and_grads():
+        return jax.jit(jax.value_and_grad(lambda *x: nats(*x), (0, 1), has_aux=True))(base.start.params, hidden)
+
+    whole, asked = value_and_grads(), []
     monkeypatch.setattr(losses, "num_loss_chunks", lambda *sizes: asked.append(sizes) or 4)
-    monkeypatch.setattr(
-        sys.modules[__name__], "compiled_step", compiled_step.__wrapped__
-    )  # which asks when it is traced
-    chunked = make_step(world, loss__use_soft_labels=soft)
+    chunked = value_and_grads()
     assert asked[0][:4] == (16, h * w, D, K)
-    helpers.assert_close(chunked.metrics, whole.metrics)
-    helpers.assert_close(chunked.grads, whole.grads)
+    helpers.assert_close(chunked, whole)
+    assert np.abs(whole[1][1]).max() > 0
 
 
 def test_loss_at_paper_size_holds_a_fraction_of_its_logits():
@@ -270,11 +290,11 @@ def test_loss_at_paper_size_holds_a_fraction_of_its_logits():
         "rqtransformer", codebook_size=K, code_shape=(8, 8, 4), code_dim=E, model_dim=M, num_heads=24,
         spatial_layers=1, depth_layers=1,
     )  # fmt: skip
-    loss = train_transformer.Losses()
+    loss = Losses()
 
     def mean_loss(params, hidden, codes, residuals, codebook):
         variables = {"params": params, "codebook": {"codebook_KE": codebook}}
-        return loss.by_depth(model, variables, hidden, codes, residuals, codebook).mean()
+        return loss.code_nats(model, variables, hidden, codes, residuals, codebook).mean()
 
     def shape(dims, dtype, spec):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=NamedSharding(mesh, spec))
@@ -307,19 +327,22 @@ def test_remat_changes_nothing_but_memory(world):
 
 
 def test_dropout_is_for_training_and_fresh_each_step(world, base):
-    step = make_step(world, model__residual_dropout=0.2, **DETERMINISTIC)
-    later = make_step(world, model__residual_dropout=0.2, state=step.start.replace(step=jnp.int32(1)), **DETERMINISTIC)
+    settings = {"model__residual_dropout": 0.2, "read": loss_terms, **DETERMINISTIC}
+    step = make_step(world, **settings)
+    later = make_step(world, state=step.start.replace(step=jnp.int32(1)), **settings)
     plain = expected_code_loss(world, step, True, False)  # the model called without train=True
     assert np.all(step.metrics["code_loss"] != later.metrics["code_loss"])
     assert np.abs(step.metrics["code_loss"] - plain).max() > 1e-5
 
 
 def test_bfloat16_is_for_the_network(world, base):
-    step = make_step(world, model__dtype="bfloat16")
-    state = (step.end.params, step.end.model_state, step.end.opt_state, step.end.ema_params)
+    step = make_step(world, read=loss_terms, model__dtype="bfloat16")
+    batch = {"latents": world.latents, "cond": world.batch["cond"]}
+    end, metrics = jax.eval_shape(step.recipe.update, step.start, batch, step.recipe.frozen)
+    state = (end.params, end.model_state, end.opt_state, end.ema_params)
     floats = {leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)}
     assert floats == {np.dtype("float32")}
-    assert {value.dtype for value in jax.tree.leaves(step.metrics)} <= {np.dtype("float32"), np.dtype("int32")}
+    assert {value.dtype for value in jax.tree.leaves(metrics)} <= {np.dtype("float32"), np.dtype("int32")}
     assert helpers.differs(step.metrics["code_loss"], base.metrics["code_loss"])
     np.testing.assert_allclose(step.metrics["code_loss"], base.metrics["code_loss"], rtol=1e-2)
 
@@ -345,14 +368,14 @@ def test_micro_batches_draw_for_themselves(world):
     # Both micro-batches are the same eight pictures: only what they draw tells them apart.
     rows = world.latents[:8]
     batch = {"latents": np.repeat(rows, 2, axis=0)}
-    step = make_step(world, "unconditional", batch=batch, optim__accumulation_steps=2)
+    step = make_step(world, "unconditional", batch=batch, read=loss_terms, optim__accumulation_steps=2)
     rng = step.start.rng_of_step("codes")["codes"]
-    codebook = make_tokenizer(world).variables["codebook"]["codebook_KE"]
-    vectors, expected, draws = quantize.fold_patches(rows, (h, w)), 0.0, []
+    codebook = load_tokenizer(world).variables["codebook"]["codebook_KE"]
+    expected, draws = 0.0, []
     for i in range(2):
-        soft, codes = quantize.soft_codes(vectors, codebook, D, 0.5, jax.random.fold_in(rng, i))
-        logits = jax.jit(step.run["model"].apply)(step.start.variables, codes).logits
-        expected -= np.asarray((soft * jax.nn.log_softmax(logits)).sum(-1).mean((0, 1, 2))) / 2
+        soft, codes = draw_codes(rows, codebook, 0.5, jax.random.fold_in(rng, i), True)
+        log_probabilities, _ = apply(step.recipe.model, step.start.variables, codes)
+        expected -= (np.asarray(soft) * np.asarray(log_probabilities)).sum(-1).mean((0, 1, 2)) / 2
         draws.append(codes)
     assert helpers.differs(*draws)
     np.testing.assert_allclose(step.metrics["code_loss"], expected, rtol=1e-5)

@@ -17,10 +17,14 @@ import numpy as np
 import pytest
 
 import sample
-import train_transformer
-from rq_jax import checkpoint
+from rq_jax import checkpoint, recipes
+from rq_jax.data import make_dataset
 from rq_jax.data.text import train_tokenizer
 from rq_jax.files import RunLock
+from rq_jax.recipes import codes as frozen_codes
+from rq_jax.recipes.codes import CodeCounter
+from rq_jax.recipes.transformer import Transformer
+from rq_jax.training import run
 
 (h, w, D), K = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE
 DEPTHS = range(1, D + 1)
@@ -50,6 +54,11 @@ def places(tmp_path_factory):
     return Places(pictures, tokenizer, root / "bpe.json")
 
 
+def prepare(places, kind="class", mesh=None, **settings):
+    """A run on one device, where nothing is partitioned and programs compile faster."""
+    return recipes.prepare(make_config(places, kind, **settings), mesh=mesh or helpers.make_mesh())
+
+
 def make_config(places, kind="class", **settings):
     if kind == "text":
         settings = {"data__text_tokenizer": str(places.text_tokenizer), **settings}
@@ -64,20 +73,20 @@ RUN = {"loop__use_latent_cache": True, "data__flip_probability": 0.5, "loop__ema
 
 def test_a_second_trainer_writes_nothing(places, tmp_path):
     with RunLock(tmp_path / "run"), pytest.raises(ValueError, match="^workdir: '.*run' is in use by process"):
-        train_transformer.train_and_evaluate(make_config(places, **RUN), str(tmp_path / "run"))
+        recipes.train(make_config(places, **RUN), str(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock.json"]
 
 
 def stop_at(monkeypatch, step: int):
     """Interrupt this process while it logs its `step`-th step."""
-    summarize, steps = train_transformer.summarize, iter(range(1, 100))
+    summarize, steps = Transformer.summarize, iter(range(1, 100))
 
-    def summarize_and_stop(means):
+    def summarize_and_stop(recipe, means):
         if next(steps) == step:
             os.kill(os.getpid(), signal.SIGINT)
-        return summarize(means)
+        return summarize(recipe, means)
 
-    monkeypatch.setattr(train_transformer, "summarize", summarize_and_stop)
+    monkeypatch.setattr(Transformer, "summarize", summarize_and_stop)
 
 
 @pytest.fixture(scope="module")
@@ -86,27 +95,27 @@ def whole_run(places, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     tokenizer = shutil.copytree(places.tokenizer, root / "stage1")
     config = make_config(places, tokenizer=str(tokenizer), **RUN)
-    state = train_transformer.train_and_evaluate(config, str(root / "stage2"))
+    state = recipes.train(config, str(root / "stage2"))
     shutil.rmtree(tokenizer)
     return root / "stage2", state
 
 
 def training_labels(places) -> np.ndarray:
-    data = train_transformer.prepare(make_config(places))["in_order"]
+    data = prepare(places).data.ordered
     return data.examples(np.arange(data.num_examples))["cond"][:, 0]
 
 
 def test_classes_are_counted_where_all_pictures_are_seen(places, monkeypatch):
-    run = train_transformer.prepare(make_config(places))
-    variables, N = run["tokenizer"].variables, run["in_order"].num_examples
-    codes, classes = train_transformer.count_training_set(run, variables)
-    assert codes.shape == (D, K) and set(codes.sum(-1)) == {N * h * w}
-    assert classes == np.bincount(training_labels(places), minlength=5).tolist() and sum(classes) == N
-    monkeypatch.setattr(train_transformer, "NUM_COUNTED", 1)
-    assert run["in_order"].batch_size < N and train_transformer.count_training_set(run, variables)[1] is None
+    recipe, data, _ = prepare(places)
+    counter = CodeCounter(recipe.tokenizer.model, recipe.tokenizer_variables, recipe.mesh)
+    codes, classes = counter.count(data.ordered)
+    assert codes.shape == (D, K) and set(codes.sum(-1)) == {data.ordered.num_examples * h * w}
+    assert classes == np.bincount(training_labels(places), minlength=5).tolist()
+    assert sum(classes) == data.ordered.num_examples
+    monkeypatch.setattr(frozen_codes, "NUM_COUNTED", 1)
+    assert data.ordered.batch_size < data.ordered.num_examples and counter.count(data.ordered)[1] is None
     monkeypatch.undo()
-    run = train_transformer.prepare(make_config(places, "unconditional"))
-    assert train_transformer.count_training_set(run, variables)[1] is None
+    assert counter.count(prepare(places, "unconditional").data.ordered)[1] is None
 
 
 def test_run_directory_holds_everything(places, whole_run):
@@ -134,7 +143,7 @@ def test_evaluation_is_that_of_the_nearest_held_out_codes(whole_run, places):
     loaded = checkpoint.load_model(workdir)
     codes, labels = {}, {}
     for split in ("train", "validation"):
-        data = train_transformer.make_dataset(
+        data = make_dataset(
             name="folder", data_dir=places.pictures, split=split, train=False, batch_size=5, image_size=16,
             label_key="folder",
         )  # fmt: skip
@@ -177,36 +186,47 @@ def test_run_makes_pictures_without_its_stage_1(whole_run, tmp_path):
 def test_resumed_run_is_the_uninterrupted_one(whole_run, places, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         stop_at(patch, 3)
-        train_transformer.train_and_evaluate(make_config(places, **RUN), str(tmp_path))
+        recipes.train(make_config(places, **RUN), str(tmp_path))
     assert stop.value.code == 128 + signal.SIGINT
     assert helpers.read_metrics(tmp_path).keys() == {1, 2, 3}
-    state = train_transformer.train_and_evaluate(make_config(places, **RUN), str(tmp_path))
+    state = recipes.train(make_config(places, **RUN), str(tmp_path))
     helpers.assert_equal(helpers.host(state), helpers.host(whole_run[1]))
     assert helpers.read_metrics(tmp_path) == helpers.read_metrics(whole_run[0])
 
 
 def test_text_run_carries_its_text_tokenizer(places, tmp_path):
     text = {"loss__image_weight": 0.9, "loss__text_weight": 0.1, "data__text_dropout": 0.1, "loop__total_steps": 1}
-    state = train_transformer.train_and_evaluate(make_config(places, "text", **text), str(tmp_path / "run"))
+    state = run(*prepare(places, "text", **text), tmp_path / "run")
     assert "text_loss" in helpers.read_metrics(tmp_path / "run")[1] and int(state.skipped_steps) == 0
     assert json.loads((tmp_path / "run" / "text_tokenizer.json").read_text())["model"]["type"] == "BPE"
 
 
+@pytest.fixture(scope="module")
+def scripted(places):
+    """A run of six steps whose evaluations are scripted, and which measures nothing before it starts."""
+    settings = {"loop__evaluate_every_steps": 1, "loop__checkpoint_every_steps": 100, "loop__total_steps": 6}
+    return prepare(places, loop__keep_checkpoints=9, **settings)
+
+
 def script_evaluations(monkeypatch, losses):
-    """Replace all evaluations by a list of validation losses, and what stage 2 measures before it starts."""
+    """Replace all evaluations by a list of validation losses."""
     losses = iter(losses)
-    validation = helpers.validation(lambda _: ({"validation_loss": next(losses)}, {}))
-    monkeypatch.setattr(train_transformer, "make_validation", lambda *_: validation)
-    monkeypatch.setattr(train_transformer, "count_training_set", lambda *_: (np.ones((D, K)), None))
-    monkeypatch.setattr(train_transformer, "unigram_mark", lambda *_: np.ones(D))
+
+    def start(recipe, workdir, data, is_fresh):
+        checkpoint.bind_tokenizer(workdir, recipe.tokenizer)
+        return recipe, data  # itself, with the programs that it has compiled
+
+    monkeypatch.setattr(Transformer, "start", start)
+    monkeypatch.setattr(Transformer, "evaluate", lambda recipe, state, batch: ({}, None))
+    monkeypatch.setattr(Transformer, "report", lambda *_: ({"validation_loss": next(losses)}, {}))
 
 
 @pytest.mark.parametrize("patience", [0, 2])
-def test_early_stopping_keeps_the_best_weights(places, tmp_path, monkeypatch, patience):
-    settings = {"loop__evaluate_every_steps": 1, "loop__checkpoint_every_steps": 100, "loop__total_steps": 6}
-    config = make_config(places, loop__early_stopping_evaluations=patience, loop__keep_checkpoints=9, **settings)
+def test_early_stopping_keeps_the_best_weights(scripted, tmp_path, monkeypatch, patience):
+    recipe, data, settings = scripted
+    settings = dataclasses.replace(settings, early_stopping_evaluations=patience)
     script_evaluations(monkeypatch, [3.0, 2.0, 2.5, 2.5, 1.0, 1.0])
-    state = train_transformer.train_and_evaluate(config, str(tmp_path))
+    state = run(recipe, data, settings, tmp_path)
     if not patience:
         assert int(state.step) == 6 and not (tmp_path / "best").exists()
         return
@@ -216,7 +236,7 @@ def test_early_stopping_keeps_the_best_weights(places, tmp_path, monkeypatch, pa
     assert helpers.differs(checkpoint.load_model(tmp_path).variables["params"], last)
     helpers.assert_equal(checkpoint.load_model(tmp_path, step=4).variables["params"], last)
     # A run that has stopped stays so.
-    again = train_transformer.train_and_evaluate(config, str(tmp_path))
+    again = run(recipe, data, settings, tmp_path)
     assert int(again.step) == 4
 
 
@@ -224,31 +244,36 @@ def test_early_stopping_keeps_the_best_weights(places, tmp_path, monkeypatch, pa
 
 
 def open_cache(places, directory, **settings):
-    config = make_config(places, loop__use_latent_cache=True, **settings)
-    run = train_transformer.prepare(config)
-    return run, train_transformer.cached_latents(run, run["tokenizer"].variables, config, str(directory))
+    recipe, data, _ = prepare(places, loop__use_latent_cache=True, **settings)
+    arguments = recipe.tokenizer_variables, data.ordered, recipe.config["data"], directory / "latents", recipe.seed
+    return recipe, data, frozen_codes.cached_latents(recipe.tokenizer.model, *arguments)
+
+
+def make_encoder(recipe):
+    encode = jax.jit(functools.partial(frozen_codes.encode, recipe.tokenizer.model))
+    return functools.partial(encode, recipe.tokenizer_variables)
 
 
 def test_cache_holds_what_encoding_on_the_fly_gives(places, tmp_path):
-    run, cached = open_cache(places, tmp_path)
-    encode = jax.jit(functools.partial(train_transformer.encode, run["tokenizer"].model))
-    on_the_fly, from_cache = run["dataset"].iterator(), cached.iterator()
+    recipe, data, cached = open_cache(places, tmp_path)
+    encode = make_encoder(recipe)
+    on_the_fly, from_cache = data.train.iterator(), cached.iterator()
     for _ in range(5):  # two epochs of 20 pictures
         batch, stored = next(on_the_fly), next(from_cache)
         assert stored.keys() == {"latents", "cond", "index"}
         for name in ("cond", "index"):
             np.testing.assert_array_equal(stored[name], batch[name])
-        np.testing.assert_allclose(stored["latents"], encode(run["tokenizer"].variables, batch["image"]), atol=1e-5)
+        np.testing.assert_allclose(stored["latents"], encode(batch["image"]), atol=1e-5)
 
 
 def test_cache_holds_both_views_where_pictures_are_mirrored(places, tmp_path):
-    run, cached = open_cache(places, tmp_path, data__flip_probability=0.5)
-    encode = jax.jit(functools.partial(train_transformer.encode, run["tokenizer"].model))
+    recipe, data, cached = open_cache(places, tmp_path, data__flip_probability=0.5)
+    encode = make_encoder(recipe)
     iterator, mirrored = cached.iterator(), []
     for _ in range(3):
         batch = next(iterator)
-        images = run["dataset"].examples(batch["index"])["image"]
-        views = [np.asarray(encode(run["tokenizer"].variables, x)) for x in (images, images[:, :, ::-1])]
+        images = data.train.examples(batch["index"])["image"]
+        views = [np.asarray(encode(x)) for x in (images, images[:, :, ::-1])]
         errors = np.stack([np.abs(view - batch["latents"]).max((1, 2, 3)) for view in views])
         np.testing.assert_allclose(errors.min(0), 0, atol=1e-5)
         mirrored += list(errors.argmin(0))
@@ -261,7 +286,7 @@ def test_cache_is_made_once_for_the_same_pictures_and_tokenizer(places, tmp_path
     def fail(*_):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(train_transformer, "encode", fail)
+    monkeypatch.setattr(frozen_codes, "encode", fail)
     open_cache(places, tmp_path)
     with pytest.raises(AssertionError, match="encoded again"):
         open_cache(places, tmp_path, data__flip_probability=0.5)
@@ -277,8 +302,10 @@ def nothing_compiles(monkeypatch):
     def fail(*_):
         raise AssertionError("settings must be refused before anything compiles")
 
-    for name in ("init_state", "count_training_set", "unigram_mark", "cached_latents"):
-        monkeypatch.setattr(train_transformer, name, fail)
+    monkeypatch.setattr(Transformer, "init", fail)
+    for name in ("count", "unigram_nats", "report_soft_codes"):
+        monkeypatch.setattr(CodeCounter, name, fail)
+    monkeypatch.setattr(frozen_codes, "cached_latents", fail)
 
 
 TEXT = {"kind": "text"}
@@ -323,7 +350,7 @@ def test_bad_settings_are_refused_in_one_line(places, tmp_path, nothing_compiles
     settings, message = REFUSED[case]
     config = make_config(places, **settings)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        train_transformer.train_and_evaluate(config, str(tmp_path / "run"))
+        recipes.train(config, str(tmp_path / "run"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -334,7 +361,7 @@ def test_unknown_keys_are_refused(places, tmp_path, nothing_compiles):
         with config.unlocked():
             config[key].colour = 1
         with pytest.raises(ValueError, match=rf"{key}.colour: unknown"):
-            train_transformer.train_and_evaluate(config, str(tmp_path / "run"))
+            recipes.train(config, str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
@@ -350,7 +377,7 @@ def test_what_is_no_stage_1_run_is_refused(places, whole_run, tmp_path, nothing_
     }
     for directory, message in cases.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-            train_transformer.train_and_evaluate(make_config(places, tokenizer=str(directory)), str(tmp_path / "run"))
+            recipes.train(make_config(places, tokenizer=str(directory)), str(tmp_path / "run"))
         assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
@@ -360,7 +387,7 @@ def test_another_tokenizer_on_resume_is_refused_naming_both(whole_run, places, t
     prints = [checkpoint.fingerprint(checkpoint.load_model(d).variables) for d in (other, places.tokenizer)]
     before = (whole_run[0] / "config.json").read_bytes()
     with pytest.raises(ValueError, match=f"tokenizer: fingerprint {prints[0]} differs from {prints[1]}"):
-        train_transformer.train_and_evaluate(make_config(places, tokenizer=str(other), **RUN), str(whole_run[0]))
+        recipes.train(make_config(places, tokenizer=str(other), **RUN), str(whole_run[0]))
     assert (whole_run[0] / "config.json").read_bytes() == before
     helpers.assert_equal(
         checkpoint.load_model(whole_run[0]).tokenizer.variables, checkpoint.load_model(places.tokenizer).variables
@@ -369,8 +396,10 @@ def test_another_tokenizer_on_resume_is_refused_naming_both(whole_run, places, t
 
 def test_the_stage_1_directory_is_no_place_for_stage_2(places, tmp_path, nothing_compiles):
     both = shutil.copytree(places.tokenizer, tmp_path / "both")
-    with pytest.raises(ValueError, match="workdir: '.*both' is that of the tokenizer; give stage 2 a --workdir"):
-        train_transformer.train_and_evaluate(make_config(places, tokenizer=str(both)), str(both))
+    with pytest.raises(
+        ValueError, match="workdir: '.*both' holds a run of 'rqvae', not of 'rqtransformer'; give another --workdir"
+    ):
+        recipes.train(make_config(places, tokenizer=str(both)), str(both))
     assert checkpoint.read_config(both)["model"]["name"] == "rqvae"
 
 

@@ -1,0 +1,173 @@
+"""Both stages as a library: models, recipes and data made by hand, without a config."""
+
+import functools
+import os
+import signal
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+from rq_jax import checkpoint, data, models, recipes, sampling
+from rq_jax.checkpoint import saver
+from rq_jax.recipes.codes import CodeCounter
+from rq_jax.recipes.transformer import Losses
+from rq_jax.training import LoopSettings, make_optimizer, run
+
+TOKENIZER = dict(
+    name="rqvae", image_size=16, in_channels=3, width=8, width_multipliers=(1, 2), num_res_blocks=1, norm_groups=4,
+    attention_resolutions=(), z_channels=8, code_shape=(4, 4, 2), code_dim=32, codebook_size=7, use_remat=False,
+)  # fmt: skip
+TRANSFORMER = dict(
+    name="rqtransformer", code_shape=(4, 4, 2), code_dim=32, codebook_size=7, model_dim=12, num_heads=2,
+    spatial_layers=1, depth_layers=1, cond_vocab_size=3, cond_length=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with helpers.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def splits():
+    rng = np.random.default_rng(0)
+    images, held_out = (rng.integers(0, 256, (count, 16, 16, 3), np.uint8) for count in (12, 6))
+    return data.from_arrays(images, held_out, np.arange(12) % 3, np.arange(6) % 3, batch_size=4)
+
+
+def settings(total_steps, **more):
+    intervals = {"log_every_steps": 5, "evaluate_every_steps": 10, "checkpoint_every_steps": 5}
+    return LoopSettings(total_steps, **{**intervals, **more})
+
+
+@pytest.fixture(scope="module")
+def trained_tokenizer(splits, tmp_path_factory):
+    """(run directory, recipe, last state) of ten steps."""
+    model, optimizer = models.create(**TOKENIZER), make_optimizer(learning_rate=1e-3, total_steps=10)
+    recipe = recipes.Tokenizer(model, optimizer, mesh=helpers.make_mesh(), ema_decay=0.9)
+    workdir = tmp_path_factory.mktemp("tokenizer")
+    return workdir, recipe, run(recipe, splits, settings(10), workdir)
+
+
+def make_transformer(trained_tokenizer, **more):
+    optimizer = make_optimizer(learning_rate=1e-3, total_steps=3)
+    tokenizer = checkpoint.load_tokenizer(trained_tokenizer[0])
+    return recipes.Transformer(models.create(**TRANSFORMER), tokenizer, optimizer, mesh=helpers.make_mesh(), **more)
+
+
+@pytest.fixture(scope="module")
+def interrupted_start(trained_tokenizer, splits, tmp_path_factory):
+    """A run directory after a SIGINT between the counts of the codes and the first step."""
+    shown_cond = np.arange(36)[:, None] % 3
+    recipe, workdir = make_transformer(trained_tokenizer, shown_cond=shown_cond), tmp_path_factory.mktemp("transformer")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CodeCounter, "unigram_nats", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        run(recipe, splits, settings(3), workdir)
+    return workdir, recipe, sorted(path.name for path in workdir.iterdir()), saver.steps_of(workdir / "checkpoints")
+
+
+@pytest.fixture(scope="module")
+def trained_transformer(interrupted_start, splits):
+    """(run directory, recipe, last state) of three steps, where a start was interrupted before."""
+    workdir, recipe, *_ = interrupted_start
+    return workdir, recipe, run(recipe, splits, settings(3), workdir)
+
+
+def test_a_tokenizer_is_trained_and_loaded(trained_tokenizer):
+    workdir, recipe, state = trained_tokenizer
+    assert int(state.step) == 10 and int(state.skipped_steps) == 0
+    assert np.isfinite(helpers.read_metrics(workdir)[10]["validation_loss"])
+    loaded = checkpoint.load_model(workdir)
+    assert loaded.model == recipe.model
+    helpers.assert_equal(loaded.variables, jax.device_get(state.ema_variables))
+
+
+def test_a_transformer_is_trained_on_it_and_sampled(trained_tokenizer, trained_transformer, splits):
+    workdir, recipe, state = trained_transformer
+    assert int(state.step) == 3 and int(state.skipped_steps) == 0
+    loaded = checkpoint.load_model(workdir)
+    assert loaded.model == recipe.model
+    helpers.assert_equal(loaded.variables["params"], jax.device_get(state.params))
+    helpers.assert_equal(loaded.tokenizer.variables, checkpoint.load_model(trained_tokenizer[0]).variables)
+    assert loaded.config["class_names"] == list(splits.train.class_names)
+    codes = sampling.generate(loaded.model, loaded.variables, jax.random.key(1), 36, np.arange(36)[:, None] % 3)
+    assert codes.shape == (36, 4, 4, 2) and 0 <= codes.min() and codes.max() < 7
+    decode = jax.jit(functools.partial(loaded.tokenizer.model.apply, method="decode_codes"))
+    images = decode(loaded.tokenizer.variables, codes[:2])
+    assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
+
+
+def test_a_signal_during_the_start_ends_it_at_once(interrupted_start, trained_transformer):
+    """Nothing is lost that was there, and the next start is a fresh one."""
+    _, _, names, steps = interrupted_start
+    assert "metrics.jsonl" not in names and "config.json" not in names and steps == []
+    assert list(helpers.read_metrics(trained_transformer[0])) == [3]
+
+
+def test_settings_of_a_model_make_the_model():
+    for keywords in (TOKENIZER, TRANSFORMER):
+        model = models.create(**keywords)
+        of_model = models.settings_of(model)
+        assert keywords.items() <= of_model.items()
+        assert models.create(**of_model) == model
+    assert models.create(**{**of_model, "model_dim": 24}) != model
+
+
+def test_a_recipe_without_a_config_writes_that_of_its_model(trained_tokenizer, trained_transformer):
+    assert trained_tokenizer[1].config == {"model": models.settings_of(trained_tokenizer[1].model)}
+    assert checkpoint.read_config(trained_tokenizer[0])["model"]["codebook_size"] == 7
+    recipe = trained_transformer[1]
+    assert recipe.config == {"model": models.settings_of(recipe.model), "sample": {}}
+
+
+def test_recipes_refuse_settings_that_do_not_fit(trained_tokenizer):
+    model, optimizer = models.create(**TOKENIZER), make_optimizer(learning_rate=1e-3, total_steps=10)
+    with pytest.raises(ValueError, match=r"^loop.ema_decay: 1 is outside \[0, 1\); 0 keeps no average$"):
+        recipes.Tokenizer(model, optimizer, ema_decay=1)
+    with pytest.raises(ValueError, match="^optim.accumulation_steps: 2 is for stage 2; "):
+        recipes.Tokenizer(model, optimizer._replace(accumulation_steps=2))
+    with pytest.raises(ValueError, match="^guidance: 2.0 needs a model trained with use_null_cond"):
+        make_transformer(trained_tokenizer, sample={"guidance": 2.0})
+    with pytest.raises(ValueError, match="^loss.cond_dropout: 0.1 and model.use_null_cond: False belong together"):
+        make_transformer(trained_tokenizer, losses=Losses(cond_dropout=0.1))
+
+
+# --- the run of a config -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return helpers.write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def test_a_prepared_run_is_what_training_run_takes(pictures):
+    mesh = helpers.make_mesh()
+    prepared = recipes.prepare(helpers.vae_config(pictures, loop__keep_best=True), stage=1, mesh=mesh)
+    assert isinstance(prepared, recipes.Prepared) and prepared._fields == ("recipe", "data", "settings")
+    assert isinstance(prepared.recipe, recipes.Tokenizer) and prepared.recipe.mesh == mesh
+    assert prepared.settings.total_steps == 4 and prepared.settings.keep_best
+    assert prepared.data.train.num_examples == prepared.data.ordered.num_examples == 20
+    assert prepared.data.validation.num_examples == 5
+    assert recipes.prepare(helpers.vae_config(pictures)).recipe.mesh.devices.size == 8  # all, where none is given
+
+
+def test_a_script_refuses_the_model_of_the_other(pictures, tmp_path):
+    cases = {
+        2: (helpers.vae_config(pictures), "'rqvae' is a model of stage 1, not of stage 2"),
+        1: (helpers.transformer_config(pictures), "'rqtransformer' is a model of stage 2, not of stage 1"),
+    }
+    for stage, (config, words) in cases.items():
+        with pytest.raises(ValueError, match=f"^model.name: {words}; use its own script$"):
+            recipes.train(config, str(tmp_path / "run"), stage=stage)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_model_is_refused(pictures, tmp_path):
+    for name in ("vqgan", "discriminator"):  # a model, but none that is trained by itself
+        config = helpers.vae_config(pictures, model__name=name)
+        with pytest.raises(ValueError, match=f"^model.name: '{name}' is unknown; allowed are rqvae, rqtransformer$"):
+            recipes.train(config, str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
