@@ -73,7 +73,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def keep_compiled_programs() -> None:
     """Caches compiled programs between processes: in `JAX_COMPILATION_CACHE_DIR` if set, else ~/.cache/rq_jax/jax."""
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "rq_jax" / "jax"))
 
 
