@@ -77,7 +77,7 @@ class Adversary:
 
     def ramp(self, step: jax.Array) -> jax.Array:
         """Share of the generator's term at a step from the start on: above 0, then 1."""
-        return jnp.clip((step + 1.0 - self.start_steps) / max(self.warmup_steps, 1), 0.0, 1.0)
+        return jnp.clip((step.astype(jnp.float32) + 1.0 - self.start_steps) / max(self.warmup_steps, 1), 0.0, 1.0)
 
     def idle(self) -> AdversarialUpdate:
         """Before the start: nothing changes, every metric is 0."""

@@ -148,6 +148,7 @@ def test_a_training_step_is_that_of_a_cpu(device, make):
         np.testing.assert_allclose(actual, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max(), err_msg=name)
 
 
+@jax.numpy_dtype_promotion("standard")  # for jax.nn.dot_product_attention, which mixes bfloat16 with float32
 def test_a_training_step_in_bfloat16_is_finite(device):
     frozen = LoadedModel(TOKENIZER, variables_of(TOKENIZER), {}, None)
     model = TRANSFORMER.clone(dtype="bfloat16", use_flash_attention=True)
