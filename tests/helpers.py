@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AxisType
 from PIL import Image
 
@@ -244,6 +245,21 @@ def jit_update(recipe, phase=None, read=whole):
         return read(new, metrics)
 
     return jax.jit(step)
+
+
+def program_text(recipe, state, batch, phase=None, read=whole) -> str:
+    """The program of `read(*update(...))` as text, without what `read` leaves out: equal texts compute the same."""
+
+    def step(state, batch, frozen):
+        return read(*recipe.update(state, batch, frozen, phase))
+
+    program = jax.make_jaxpr(step)(state, batch, recipe.frozen).jaxpr
+    return str(dce_jaxpr(program, [True] * len(program.outvars))[0])
+
+
+def without_average(state, metrics):
+    """What `program_text` reads where the average of the weights plays no part."""
+    return state.replace(ema_params=None), metrics
 
 
 class HeldOut:

@@ -377,7 +377,7 @@ class Tokenizer:
 
     # --- the log ---
 
-    @property
+    @functools.cached_property
     def flops_per_image(self) -> float:
         """Of the model, forward and backward."""
         return autoencoder_flops(self.model)
