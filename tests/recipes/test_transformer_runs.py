@@ -16,7 +16,6 @@ import jax
 import numpy as np
 import pytest
 
-import sample
 from rq_jax import checkpoint, recipes
 from rq_jax.data import make_dataset
 from rq_jax.data.text import train_tokenizer
@@ -24,6 +23,7 @@ from rq_jax.files import RunLock
 from rq_jax.recipes import codes as frozen_codes
 from rq_jax.recipes.codes import CodeCounter
 from rq_jax.recipes.transformer import Transformer
+from rq_jax.sampling import images
 from rq_jax.training import run
 
 (h, w, D), K = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE
@@ -178,9 +178,12 @@ def test_tokenizer_is_frozen_and_travels_with_the_run(whole_run, places):
 def test_run_makes_pictures_without_its_stage_1(whole_run, tmp_path):
     workdir, _ = whole_run
     alone = shutil.copytree(workdir, tmp_path / "alone", ignore=shutil.ignore_patterns("latents", "pictures"))
-    arguments = [f"--checkpoint={alone}", f"--out={tmp_path / 'out'}", "--num_images=2", "--batch_size=2"]
-    assert sample.run(sample.parse_args(arguments)).is_file()
-    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 2
+    loaded = checkpoint.load_model(alone)
+    cond = np.zeros((1, 1), np.int32) if loaded.model.is_conditional else None
+    batches = images.draw(loaded.model, loaded.variables, loaded.tokenizer, num_images=3, batch_size=2, conds=cond)
+    drawn = np.concatenate([batch for _, _, batch in batches])
+    tokenizer = loaded.tokenizer.model
+    assert drawn.shape == (3, *tokenizer.image_shape, tokenizer.in_channels) and drawn.dtype == np.uint8
 
 
 def test_resumed_run_is_the_uninterrupted_one(whole_run, places, tmp_path, monkeypatch):
