@@ -75,6 +75,16 @@ def test_soft_cross_entropy_adds_its_constant_inside_the_logarithm():
     np.testing.assert_allclose(certain, 1e-7, rtol=0.3)  # float32 rounds 1 + 1e-7 to 1 + 1.19e-7
 
 
+def test_soft_cross_entropy_of_large_logits_neither_overflows_nor_loses_its_gradient():
+    """The largest logit is subtracted first, as a constant: the gradient is softmax - labels all the same."""
+    logits, soft = normal(T, K), softmax(normal(T, K, seed=1))
+    np.testing.assert_allclose(
+        losses.soft_cross_entropy(logits + 1000, soft), losses.soft_cross_entropy(logits, soft), rtol=1e-3
+    )
+    gradient = jax.grad(lambda x: losses.soft_cross_entropy(x, soft).sum())(jnp.asarray(logits + 1000))
+    np.testing.assert_allclose(gradient, softmax(logits) - soft, atol=1e-3)
+
+
 def test_soft_cross_entropy_of_one_hot_labels_is_cross_entropy():
     logits, codes = normal(B, T, D, K), np.random.default_rng(0).integers(0, K, (B, T, D))
     soft = losses.soft_cross_entropy(logits, jax.nn.one_hot(codes, K))
