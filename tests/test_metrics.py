@@ -17,6 +17,13 @@ def test_psnr_of_a_constant_error():
     )
 
 
+def test_psnr_is_the_mean_over_all_pixels_and_channels():
+    rng = np.random.default_rng(0)
+    images, errors = rng.uniform(-0.5, 0.5, (2, 4, 3, 5, 3)), rng.uniform(-0.4, 0.4, (2, 4, 3, 5, 3))
+    expected = 10 * np.log10(4 / (errors**2).reshape(2, 4, -1).mean(-1))
+    np.testing.assert_allclose(metrics.psnr(jnp.asarray(images), jnp.asarray(images + errors)), expected, rtol=1e-5)
+
+
 def test_psnr_clips_the_reconstruction_and_ends_at_100_decibel():
     images = jnp.ones((3, 5, 2))
     assert metrics.psnr(images, 1.7 * images).shape == ()
