@@ -193,12 +193,11 @@ class Transformer:
         construct(check_filter, "sample", {name: value for name, value in sample.items() if name != "guidance"})
         check_condition(model, data.train, config["data"])
         steps_per_epoch = data.train.steps_per_epoch
-        settings = loop_settings(config["loop"], steps_per_epoch)
+        total_steps = loop_settings(config["loop"], steps_per_epoch).total_steps
         optim = resolve_durations(config["optim"], "optim", ("warmup", "hold"), steps_per_epoch)
-        optimizer = construct(make_optimizer, "optim", optim, total_steps=settings.total_steps)
+        optimizer = construct(make_optimizer, "optim", optim, total_steps=total_steps)
         sharding.check_batch_size(mesh, data.train.batch_size, optimizer.accumulation_steps)
-        use_latent_cache = config["loop"]["use_latent_cache"]
-        if use_latent_cache:
+        if config["loop"]["use_latent_cache"]:
             frozen_codes.check_cache(config["data"])
         text = config["data"]["text_tokenizer"] if config["data"]["text_key"] else None
         return cls(
@@ -206,7 +205,7 @@ class Transformer:
             ema_decay=config["loop"]["ema_decay"], sample=sample,
             shown_cond=shown_conditions(model, data.train, NUM_SHOWN),
             text_tokenizer=load_tokenizer(text, config["data"]["text_length"]) if text else None,
-            use_latent_cache=use_latent_cache, seed=config["seed"], config=config,
+            use_latent_cache=config["loop"]["use_latent_cache"], seed=config["seed"], config=config,
         )  # fmt: skip
 
     # --- state ---
@@ -366,7 +365,7 @@ class Transformer:
         images = np.asarray(self._decode(self.tokenizer_variables, codes))
         return scalars, {"samples": grids.grid(images, columns=9, scale=max(1, 64 // images.shape[1]))}
 
-    # --- what the log says of a run ---
+    # --- the log ---
 
     @property
     def flops_per_image(self) -> float:
