@@ -111,10 +111,8 @@ class Transformer:
     Attributes:
       model: the RQ-Transformer.
       tokenizer: the frozen tokenizer, as `checkpoint.load_tokenizer` gives it.
-      optimizer: of the model's parameters.
-      losses: the objective.
-      mesh: devices.
-      ema_decay: of the weight average, 0 for none.
+      optimizer: of the model's parameters; losses: the objective.
+      mesh: devices; ema_decay: of the weight average, 0 for none.
       sample: keywords of `sampling.generate` for the grid of an evaluation.
       shown_cond: conditions (36, U) of that grid; None for an unconditional model.
       text_tokenizer: text tokenizer of a text-conditional model: it is kept in the run directory.
@@ -293,7 +291,6 @@ class Transformer:
           state: see `TrainState`.
           batch: "image" (B, H, W, C), or "latents" (B, H', W', C'); "cond" (B, U) where the model takes a condition.
           frozen: the tokenizer's variables.
-          phase: None.
 
         Returns:
           The next state and the step's metrics, all scalars but "code_loss" (D,).
