@@ -55,7 +55,10 @@ def make_measure(
     def sum_nats(variables, tokenizer_variables, batch):
         codes = tokenizer.apply(tokenizer_variables, batch["image"], method="encode_to_codes")
         nats_BD = code_nats(model, variables, codes, batch.get("cond"))
-        return {"nats": jnp.sum(nats_BD * batch["mask"][:, None], axis=0), "count": batch["mask"].sum()}
+        return {
+            "nats": jnp.sum(nats_BD * batch["mask"].astype(jnp.float32)[:, None], axis=0),
+            "count": batch["mask"].sum(),
+        }
 
     def measure(variables, tokenizer_variables, batch):
         used = {"image": batch["image"], "mask": batch["mask"]}

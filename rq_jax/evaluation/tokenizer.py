@@ -73,7 +73,10 @@ def make_measure(
             codes = model.apply(variables, images, method="encode_to_codes")
             figures |= _detail_and_norms(model, variables, images, reconstructions, codes)
             counts["counts"] = _count_codes(model, codes, mask)
-        sums = {name: jnp.sum(value * mask, axis=-1) for name, value in figures.items()}
+        weights = mask.astype(jnp.float32)
+        sums = {
+            name: jnp.sum(value * weights.reshape(*[1] * (value.ndim - 1), -1), -1) for name, value in figures.items()
+        }
         # Only what is shown leaves the device.
         return {**sums, **counts}, (images[:num_shown], reconstructions[:, :num_shown])
 
