@@ -1,4 +1,4 @@
-"""Atomic writes, JSON records, and the lock of a run directory."""
+"""Paths, atomic writes, JSON records, and the lock of a run directory."""
 
 import contextlib
 import fcntl
@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 LOCK = "lock.json"
+
+
+def local_path(path: str | os.PathLike) -> Path:
+    """A path as a user writes it: `~` and `~name` stand for home directories."""
+    return Path(path).expanduser()
 
 
 class RunLock:
@@ -114,3 +119,48 @@ def write_json(path: str | os.PathLike, record: Any, indent: int | None = 1) -> 
       TypeError: a value that JSON does not hold.
     """
     write_atomic(path, (json.dumps(record, indent=indent) + "\n").encode())
+
+
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """Read a JSON file that holds a value of one kind.
+
+    Args:
+      path: the file.
+      kind: `dict` or `list`.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: as `parse_json`.
+    """
+    return parse_json(Path(path).read_bytes(), f"'{path}'", kind)
+
+
+def parse_json(data: bytes | str, name: str, kind: type = dict) -> Any:
+    """Parse JSON that holds a value of one kind.
+
+    Args:
+      data: UTF-8, with or without a byte order mark.
+      name: of the source, for messages.
+      kind: `dict` or `list`.
+
+    Raises:
+      ValueError: not JSON, nested too deeply, a key that stands twice, or a value of another kind.
+    """
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{name} is not readable JSON: {reason}") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} holds a {type(value).__name__}, not a {kind.__name__}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:80]!a} stands twice")
+    return members

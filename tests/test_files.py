@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -126,3 +127,31 @@ def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path):
     with pytest.raises(OSError, match="symbolic link"), RunLock(tmp_path / "run"):
         pass
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b'{"a": 1, "b": 2, "a": 3}', "is not readable JSON: the key 'a' stands twice"),
+        (b'{"a": {"b\\n": 1, "b\\n": 2}}', r"is not readable JSON: the key 'b\n' stands twice"),
+        (b"[" * 100_000, "is not readable JSON: it is nested too deeply"),
+        (b"{", "is not readable JSON: "),
+        (b"\xff", "is not readable JSON: "),
+        (b"[1]", "holds a list, not a dict"),
+    ],
+)
+def test_json_of_another_shape_is_refused(tmp_path, content, reason):
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(f"x.json' {reason}")) as refusal:
+        files.read_json(tmp_path / "x.json")
+    assert "\n" not in str(refusal.value)
+
+
+def test_json_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "x.json").write_bytes(b'\xef\xbb\xbf["\xc3\xa9"]')
+    assert files.read_json(tmp_path / "x.json", list) == ["é"]
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert str(files.local_path("~/runs/[1] a")) == "/home/ann/runs/[1] a"

@@ -1,1 +1,1 @@
-"""Checked settings: rules that settings must satisfy, and constructors called with a config section."""
+"""Checked settings: rules that settings must satisfy, constructors called with a config section, foreign text."""
