@@ -106,18 +106,13 @@ def transformer_config(pictures: Path, kind: str = "unconditional", **overrides)
 
 
 @functools.cache
-def _draw(model):
-    with quick_compilation():  # as most modules ask for: one program for all of them
-        return jax.jit(functools.partial(models.init_variables, model)).lower(jax.random.key(0)).compile()
-
-
-@functools.cache
 def _drawn_variables(model, seed):
-    return jax.device_get(_draw(model)(jax.random.key(seed)))
+    # Operation by operation: one program of a hundred small draws takes ten times longer to compile.
+    return jax.device_get(models.init_variables(model, jax.random.key(seed)))
 
 
 def drawn_variables(model, seed: int = 0) -> dict[str, Any]:
-    """Variables as `init` draws them, on the host: compiled once a process for a model, drawn once for a seed."""
+    """Variables as `init` draws them, on the host: drawn once a process for a model and a seed."""
     return jax.tree.map(lambda x: x, _drawn_variables(model, seed))  # the dictionaries are the caller's own
 
 
@@ -169,7 +164,7 @@ def assert_equal(actual, expected) -> None:
     """All leaves are the same, bit for bit."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
-        if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+        if jax.dtypes.issubdtype(getattr(a, "dtype", None), jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
 
@@ -230,6 +225,15 @@ def zero_state(recipe) -> TrainState:
 def whole(state, metrics):
     """What `jit_update` reads of a step: all of it."""
     return state, metrics
+
+
+def one_by_one(recipe, phase=None, read=whole):
+    """As `jit_update`, on one device and operation by operation.
+
+    Steps that differ in a switch share nearly all operations, each compiled once a process, where a program a switch
+    takes seconds. A model that scans over its layers compiles the scan anew each time, and gains nothing.
+    """
+    return lambda state, batch, frozen: read(*recipe.update(state, batch, frozen, phase))
 
 
 def jit_update(recipe, phase=None, read=whole):

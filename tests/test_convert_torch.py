@@ -1,7 +1,6 @@
 """The command that converts published checkpoints, and back: from files to directories that the other scripts take."""
 
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -382,8 +381,7 @@ def test_export_of_a_discriminator(tmp_path):
 def test_export_of_a_run_of_our_own(tmp_path, capsys):
     config = helpers.vae_config(tmp_path, model__norm_groups=32, model__codebook_update="pooled")
     model = models.create(**config.model)
-    with helpers.quick_compilation():
-        variables = jax.jit(functools.partial(models.init_variables, model))(jax.random.key(0))
+    variables = helpers.drawn_variables(model)
     optimizer = make_optimizer(name="adam", learning_rate=0.1, total_steps=2, schedule="constant", warmup_steps=0)
     run = tmp_path / "run"
     with checkpoint.Checkpointer(run) as checkpointer:

@@ -422,6 +422,7 @@ def change_model(monkeypatch, **changes):
     monkeypatch.setattr(train, "load_settings", changed)
 
 
+@pytest.mark.slow
 def test_train_stage_1(monkeypatch, zeros):
     change_model(monkeypatch, code_shape=(8, 8, 2))
     argv = ("--quicktest", "--no_perceptual", "--no_adversary", "--batch=16", "--steps=3", "--runs=1")

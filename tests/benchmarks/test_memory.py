@@ -56,6 +56,7 @@ def drawn_state(config, mesh):
     return recipe.init(jax.random.key(recipe.seed))
 
 
+@pytest.mark.slow
 def test_a_transformer_on_two_meshes(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "GIB", 1)
     whole, split = measured(tmp_path, "--preset=demo", "--mesh=8x1x1", "--mesh=1x4x2", "--batch=16")

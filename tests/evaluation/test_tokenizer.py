@@ -37,7 +37,7 @@ def quick():
 def tokenizer(tmp_path_factory):
     """(model, variables)."""
     model = models.create(**helpers.vae_config(tmp_path_factory.mktemp("none")).model)
-    return model, jax.jit(functools.partial(models.init_variables, model))(jax.random.key(0))
+    return model, helpers.drawn_variables(model)
 
 
 @pytest.fixture(scope="module")

@@ -95,8 +95,7 @@ def test_names_and_widths(use_actnorm):
 
 def test_initial_values():
     model = models.create("discriminator", width=32)
-    with helpers.quick_compilation():
-        variables = jax.jit(functools.partial(models.init_variables, model))(jax.random.key(0))
+    variables = helpers.drawn_variables(model)
     params = variables["params"]
     for n in range(4):
         np.testing.assert_allclose(params[f"conv{n}"]["kernel"].std(), 0.02, rtol=0.05)

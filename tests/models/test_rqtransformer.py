@@ -45,7 +45,7 @@ def shapes(variables):
 
 def test_fresh_variables():
     model = create("rqtransformer", **BASE, **TEXT)
-    variables = jax.jit(functools.partial(init_variables, model))(jax.random.key(0))
+    variables = init_variables(model, jax.random.key(0))
     assert type(variables) is dict and variables.keys() == {"params", "codebook"}
     assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, build(**TEXT)[1])
     assert bool(jnp.isnan(variables["codebook"]["codebook_KE"]).all())

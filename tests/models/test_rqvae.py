@@ -92,7 +92,7 @@ def test_a_square_image_size_may_be_one_number():
 
 def test_fresh_variables():
     model = create("rqvae", **{**BASE, "image_size": (h, w), "width_multipliers": (1,)})
-    variables = jax.jit(functools.partial(init_variables, model))(jax.random.key(0))
+    variables = init_variables(model, jax.random.key(0))
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (variables, abstract_variables(model))]
     assert shapes[0] == shapes[1]
     reconstruction = run(model, variables, IMAGES[:, :h, :w]).reconstruction

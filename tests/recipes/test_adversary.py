@@ -416,6 +416,7 @@ def test_a_model_directory_gives_weights_and_discriminator(whole_run, drawn, tmp
         begun(tmp_path, drawn, keep_optimizer=True)
 
 
+@pytest.mark.slow
 def test_fine_tuning_runs_and_resumes_from_itself(whole_run, pictures, tmp_path):
     settings = {"init_from": str(whole_run[0]), "optim__learning_rate": 1e-9, "loop__total_steps": 2}
     settings |= {"loss__adversarial_start_steps": 0}  # one program

@@ -1,4 +1,7 @@
-"""Both stages as a library: models, recipes and data made by hand, without a config."""
+"""Both stages as a library: models, recipes and data made by hand, without a config.
+
+The README's snippet, which `make test` runs, trains both; stage 2 here is slow.
+"""
 
 import functools
 import os
@@ -85,6 +88,7 @@ def test_a_tokenizer_is_trained_and_loaded(trained_tokenizer):
     helpers.assert_equal(loaded.variables, jax.device_get(state.ema_variables))
 
 
+@pytest.mark.slow
 def test_a_transformer_is_trained_on_it_and_sampled(trained_tokenizer, trained_transformer, splits):
     workdir, recipe, state = trained_transformer
     assert int(state.step) == 3 and int(state.skipped_steps) == 0
@@ -100,6 +104,7 @@ def test_a_transformer_is_trained_on_it_and_sampled(trained_tokenizer, trained_t
     assert images.shape == (2, 16, 16, 3) and np.isfinite(images).all()
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_start_ends_it_at_once(interrupted_start, trained_transformer):
     """Nothing is lost that was there, and the next start is a fresh one."""
     _, _, names, steps = interrupted_start
@@ -116,10 +121,10 @@ def test_settings_of_a_model_make_the_model():
     assert models.create(**{**of_model, "model_dim": 24}) != model
 
 
-def test_a_recipe_without_a_config_writes_that_of_its_model(trained_tokenizer, trained_transformer):
+def test_a_recipe_without_a_config_writes_that_of_its_model(trained_tokenizer):
     assert trained_tokenizer[1].config == {"model": models.settings_of(trained_tokenizer[1].model)}
     assert checkpoint.read_config(trained_tokenizer[0])["model"]["codebook_size"] == 7
-    recipe = trained_transformer[1]
+    recipe = make_transformer(trained_tokenizer)
     assert recipe.config == {"model": models.settings_of(recipe.model), "sample": {}}
 
 

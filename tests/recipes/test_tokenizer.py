@@ -50,16 +50,17 @@ def start(pictures):
 
 
 @functools.cache
-def compiled_step(settings, pictures, mesh, read):
+def prepared_step(settings, pictures, mesh, read):
     recipe = prepare(pictures, mesh, **dict(settings)).recipe
-    return recipe, helpers.jit_update(recipe, Phase(), read)
+    update = helpers.jit_update if mesh.size > 1 else helpers.one_by_one
+    return recipe, update(recipe, Phase(), read)
 
 
 def run_step(start, pictures, mesh=None, state=None, read=helpers.whole, **settings):
     """What `read` finds in one step of the small tokenizer."""
     mesh = mesh or helpers.make_mesh()
     settings = {**SETTINGS, "loop__ema_decay": 0.9, **settings}
-    recipe, step = compiled_step(tuple(sorted(settings.items())), pictures, mesh, read)
+    recipe, step = prepared_step(tuple(sorted(settings.items())), pictures, mesh, read)
     variables, batch = start
     state = helpers.start_state(recipe, variables) if state is None else state
     return step(helpers.place(state, mesh), sharding.put_batch(mesh, batch), recipe.frozen)
@@ -91,7 +92,7 @@ def base(start, pictures):
 # --- devices -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["sgd", pytest.param("adam", marks=pytest.mark.slow)])
 def test_eight_devices_make_the_step_of_one(start, pictures, name):
     settings = {"optim__name": name, "optim__learning_rate": {"sgd": 0.1, "adam": 1e-3}[name]}
     one, metrics_one, _ = make_step(start, pictures, **settings)
@@ -128,11 +129,7 @@ def test_kmeans_places_the_codes_of_the_first_step_only(start, pictures, base):
     assert helpers.differs(first["model_state"], base[0]["model_state"])
     after, _, _ = make_step(start, pictures, state=base[2])
     with_kmeans, _, _ = make_step(start, pictures, state=base[2], model__use_kmeans_init=True)
-    # The same but for the rounding of another program.
-    np.testing.assert_array_equal(
-        with_kmeans["model_state"]["codebook"]["counts_K"] == 1, after["model_state"]["codebook"]["counts_K"] == 1
-    )
-    helpers.assert_close(with_kmeans, after, 1e-6)
+    helpers.assert_equal(with_kmeans, after)
 
 
 def test_pooled_update_keeps_the_codes_of_the_first_depth(start, pictures, base):

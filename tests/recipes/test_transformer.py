@@ -150,7 +150,7 @@ def expected_code_loss(world, step: Step, soft: bool, stochastic: bool, cond=Non
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [
-        ((8, 1, 1), {"optim__learning_rate": 0.1, "optim__clip_norm": 0.1}),
+        pytest.param((8, 1, 1), {"optim__learning_rate": 0.1, "optim__clip_norm": 0.1}, marks=pytest.mark.slow),
         ((8, 1, 1), {"optim__name": "adamw", "optim__learning_rate": 1e-3, "optim__accumulation_steps": 2}),
         ((2, 2, 2), {"optim__learning_rate": 0.1, "optim__clip_norm": 0.1}),
     ],
@@ -319,6 +319,7 @@ def test_loss_at_paper_size_holds_a_fraction_of_its_logits():
 # --- switches of the model, the optimizer and the loop -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_remat_changes_nothing_but_memory(world):
     # With dropout: the second forward pass has to drop what the first one dropped.
     plain, remat = (make_step(world, model__residual_dropout=0.2, model__use_remat=use) for use in (False, True))
