@@ -5,6 +5,7 @@ RQ_JAX_TEST_OPTIMIZED=1 compiles as a user does, which takes longer; RQ_JAX_TEST
 RQ_JAX_GOLDENS names the directory of golden vectors.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -40,6 +41,10 @@ if os.environ.get("RQ_JAX_TEST_STRICT"):
     jax.config.update("jax_numpy_dtype_promotion", "strict")
 if not COMPILES_AS_A_USER:
     jax.config.update("jax_disable_most_optimizations", True)
+
+# Traced programs are many small objects that live long: to look through them as often as Python does takes a twentieth
+# of all time.
+gc.set_threshold(50_000, 50, 100)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
