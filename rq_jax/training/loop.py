@@ -197,7 +197,8 @@ class _Run:
         """Dispatch one step, and wait for the one before: the device stays busy and the queue short."""
         parts, previous, previous_batch = self._parts, self._metrics, self._batch
         phase = self._recipe.phase(step)
-        if previous is None or phase != self._phase:
+        compiles = previous is None or phase != self._phase
+        if compiles:
             parts.hang.expect_compilation()
         self._phase = phase
         # Armed before the batch is read: a reader that hangs is a hang of the run.
@@ -206,7 +207,8 @@ class _Run:
         with self._meter.waiting():
             self._batch = next(parts.iterator)
         placed = sharding.put_batch(self._recipe.mesh, self._batch)
-        state, self._metrics = self._recipe.step(state, placed, phase)
+        with self._progress.waiting_for("compiling") if compiles else contextlib.nullcontext():
+            state, self._metrics = self._recipe.step(state, placed, phase)
         self._log.add(self._metrics)
         jax.block_until_ready(previous)
         # Only now are the numbers of the step before on the host without a wait for the one just dispatched.
