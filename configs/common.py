@@ -107,7 +107,7 @@ def build(
         preset: a name of `presets`, optionally followed by ",quicktest"; "quicktest" alone shrinks "demo".
         config: the file's base; it is changed.
         presets: name -> overrides.
-        quicktest: what shrinks a finished config to a run of seconds.
+        quicktest: what shrinks a finished config to a run of four small steps.
 
     Returns:
         The locked config.

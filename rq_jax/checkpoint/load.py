@@ -41,6 +41,7 @@ from rq_jax.checkpoint.saver import (
     split,
     steps_of,
 )
+from rq_jax.files import local_path
 
 _TOKENIZER = "tokenizer"
 _LOG = "metrics.jsonl"
@@ -94,7 +95,7 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
     Raises:
       FileNotFoundError: no such directory, or no checkpoint (of that step) in it.
     """
-    directory = Path(directory).absolute()
+    directory = local_path(directory).absolute()
     config = read_config(directory)
     model = models.create(**config["model"])
     template = models.abstract_variables(model)

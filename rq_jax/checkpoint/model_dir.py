@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax.files import atomic_path, write_json
+from rq_jax.files import atomic_path, local_path, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -28,7 +28,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
       FileNotFoundError: the directory has no config.json.
       ValueError: its config.json names no model of this package.
     """
-    path = Path(directory) / CONFIG
+    path = local_path(directory) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f"'{directory}' is no run directory: it has no {CONFIG}; give the --workdir of a training run"

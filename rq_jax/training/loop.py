@@ -14,7 +14,7 @@ import numpy as np
 from rq_jax.checkpoint import Checkpointer, read_config, write_config
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import explained_memory
-from rq_jax.files import RunLock, write_atomic
+from rq_jax.files import RunLock, local_path, write_atomic
 from rq_jax.report import curves
 from rq_jax.report.parameters import parameter_table
 from rq_jax.report.progress import Progress
@@ -97,7 +97,7 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
       SystemExit: with 128 + signal number after SIGINT (130) or SIGTERM (143); the current step is saved, and an
         evaluation that is cut short is made up for by the next start.
     """
-    workdir = str(workdir)
+    workdir = str(local_path(workdir))
     _check_kind(workdir, recipe)
     lock = RunLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     # The lock first: opening a checkpointer removes what a killed save left, which may be another trainer's work.
