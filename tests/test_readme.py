@@ -108,7 +108,7 @@ def _parse_training(monkeypatch: pytest.MonkeyPatch, script: str, arguments: tup
     config = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
     for name in TRAINING_FLAGS - {"config"}:
         flags.DEFINE_string(name, None, "", flag_values=values)
-    command = [script, *arguments]
+    command = [script, *(argument for argument in arguments if argument != "--help")]  # which app.run defines
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", command)  # ml_collections looks for overrides there
     assert values(command) == [script]
