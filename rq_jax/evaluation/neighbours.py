@@ -1,10 +1,13 @@
 """Nearest training images of samples, by pixels or by features."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rq_jax.evaluation import features
+from rq_jax.evaluation.features import Features
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
 from rq_jax.report import grids
 
@@ -37,6 +40,36 @@ def pixel_distances(images: np.ndarray, dataset: Any) -> tuple[np.ndarray, np.nd
         distances.append([np.mean((batch_images - image) ** 2, axis=(1, 2, 3)) for image in images])
         positions.append(batch["index"][batch["mask"]])
     return np.concatenate(distances, axis=1), np.concatenate(positions)
+
+
+def find_neighbours(
+    out: str, samples: Mapping[str, np.ndarray], data: EvaluationData, held_out: Features, sets: Mapping[str, Features]
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """How near samples and held-out images lie to training images; writes a sheet of the nearest for each directory.
+
+    Args:
+      out: directory of the sheets.
+      samples: directory -> images (N, H, W, C) in [-1, 1].
+      data: the images that are measured on.
+      held_out, sets: from `features.extract_all`.
+
+    Returns:
+      Numbers of samples and median distances, as JSON holds them; the sheet of each directory.
+    """
+    training, dataset = sets[features.TRAINING], data.training()
+    compared = {name: sets[name] for name in (f"samples {directory}" for directory in samples)}
+    compared["held-out pictures"] = held_out
+    distances = {name: feature_distances(one.vectors, training.vectors) for name, one in compared.items()}
+    sheets = {directory: Path(out) / f"neighbours{i or ''}.png" for i, directory in enumerate(samples)}
+    for directory, path in sheets.items():
+        shown, nearest = samples[directory][:NUM_SHOWN], distances[f"samples {directory}"][:NUM_SHOWN]
+        grids.save_png(path, draw_sheet(shown, nearest, training.positions, dataset, 3))
+    median = {name: median_to_nearest(distances_NM) for name, distances_NM in distances.items()}
+    record = {
+        "images": {directory: len(images) for directory, images in samples.items()},
+        "median_squared_distance_to_nearest_training_picture": median,
+    }
+    return record, sheets
 
 
 def sample_sheet(config: dict[str, Any], images: np.ndarray, names: Sequence[str], num_neighbours: int) -> np.ndarray:

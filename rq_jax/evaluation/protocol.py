@@ -4,13 +4,15 @@ import dataclasses
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from rq_jax.checkpoint import LoadedModel
 from rq_jax.data import Dataset, make_dataset
 from rq_jax.files import local_path
 from rq_jax.settings.text import quoted
@@ -87,6 +89,29 @@ def image_settings(
     if "name" not in data:
         raise ValueError(f"--data_name: unset, and '{directory}' names no data set; give one")
     return data | {"image_size": list(image_shape[:2]), "channels": image_shape[2]}  # a list, as JSON gives it back
+
+
+def shared_settings(
+    tokenizers: Mapping[str, LoadedModel], samples: Mapping[str, np.ndarray], name: str | None, data_dir: str | None
+) -> dict[str, Any]:
+    """Settings that choose the images to measure on, of the one shape that all tokenizers and samples have.
+
+    Args:
+      tokenizers, samples: by directory; at least one of them.
+      name, data_dir: of another data set than that of the first tokenizer.
+
+    Raises:
+      ValueError: images of several shapes, or no data set is named.
+    """
+    shapes = {each: (*loaded.model.image_shape, loaded.model.in_channels) for each, loaded in tokenizers.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"--checkpoint: images of several shapes {shapes}; compare tokenizers of one shape")
+    shapes |= {directory: images.shape[1:] for directory, images in samples.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"--samples: images of several shapes {shapes}; compare one shape")
+    directory, shape = next(iter(shapes.items()))
+    config = tokenizers[directory].config if directory in tokenizers else None
+    return image_settings(config, shape, directory, name, data_dir)
 
 
 def trained_elsewhere(config: dict[str, Any], settings: dict[str, Any]) -> str | None:

@@ -70,7 +70,7 @@ def main(train_and_evaluate: Callable[..., Any], presets: Mapping[str, Iterable[
             logging.getLogger(name).setLevel(logging.INFO)
         with one_line_errors():
             try:
-                directory = path(workdir.value)
+                directory = path(workdir.value or "")
             except argparse.ArgumentTypeError as error:
                 raise ValueError(f"--workdir: {error}") from None
             hosts.join(coordinator.value, num_processes.value, process_id.value, heartbeat.value)
