@@ -4,7 +4,7 @@ python sample.py --out=samples [--checkpoint=runs/rqtransformer] --num_images=36
 """
 
 import argparse
-import itertools
+import functools
 from pathlib import Path
 
 import jax
@@ -136,13 +136,13 @@ def run(args: argparse.Namespace) -> Path:
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     settings = draw_settings(loaded.model, loaded.config.get("sample") or {}, given)
     slice_ = {name: getattr(args, name) for name in ("num_images", "batch_size", "first_index", "seed", "weights")}
-    batches = draw(loaded.model, loaded.variables, loaded.tokenizer, conds=conds, prefix=prefix, **slice_, **settings)
     out, tag = Path(args.out), f"{args.first_index:06d}"
     shown, codes = [], []
     with Progress(args.num_images, unit="image", title="sampling") as progress:
-        with progress.waiting_for("compiling, then drawing the first batch"):
-            first = next(batches)
-        for batch_ids, batch_codes, images in itertools.chain([first], batches):
+        compiling = functools.partial(progress.waiting_for, "compiling")
+        models = (loaded.model, loaded.variables, loaded.tokenizer)
+        batches = draw(*models, conds=conds, prefix=prefix, compiling=compiling, **slice_, **settings)
+        for batch_ids, batch_codes, images in batches:
             for image_id, image in zip(batch_ids, images, strict=True):
                 grids.save_png(out / "images" / f"{image_id:06d}.png", image)
             shown += list(images[: max(0, NUM_IN_GRID - len(shown))])

@@ -77,6 +77,7 @@ class Progress:
         yield
         bar.last_print_t += time.monotonic() - start  # where the next rate is measured from
         bar.set_postfix_str(before or "", refresh=False)
+        bar.refresh()
 
     def message(self, text: str) -> None:
         """Print a line above the bar."""
@@ -123,6 +124,9 @@ class _Lines:
         self.postfix = text
         if refresh:
             self._show()
+
+    def refresh(self) -> None:
+        """Nothing: a bar is drawn again in its place, a line would be one more."""
 
     def update(self, count: int) -> None:
         self._count += count

@@ -1,7 +1,9 @@
 """Images drawn batch by batch: codes from a transformer, decoded to bytes by its tokenizer."""
 
+import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -57,6 +59,7 @@ def draw(
     weights: str = "float32",
     conds: np.ndarray | None = None,
     prefix: np.ndarray | None = None,
+    compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     **settings: Any,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Draws images; while one batch is fetched the next is already being drawn.
@@ -72,6 +75,7 @@ def draw(
       weights: dtype of the transformer's weights in memory, see `inference_weights.for_inference`.
       conds: (m, U), which the images take in turn by id; None for an unconditional model.
       prefix: codes (m, T0, D) of the first positions, likewise.
+      compiling: makes a context that is entered while the programs of the first batch compile.
       **settings: temperature, top_k, top_p and guidance of `generate`.
 
     Yields:
@@ -89,8 +93,9 @@ def draw(
         ids = np.arange(first, first + batch_size)
         cond = None if conds is None else conds[ids % len(conds)]
         first_codes = None if prefix is None else prefix[ids % len(prefix)]
-        codes = generate(model, resting, rng, batch_size, cond, image_ids=ids, prefix=first_codes, **settings)
-        batch = ids, codes, decode(tokenizer.model, tokenizer_variables, codes)
+        with compiling() if pending is None else contextlib.nullcontext():
+            codes = generate(model, resting, rng, batch_size, cond, image_ids=ids, prefix=first_codes, **settings)
+            batch = ids, codes, decode(tokenizer.model, tokenizer_variables, codes)
         if pending is not None:
             yield fetch(*pending)
         pending = batch
