@@ -30,6 +30,7 @@ BLOCKS = [
 ]
 SNIPPETS = [(page, code) for page, language, code in BLOCKS if language == "python"]
 TRAINING_SCRIPTS = {"train_vae.py": "rqvae", "train_transformer.py": "rqtransformer"}
+TEXT_FLAGS = {"classes", "classes_of", "prompt", "split", "data_name", "tokenizer"}  # no paths; that of benchmark.py
 CLI = (ROOT / "rq_jax" / "training" / "cli.py").read_text(encoding="utf-8")
 TRAINING_FLAGS = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', CLI))
 
@@ -74,6 +75,14 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
     nested = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     parsers = [parser, *(sub for choices in nested for sub in choices.values())]
     return {option for one in parsers for action in one._actions for option in action.option_strings}
+
+
+def _texts(parser: argparse.ArgumentParser) -> set[str]:
+    """Flags whose value is taken as it is."""
+    nested = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    parsers = [parser, *(sub for choices in nested for sub in choices.values())]
+    actions = [action for one in parsers for action in one._actions if action.option_strings and action.nargs is None]
+    return {action.dest for action in actions if action.type is None and action.choices is None}
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in SNIPPETS}))
@@ -123,7 +132,9 @@ def test_flags_between_backticks_exist(monkeypatch):
     for script in ("sample.py", "evaluate.py", "convert_torch.py", "benchmark.py", "-m rq_jax.data.prepare"):
         arguments = ("folder",) if script.startswith("-m") else ("--out=a", "--checkpoint=b")
         with monkeypatch.context() as patch:
-            known |= _options(_parse(patch, script, example.get(script, arguments)))
+            parser = _parse(patch, script, example.get(script, arguments))
+        known |= _options(parser)
+        assert script.startswith("-m") or _texts(parser) <= TEXT_FLAGS, "a path needs type=cli.path"
     assert {"--kernel_distance", "--classes_of", "--strict"} <= named
     assert named - known == set()
 

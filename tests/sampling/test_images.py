@@ -1,5 +1,6 @@
 """Images of codes as bytes, and the settings of a draw."""
 
+import contextlib
 import re
 from types import SimpleNamespace
 
@@ -27,6 +28,24 @@ def test_images_are_clipped_and_never_wrap_around():
     found = images.decode(Decoder(), {}, codes)
     assert found.dtype == jnp.uint8
     np.testing.assert_array_equal(found, [0, 0, 0, 128, 255, 255, 255, 0])
+
+
+def test_only_the_first_batch_is_told_to_compile(monkeypatch):
+    events = []
+    monkeypatch.setattr(images, "_for_inference", lambda *args: None)
+    monkeypatch.setattr(images, "generate", lambda *args, image_ids, **_: events.append(list(image_ids)) or image_ids)
+    monkeypatch.setattr(images, "decode", lambda model, variables, codes: events.append("decoded") or codes)
+
+    @contextlib.contextmanager
+    def compiling():
+        events.append("compiles")
+        yield
+        events.append("compiled")
+
+    tokenizer = SimpleNamespace(model=None, variables={})
+    batches = list(images.draw(None, None, tokenizer, num_images=3, batch_size=2, first_index=4, compiling=compiling))
+    assert events == ["compiles", [4, 5], "decoded", "compiled", [6, 7], "decoded"]
+    assert [ids.tolist() for ids, _, _ in batches] == [[4, 5], [6]]
 
 
 def test_flags_go_before_what_the_checkpoint_recorded():
