@@ -18,7 +18,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def write_config(directory: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Write the resolved config of a run or model directory, atomically; only the first process writes."""
     if jax.process_index() == 0:
-        write_json(Path(directory) / CONFIG, config)
+        write_json(local_path(directory) / CONFIG, config)
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def save_model(
             if not largest <= float(np.finfo(np.float16).max):
                 raise ValueError(f"dtype: '{name}' has a value of {largest}, beyond float16; leave dtype out")
         arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
-    with atomic_path(Path(directory) / WEIGHTS) as partial:
+    with atomic_path(local_path(directory) / WEIGHTS) as partial:
         save_file(arrays, partial)
     write_config(directory, config)  # last: a directory without it is no model directory
 

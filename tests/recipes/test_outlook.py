@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from rq_jax import recipes
+from rq_jax import checkpoint, recipes
 from rq_jax.devices import sharding
 from rq_jax.recipes import outlook
 
@@ -85,3 +85,13 @@ def test_devices_that_are_too_small_are_told(monkeypatch, flops, size, memory, e
     assert len(found) == len(expected)
     for line, pattern in zip(found, expected, strict=True):
         assert re.search(pattern, line), line
+
+
+def test_the_library_reads_paths_as_the_scripts_do(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run [1]" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run [1]" / "config.json").write_text('{"model": {"name": "toy"}}')
+    assert checkpoint.read_config("~/run [1]") == {"model": {"name": "toy"}}
+    assert not checkpoint.has_checkpoint("~/run [1]")
+    (tmp_path / "run [1]" / "checkpoints" / "00000005").mkdir()
+    assert checkpoint.has_checkpoint("~/run [1]")
