@@ -66,8 +66,7 @@ def main(train_and_evaluate: Callable[..., Any], presets: Mapping[str, Iterable[
     def run(argv: list[str]) -> None:
         del argv
         absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs every file that it writes
-        for name in ("rq_jax.recipes", "rq_jax.training"):
-            logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger("rq_jax").setLevel(logging.INFO)
         with one_line_errors():
             try:
                 directory = path(workdir.value or "")

@@ -75,8 +75,8 @@ def script(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "start", lambda: None)
     monkeypatch.setattr(app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
     monkeypatch.setattr(absl_logging, "set_verbosity", lambda _: None)
-    loggers = [logging.getLogger(name) for name in ("rq_jax.recipes", "rq_jax.training")]
-    levels, names = [logger.level for logger in loggers], set(flags.FLAGS)
+    logger, names = logging.getLogger("rq_jax"), set(flags.FLAGS)
+    level = logger.level
 
     def run(arguments: list[str]) -> int:
         config = [] if any(argument.startswith("--config=") for argument in arguments) else ["--config=settings.py"]
@@ -89,8 +89,7 @@ def script(tmp_path, monkeypatch):
         return 0
 
     yield run
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
+    logger.setLevel(level)
     for name in set(flags.FLAGS) - names:
         delattr(flags.FLAGS, name)
 
@@ -139,8 +138,9 @@ def test_the_command_line(script, capsys, tmp_path, arguments, code, out, err):
     assert found.err.startswith(err) and found.err.count("\n") == (1 if code else 0)
 
 
-def test_help_lists_flags_and_presets(script):
+def test_help_lists_flags_and_presets_and_the_log_has_the_notes_of_all_parts(script):
     assert script(["--workdir=W"]) == 0
+    assert logging.getLogger("rq_jax.pretrained.vgg_lpips").isEnabledFor(logging.INFO)  # says which weights it found
     words = " ".join(flags.FLAGS.main_module_help().split())
     assert {"--config", "--workdir", "--coordinator", "--[no]strict"} <= {word.rstrip(":") for word in words.split()}
     assert "Presets of settings.py: small, large." in words
