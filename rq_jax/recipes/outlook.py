@@ -42,7 +42,7 @@ def shortages(recipe: Any, batch_size: int, total_steps: int) -> list[str]:
       batch_size: images of a step, over all devices.
       total_steps: of the run.
     """
-    lines, device = [], recipe.mesh.devices.flat[0]
+    lines, device = [], jax.local_devices()[0]  # another process's tells nothing
     if device.platform == "cpu":
         total = (recipe.flops_per_image or 0.0) * batch_size * total_steps
         days = total / (CPU_FLOPS * _cores() * jax.process_count()) / 86400
@@ -51,8 +51,7 @@ def shortages(recipe: Any, batch_size: int, total_steps: int) -> list[str]:
                 f"TOO SLOW: JAX has only CPUs here, on which this run takes {days:,.0f} days or more; start it on an "
                 "accelerator (pip install 'jax[cuda13]' or 'jax[tpu]'), or append ,quicktest to the preset"
             )
-    needed, there = device_bytes(recipe.abstract_state()), _memory(device)
-    if there and needed > there:
+    if (there := _memory(device)) and (needed := device_bytes(recipe.abstract_state())) > there:
         lines.append(
             f"TOO LARGE: the state alone takes {needed / 2**30:.1f} GiB of a device, which has {there / 2**30:.1f}; "
             f"try, the cheapest first: {'; '.join(memory_remedies(recipe, batch_size))}"
@@ -65,7 +64,5 @@ def _cores() -> int:
 
 
 def _memory(device: Any) -> int | None:
-    """Bytes of a device, of a CPU its share of the machine's; None where they are unknown."""
-    if device.platform == "cpu":
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // jax.local_device_count()
+    """Bytes of a device; None for a CPU, and where they are unknown."""
     return (device.memory_stats() or {}).get("bytes_limit")
