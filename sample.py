@@ -4,32 +4,42 @@ python sample.py --out=samples [--checkpoint=runs/rqtransformer] --num_images=36
 """
 
 import argparse
+import functools
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from rq_jax import checkpoint, sampling
+from rq_jax import checkpoint
 from rq_jax.evaluation import neighbours
-from rq_jax.evaluation.conditions import choose_conditions
-from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
+from rq_jax.evaluation.conditions import choose_conditions, class_names
+from rq_jax.evaluation.protocol import IMAGE_SETTINGS, trained_on
 from rq_jax.evaluation.samples import read_codes
 from rq_jax.files import write_json
 from rq_jax.report import grids
 from rq_jax.report.progress import Progress
-from rq_jax.sampling.images import draw
+from rq_jax.sampling.images import draw, draw_settings
+from rq_jax.settings import checks
+from rq_jax.settings.text import quoted
 from rq_jax.training import cli
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
 NUM_IN_GRID = 100
+# Above them JAX would wrap around in silence, and draw the images of another seed or id.
+LAST_SEED, LAST_ID = 2**32 - 1, 2**31 - 1
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = cli.OneLineParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--checkpoint", default=str(SHIPPED), help="run or model directory of stage 2 (default: the pair that ships)")
-    add("--out", required=True, help="directory of the results")
+    add(
+        "--checkpoint",
+        type=cli.path,
+        default=str(SHIPPED),
+        help="run or model directory of stage 2 (default: the pair that ships)",
+    )
+    add("--out", type=cli.path, help="directory of the results")
     add("--step", type=int, help="checkpoint to load (default: the best where one was kept, else the newest)")
     add("--no_ema", action="store_true", help="weights as trained, not their average")
     add("--num_images", type=int, default=36)
@@ -37,16 +47,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--first_index", type=int, default=0, help="id of the first image; several hosts take slices of one run")
     add("--seed", type=int, default=0, help="an image depends on the seed and its id alone")
     classes = (
-        "numbers or names, separated by commas; image i takes the i-th in turn (default: those of --prefix, else as "
-        "frequent as in the training set, if the checkpoint records that, else all in turn)"
+        "names or numbers, separated by commas; image i takes the i-th in turn. A name goes before a number, and "
+        "stands in double quotes where it holds a comma: --classes='\"tench, Tinca tinca\",3' (default: those of "
+        "--prefix, else as frequent as in the training set, if the checkpoint records that, else all in turn)"
     )
     add("--classes", help=classes)
-    add(
-        "--classes_of",
-        help="train, validation or a split's own name: image i takes the class of its i-th image, in turn",
-    )
+    add("--list_classes", action="store_true", help="print the numbers and names of all classes, and draw nothing")
+    split = "train, validation or a split's own name: image i takes the class of its i-th image, in turn"
+    add("--classes_of", help=split)
     add("--prompt", action="append", help="a text, given once or more; image i takes the i-th in turn")
-    add("--prefix", help="codes.npz of an earlier run whose first positions are kept, image by image")
+    add("--prefix", type=cli.path, help="codes.npz of an earlier run whose first positions are kept, image by image")
     add("--prefix_positions", type=int, default=0, help="how many positions of --prefix are kept, in raster order")
     add("--temperature", type=_per_depth(float), help="one value, or one per depth separated by commas; 0 is greedy")
     add("--top_k", type=_per_depth(int), help="as --temperature; default of all four: the checkpoint's config")
@@ -67,14 +77,17 @@ def _per_depth(kind: type):
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that are out of range or exclude each other."""
+    """Raises ValueError for flags that are missing, out of range, or exclude each other."""
+    if not args.out:
+        raise ValueError("--out: missing; give the directory of the results")
     for name in ("num_images", "batch_size"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name}: {getattr(args, name)} must be at least 1")
-    for name in ("first_index", "seed", "prefix_positions", "neighbours"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name}: {getattr(args, name)} must be at least 0")
-    if args.classes and args.classes_of:
+        checks.at_least(f"--{name}", getattr(args, name), 1)
+    for name in ("first_index", "prefix_positions", "neighbours"):
+        checks.at_least(f"--{name}", getattr(args, name), 0)
+    checks.in_range("--seed", args.seed, 0, LAST_SEED, "the seeds of JAX")
+    last, both = args.first_index + args.num_images - 1, "--first_index and --num_images: the last image id"
+    checks.in_range(both, last, 0, LAST_ID, "the ids that an image can have")
+    if args.classes is not None and args.classes_of is not None:
         raise ValueError(f"--classes: {args.classes} and --classes_of: {args.classes_of} exclude one another")
     if bool(args.prefix) != bool(args.prefix_positions):
         raise ValueError(f"--prefix: {args.prefix} and --prefix_positions: {args.prefix_positions} belong together")
@@ -120,16 +133,15 @@ def run(args: argparse.Namespace) -> Path:
     loaded = load(args)
     prefix, carried = read_codes(args.prefix, args.prefix_positions) if args.prefix else (None, None)
     conds, names = conditions(loaded, args, carried)
-    settings = dict(loaded.config.get("sample", {}))
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance")}
-    settings |= {name: value for name, value in given.items() if value is not None}
-    sampling.check_filter(*(settings.get(name) for name in ("temperature", "top_k", "top_p")))
-    sampling.check_guidance(loaded.model, settings.get("guidance"))
+    settings = draw_settings(loaded.model, loaded.config.get("sample") or {}, given)
     slice_ = {name: getattr(args, name) for name in ("num_images", "batch_size", "first_index", "seed", "weights")}
-    batches = draw(loaded.model, loaded.variables, loaded.tokenizer, conds=conds, prefix=prefix, **slice_, **settings)
     out, tag = Path(args.out), f"{args.first_index:06d}"
     shown, codes = [], []
     with Progress(args.num_images, unit="image", title="sampling") as progress:
+        compiling = functools.partial(progress.waiting_for, "compiling")
+        models = (loaded.model, loaded.variables, loaded.tokenizer)
+        batches = draw(*models, conds=conds, prefix=prefix, compiling=compiling, **slice_, **settings)
         for batch_ids, batch_codes, images in batches:
             for image_id, image in zip(batch_ids, images, strict=True):
                 grids.save_png(out / "images" / f"{image_id:06d}.png", image)
@@ -144,28 +156,30 @@ def run(args: argparse.Namespace) -> Path:
     grid = out / f"grid_{tag}.png"
     grids.save_png(grid, grids.captioned_grid(shown, captions, columns=10, scale=max(1, 64 // shown.shape[1])))
     drawn_from = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
-    record = {**vars(args), **settings, **{name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}}
+    flags = {name: value for name, value in vars(args).items() if name != "list_classes"}
+    record = {**flags, **settings, **{name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}}
     write_json(out / f"settings_{tag}.json", record)
     print(f"samples: {grid}")
     if args.neighbours:
         sheet = out / f"neighbours_{tag}.png"
-        grids.save_png(sheet, neighbour_sheet(loaded, shown[: neighbours.NUM_SHOWN], args.neighbours))
+        num = neighbours.NUM_SHOWN
+        grids.save_png(sheet, neighbours.sample_sheet(loaded.config, shown[:num], captions[:num], args.neighbours))
         print(f"nearest training images: {sheet}")
     return grid
 
 
-def neighbour_sheet(loaded: checkpoint.LoadedModel, images: np.ndarray, num_neighbours: int) -> np.ndarray:
-    """Samples (N, H, W, C) beside the training images nearest to them in mean squared pixel distance."""
-    data = EvaluationData(trained_on(loaded.config, IMAGE_SETTINGS), batch_size=256)
-    distances_NM, positions_M = neighbours.pixel_distances(images, data.training())
-    return neighbours.draw_sheet(images, distances_NM, positions_M, data.training(), num_neighbours)
+def list_classes(args: argparse.Namespace) -> None:
+    """Prints the classes of a transformer, a line each: number and name."""
+    for number, name in enumerate(class_names(load(args))):
+        print(f"{number}  {quoted(name)}")
 
 
 def main() -> None:
     """Command line."""
-    cli.keep_compiled_programs()
     with cli.one_line_errors():
-        run(parse_args())
+        args = parse_args()
+        cli.start()
+        list_classes(args) if args.list_classes else run(args)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ python train_transformer.py --config=configs/rqtransformer.py:demo --workdir=run
 
 import functools
 
+from configs import rqtransformer
 from rq_jax import recipes
 from rq_jax.training import cli
 
 if __name__ == "__main__":
-    cli.main(functools.partial(recipes.train, stage=2))
+    cli.main(functools.partial(recipes.train, stage=2), {"configs/rqtransformer.py": rqtransformer.PRESETS})

@@ -43,9 +43,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = cli.OneLineParser(description=__doc__.split("\n")[0])
     parser.add_argument("table", choices=tuple(ablations.TABLES))
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
-    parser.add_argument("--workdir", default="runs/ablations", help="directory of the runs, seen from this checkout")
-    parser.add_argument("--out", help="directory of the table, likewise (default: results; of a quicktest its workdir)")
-    parser.add_argument("--checkpoint", default="checkpoints/emoji", help="model that the table 'filter' draws from")
+    add_path = functools.partial(parser.add_argument, type=cli.path)
+    add_path("--workdir", default="runs/ablations", help="directory of the runs, seen from this checkout")
+    add_path("--out", help="directory of the table, likewise (default: results; of a quicktest its workdir)")
+    add_path("--checkpoint", default="checkpoints/emoji", help="model that the table 'filter' draws from")
     parser.add_argument("--quicktest", action="store_true", help="runs of four steps, to try the command")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"\d+(,\d+)*", args.seeds):

@@ -46,7 +46,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, help="images over all devices (default: the preset's)")
     add("--accumulation_steps", type=int, help="micro-batches of stage 2 (default: the preset's)")
     add("--sample", action="store_true", help="the sampler on one device, its weights in bfloat16")
-    add("--out", help="JSON file of the record")
+    add("--out", type=cli.path, help="JSON file of the record")
     args = parser.parse_args(argv)
     args.mesh = args.mesh or [(1, 1, 1)]
     return args

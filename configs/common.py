@@ -4,6 +4,7 @@ A preset is a flat dictionary of dotted keys: the few in which it differs from t
 """
 
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
@@ -106,7 +107,7 @@ def build(
         preset: a name of `presets`, optionally followed by ",quicktest"; "quicktest" alone shrinks "demo".
         config: the file's base; it is changed.
         presets: name -> overrides.
-        quicktest: what shrinks a finished config to a run of seconds.
+        quicktest: what shrinks a finished config to a run of four small steps.
 
     Returns:
         The locked config.
@@ -116,9 +117,11 @@ def build(
         KeyError: a preset names a key that the base does not have.
     """
     name, *variants = ("demo,quicktest" if preset == "quicktest" else preset).split(",")
-    if name not in presets or variants not in ([], ["quicktest"]):
-        names = ", ".join(presets)
-        raise ValueError(f'unknown preset "{preset}": use one of {names}; append ",quicktest" to shrink it')
+    if name not in presets:
+        near = "".join(f"did you mean {match}? " for match in get_close_matches(name, presets, 1))
+        raise ValueError(f"preset {name!r} is unknown; {near}allowed are {', '.join(presets)}")
+    if variants not in ([], ["quicktest"]):
+        raise ValueError(f"preset {preset!r} is unknown; after {name} only ',quicktest' is allowed, which shrinks it")
     config.lock()
     config.update_from_flattened_dict(presets[name])
     if variants:

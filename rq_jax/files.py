@@ -15,8 +15,17 @@ LOCK = "lock.json"
 
 
 def local_path(path: str | os.PathLike) -> Path:
-    """A path as a user writes it: `~` and `~name` stand for home directories."""
-    return Path(path).expanduser()
+    """A path as a user writes it: `~` and `~name` stand for home directories.
+
+    Raises:
+      ValueError: the home directory of an unknown user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"'{path}': no home directory is known for it; write ./{path} for a file of that name"
+        ) from None
 
 
 class RunLock:

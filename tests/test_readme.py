@@ -30,6 +30,7 @@ BLOCKS = [
 ]
 SNIPPETS = [(page, code) for page, language, code in BLOCKS if language == "python"]
 TRAINING_SCRIPTS = {"train_vae.py": "rqvae", "train_transformer.py": "rqtransformer"}
+TEXT_FLAGS = {"classes", "classes_of", "prompt", "split", "data_name", "tokenizer"}  # no paths; that of benchmark.py
 CLI = (ROOT / "rq_jax" / "training" / "cli.py").read_text(encoding="utf-8")
 TRAINING_FLAGS = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', CLI))
 
@@ -76,6 +77,14 @@ def _options(parser: argparse.ArgumentParser) -> set[str]:
     return {option for one in parsers for action in one._actions for option in action.option_strings}
 
 
+def _texts(parser: argparse.ArgumentParser) -> set[str]:
+    """Flags whose value is taken as it is."""
+    nested = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    parsers = [parser, *(sub for choices in nested for sub in choices.values())]
+    actions = [action for one in parsers for action in one._actions if action.option_strings and action.nargs is None]
+    return {action.dest for action in actions if action.type is None and action.choices is None}
+
+
 @pytest.mark.parametrize("page", sorted({page for page, _ in SNIPPETS}))
 def test_snippets_run(tmp_path, page):
     """In a user's process, with one device, away from the repository: only the shipped model is there."""
@@ -109,7 +118,7 @@ def _parse_training(monkeypatch: pytest.MonkeyPatch, script: str, arguments: tup
     config = config_flags.DEFINE_config_file("config", flag_values=values, lock_config=True)
     for name in TRAINING_FLAGS - {"config"}:
         flags.DEFINE_string(name, None, "", flag_values=values)
-    command = [script, *arguments]
+    command = [script, *(argument for argument in arguments if argument != "--help")]  # which app.run defines
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", command)  # ml_collections looks for overrides there
     assert values(command) == [script]
@@ -124,7 +133,9 @@ def test_flags_between_backticks_exist(monkeypatch):
     for script in ("sample.py", "evaluate.py", "convert_torch.py", "benchmark.py", "-m rq_jax.data.prepare"):
         arguments = ("folder",) if script.startswith("-m") else ("--out=a", "--checkpoint=b")
         with monkeypatch.context() as patch:
-            known |= _options(_parse(patch, script, example.get(script, arguments)))
+            parser = _parse(patch, script, example.get(script, arguments))
+        known |= _options(parser)
+        assert script.startswith("-m") or _texts(parser) <= TEXT_FLAGS, "a path needs type=cli.path"
     assert {"--kernel_distance", "--classes_of", "--strict"} <= named
     assert named - known == set()
 

@@ -17,6 +17,7 @@ import sample
 from rq_jax import checkpoint
 from rq_jax.data import make_dataset
 from rq_jax.data.text import load_tokenizer, train_tokenizer
+from rq_jax.evaluation import neighbours
 from rq_jax.report import grids
 
 (h, w, D), K, V = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE, len(helpers.CLASSES)
@@ -319,15 +320,15 @@ def test_neighbours_are_the_nearest_training_pictures(trained, tmp_path, monkeyp
     training = np.stack([np.asarray(Image.open(path)) for path in paths])
     noisy = np.clip(training[[4, 11]].astype(int) + 3, 0, 255).astype(np.uint8)
     seen = {}
-    monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale: seen.update(rows))
-    sample.neighbour_sheet(loaded, noisy, 2)
+    monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale, captions: seen.update(rows))
+    neighbours.sample_sheet(loaded.config, noisy, ["", ""], 2)
     assert list(seen) == ["sample", "nearest 1", "nearest 2"]
     np.testing.assert_array_equal(seen["sample"], noisy)
     np.testing.assert_array_equal(seen["nearest 1"], training[[4, 11]])
     distances = np.mean((training[None].astype(float) - noisy[:, None]) ** 2, axis=(2, 3, 4))
     np.testing.assert_array_equal(seen["nearest 2"], training[np.argsort(distances, axis=1)[:, 1]])
     seen.clear()
-    sample.neighbour_sheet(loaded, noisy, 99)
+    neighbours.sample_sheet(loaded.config, noisy, ["", ""], 99)
     assert len(seen) == 1 + len(training)
 
 
@@ -342,18 +343,22 @@ REFUSED = {
     "no images": ("unconditional", ["--num_images=0"], "--num_images: 0 must be at least 1"),
     "no batch": ("unconditional", ["--batch_size=0"], "--batch_size: 0 must be at least 1"),
     "index": ("unconditional", ["--first_index=-1"], "--first_index: -1 must be at least 0"),
-    "seed": ("unconditional", ["--seed=-2"], "--seed: -2 must be at least 0"),
+    "seed": ("unconditional", ["--seed=-2"], "--seed: -2 is outside 0..4294967295, the seeds of JAX"),
+    "large seed": ("unconditional", ["--seed=4294967296"], "--seed: 4294967296 is outside 0..4294967295"),
+    "large index": ("unconditional", [f"--first_index={2**31 - 35}"], "the last image id: 2147483648 is outside 0..2147483647"),
+    "empty classes": ("class", ["--classes="], "--classes: empty"),
+    "empty classes of a split": ("unconditional", ["--classes_of="], "--classes_of:  is for a class-conditional model"),
     "neighbours": ("unconditional", ["--neighbours=-1"], "--neighbours: -1 must be at least 0"),
-    "temperature": ("unconditional", ["--temperature=-0.5"], "temperature: -0.5 must be at least 0"),
-    "top_k": ("unconditional", ["--top_k=0"], "top_k: 0 must be at least 1"),
-    "top_p": ("unconditional", ["--top_p=1.2"], r"top_p: 1.2 is outside \[0, 1\]"),
-    "depths": ("unconditional", ["--top_p=0.5,0.6"], r"top_p: \[0.5, 0.6\] has shape \(2,\); give one value, or 3"),
-    "guidance": ("class", ["--guidance=2"], "guidance: 2.0 needs a model trained with use_null_cond"),
+    "temperature": ("unconditional", ["--temperature=-0.5"], "--temperature: -0.5 must be at least 0"),
+    "top_k": ("unconditional", ["--top_k=0"], "--top_k: 0 must be at least 1"),
+    "top_p": ("unconditional", ["--top_p=1.2"], r"--top_p: 1.2 is outside \[0, 1\]"),
+    "depths": ("unconditional", ["--top_p=0.5,0.6"], r"--top_p: \[0.5, 0.6\] has 2 entries for code depth 3"),
+    "guidance": ("class", ["--guidance=2"], "--guidance: 2.0 needs a model trained with use_null_cond"),
     "classes of none": ("unconditional", ["--classes=1"], "--classes: 1 is for a class-conditional model, this one is unc"),
     "classes of text": ("text", ["--classes=1"], "--classes: 1 is for a class-conditional model, this one is text"),
     "prompt of classes": ("class", ["--prompt=bee"], r"--prompt: \['bee'\] is for a text-conditional model, this one is class"),
     "no prompt": ("text", [], "--prompt: missing, this model draws images of a text"),
-    "class number": ("class", ["--classes=1,5"], "--classes: '5' is no class; allowed are 0..4 and ape, bee, cat, dog, elk"),
+    "class number": ("class", ["--classes=1,5"], "--classes: '5' is no class; allowed are 0..4 and the names that --list_classes shows"),
     "class name": ("class", ["--classes=fox"], "--classes: 'fox' is no class"),
     "negative class": ("class", ["--classes=-1"], "--classes: '-1' is no class"),
     "classes of a split, twice": ("class", ["--classes=1", "--classes_of=train"], "--classes: 1 and --classes_of: train exclude"),
@@ -424,5 +429,17 @@ def test_command_line_ends_with_one_line(tmp_path):
 def test_a_flag_of_the_wrong_type_is_one_line():
     with pytest.raises(ValueError, match="^--top_k: invalid number value: 'x'$"):
         sample.parse_args(["--out=gone", "--top_k=x"])
-    with pytest.raises(ValueError, match="^the following arguments are required: --out$"):
-        sample.parse_args([])
+    with pytest.raises(ValueError, match="^--out: missing; give the directory of the results$"):
+        sample.run(sample.parse_args([]))
+    for path, message in (
+        ("", "empty; give a path"),
+        ("~nobody-here/x", "'~nobody-here/x': no home directory is known"),
+    ):
+        with pytest.raises(ValueError, match=f"^--out: {message}"):
+            sample.parse_args([f"--out={path}"])
+    assert sample.parse_args(["--out=~/x [1]"]).out == str(Path.home() / "x [1]")
+
+
+def test_classes_are_listed(trained, capsys):
+    sample.list_classes(sample.parse_args([f"--checkpoint={trained.stage2['class']}", "--list_classes"]))
+    assert capsys.readouterr().out == "0  'ape'\n1  'bee'\n2  'cat'\n3  'dog'\n4  'elk'\n"

@@ -41,6 +41,7 @@ from rq_jax.checkpoint.saver import (
     split,
     steps_of,
 )
+from rq_jax.files import local_path
 
 _TOKENIZER = "tokenizer"
 _LOG = "metrics.jsonl"
@@ -65,7 +66,7 @@ def ship(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
     Raises:
       FileNotFoundError: no run, or no checkpoint in it.
     """
-    workdir, directory = Path(workdir), Path(directory)
+    workdir, directory = local_path(workdir), local_path(directory)
     loaded = load_model(workdir)
     for model, name in ((loaded, "."), (loaded.tokenizer, _TOKENIZER)):
         if model is None:
@@ -94,7 +95,7 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
     Raises:
       FileNotFoundError: no such directory, or no checkpoint (of that step) in it.
     """
-    directory = Path(directory).absolute()
+    directory = local_path(directory).absolute()
     config = read_config(directory)
     model = models.create(**config["model"])
     template = models.abstract_variables(model)
@@ -139,7 +140,7 @@ def read_tokenizer_config(directory: str | os.PathLike) -> dict[str, Any]:
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:
     """Whether a run directory holds a checkpoint to resume from."""
-    return bool(steps_of(Path(directory) / CHECKPOINTS))
+    return bool(steps_of(local_path(directory) / CHECKPOINTS))
 
 
 def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = False) -> Any:
@@ -160,7 +161,7 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
       FileNotFoundError: no such directory, or no checkpoint in it.
       ValueError: names or shapes differ from those of `state`, or there is no optimizer to keep.
     """
-    directory, hint = Path(directory).absolute(), "set config.model to the settings in its config.json"
+    directory, hint = local_path(directory).absolute(), "set config.model to the settings in its config.json"
     is_run = not (directory / WEIGHTS).is_file()
     if keep_optimizer and not is_run:
         raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")

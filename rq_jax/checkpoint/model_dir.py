@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax.files import atomic_path, write_json
+from rq_jax.files import atomic_path, local_path, write_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -18,7 +18,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 def write_config(directory: str | os.PathLike, config: Mapping[str, Any]) -> None:
     """Write the resolved config of a run or model directory, atomically; only the first process writes."""
     if jax.process_index() == 0:
-        write_json(Path(directory) / CONFIG, config)
+        write_json(local_path(directory) / CONFIG, config)
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def read_config(directory: str | os.PathLike) -> dict[str, Any]:
       FileNotFoundError: the directory has no config.json.
       ValueError: its config.json names no model of this package.
     """
-    path = Path(directory) / CONFIG
+    path = local_path(directory) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f"'{directory}' is no run directory: it has no {CONFIG}; give the --workdir of a training run"
@@ -70,7 +70,7 @@ def save_model(
             if not largest <= float(np.finfo(np.float16).max):
                 raise ValueError(f"dtype: '{name}' has a value of {largest}, beyond float16; leave dtype out")
         arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
-    with atomic_path(Path(directory) / WEIGHTS) as partial:
+    with atomic_path(local_path(directory) / WEIGHTS) as partial:
         save_file(arrays, partial)
     write_config(directory, config)  # last: a directory without it is no model directory
 

@@ -1,5 +1,9 @@
 """Conditions that samples are drawn with: classes or texts."""
 
+import csv
+import difflib
+import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +11,7 @@ import numpy as np
 
 from rq_jax.checkpoint import LoadedModel
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
+from rq_jax.settings.text import quoted
 
 
 def choose_conditions(
@@ -28,7 +33,7 @@ def choose_conditions(
       directory: that it was loaded from, with its text tokenizer.
       num_images: images from id 0 on.
       seed: of classes that are drawn.
-      classes: numbers or names, separated by commas.
+      classes: names or numbers, separated by commas; see `parse_classes`.
       classes_of: a split whose classes are taken, in order.
       prompts: texts, which a text-conditional model needs.
       prefix: file of an earlier run, for the error.
@@ -41,25 +46,23 @@ def choose_conditions(
     Raises:
       ValueError: classes or prompts that the model does not take or know.
     """
-    model = loaded.model
-    kind = "unconditional" if not model.is_conditional else "class" if model.cond_length == 1 else "text"
+    model, kind = loaded.model, kind_of(loaded)
     for flag, value, needed in (
         ("--classes", classes, "class"),
         ("--classes_of", classes_of, "class"),
         ("--prompt", prompts, "text"),
     ):
-        if value and kind != needed:
+        if value is not None and kind != needed:
             raise ValueError(f"{flag}: {value} is for a {needed}-conditional model, this one is {kind}; leave it out")
     if kind == "unconditional":
         return None, [""]
     if kind == "text":
         return _tokens(prompts, directory, model.cond_length), prompts
-    V = model.cond_vocab_size
-    names = loaded.config.get("class_names") or [str(i) for i in range(V)]
-    if classes_of:
+    V, names = model.cond_vocab_size, class_names(loaded)
+    if classes_of is not None:
         numbers = classes_of_split(loaded.config, classes_of)
-    elif classes:
-        numbers = [class_number(text.strip(), names) for text in classes.split(",")]
+    elif classes is not None:
+        numbers = parse_classes(classes, names)
     elif carried is not None:
         numbers = _carried_classes(carried, V, prefix)
     elif counts := loaded.config.get("class_counts"):
@@ -69,17 +72,63 @@ def choose_conditions(
     return np.array(numbers)[:, None], [names[i] for i in numbers]
 
 
+def kind_of(loaded: LoadedModel) -> str:
+    """The condition of a transformer: "class" or "text", or "unconditional"."""
+    model = loaded.model
+    return "unconditional" if not model.is_conditional else "class" if model.cond_length == 1 else "text"
+
+
+def class_names(loaded: LoadedModel) -> list[str]:
+    """Names of the classes of a transformer by number; the numbers themselves where it records none.
+
+    Raises:
+      ValueError: the model takes no classes.
+    """
+    if (kind := kind_of(loaded)) != "class":
+        raise ValueError(f"classes: this model is {kind}{'-conditional' * (kind == 'text')}, and takes none")
+    return loaded.config.get("class_names") or [str(i) for i in range(loaded.model.cond_vocab_size)]
+
+
+def parse_classes(text: str, names: list[str]) -> list[int]:
+    """The numbers of classes in a list separated by commas.
+
+    Args:
+      text: an entry is a name, in double quotes where it holds a comma, or else a number in the digits 0 to 9.
+      names: by class number; case and the form of accents make no difference, except between two names.
+
+    Raises:
+      ValueError: an entry that is no class, or quotes that do not match.
+    """
+    try:
+        (entries,) = csv.reader([text], skipinitialspace=True, strict=True)
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"--classes: {quoted(text)} is no list of names and numbers ({error})") from None
+    if not entries:
+        raise ValueError("--classes: empty; give names or numbers, or leave it out")
+    return [class_number(entry.strip(), names) for entry in entries]
+
+
 def class_number(text: str, names: list[str]) -> int:
-    """The number of a class, given as a number or by name.
+    """The number of a class, given by name, or else as a number.
 
     Raises:
       ValueError: no such class.
     """
-    lower = [name.lower() for name in names]
-    number = lower.index(text.lower()) if text.lower() in lower else int(text) if text.isdigit() else -1
-    if not 0 <= number < len(names):
-        raise ValueError(f"--classes: '{text}' is no class; allowed are 0..{len(names) - 1} and {', '.join(names)}")
-    return number
+    folded = [_folded(name) for name in names]
+    if text in names:
+        return names.index(text)
+    if _folded(text) in folded:
+        return folded.index(_folded(text))
+    if re.fullmatch("[0-9]{1,9}", text) and int(text) < len(names):
+        return int(text)
+    near = difflib.get_close_matches(_folded(text), folded, 1) or [name for name in folded if _folded(text) in name]
+    hint = f"; did you mean {quoted(names[folded.index(near[0])])}?" if text and near else ""
+    allowed = f"allowed are 0..{len(names) - 1} and the names that --list_classes shows"
+    raise ValueError(f"--classes: {quoted(text)} is no class{hint}; {allowed}")
+
+
+def _folded(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def draw_classes(counts: list[int], seed: int, num_images: int) -> list[int]:

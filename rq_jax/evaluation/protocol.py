@@ -4,14 +4,18 @@ import dataclasses
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
+from rq_jax.checkpoint import LoadedModel
 from rq_jax.data import Dataset, make_dataset
+from rq_jax.files import local_path
+from rq_jax.settings.text import quoted
 
 # Settings of the config section `data` that decide which images there are, and what conditions come with them.
 IMAGE_SETTINGS = ("name", "data_dir", "train_split", "validation_split", "eval_transform", "image_size", "channels")
@@ -85,6 +89,49 @@ def image_settings(
     if "name" not in data:
         raise ValueError(f"--data_name: unset, and '{directory}' names no data set; give one")
     return data | {"image_size": list(image_shape[:2]), "channels": image_shape[2]}  # a list, as JSON gives it back
+
+
+def shared_settings(
+    tokenizers: Mapping[str, LoadedModel], samples: Mapping[str, np.ndarray], name: str | None, data_dir: str | None
+) -> dict[str, Any]:
+    """Settings that choose the images to measure on, of the one shape that all tokenizers and samples have.
+
+    Args:
+      tokenizers, samples: by directory; at least one of them.
+      name, data_dir: of another data set than that of the first tokenizer.
+
+    Raises:
+      ValueError: images of several shapes, or no data set is named.
+    """
+    shapes = {each: (*loaded.model.image_shape, loaded.model.in_channels) for each, loaded in tokenizers.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"--checkpoint: images of several shapes {shapes}; compare tokenizers of one shape")
+    shapes |= {directory: images.shape[1:] for directory, images in samples.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"--samples: images of several shapes {shapes}; compare one shape")
+    directory, shape = next(iter(shapes.items()))
+    config = tokenizers[directory].config if directory in tokenizers else None
+    return image_settings(config, shape, directory, name, data_dir)
+
+
+def trained_elsewhere(config: dict[str, Any], settings: dict[str, Any]) -> str | None:
+    """The training images of a model where they are others than those of the data set that it is measured on.
+
+    Args:
+      config: of the model; one that names no data set is taken to fit.
+      settings: see `EvaluationData`.
+    """
+
+    def which(data: dict[str, Any]) -> dict[str, str]:
+        chosen = {name: str(data[name]) for name in ("name", "data_dir", "train_split") if data.get(name) is not None}
+        if "data_dir" in chosen:
+            chosen["data_dir"] = str(local_path(chosen["data_dir"]).absolute())
+        return {"train_split": "train", **chosen}
+
+    own, measured = which(config.get("data") or {}), which(settings)
+    if "name" not in own or own == measured:
+        return None
+    return ", ".join(f"data.{name} {quoted(value)}" for name, value in own.items() if measured.get(name) != value)
 
 
 def environment(root: Path) -> dict[str, Any]:

@@ -6,6 +6,8 @@
 """
 
 import functools
+import logging
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,16 +16,25 @@ import jax
 from rq_jax import checkpoint
 from rq_jax.data import Splits, make_dataset
 from rq_jax.devices import sharding
+from rq_jax.files import local_path
+from rq_jax.recipes.outlook import describe_data, shortages
 from rq_jax.recipes.tokenizer import Tokenizer
 from rq_jax.recipes.transformer import Transformer
 from rq_jax.settings.construct import construct
 from rq_jax.training.loop import Recipe, run
-from rq_jax.training.settings import LoopSettings, loop_settings
+from rq_jax.training.settings import LoopSettings, loop_settings, plain
 from rq_jax.training.state import TrainState
 
 __all__ = ["RECIPES", "Prepared", "Tokenizer", "Transformer", "prepare", "train"]
 
 RECIPES = {"rqvae": Tokenizer, "rqtransformer": Transformer}
+# Settings that are paths; a split is one where it is a .txt file of names.
+_PATHS = (
+    "tokenizer", "init_from", "data.data_dir", "data.text_tokenizer", "data.train_split", "data.validation_split",
+    "perceptual.vgg", "perceptual.heads",
+)  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 class Prepared(NamedTuple):
@@ -45,6 +56,7 @@ def prepare(config: Mapping[str, Any], *, stage: int | None = None, mesh: jax.sh
     Raises:
       ValueError, FileNotFoundError: bad settings, data or tokenizer.
     """
+    config = with_whole_paths(config)
     name = config["model"]["name"]
     if name not in RECIPES:
         raise ValueError(f"model.name: '{name}' is unknown; allowed are {', '.join(RECIPES)}")
@@ -52,6 +64,8 @@ def prepare(config: Mapping[str, Any], *, stage: int | None = None, mesh: jax.sh
     if stage is not None and kind.title != f"stage {stage}":
         raise ValueError(f"model.name: '{name}' is a model of {kind.title}, not of stage {stage}; use its own script")
     config = kind.resolve(config)
+    if not isinstance(config["seed"], int):
+        raise ValueError(f"seed: {config['seed']!r} is not of type int")
     mesh = construct(sharding.make_mesh, "mesh", config["mesh"]) if mesh is None else mesh
     shard_index, shard_count = sharding.batch_part(mesh)
     open_split = functools.partial(
@@ -60,9 +74,28 @@ def prepare(config: Mapping[str, Any], *, stage: int | None = None, mesh: jax.sh
     )  # fmt: skip
     train_split = open_split(split="train", train=True)
     data = Splits(train_split, open_split(split="validation", train=False), train_split.in_order())
+    if jax.process_index() == 0:
+        logger.info(describe_data(config["data"], data))
     recipe = kind.from_config(config, mesh, data)
     data.train.examples([0])  # raises where no image can be read
     return Prepared(recipe, data, loop_settings(config["loop"], data.train.steps_per_epoch))
+
+
+def with_whole_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as nested dicts, its paths absolute, so that the recorded one can be read from anywhere.
+
+    Raises:
+      ValueError: the home directory of an unknown user.
+    """
+    config = plain(config)
+    for setting in _PATHS:
+        *sections, name = setting.split(".")
+        section = functools.reduce(lambda settings, key: settings.get(key) or {}, sections, config)
+        value = section.get(name)
+        is_path = isinstance(value, str | os.PathLike) and bool(str(value))
+        if is_path and (not name.endswith("_split") or str(value).endswith(".txt")):
+            section[name] = str(local_path(value).absolute())
+    return config
 
 
 def train(
@@ -87,6 +120,8 @@ def train(
       ValueError, FileNotFoundError: bad settings, data or tokenizer, before anything compiles; see also `training.run`.
     """
     prepared = prepare(config, stage=stage, mesh=mesh)
+    for line in shortages(prepared.recipe, prepared.data.train.batch_size, prepared.settings.total_steps):
+        logger.warning(line)
     init_from = prepared.recipe.config.get("init_from")
     if init_from and not checkpoint.has_checkpoint(workdir):
         checkpoint.read_config(init_from)  # raises where there is no run, before `workdir` is made

@@ -33,6 +33,7 @@ SECTIONS = (
 )  # fmt: skip
 LOSS_DURATIONS = ("perceptual_start", "adversarial_start", "adversarial_warmup")
 COLLAPSED_USAGE = 0.05  # share of a codebook in use below which a depth counts as collapsed
+MIN_VECTORS_PER_CODE = 20  # in a log window, to tell a collapse from too few images or the very first steps
 
 logger = logging.getLogger(__name__)
 
@@ -348,10 +349,12 @@ class Tokenizer:
             usage = float(np.mean(counts_K[:K] > 0))
             scalars[f"code_usage/depth{d}"] = usage
             scalars[f"code_perplexity/depth{d}"] = float(metrics.code_perplexity(counts_K[:K]))
-            if usage < COLLAPSED_USAGE:
+            window = (self.config or {}).get("loop", {}).get("log_every_steps", 1)  # the counts are means of its steps
+            if usage < COLLAPSED_USAGE and counts_K.sum() * window >= MIN_VECTORS_PER_CODE * K:
+                restart = "" if self.model.use_restart else "turn on model.use_restart, or "
                 logger.warning(
                     "CODEBOOK COLLAPSE: depth %d used only %.1f%% of its %d codes since the last log line; "
-                    "turn on model.use_restart, lower model.codebook_size or the learning rate", d, 100 * usage, K,
+                    "%slower model.codebook_size or optim.learning_rate", d, 100 * usage, K, restart,
                 )  # fmt: skip
         return scalars
 

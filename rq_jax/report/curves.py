@@ -1,6 +1,7 @@
 """Line plots of logged metrics."""
 
 import io
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -8,13 +9,16 @@ from pathlib import Path
 
 from rq_jax.files import write_atomic
 
+MARK_TEXT = {"fontsize": "xx-small", "color": "grey", "ha": "right", "va": "top"}
+
 
 def curves(metrics_jsonl_path: str | os.PathLike, names: Sequence[str], out_path: str | os.PathLike) -> None:
     """Draw metrics against the step, a panel for each, as PNG.
 
     Args:
       metrics_jsonl_path: log of `training.log.MetricWriter`.
-      names: metrics to draw; non-finite values leave a gap.
+      names: metrics to draw; non-finite values leave a gap, and so do the zeros of a loss that has not begun. A dotted
+        line in all panels marks where it does.
       out_path: PNG file to write.
 
     Raises:
@@ -29,13 +33,22 @@ def curves(metrics_jsonl_path: str | os.PathLike, names: Sequence[str], out_path
         raise ValueError(
             f"names: '{unknown[0]}' is not in '{metrics_jsonl_path}'; allowed are {', '.join(sorted(logged))}"
         )
-    panels({name: {"": (*logged[name], None)} for name in names}, "step", out_path)
+    lines, joins = {}, {}
+    for name in names:
+        steps, values = logged[name]
+        idle = len(list(itertools.takewhile(lambda value: value == 0, values)))
+        if 0 < idle < len(values):
+            joins[steps[idle]] = ", ".join(filter(None, (joins.get(steps[idle]), name)))
+            values = [float("nan")] * idle + values[idle:]
+        lines[name] = {"": (steps, values, None)}
+    panels(lines, "step", out_path, joins)
 
 
 def panels(
     lines: Mapping[str, Mapping[str, tuple[Sequence, Sequence, Sequence | None]]],
     xlabel: str,
     out_path: str | os.PathLike,
+    marks: Mapping[float, str] | None = None,
 ) -> None:
     """Draw lines, a panel for each title, as PNG.
 
@@ -44,18 +57,25 @@ def panels(
         are left out of the legend.
       xlabel: label of the x axes.
       out_path: PNG file to write.
+      marks: x -> what begins there: a dotted line in every panel, with its name in the first.
     """
     from matplotlib.figure import Figure
 
     columns = min(3, len(lines))
     # Figure in place of pyplot, which has global state and may open a window.
     figure = Figure(figsize=(4.5 * columns, 3.0 * -(-len(lines) // columns)), layout="constrained")
-    axes = list(figure.subplots(-(-len(lines) // columns), columns, squeeze=False).flat)
+    # With marks the x axes are one, so that a line that begins late leaves its gap.
+    axes = list(figure.subplots(-(-len(lines) // columns), columns, squeeze=False, sharex=bool(marks)).flat)
     for panel, (title, of_panel) in zip(axes, lines.items(), strict=False):
         for label, (x, y, error) in of_panel.items():
             is_short = len(x) < 20
             panel.errorbar(x, y, error, label=label or "_", marker="." if is_short else None, capsize=2)
+        for x, name in (marks or {}).items():
+            panel.axvline(x, color="grey", linestyle=":", linewidth=1)
+            if panel is axes[0]:
+                panel.text(x, 0.98, f"{name} ", transform=panel.get_xaxis_transform(), rotation=90, **MARK_TEXT)
         panel.set(title=title, xlabel=xlabel)
+        panel.tick_params(labelbottom=True)
         panel.grid(alpha=0.3)
         if any(of_panel):
             panel.legend(

@@ -63,19 +63,22 @@ def grid(images: Any, columns: int, padding: int = 2, scale: int = 1) -> np.ndar
     return sheet
 
 
-def labelled_grid(rows: Mapping[str, Any], scale: int = 1, padding: int = 2) -> np.ndarray:
+def labelled_grid(
+    rows: Mapping[str, Any], scale: int = 1, padding: int = 2, captions: Mapping[str, Sequence[str]] | None = None
+) -> np.ndarray:
     """Lay out one row of images per label, the label at the left, such as reconstructions by code depth.
 
     Args:
       rows: label -> images (B, H, W, C), uint8 or floats in [-1, 1]; only B may differ from row to row.
       scale: integer factor of enlargement, nearest neighbour.
       padding: white pixels between the images and around them.
+      captions: label -> captions below the images of that row, one per image; other rows have none.
 
     Returns:
       uint8 HWC, three channels.
 
     Raises:
-      ValueError: no rows, images of different sizes, or images that `grid` does not take.
+      ValueError: no rows, not one caption per image, images of different sizes, or images that `grid` does not take.
     """
     from PIL import Image, ImageDraw
 
@@ -85,10 +88,11 @@ def labelled_grid(rows: Mapping[str, Any], scale: int = 1, padding: int = 2) -> 
     sizes = {label: images.shape[1:3] for label, images in cells.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"rows: images have several sizes {sizes}; give one height and width")
-    strips = {label: _rgb(grid(images, len(images), padding)) for label, images in cells.items()}
-
     H = next(iter(sizes.values()))[0]
     font = _font(H)
+    for label, texts in (captions or {}).items():
+        cells[label] = _captioned(_rgb(cells[label]), texts, font, padding)
+    strips = {label: _rgb(grid(images, len(images), padding)) for label, images in cells.items()}
     boxes = {label: _text_size(label, font) for label in rows}
     label_width = max(width for width, _ in boxes.values()) + 2 * padding
     heights = [max(strips[label].shape[0], boxes[label][1] + padding) for label in rows]
@@ -118,13 +122,17 @@ def captioned_grid(images: Any, captions: Sequence[str], columns: int, scale: in
     Raises:
       ValueError: not one caption per image, or images that `grid` does not take.
     """
+    cells = _rgb(_cells(images, "images", scale))
+    return grid(_captioned(cells, captions, _font(cells.shape[1]), padding), columns, padding)
+
+
+def _captioned(cells: np.ndarray, captions: Sequence[str], font: Any, padding: int) -> np.ndarray:
+    """Images (B, H, W, 3) with their captions below, all of one height."""
     from PIL import Image, ImageDraw
 
-    cells = _rgb(_cells(images, "images", scale))
     B, H, W, _ = cells.shape
     if len(captions) != B:
         raise ValueError(f"captions: {len(captions)} for {B} images; give one per image")
-    font = _font(H)
     texts = [_wrap(caption, font, W) for caption in captions]
     lines = 1 + max(text.count("\n") for text in texts)
     text_height = _text_size("\n".join(["Ag"] * lines), font)[1] + padding  # the same for every text
@@ -135,7 +143,7 @@ def captioned_grid(images: Any, captions: Sequence[str], columns: int, scale: in
         middle = (W // 2, H + padding // 2)
         ImageDraw.Draw(canvas).text(middle, text, "black", font, anchor="ma", align="center")
         captioned[index] = np.asarray(canvas)
-    return grid(captioned, columns, padding)
+    return captioned
 
 
 def encode_png(array: Any) -> bytes:

@@ -1,10 +1,11 @@
 """Progress bar on a terminal, plain lines elsewhere."""
 
+import contextlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TextIO
 
@@ -65,6 +66,19 @@ class Progress:
             self._bar.set_postfix({name: float(value) for name, value in scalars.items()}, refresh=False)
         self._bar.update(count)
 
+    @contextlib.contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """Show what the work waits for, such as "compiling", and leave that time out of the rate and the time left."""
+        if (bar := self._bar) is None:
+            yield
+            return
+        before, start = bar.postfix, time.monotonic()
+        bar.set_postfix_str(what)
+        yield
+        bar.last_print_t += time.monotonic() - start  # where the next rate is measured from
+        bar.set_postfix_str(before or "", refresh=False)
+        bar.refresh()
+
     def message(self, text: str) -> None:
         """Print a line above the bar."""
         if self._bar is not None:
@@ -99,16 +113,24 @@ class _Lines:
         self.fp = file
         self._format = partial(format_meter, bar_format=LINE_FORMAT, initial=initial, prefix=desc, **meter)
         self._seconds, self._leave = seconds, leave
-        self._count, self._postfix = initial, ""
-        self._start = self._shown_at = time.monotonic()
+        self._count, self.postfix = initial, ""
+        self._start = self.last_print_t = time.monotonic()
         self._shown_count = initial
 
     def set_postfix(self, scalars: Mapping[str, float], refresh: bool) -> None:
-        self._postfix = ", ".join(f"{name}={value:.4g}" for name, value in scalars.items())
+        self.postfix = ", ".join(f"{name}={value:.4g}" for name, value in scalars.items())
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self.postfix = text
+        if refresh:
+            self._show()
+
+    def refresh(self) -> None:
+        """Nothing: a bar is drawn again in its place, a line would be one more."""
 
     def update(self, count: int) -> None:
         self._count += count
-        if time.monotonic() - self._shown_at >= self._seconds:
+        if time.monotonic() - self.last_print_t >= self._seconds:
             self._show()
 
     def write(self, text: str, file: TextIO) -> None:
@@ -122,11 +144,11 @@ class _Lines:
     def _show(self) -> None:
         now = time.monotonic()
         # The rate since the last line: one since the start would carry compilation in the time left for ever.
-        rate = (self._count - self._shown_count) / max(now - self._shown_at, 1e-9)
+        rate = (self._count - self._shown_count) / max(now - self.last_print_t, 1e-9)
         elapsed = now - self._start
-        line = self._format(n=self._count, elapsed=elapsed, rate=rate or None, postfix=self._postfix)
+        line = self._format(n=self._count, elapsed=elapsed, rate=rate or None, postfix=self.postfix)
         self.write(line, self.fp)
-        self._shown_at, self._shown_count = now, self._count
+        self.last_print_t, self._shown_count = now, self._count
 
 
 def _has_width(stream: TextIO) -> bool:

@@ -1,14 +1,50 @@
 """Images drawn batch by batch: codes from a transformer, decoded to bytes by its tokenizer."""
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax.sampling.generate import generate
+from rq_jax.sampling.filter import check_filter
+from rq_jax.sampling.generate import check_guidance, generate
+from rq_jax.settings import checks
+
+_FILTER = ("temperature", "top_k", "top_p")
+
+
+def draw_settings(model: Any, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a draw, checked: those that are given, else those that a checkpoint recorded.
+
+    Args:
+      model: an `RQTransformer`.
+      recorded: the config section `sample` of the checkpoint.
+      given: the values of flags by name; None: not given.
+
+    Returns:
+      temperature, top_k, top_p and guidance of `generate`, those that are set.
+
+    Raises:
+      ValueError: a value that is not allowed, or not one per depth; named as the flag, or as the key of the section.
+    """
+    chosen = {name: (f"--{name}", value) for name, value in given.items() if value is not None}
+    for name, value in recorded.items():
+        checks.one_of("sample: the key", name, (*_FILTER, "guidance"))
+        chosen.setdefault(name, (f"sample.{name}", value))
+    for name, (setting, value) in chosen.items():
+        try:
+            if name == "guidance":
+                check_guidance(model, value)
+            else:
+                check_filter(**{**dict.fromkeys(_FILTER), name: value})
+        except ValueError as error:
+            raise ValueError(f"{setting.removesuffix(name)}{error}") from None
+        checks.one_per_depth(setting, value, model.code_shape[-1])
+    return {name: value for name, (_, value) in chosen.items()}
 
 
 def draw(
@@ -23,6 +59,7 @@ def draw(
     weights: str = "float32",
     conds: np.ndarray | None = None,
     prefix: np.ndarray | None = None,
+    compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     **settings: Any,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Draws images; while one batch is fetched the next is already being drawn.
@@ -38,6 +75,7 @@ def draw(
       weights: dtype of the transformer's weights in memory, see `inference_weights.for_inference`.
       conds: (m, U), which the images take in turn by id; None for an unconditional model.
       prefix: codes (m, T0, D) of the first positions, likewise.
+      compiling: makes a context that is entered while the programs of the first batch compile.
       **settings: temperature, top_k, top_p and guidance of `generate`.
 
     Yields:
@@ -55,8 +93,9 @@ def draw(
         ids = np.arange(first, first + batch_size)
         cond = None if conds is None else conds[ids % len(conds)]
         first_codes = None if prefix is None else prefix[ids % len(prefix)]
-        codes = generate(model, resting, rng, batch_size, cond, image_ids=ids, prefix=first_codes, **settings)
-        batch = ids, codes, decode(tokenizer.model, tokenizer_variables, codes)
+        with compiling() if pending is None else contextlib.nullcontext():
+            codes = generate(model, resting, rng, batch_size, cond, image_ids=ids, prefix=first_codes, **settings)
+            batch = ids, codes, decode(tokenizer.model, tokenizer_variables, codes)
         if pending is not None:
             yield fetch(*pending)
         pending = batch
@@ -66,17 +105,22 @@ def draw(
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode(tokenizer: Any, variables: Any, codes: jax.Array) -> jax.Array:
-    """Images (B, H, W, C), uint8, from codes (B, h, w, D), compiled once for a tokenizer and shape.
+    """Images of codes as bytes, compiled once for a tokenizer and shape.
+
+    The decoder's own images are nominally in [-1, 1] and overshoot; here they are clipped to it, and NaN is black.
 
     Args:
       tokenizer: an `RQVAE`.
       variables: its variables.
-      codes: int32.
+      codes: (B, h, w, D), int32.
+
+    Returns:
+      (B, H, W, C), uint8 in [0, 255].
     """
     # Images are rounded to 8 bits: on an accelerator the decoder computes in bfloat16, with a float32 quantizer.
     decoder = tokenizer if jax.default_backend() == "cpu" else tokenizer.clone(dtype="bfloat16")
     images = decoder.apply(variables, codes, method="decode_codes").astype(jnp.float32)
-    return jnp.round(jnp.clip(0.5 * images + 0.5, 0, 1) * 255).astype(jnp.uint8)
+    return jnp.nan_to_num(jnp.round(jnp.clip(0.5 * images + 0.5, 0, 1) * 255)).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

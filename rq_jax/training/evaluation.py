@@ -88,7 +88,8 @@ class Evaluator:
         """Evaluate a state; a signal leaves the evaluation owed."""
         if not self._is_compiled:
             self.hang.expect_compilation()
-        figures = self._figures(state)
+        with contextlib.nullcontext() if self._is_compiled else self.progress.waiting_for("compiling the evaluation"):
+            figures = self._figures(state)
         self._is_compiled, self.status.owes_evaluation = True, figures is None
         if figures is None:
             return

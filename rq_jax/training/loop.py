@@ -14,7 +14,7 @@ import numpy as np
 from rq_jax.checkpoint import Checkpointer, read_config, write_config
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import explained_memory
-from rq_jax.files import RunLock, write_atomic
+from rq_jax.files import RunLock, local_path, write_atomic
 from rq_jax.report import curves
 from rq_jax.report.parameters import parameter_table
 from rq_jax.report.progress import Progress
@@ -97,7 +97,7 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
       SystemExit: with 128 + signal number after SIGINT (130) or SIGTERM (143); the current step is saved, and an
         evaluation that is cut short is made up for by the next start.
     """
-    workdir = str(workdir)
+    workdir = str(local_path(workdir))
     _check_kind(workdir, recipe)
     lock = RunLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     # The lock first: opening a checkpointer removes what a killed save left, which may be another trainer's work.
@@ -197,7 +197,8 @@ class _Run:
         """Dispatch one step, and wait for the one before: the device stays busy and the queue short."""
         parts, previous, previous_batch = self._parts, self._metrics, self._batch
         phase = self._recipe.phase(step)
-        if previous is None or phase != self._phase:
+        compiles = previous is None or phase != self._phase
+        if compiles:
             parts.hang.expect_compilation()
         self._phase = phase
         # Armed before the batch is read: a reader that hangs is a hang of the run.
@@ -206,7 +207,8 @@ class _Run:
         with self._meter.waiting():
             self._batch = next(parts.iterator)
         placed = sharding.put_batch(self._recipe.mesh, self._batch)
-        state, self._metrics = self._recipe.step(state, placed, phase)
+        with self._progress.waiting_for("compiling") if compiles else contextlib.nullcontext():
+            state, self._metrics = self._recipe.step(state, placed, phase)
         self._log.add(self._metrics)
         jax.block_until_ready(previous)
         # Only now are the numbers of the step before on the host without a wait for the one just dispatched.

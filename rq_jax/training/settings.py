@@ -3,14 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rq_jax.devices import sharding
 from rq_jax.settings import checks
 from rq_jax.settings.construct import construct
 
-# Settings of the config section `loop` that a recipe reads and not the loop.
-_OF_RECIPES = ("ema_decay", "use_latent_cache")
 _LEAST = {
     "total_steps": 1,
     "log_every_steps": 1,
@@ -66,6 +64,13 @@ class LoopSettings:
                 f"loop.keep_every_steps: {self.keep_every_steps} is no multiple of loop.checkpoint_every_steps "
                 f"{self.checkpoint_every_steps}, so that nothing would be kept; set it to a multiple, or to 0"
             )
+
+
+class _OfRecipes(NamedTuple):
+    """Settings of the config section `loop` that a recipe reads and not the loop."""
+
+    ema_decay: float = 0.0
+    use_latent_cache: bool = False
 
 
 def resolve_durations(
@@ -127,7 +132,9 @@ def memory_remedies(recipe: Any, batch_size: int) -> list[str]:
 def loop_settings(section: Mapping[str, Any], steps_per_epoch: int) -> LoopSettings:
     """The loop's settings in the config section `loop`, without those of the recipe, which stand there too."""
     settings = resolve_durations(section, "loop", ("total",), steps_per_epoch)
-    return construct(LoopSettings, "loop", {name: value for name, value in settings.items() if name not in _OF_RECIPES})
+    of_recipes = {name: settings.pop(name) for name in _OfRecipes._fields if name in settings}
+    construct(_OfRecipes, "loop", of_recipes)
+    return construct(LoopSettings, "loop", settings)
 
 
 def plain(config: Any) -> Any:

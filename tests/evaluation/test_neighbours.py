@@ -39,7 +39,7 @@ def test_pixel_distances_leave_damaged_images_out(folder):
 def test_the_sheet_shows_the_image_at_the_position(folder, monkeypatch):
     data, paths = folder
     seen = {}
-    monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale: seen.update(rows, scale=scale))
+    monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale, captions: seen.update(rows, scale=scale))
     images = np.stack([read(paths[5]), read(paths[1])])
     distances, positions = neighbours.pixel_distances(images, data.training())
     neighbours.draw_sheet(images, distances, positions, data.training(), 2)
@@ -48,6 +48,19 @@ def test_the_sheet_shows_the_image_at_the_position(folder, monkeypatch):
     second = positions[np.argsort(distances)[:, 1]]
     np.testing.assert_array_equal(seen["nearest 2"], [read(paths[i]) for i in second])
     assert seen["scale"] == 4 and "nearest 3" not in seen
+
+
+def test_the_sheet_names_the_classes_of_samples_and_neighbours(folder, monkeypatch):
+    data, paths = folder
+    seen = {}
+    monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale, captions: seen.update(captions))
+    images = np.stack([read(paths[5]), read(paths[1])])
+    neighbours.sample_sheet({"data": {**data.settings, "label_key": "folder"}}, images, ["ape", "fox"], 2)
+    assert seen["sample"] == ["ape", "fox"]
+    assert seen["nearest 1"] == [paths[5].parent.name, paths[1].parent.name] and len(seen["nearest 2"]) == 2
+    seen.clear()
+    neighbours.sample_sheet({"data": data.settings}, images, ["", ""], 2)
+    assert seen == {}
 
 
 def test_feature_distances():

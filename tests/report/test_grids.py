@@ -134,6 +134,16 @@ def test_labelled_grid_refuses(rows, message):
 # captioned_grid
 
 
+def test_labelled_grid_has_captions_below_the_images_of_a_row():
+    rows = {"a": np.zeros((2, 24, 30, 3), np.uint8), "b": np.zeros((1, 24, 30, 3), np.uint8)}
+    plain = grids.labelled_grid(rows)
+    captioned = grids.labelled_grid(rows, captions={"b": ["cat"]})
+    assert captioned.shape[0] > plain.shape[0] and captioned.shape[1] == plain.shape[1]
+    assert (captioned[28:] < 128).sum() > (plain[28:] < 128).sum()  # the text
+    with pytest.raises(ValueError, match="^captions: 1 for 2 images; give one per image$"):
+        grids.labelled_grid(rows, captions={"a": ["cat"]})
+
+
 def test_captioned_grid_has_each_caption_below_its_image():
     images = random_images(3, 20, 40, 3)
     sheet = grids.captioned_grid(images, ["cat", "", "dog"], columns=3, padding=4)
@@ -208,6 +218,37 @@ def test_curves_draw_a_panel_for_each_metric(log, tmp_path):
         blue = (picture[..., 2] > picture[..., 0] + 60) & (picture[..., 2] > 120)
         assert blue.any(), "no line is drawn"
     assert sizes[2] == (sizes[1][0], 2 * sizes[1][1]) and sizes[4] == (2 * sizes[1][0], 3 * sizes[1][1])
+
+
+def test_curves_leave_a_gap_before_a_loss_begins_and_mark_where(tmp_path, monkeypatch):
+    late = {
+        "loss": [3, 2, 4, 3],
+        "late": [0, 0, 5, 0],
+        "too": [0, 0, 1, 2],
+        "never": [0, 0, 0, 0],
+        "psnr": [1, 2, 3, 4],
+    }
+    records = [{"step": 10 * (i + 1), **{name: values[i] for name, values in late.items()}} for i in range(4)]
+    (tmp_path / "log.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    seen = []
+    monkeypatch.setattr(curves, "panels", lambda *args: seen.extend(args))
+    curves.curves(tmp_path / "log.jsonl", list(late), tmp_path / "out.png")
+    lines, _, _, marks = seen
+    drawn = {name: panel[""][1] for name, panel in lines.items()}
+    assert np.isnan(drawn["late"][:2]).all() and drawn["late"][2:] == [5, 0]
+    assert {name: drawn[name] for name in ("loss", "never", "psnr")} == {
+        name: late[name] for name in ("loss", "never", "psnr")
+    }
+    assert marks == {30: "late, too"}
+
+
+def test_panels_with_marks_have_one_axis(tmp_path):
+    line = {"": ([1, 2, 3], [float("nan"), 2, 3], None)}
+    sheets = []
+    for name, marks in (("plain", None), ("marked", {2: "late"})):
+        curves.panels({"a": {"": ([0, 9], [1, 2], None)}, "b": line}, "step", tmp_path / f"{name}.png", marks)
+        sheets.append(np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")))
+    assert sheets[0].shape == sheets[1].shape and (sheets[0] != sheets[1]).any()
 
 
 def test_panels_draw_lines_with_error_bars_and_a_legend(tmp_path):

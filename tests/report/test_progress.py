@@ -85,6 +85,40 @@ def test_time_left_follows_the_recent_rate(monkeypatch):
     assert "[01:50<01:20,  1.00 step/s" in recent
 
 
+def test_what_is_waited_for_is_shown_and_left_out_of_the_time_left(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rq_jax.report.progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    progress = Progress(100, title="train", line_seconds=10.0, stream=stream)
+    with progress.waiting_for("compiling"):
+        now[0] = 1000.0
+    now[0] = 1010.0
+    progress.update(10, loss=0.5)
+    with progress.waiting_for("compiling"):
+        now[0] = 2010.0
+    now[0] = 2020.0
+    progress.update(10)
+    first, slow, again, last = stream.getvalue().splitlines()
+    assert first.startswith("train: 0/100 [00:00<?") and first.endswith("compiling]")
+    assert "[16:50<01:30,  1.00 step/s" in slow and slow.endswith("loss=0.5]")
+    assert again.startswith("train: 10/100 [16:50<") and again.endswith("compiling]")
+    assert "[33:40<01:20,  1.00 step/s" in last and last.endswith("loss=0.5]")
+
+
+def test_a_bar_leaves_out_what_is_waited_for(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rq_jax.report.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rq_jax.report.progress._has_width", lambda stream: True)
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    progress = Progress(100, stream=io.StringIO())
+    with progress.waiting_for("compiling"):
+        assert progress._bar.postfix == "compiling"
+        now[0] = 1000.0
+    now[0] = 1010.0
+    progress.update(10)
+    assert progress._bar.format_dict["rate"] == pytest.approx(1.0) and not progress._bar.postfix
+
+
 @pytest.mark.parametrize("columns", [80, 0])
 def test_a_terminal_with_columns_shows_a_bar(columns):
     reader, writer = pty.openpty()

@@ -1,5 +1,6 @@
 """One pass over held-out examples: what is added up, what is shown, when it ends."""
 
+import contextlib
 import functools
 import io
 import signal
@@ -40,7 +41,7 @@ class Notes:
     """Stands for the writer and the bar of a run."""
 
     def __init__(self):
-        self.scalars, self.images, self.messages = {}, {}, []
+        self.scalars, self.images, self.messages, self.waited = {}, {}, [], []
 
     def write_scalars(self, step, scalars):
         self.scalars[step] = scalars
@@ -53,6 +54,10 @@ class Notes:
 
     def message(self, text):
         self.messages.append(text)
+
+    def waiting_for(self, what):
+        self.waited.append(what)
+        return contextlib.nullcontext()
 
 
 def evaluator(held_out, stop, recipe=None, hang=QUIET):
@@ -71,6 +76,7 @@ def test_sums_are_added_and_the_first_batch_is_shown():
             assert notes.scalars[step] == {"sum": 2.0 * (1 + 2 + 3), "count": 3.0} and held_out.closed
             np.testing.assert_array_equal(notes.images[step]["first"], [1.0])
     assert notes.messages == ["step 0: count 3, sum 12", "step 1: count 3, sum 12"]
+    assert notes.waited == ["compiling the evaluation"]
 
 
 @pytest.mark.parametrize("batch", range(3))

@@ -1,0 +1,68 @@
+"""A run before its first step: the data it reads, and what it needs against what the devices have."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from rq_jax.data import Splits
+from rq_jax.devices.memory import device_bytes
+from rq_jax.settings.text import quoted
+from rq_jax.training.settings import memory_remedies
+
+# A fast core with 512-bit vectors, so that a run takes longer than what is said of it.
+CPU_FLOPS = 1e11
+MAX_CPU_DAYS = 2.0
+
+
+def describe_data(settings: Mapping[str, Any], data: Splits) -> str:
+    """One line: the data set, its sizes and its conditions.
+
+    Args:
+      settings: the config section `data`.
+      data: the splits that it opens.
+    """
+    where = f" in {quoted(settings['data_dir'])}" if settings.get("data_dir") else ""
+    sizes = f"{data.train.num_examples} images to train on, {data.validation.num_examples} held out"
+    if settings.get("text_key"):
+        conditions = f"captions of {quoted(settings['text_key'])}"
+    elif data.train.num_classes is None:
+        conditions = "no classes"
+    else:
+        conditions = f"{data.train.num_classes} classes of {quoted(settings['label_key'])}"
+    return f"data: {quoted(settings['name'])}{where}, {sizes}, {conditions}"
+
+
+def shortages(recipe: Any, batch_size: int, total_steps: int) -> list[str]:
+    """Lines about a run that its devices are too small for; nothing is computed.
+
+    Args:
+      recipe: a `training.loop.Recipe` with the `abstract_state` of those in this package.
+      batch_size: images of a step, over all devices.
+      total_steps: of the run.
+    """
+    lines, device = [], jax.local_devices()[0]  # another process's tells nothing
+    if device.platform == "cpu":
+        total = (recipe.flops_per_image or 0.0) * batch_size * total_steps
+        days = total / (CPU_FLOPS * _cores() * jax.process_count()) / 86400
+        if days > MAX_CPU_DAYS:
+            lines.append(
+                f"TOO SLOW: JAX has only CPUs here, on which this run takes {days:,.0f} days or more; start it on an "
+                "accelerator (pip install 'jax[cuda13]' or 'jax[tpu]'), or append ,quicktest to the preset"
+            )
+    if (there := _memory(device)) and (needed := device_bytes(recipe.abstract_state())) > there:
+        lines.append(
+            f"TOO LARGE: the state alone takes {needed / 2**30:.1f} GiB of a device, which has {there / 2**30:.1f}; "
+            f"try, the cheapest first: {'; '.join(memory_remedies(recipe, batch_size))}"
+        )
+    return lines
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory(device: Any) -> int | None:
+    """Bytes of a device; None for a CPU, and where they are unknown."""
+    return (device.memory_stats() or {}).get("bytes_limit")

@@ -1,0 +1,71 @@
+"""Images of codes as bytes, and the settings of a draw."""
+
+import contextlib
+import re
+from types import SimpleNamespace
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rq_jax.sampling import images
+
+MODEL = SimpleNamespace(code_shape=(2, 4, 3), use_null_cond=True)
+
+
+class Decoder(nn.Module):
+    """A tokenizer whose images are its codes, in tenths."""
+
+    dtype: str = "float32"
+
+    def decode_codes(self, codes):
+        return jnp.where(codes == 99, jnp.nan, codes / 10)
+
+
+def test_images_are_clipped_and_never_wrap_around():
+    codes = jnp.array([-30, -11, -10, 0, 10, 11, 30, 99], jnp.int32)
+    found = images.decode(Decoder(), {}, codes)
+    assert found.dtype == jnp.uint8
+    np.testing.assert_array_equal(found, [0, 0, 0, 128, 255, 255, 255, 0])
+
+
+def test_only_the_first_batch_is_told_to_compile(monkeypatch):
+    events = []
+    monkeypatch.setattr(images, "_for_inference", lambda *args: None)
+    monkeypatch.setattr(images, "generate", lambda *args, image_ids, **_: events.append(list(image_ids)) or image_ids)
+    monkeypatch.setattr(images, "decode", lambda model, variables, codes: events.append("decoded") or codes)
+
+    @contextlib.contextmanager
+    def compiling():
+        events.append("compiles")
+        yield
+        events.append("compiled")
+
+    tokenizer = SimpleNamespace(model=None, variables={})
+    batches = list(images.draw(None, None, tokenizer, num_images=3, batch_size=2, first_index=4, compiling=compiling))
+    assert events == ["compiles", [4, 5], "decoded", "compiled", [6, 7], "decoded"]
+    assert [ids.tolist() for ids, _, _ in batches] == [[4, 5], [6]]
+
+
+def test_flags_go_before_what_the_checkpoint_recorded():
+    recorded = {"temperature": [0.5, 0.6, 0.7], "top_k": None, "top_p": 0.9, "guidance": 2.0}
+    given = {"temperature": None, "top_k": 4, "top_p": None, "guidance": 1.5}
+    found = images.draw_settings(MODEL, recorded, given)
+    assert found == {"temperature": [0.5, 0.6, 0.7], "top_k": 4, "top_p": 0.9, "guidance": 1.5}
+
+
+@pytest.mark.parametrize(
+    "recorded, given, message",
+    [
+        ({}, {"temperature": [0.5, 0.6]}, "--temperature: [0.5, 0.6] has 2 entries for code depth 3; give one per depth"),
+        ({"top_p": (0.5, 0.6)}, {}, "sample.top_p: (0.5, 0.6) has 2 entries for code depth 3"),
+        ({"top_k": 3}, {"top_k": 0}, "--top_k: 0 must be at least 1"),
+        ({"top_p": 1.5}, {"top_p": None}, "sample.top_p: 1.5 is outside [0, 1]"),
+        ({}, {"guidance": float("nan")}, "--guidance: nan must be a finite number"),
+        ({"nonsense": 1}, {}, "sample: the key: 'nonsense' is unknown; allowed are 'temperature', "),
+    ],
+)  # fmt: skip
+def test_settings_are_refused_by_the_name_that_the_user_knows(recorded, given, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        images.draw_settings(MODEL, recorded, given)
