@@ -20,6 +20,8 @@ def main(arguments: list[str] | None = None) -> None:
     add("--source", help="the image folder, or the beginning of LSUN's <category>_train_lmdb")
     add("--name", help="of the new dataset, later given as data.name")
     add("--pictures_per_file", type=int, default=10_000, help="images in a file of the dataset")
+    add("--without", action="append", default=[], choices=("labels", "captions"), help="of a folder, not to be read")
+    add("--max_damaged", type=int, default=100, help="images without label or caption to leave out before it stops")
     options = parser.parse_args(arguments)
     try:
         if options.kind not in ("folder", "lsun"):
@@ -30,7 +32,10 @@ def main(arguments: list[str] | None = None) -> None:
                 raise ValueError(f"--{name}: missing; '{options.kind}' needs it")
         from rq_jax.data import convert
 
-        splits = (convert.open_folder if options.kind == "folder" else convert.open_lsun)(options.source)
+        if options.kind == "folder":
+            splits = convert.open_folder(options.source, options.max_damaged, options.without)
+        else:
+            splits = convert.open_lsun(options.source)
         data_dir = options.data_dir or default_data_dir()
         print(convert.write(splits, options.name, data_dir, options.pictures_per_file))
     except (
