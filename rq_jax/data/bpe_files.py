@@ -49,7 +49,7 @@ def load(path: Path) -> Any:
             line.rstrip("\r").split(" ") for line in lines if line.rstrip("\r") and not line.startswith("#version")
         ]
         model = {"type": "BPE", "unk_token": UNKNOWN, "end_of_word_suffix": WORD_END, "vocab": document}
-        _check_model({**model, "merges": merges}, [])
+        _check_model({**model, "merges": merges})
         return untrained(vocab=document, merges=[tuple(merge) for merge in merges])
     check(document)
     # Texts are padded and cut elsewhere, and ids become text elsewhere.
@@ -91,7 +91,10 @@ def check(document: Mapping[str, Any]) -> None:
     _require(isinstance(added, list) and len(added) <= _MAX_ADDED, "added_tokens", added)
     for token in added:
         _check_added(token)
-    _check_model(document.get("model"), added)
+    _check_model(document.get("model"))
+    vocab = document["model"]["vocab"]
+    for token in added:
+        _require(vocab.get(token["content"]) == token["id"], "added_tokens", token)
 
 
 def _require(condition: bool, name: str, value: Any) -> None:
@@ -123,9 +126,10 @@ def _check_added(token: Any) -> None:
     _require(isinstance(token, dict) and token.keys() <= _ADDED_SWITCHES | {"id", "content"}, "added_tokens", token)
     _require(isinstance(token.get("content"), str) and type(token.get("id")) is int, "added_tokens", token)
     _require(all(isinstance(token[key], bool) for key in token.keys() & _ADDED_SWITCHES), "added_tokens", token)
+    _require(not any(token.get(key) for key in ("single_word", "lstrip", "rstrip")), "added_tokens", token)
 
 
-def _check_model(model: Any, added: list[dict[str, Any]]) -> None:
+def _check_model(model: Any) -> None:
     _require(isinstance(model, dict) and model.get("type", "BPE") == "BPE", "model", model)
     expected = {"unk_token": (UNKNOWN,), "end_of_word_suffix": (WORD_END,)}
     for name in ("dropout", "continuing_subword_prefix", "byte_fallback", "ignore_merges"):
@@ -137,8 +141,7 @@ def _check_model(model: Any, added: list[dict[str, Any]]) -> None:
     _require(model.get("fuse_unk") in (None, False, True), "model.fuse_unk", model.get("fuse_unk"))
     vocab, merges = model.get("vocab"), model.get("merges")
     _require(isinstance(vocab, dict) and all(type(i) is int for i in vocab.values()), "model.vocab", vocab)
-    ids = {*vocab.values(), *(token["id"] for token in added)}
-    _require(ids == set(range(len({*vocab, *(token["content"] for token in added)}))), "ids", sorted(ids))
+    _require(set(vocab.values()) == set(range(len(vocab))), "model.vocab: ids", sorted(vocab.values()))
     _require(isinstance(merges, list), "model.merges", merges)
     for merge in merges:
         pair = merge.split(" ") if isinstance(merge, str) else merge

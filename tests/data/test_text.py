@@ -208,6 +208,8 @@ REFUSED = {
     "merge of three": dict(model__merges=["a b c"]),
     "merge of unknown parts": dict(model__merges=[["漢", "字"]]),
     "added token": dict(added_tokens=[{"id": 0, "content": PAD, "pattern": "(x+x+)+y"}]),
+    "added token of words": dict(added_tokens=[{"id": 0, "content": PAD, "single_word": True}]),
+    "added token of its own": dict(added_tokens=[{"id": 90, "content": "new"}]),
     "unknown member": dict(surprise=1),
     "model of another kind": dict(model=[]),
 }
