@@ -1,4 +1,4 @@
-"""Conversion of image folders and of LSUN's lmdb to a prepared TFDS dataset in ArrayRecord.
+"""Conversion of image folders, parquet files, tars and LSUN's lmdb to a prepared TFDS dataset in ArrayRecord.
 
     <data_dir>/<name>/1.0.0/dataset_info.json, features.json, <name>-<split>.array_record-00000-of-00012 ...
 
@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from rq_jax.data import lmdb_files
 from rq_jax.data.notices import tell
-from rq_jax.data.sources.folder import SPLITS, FolderRecords
+from rq_jax.data.sources import FolderRecords, Records, open_records
+from rq_jax.data.sources.folder import SPLITS
 from rq_jax.data.tfrecord import make_example
 from rq_jax.files import RunLock, atomic_path, local_path, read_json, write_json
 from rq_jax.report.progress import Progress
@@ -41,15 +42,16 @@ class Images(Protocol):
         """Image, label and caption of images start..stop."""
 
 
-class FolderImages:
-    """The usable images of a split of an image folder, as `data.name='folder'` reads it."""
+class RecordImages:
+    """The usable images of an opened source, in its order."""
 
-    def __init__(self, directory: Path, split: str, labels: bool, text: bool):
-        keys = "folder" if labels else None, "txt" if text else None
-        self.records = FolderRecords(directory, split, *keys)
-        self.class_names, self.has_text = self.records.class_names, text
-        self._indices = [i for i in range(len(self.records)) if i not in self.records.incomplete]
-        self.names = _checksum(os.fsencode(self.records.paths[i].as_posix()) for i in self._indices)
+    def __init__(self, records: Records, has_text: bool):
+        self.records, self.class_names, self.has_text = records, records.class_names, has_text
+        self._indices = [i for i in range(len(records)) if i not in records.incomplete]
+        self.names = _checksum(os.fsencode(self._name(i)) for i in self._indices)
+
+    def _name(self, index: int) -> str:
+        return self.records.locate(index)
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -57,6 +59,16 @@ class FolderImages:
     def read(self, start: int, stop: int) -> Iterator[tuple[bytes, int | None, str | None]]:
         for index in self._indices[start:stop]:
             yield self.records.read(index)
+
+
+class FolderImages(RecordImages):
+    """A split of an image folder, as `data.name='folder'` reads it."""
+
+    def __init__(self, directory: Path, split: str, labels: bool, text: bool):
+        super().__init__(FolderRecords(directory, split, "folder" if labels else None, "txt" if text else None), text)
+
+    def _name(self, index: int) -> str:
+        return self.records.paths[index].as_posix()
 
 
 class LmdbImages:
@@ -125,13 +137,46 @@ def open_folder(
             if split == "train":
                 raise
             tell(f"--source: split '{split}' is left out; {error}")
+    _check_left_out(splits, max_damaged)
+    return splits
+
+
+def open_files(
+    kind: str, source: str | os.PathLike, max_damaged: int = 100, without: Collection[str] = ()
+) -> dict[str, RecordImages]:
+    """Open the splits of parquet files or tars, with the first of the columns of labels and captions.
+
+    Args:
+      kind: "parquet" or "webdataset".
+      source: directory of the files.
+      max_damaged: images without label or caption to leave out before it is an error.
+      without: "labels" or "captions" that are not to be read.
+
+    Raises:
+      FileNotFoundError: no such directory, or no files in it.
+      ValueError: more than `max_damaged` images lack a label or caption.
+    """
+    plain = open_records(kind, "all", source)
+    label_key = None if "labels" in without else next(iter(plain.label_keys), None)
+    text_key = None if "captions" in without else next(iter(plain.text_keys), None)
+    tell(f"--source: labels are read from {label_key}, captions from {text_key}")
+    splits = {
+        split: RecordImages(open_records(kind, split, source, label_key, text_key), text_key is not None)
+        for split in SPLITS
+        if plain.split_counts.get(split)
+    }
+    _check_left_out(splits, max_damaged)
+    return splits
+
+
+def _check_left_out(splits: Mapping[str, RecordImages], max_damaged: int) -> None:
     left_out = sum(len(images.records.incomplete) for images in splits.values())
     if left_out > max_damaged:
+        count = sum(len(images.records) for images in splits.values())
         raise ValueError(
-            f"--max_damaged: {left_out} of {len(paths)} images lack a label or a caption, more than {max_damaged}; add "
-            "what is missing, raise the limit, or give --without=labels or --without=captions"
+            f"--max_damaged: {left_out} of {count} images lack a label or a caption, more than {max_damaged}; add what "
+            "is missing, raise the limit, or give --without=labels or --without=captions"
         )
-    return splits
 
 
 def open_lsun(source: str | os.PathLike) -> dict[str, LmdbImages]:

@@ -130,5 +130,7 @@ def test_few_images(tmp_path, count):
         make_dataset(split=empty, train=empty == "train", **settings)
     settings |= {f"{empty}_split": "all"}
     dataset = make_dataset(split=empty, train=empty == "train", **settings)
-    batch = next(dataset.iterator())
+    iterator = dataset.iterator()
+    batch = next(iterator)
+    iterator.close()
     assert dataset.class_names == ("only",) and batch["image"].shape == (4, 8, 8, 3)

@@ -9,14 +9,13 @@ from pathlib import Path
 
 from rq_jax.data.images import read_file, suffixes
 from rq_jax.data.listing import CAPTION, list_images
-from rq_jax.data.notices import tell
-from rq_jax.data.sources.records import check_key
+from rq_jax.data.sources.records import check_key, tell_incomplete
 from rq_jax.files import local_path
 from rq_jax.settings.text import quoted
 
 SPLITS = ("train", "validation", "test")
 # Folders that are splits, in small letters, and the names by which a split may be asked for.
-_SPLIT_OF = {
+SPLIT_OF = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "test": "test", "testing": "test",
 }  # fmt: skip
@@ -52,17 +51,19 @@ class FolderRecords:
         self.label_key = check_key("label_key", label_key, ["folder"], "folder")
         self.text_key = check_key("text_key", text_key, ["txt"], "folder")
         self.listing = list_images(self.root)
-        self._has_folders = any(_SPLIT_OF.get(name.lower()) in SPLITS[:2] for name in self.listing.folders)
+        self._has_folders = any(SPLIT_OF.get(name.lower()) in SPLITS[:2] for name in self.listing.folders)
         splits = {path: self._split_of(path) for path in self.listing.paths}
         self.dataset_paths = paths = [path for path in self.listing.paths if splits[path] is not None]
         if outside := len(splits) - len(paths):
             self.listing.passed_over["outside of the folders of splits"] += outside
-        self.listing.tell()
         if not paths:
-            names = " ".join(suffixes())
+            names = " ".join(suffixes()) + self.listing.reasons()
             where = " in the folders of its splits" if self._has_folders else ""
             raise FileNotFoundError(f"data.data_dir: '{self.root}' holds no images{where}; their names end in {names}")
+        self.listing.tell()
         self.split_counts = dict(collections.Counter(splits[path] for path in paths))
+        self.label_keys = ["folder"] if any(self.class_of(path) for path in paths) else []
+        self.text_keys = ["txt"] if self.listing.captioned else []
         self.paths = self._choose(split, paths, splits)
         self.class_names = None
         if label_key:
@@ -70,7 +71,7 @@ class FolderRecords:
             self.class_names = tuple(sorted(classes))
             self._labels = {name: label for label, name in enumerate(self.class_names)}
         self.incomplete: Mapping[int, str] = dict(self._find_incomplete())
-        self._check_incomplete(split)
+        tell_incomplete(self, split, "label_key: 'folder'" if label_key else "text_key: 'txt'")
 
     def class_of(self, path: Path) -> str | None:
         """The class folder of a relative path; None without one."""
@@ -79,13 +80,13 @@ class FolderRecords:
 
     def _split_of(self, path: Path) -> str | None:
         if self._has_folders:
-            return _SPLIT_OF.get(path.parts[0].lower()) if len(path.parts) > 1 else None
+            return SPLIT_OF.get(path.parts[0].lower()) if len(path.parts) > 1 else None
         digest = hashlib.sha256(os.fsencode(path.as_posix())).digest()
         return "validation" if digest[0] % 10 == 0 else "train"
 
     def _choose(self, split: str, paths: list[Path], splits: Mapping[Path, str | None]) -> list[Path]:
         """Those of the paths that belong to a split."""
-        name = _SPLIT_OF.get(split, split)
+        name = SPLIT_OF.get(split, split)
         if split.endswith(".txt"):
             chosen = _listed_paths(local_path(split), self.root, paths)
         elif name == "all":
@@ -109,18 +110,6 @@ class FolderRecords:
                 yield index, "no class folder is around it"
             elif self.text_key and path not in self.listing.captioned:
                 yield index, f"no caption, a {CAPTION} of the same name, is beside it"
-
-    def _check_incomplete(self, split: str) -> None:
-        """Tell how many images lack something; an error if all of them do."""
-        if not self.incomplete:
-            return
-        index, reason = next(iter(self.incomplete.items()))
-        line = f"{len(self.incomplete)} of {len(self.paths)} images of split '{split}' cannot be used, such as "
-        line += f"{self.locate(index)}: {reason}"
-        if len(self.incomplete) == len(self.paths):
-            key = "label_key: 'folder'" if self.label_key else "text_key: 'txt'"
-            raise FileNotFoundError(f"data.{key}: {line}; add what is missing, or leave it unset")
-        tell(f"data.data_dir: {line}; they count as damaged")
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -1,7 +1,9 @@
 """Random access to encoded images: what every kind of source offers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+from rq_jax.data.notices import tell
 
 
 class Records(Protocol):
@@ -9,10 +11,16 @@ class Records(Protocol):
 
     Attributes:
       class_names: by class number; None if it was opened without labels.
+      label_keys: what may be given as `label_key`.
+      text_keys: what may be given as `text_key`.
+      split_counts: examples of each split of the dataset.
       incomplete: index -> why the record cannot be used, of those of which this is known without reading them.
     """
 
     class_names: tuple[str, ...] | None
+    label_keys: Sequence[str]
+    text_keys: Sequence[str]
+    split_counts: Mapping[str, int]
     incomplete: Mapping[int, str]
 
     def __len__(self) -> int: ...
@@ -26,6 +34,22 @@ class Records(Protocol):
 
     def locate(self, index: int) -> str:
         """Name of a record for messages."""
+
+
+def tell_incomplete(records: Records, split: str, setting: str) -> None:
+    """Tell how many records are known to be of no use, as they lack a label or a caption.
+
+    Raises:
+      FileNotFoundError: all of them are.
+    """
+    if not records.incomplete:
+        return
+    index, reason = next(iter(records.incomplete.items()))
+    line = f"{len(records.incomplete)} of {len(records)} images of split '{split}' cannot be used, such as "
+    line += f"{records.locate(index)}: {reason}"
+    if len(records.incomplete) == len(records):
+        raise FileNotFoundError(f"data.{setting}: {line}; add what is missing, or leave it unset")
+    tell(f"data.data_dir: {line}; they count as damaged")
 
 
 def check_key(what: str, key: str | None, allowed: list[str], name: str) -> str | None:

@@ -29,15 +29,16 @@ class TfdsRecords:
         self.incomplete: Mapping[int, str] = {}
         features = builder.info.features
         images = [key for key in features if isinstance(features[key], tfds.features.Image)]
-        labels = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
-        texts = list(_texts(features))
+        self.label_keys = [key for key in features if isinstance(features[key], tfds.features.ClassLabel)]
+        self.text_keys = list(_texts(features))
+        self.split_counts = {name: one.num_examples for name, one in builder.info.splits.items()}
         if not images:
             raise ValueError(
                 f"data.name: dataset '{self.name}' has no Image feature; its features are {', '.join(features)}"
             )
         self.image_key = "image" if "image" in images else images[0]
-        self.label_key = check_key("label_key", label_key, labels, self.name)
-        self.text_key = check_key("text_key", text_key, texts, self.name)
+        self.label_key = check_key("label_key", label_key, self.label_keys, self.name)
+        self.text_key = check_key("text_key", text_key, self.text_keys, self.name)
         self.class_names = tuple(features[label_key].names) if label_key else None
         try:
             builder.info.splits[split]
