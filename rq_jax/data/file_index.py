@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from rq_jax.data.images import is_regular
 from rq_jax.data.paths import default_data_dir
 from rq_jax.files import atomic_path
 
@@ -31,7 +32,13 @@ def cached_index(
 
     Returns:
       The rows, int64 (N, columns).
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is no regular file, or `scan` refuses it.
     """
+    if not is_regular(path):
+        raise ValueError(f"'{path}' is no regular file")
     stat = os.stat(path)
     name = hashlib.sha256(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
     cached = default_data_dir() / kind / f"{name}.npy"

@@ -47,17 +47,17 @@ def is_regular(path: str | os.PathLike) -> bool:
     return stat.S_ISREG(os.stat(path).st_mode)
 
 
-def read_file(path: str | os.PathLike) -> bytes:
-    """Content of a file.
+def read_file(path: str | os.PathLike, limit: int = MAX_BYTES) -> bytes:
+    """Content of a file of at most `limit` bytes.
 
     Raises:
       OSError: it cannot be read.
-      ValueError: it is a pipe, a device, a socket or a folder, which is not opened, or larger than any image.
+      ValueError: it is a pipe, a device, a socket or a folder, which is not opened, or it is larger.
     """
     if not is_regular(path):
         raise ValueError("not a regular file")
-    if (size := os.path.getsize(path)) > MAX_BYTES:
-        raise ValueError(f"{size} bytes are more than the {MAX_BYTES} of an image file")
+    if (size := os.path.getsize(path)) > limit:
+        raise ValueError(f"{size} bytes are more than the {limit} that such a file may have")
     with open(path, "rb") as file:
         return file.read()
 

@@ -12,6 +12,7 @@ from rq_jax.data.notices import tell
 from rq_jax.settings.text import quoted
 
 CAPTION = ".txt"
+MAX_TEXT_BYTES = 2**20  # of a caption
 HIDDEN = "hidden or left by other programs"
 NOT_REGULAR = "no regular file"
 UNREADABLE = "unreadable folder"

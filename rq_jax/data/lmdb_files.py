@@ -10,6 +10,7 @@ _PAGE_HEADER = 16
 # magic, version, address, size of the map, two trees (page size, flags, depth, 4 page counts, root), last page, number
 _META = struct.Struct("<IIQQ" + "IHHQQQQQ" * 2 + "QQ")
 _PAGE_SIZE, _LAST_PAGE = 4, 20  # positions among these fields
+_PAGE_SIZES = tuple(2**i for i in range(8, 17))
 
 
 def check_size(path: Path) -> None:
@@ -24,7 +25,7 @@ def check_size(path: Path) -> None:
     size = path.stat().st_size
     with open(path, "rb") as file:
         first = _read_meta(file.read(_PAGE_HEADER + _META.size))
-        if first is None:
+        if first is None or first[_PAGE_SIZE] not in _PAGE_SIZES:
             raise ValueError("it does not begin as an lmdb file does")
         file.seek(first[_PAGE_SIZE])
         metas = [first, _read_meta(file.read(_PAGE_HEADER + _META.size))]  # of the last two transactions

@@ -12,7 +12,7 @@ import numpy as np
 
 from rq_jax.data.file_index import cached_index
 from rq_jax.data.images import MAX_BYTES, suffixes
-from rq_jax.data.listing import CAPTION, HIDDEN, NOT_REGULAR, is_left_behind
+from rq_jax.data.listing import CAPTION, HIDDEN, MAX_TEXT_BYTES, NOT_REGULAR, is_left_behind
 
 CLASS = ".cls"
 OTHER, NO_IMAGE, CUT = "of other suffixes or too large", "samples without an image", "files cut short or damaged"
@@ -20,7 +20,7 @@ REASONS = (HIDDEN, NOT_REGULAR, OTHER, NO_IMAGE, CUT)
 MAX_CLASSES = 2**20
 
 _BLOCK = 512
-_MAX_TEXT = 2**20  # bytes of a caption, a class or an extended header
+_MAX_HEADER_BYTES = 2**20  # of an extended header
 _COLUMNS = 5  # offset and size of the image, offset and size of the caption, class number; -1 where there is none
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 
@@ -88,7 +88,7 @@ def _reason_against(member: Member, suffix: str) -> str | None:
         return NOT_REGULAR
     if suffix not in (CAPTION, CLASS, *suffixes()):
         return OTHER
-    return OTHER if member.size > (_MAX_TEXT if suffix in (CAPTION, CLASS) else MAX_BYTES) else None
+    return OTHER if member.size > (MAX_TEXT_BYTES if suffix in (CAPTION, CLASS) else MAX_BYTES) else None
 
 
 def _class(text: bytes) -> int:
@@ -118,7 +118,7 @@ def members(file: int, path: str, size: int) -> Iterator[Member]:
             yield Member("?", False, position, -1)
             return
         offset, kind = position + _BLOCK, header[156:157]
-        if kind in b"xL" and length <= _MAX_TEXT:
+        if kind in b"xL" and length <= _MAX_HEADER_BYTES:
             content = os.pread(file, length, offset)
             long_name = _pax_path(content) if kind == b"x" else content.rstrip(b"\0")
         elif kind not in b"gKxL5":  # nor folders

@@ -237,7 +237,9 @@ def test_a_truncated_lmdb_is_refused_before_it_is_mapped(tmp_path, keep):
     whole = (directory / "data.mdb").read_bytes()
     lmdb_files.check_size(directory / "data.mdb")
     (directory / "data.mdb").write_bytes(whole[:keep])
-    with pytest.raises(
-        ValueError, match="^--source: '.*a_train_lmdb' cannot be read as lmdb: it (is truncated|does not)"
-    ):
+    refused = "^--source: '.*a_train_lmdb' cannot be read as lmdb: it (is truncated|does not)"
+    with pytest.raises(ValueError, match=refused):
+        convert.open_lsun(tmp_path / "a")
+    (directory / "data.mdb").write_bytes(whole[:40] + bytes(4) + whole[44:])  # pages of no bytes
+    with pytest.raises(ValueError, match=refused):
         convert.open_lsun(tmp_path / "a")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -375,3 +376,13 @@ def test_a_prepared_set_whose_description_is_broken(tfds_dir, tmp_path, content)
     with pytest.raises((ValueError, FileNotFoundError), match="greys|split: 'train'") as caught:
         open_records("greys", "train", tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json", "greys-train.array_record-00000-of-00001"])
+def test_a_pipe_in_a_prepared_set_is_not_waited_for(tfds_dir, tmp_path, name):
+    shutil.copytree(tfds_dir / "greys", tmp_path / "greys")
+    file = tmp_path / "greys" / "1.2.3" / name
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=f"^data.name: '.*{name}' is no regular file$"):
+        open_records("greys", "train", tmp_path)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rq_jax.data.images import read_file, suffixes
-from rq_jax.data.listing import CAPTION, list_images
+from rq_jax.data.listing import CAPTION, MAX_TEXT_BYTES, list_images
 from rq_jax.data.sources.records import check_key, tell_incomplete
 from rq_jax.files import local_path
 from rq_jax.settings.text import quoted
@@ -74,9 +74,9 @@ class FolderRecords:
         tell_incomplete(self, split, "label_key: 'folder'" if label_key else "text_key: 'txt'")
 
     def class_of(self, path: Path) -> str | None:
-        """The class folder of a relative path; None without one."""
+        """The class folder of a relative path, its name in the composed form of Unicode; None without one."""
         folders = path.parts[1:-1] if self._has_folders else path.parts[:-1]
-        return folders[0] if folders else None
+        return unicodedata.normalize("NFC", folders[0]) if folders else None
 
     def _split_of(self, path: Path) -> str | None:
         if self._has_folders:
@@ -120,8 +120,8 @@ class FolderRecords:
         path = self.paths[index]
         file = self.root / path
         label = self._labels[self.class_of(path)] if self.label_key else None
-        text = decode_text(read_file(file.with_suffix(CAPTION))).strip() if self.text_key else None
-        return read_file(file), label, text
+        text = read_file(file.with_suffix(CAPTION), MAX_TEXT_BYTES) if self.text_key else None
+        return read_file(file), label, None if text is None else decode_text(text).strip()
 
     def locate(self, index: int) -> str:
         return quoted(str(self.root / self.paths[index]), 1000)[1:-1]

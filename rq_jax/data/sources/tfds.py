@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rq_jax.data.images import is_regular
 from rq_jax.data.sources.records import check_key
 from rq_jax.data.tfrecord import Part, TfRecords
 from rq_jax.files import local_path, parse_json, read_json
@@ -50,8 +51,11 @@ class TfdsRecords:
     def _open(self, builder) -> Any:
         import tensorflow_datasets as tfds
 
+        files = builder.info.splits[self.split].file_instructions
+        for path in {os.fspath(file.filename) for file in files}:
+            if os.path.exists(path) and not is_regular(path):
+                raise ValueError(f"data.name: '{path}' is no regular file")
         if builder.info.file_format == tfds.core.file_adapters.FileFormat.TFRECORD:
-            files = builder.info.splits[self.split].file_instructions
             return TfRecords([Part(os.fspath(f.filename), f.skip, f.take) for f in files])
         # TFDS hands out encoded images: a decoding error inside it would end the run.
         decoders = {self.image_key: tfds.decode.SkipDecoding()}
@@ -132,10 +136,11 @@ def check_metadata(directory: Path, depths: tuple[str, ...] = ()) -> None:
     """
     for folder in (directory, *(folder for pattern in depths for folder in directory.glob(pattern))):
         try:
-            if (folder / "dataset_info.json").is_file():
-                read_json(folder / "dataset_info.json")
-            if (folder / "features.json").is_file():
-                _check_features(folder / "features.json")
+            for file in (folder / "dataset_info.json", folder / "features.json"):
+                if file.exists() and not is_regular(file):
+                    raise ValueError(f"'{file}' is no regular file")
+                if file.exists():
+                    _check_features(file) if file.stem == "features" else read_json(file)
         except ValueError as error:
             raise _MetadataError(f"data.name: {error}") from None
 
