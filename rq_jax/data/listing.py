@@ -115,7 +115,7 @@ def list_files(root: Path, wanted: tuple[str, ...], kind: str) -> Listing:
         if texts:
             is_captioned = (os.path.splitext(name)[0] + CAPTION in texts for name in images)
             listing.captioned.update(itertools.compress(images.values(), is_captioned))
-    listing.paths.sort()
+    listing.paths.sort(key=lambda path: path.parts)  # the order of paths, without comparing them one by one
     listing.folders.sort()
     return listing
 
