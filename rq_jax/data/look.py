@@ -74,13 +74,13 @@ def _open_any(name: str, split: str | None, data_dir: str | None) -> Records:
 
 
 def _kind_of(path: Path) -> str:
-    """`data.name` of a folder or file."""
-    if path.is_dir() and list_images(path).paths:
-        return "folder"
-    for suffix, name in ((".parquet", "parquet"), (".tar", "webdataset")):
-        if path.suffix.lower() == suffix or (path.is_dir() and list_files(path, (suffix,), "").paths):
-            return name
-    return "folder"
+    """`data.name` of a file, or of a folder by what there is most of: tables of numbers often lie beside tars."""
+    kinds = {".tar": "webdataset", ".parquet": "parquet"}
+    if not path.is_dir():
+        return kinds.get(path.suffix.lower(), "folder")
+    num_images = len(list_images(path).paths)
+    counts = {name: len(list_files(path, (suffix,), "").paths) for suffix, name in kinds.items()}
+    return next((name for name, count in counts.items() if count and count >= num_images), "folder")
 
 
 def read_samples(records: Records, count: int) -> list[Sample]:

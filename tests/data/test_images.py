@@ -7,7 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from rq_jax.data import images
 from rq_jax.data.images import decode_image, read_image
@@ -53,16 +53,28 @@ SIDE_DATA = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("what", SIDE_DATA)
 def test_what_stands_beside_the_pixels_decides_nothing(what):
     expected = decode_image(encode(kind="jpeg"), 3) if what.startswith("jpeg") else PIXELS
     np.testing.assert_array_equal(decode_image(SIDE_DATA[what], 3), expected)
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations_are_those_of_pillow(kind, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    encoded = encode(kind=kind, exif=exif, **({"lossless": True} if kind == "webp" else {}))
+    with Image.open(io.BytesIO(encoded)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    np.testing.assert_array_equal(decode_image(encoded, 3), expected)
+
+
 def test_an_orientation_outlives_a_broken_text():
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    broken = encode(exif=exif).replace(b"IDAT", b"IDAT", 1)
+    broken = encode(exif=exif)
     broken = broken[:33] + chunk(b"tEXt", b"a\0b", 1) + broken[33:]
     np.testing.assert_array_equal(decode_image(broken, 3), np.rot90(PIXELS, -1))
 

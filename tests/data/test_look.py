@@ -60,6 +60,22 @@ def test_the_first_split_that_there_is(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (["a.tar", "a.parquet", "logo.png"], "webdataset"),
+        (["data/a.parquet", "README.md", "logo.png"], "parquet"),
+        (["a.png", "b.png", "labels.parquet"], "folder"),
+        (["a.heic"], "folder"),
+    ],
+)
+def test_the_kind_of_a_folder(tmp_path, files, kind):
+    for file in files:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    assert look._kind_of(tmp_path) == kind
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["nowhere"], "data.name: 'nowhere' is unknown"),
