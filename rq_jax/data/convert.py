@@ -58,7 +58,11 @@ class RecordImages:
 
     def read(self, start: int, stop: int) -> Iterator[tuple[bytes, int | None, str | None]]:
         for index in self._indices[start:stop]:
-            yield self.records.read(index)
+            try:
+                record = self.records.read(index)
+            except ValueError as error:
+                raise ValueError(f"--source: {self.records.locate(index)}: {error}; repair or remove it") from error
+            yield record
 
 
 class FolderImages(RecordImages):

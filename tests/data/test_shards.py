@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tfds_sets import encode, grey_images
 
-from rq_jax.data import make_dataset, notices, tar_index
+from rq_jax.data import convert, make_dataset, notices, tar_index
 from rq_jax.data.prepare import main
 from rq_jax.data.sources import ImageSource, TarRecords, open_records, parquet
 from rq_jax.data.sources.shards import choose_shards
@@ -194,6 +194,10 @@ def test_rows_that_lack_something_count_as_damaged(tmp_path):
     write_parquet(tmp_path / "a.parquet", range(6), [None, *IMAGES[1:6]], label=[0, 1, None, 7, -1, 2])
     source = ImageSource(open_records("parquet", "all", tmp_path, "label"))
     assert [source[i]["index"] for i in range(6)] == [1, 1, 5, 5, 5, 5] and source.damaged == {0, 2, 3, 4}
+    with pytest.raises(
+        ValueError, match="^--source: row 0 of .*a.parquet: the column 'image' holds no bytes; repair or"
+    ):
+        list(convert.open_files("parquet", tmp_path)["train"].read(0, 6))
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ class ParquetRecords:
 
     def locate(self, index: int) -> str:
         file, row = self._shards.find(index)
-        return f"row {row} of {self._shards.paths[file]}"
+        return f"row {row} of {quoted(str(self._shards.paths[file]), 1000)[1:-1]}"
 
 
 class _File:

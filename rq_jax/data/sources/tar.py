@@ -10,6 +10,7 @@ from rq_jax.data.sources.folder import decode_text
 from rq_jax.data.sources.records import check_key, tell_incomplete
 from rq_jax.data.sources.shards import choose_shards, list_shards
 from rq_jax.data.tar_index import CLASS, samples
+from rq_jax.settings.text import quoted
 
 _NAME = "webdataset"
 
@@ -65,4 +66,4 @@ class TarRecords:
 
     def locate(self, index: int) -> str:
         file, row = self._shards.find(index)
-        return f"sample {row} of {self._shards.paths[file]}"
+        return f"sample {row} of {quoted(str(self._shards.paths[file]), 1000)[1:-1]}"
