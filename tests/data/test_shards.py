@@ -304,6 +304,8 @@ def test_hostile_and_other_members_are_passed_over(tmp_path, told):
         assert part in told.text
     labelled = ImageSource(TarRecords(tmp_path / "a", "all", "cls", None))
     assert labelled.damaged == {0, 2} and labelled[0]["index"] == 1 and labelled.records.class_names == ("0",)
+    with pytest.raises(FileNotFoundError, match="3 of 3 images of split 'all' cannot be used"):  # one or the other
+        TarRecords(tmp_path / "a", "all", "cls", "txt")
     captioned = TarRecords(tmp_path / "a", "all", None, "txt")
     assert captioned.incomplete == {i: "no caption, a .txt of the same name, is beside it" for i in (0, 1)}
 

@@ -27,7 +27,9 @@ class ParquetRecords:
     A record is read with the row group that it is in, and the last groups are kept: in a shuffled epoch over more than
     fits into `_CACHE_BYTES` an image costs the reading of a whole group.
 
-    Attributes: as `Records`, and
+    Attributes:
+      root: the directory.
+      paths: of all files, relative to `root`, in order.
       listing: of the directory.
       image_key: the column of the images: encoded bytes, or {"bytes": ..., "path": ...}.
     """
@@ -35,8 +37,9 @@ class ParquetRecords:
     def __init__(self, data_dir: str | os.PathLike | None, split: str, label_key: str | None, text_key: str | None):
         self.listing = list_shards(data_dir, ".parquet", _NAME)
         self.listing.tell()
+        self.root, self.paths = self.listing.root, self.listing.paths
         self.incomplete: Mapping[int, str] = {}
-        files = [_File(self.listing.root / path) for path in self.listing.paths]
+        files = [_File(self.root / path) for path in self.paths]
         first = files[0]
         images, self.label_keys, self.text_keys = first.columns()
         if not images:
@@ -48,7 +51,7 @@ class ParquetRecords:
         for file in files:
             file.check(self._columns)
         self.class_names = _class_names(files, label_key) if label_key else None
-        self._shards = choose_shards(split, self.listing.root, self.listing.paths, [file.num_rows for file in files])
+        self._shards = choose_shards(split, self.root, self.paths, [file.num_rows for file in files])
         self.split_counts = self._shards.split_counts
         by_path = {file.path: file for file in files}
         self._files = [by_path[path] for path in self._shards.paths]

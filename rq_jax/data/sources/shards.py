@@ -2,11 +2,10 @@
 
 import bisect
 import collections
-import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ _HELD_OUT = 10  # every tenth record is held out where files name no splits
 _SPLIT_OF = {**SPLIT_OF, "dev": "validation", "eval": "test", "evaluation": "test"}
 
 
-@dataclasses.dataclass(frozen=True)
 class Shards:
     """The records of one split.
 
@@ -29,21 +27,17 @@ class Shards:
       split_counts: records of each split of the dataset.
     """
 
-    paths: list[Path]
-    rows: list[np.ndarray]
-    split_counts: dict[str, int]
-
-    def __post_init__(self):
-        object.__setattr__(self, "_ends", list(itertools.accumulate(map(len, self.rows))))
+    def __init__(self, rows: Mapping[Path, np.ndarray], split_counts: Mapping[str, int]):
+        self.paths, self.rows, self.split_counts = list(rows), list(rows.values()), dict(split_counts)
+        self._ends = list(itertools.accumulate(map(len, self.rows)))
 
     def __len__(self) -> int:
-        return self._ends[-1]  # type: ignore[attr-defined]
+        return self._ends[-1]
 
     def find(self, index: int) -> tuple[int, int]:
         """Number of the file of a record, and the record's place in it."""
-        ends = self._ends  # type: ignore[attr-defined]
-        file = bisect.bisect_right(ends, index)
-        return file, int(self.rows[file][index - ends[file]])
+        file = bisect.bisect_right(self._ends, index)
+        return file, int(self.rows[file][index - self._ends[file]])  # counted from the end of the file
 
 
 def list_shards(data_dir: str | os.PathLike | None, suffix: str, name: str) -> Listing:
@@ -107,7 +101,7 @@ def choose_shards(split: str, root: Path, paths: Sequence[Path], counts: Sequenc
             f"split: '{split}' of '{root}' is empty; it holds {sum(counts)} images in all; set data.{setting}=all to "
             "read all of them"
         )
-    return Shards(list(chosen), list(chosen.values()), dict(split_counts))
+    return Shards(chosen, split_counts)
 
 
 def _split_of(path: Path) -> str | None:

@@ -1,7 +1,7 @@
 """Webdataset: tars of images, each with a caption (`.txt`) or a class (`.cls`) beside it."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -20,14 +20,16 @@ class TarRecords:
 
     Each tar is scanned once from header to header, and read at these offsets; nothing is unpacked.
 
-    Attributes: as `Records`, and
-      listing: of the directory; `passed_over` counts members of the tars too.
+    Attributes:
+      root: the directory.
+      paths: of all tars, relative to `root`, in order.
+      listing: of the directory; its `passed_over` counts members of the tars too.
     """
 
     def __init__(self, data_dir: str | os.PathLike | None, split: str, label_key: str | None, text_key: str | None):
         self.listing = list_shards(data_dir, ".tar", _NAME)
-        root = self.listing.root
-        scanned = [samples(str(root / path)) for path in self.listing.paths]
+        self.root, self.paths = self.listing.root, self.listing.paths
+        scanned = [samples(str(self.root / path)) for path in self.paths]
         for _, passed_over in scanned:
             self.listing.passed_over.update(passed_over)
         self.listing.tell()
@@ -39,16 +41,21 @@ class TarRecords:
         self.text_key = check_key("text_key", text_key, self.text_keys, _NAME)
         # Over all splits, so that a class has the same number in each of them.
         self.class_names = tuple(map(str, range(largest + 1))) if label_key else None
-        self._shards = choose_shards(split, root, self.listing.paths, [len(rows_N5) for rows_N5 in tables])
+        self._shards = choose_shards(split, self.root, self.paths, [len(rows_N5) for rows_N5 in tables])
         self.split_counts = self._shards.split_counts
-        by_path = dict(zip((root / path for path in self.listing.paths), tables, strict=True))
+        by_path = dict(zip((self.root / path for path in self.paths), tables, strict=True))
         self._rows = np.concatenate(
             [by_path[path][rows] for path, rows in zip(self._shards.paths, self._shards.rows, strict=True)]
         )
-        column, what = (4, f"class, a {CLASS}") if label_key else (2, f"caption, a {CAPTION}")
-        missing = np.flatnonzero(self._rows[:, column] < 0).tolist() if label_key or text_key else []
-        self.incomplete: Mapping[int, str] = dict.fromkeys(missing, f"no {what} of the same name, is beside it")
+        self.incomplete: Mapping[int, str] = dict(self._find_incomplete())
         tell_incomplete(self, split, "label_key: 'cls'" if label_key else "text_key: 'txt'")
+
+    def _find_incomplete(self) -> Iterator[tuple[int, str]]:
+        wanted = ((self.label_key, 4, f"class, a {CLASS}"), (self.text_key, 2, f"caption, a {CAPTION}"))
+        for key, column, what in wanted:
+            if key:
+                for index in np.flatnonzero(self._rows[:, column] < 0).tolist():
+                    yield index, f"no {what} of the same name, is beside it"
 
     def __len__(self) -> int:
         return len(self._rows)
