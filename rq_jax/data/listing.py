@@ -85,9 +85,8 @@ def list_images(root: Path) -> Listing:
 def list_files(root: Path, wanted: tuple[str, ...], kind: str) -> Listing:
     """List the files below a folder that have one of the suffixes, and which of them have a caption.
 
-    Links to folders are followed, except into a folder around them.
-
-    One folder is entered `_MAX_VISITS` times at most, so that the time is linear however the folders link each other.
+    Links to folders are followed, except into a folder around them. One folder is entered `_MAX_VISITS`
+    times at most, so that the time is linear however the folders link each other.
     """
     listing, visits = Listing(root, kind), collections.Counter[str]()
     real = os.path.realpath(root)

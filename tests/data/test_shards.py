@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import tarfile
 import time
 
@@ -249,6 +250,13 @@ def test_files_that_differ_and_groups_that_are_too_large(tmp_path, monkeypatch):
         open_records("parquet", "all", tmp_path)
     pq.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="^data.name: '.*a.parquet' has no column of images; its columns are 'text'$"):
+        open_records("parquet", "all", tmp_path)
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a.parquet", range(2))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match="^data.name: 'parquet' needs the package pyarrow; install the extra"):
         open_records("parquet", "all", tmp_path)
 
 

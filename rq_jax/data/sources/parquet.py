@@ -138,7 +138,9 @@ class _File:
             import pyarrow
             from pyarrow import parquet
         except ModuleNotFoundError:
-            raise ModuleNotFoundError("reading parquet needs pyarrow: install the extra rq_jax[parquet]") from None
+            raise ValueError(
+                "data.name: 'parquet' needs the package pyarrow; install the extra rq_jax[parquet]"
+            ) from None
         try:
             return parquet.ParquetFile(self.path, pre_buffer=False, **options)
         except (pyarrow.ArrowException, OSError) as error:
