@@ -97,7 +97,9 @@ def read_samples(records: Records, count: int) -> list[Sample]:
 
 def describe(records: Records, settings: dict[str, str | None], samples: Sequence[Sample]) -> Iterator[str]:
     """Lines about a dataset: settings, splits, classes, captions, sizes, what is passed over, damage."""
-    yield " ".join(f"data.{key}={value}" for key, value in settings.items() if value is not None and key != "split")
+    given = {key: f"data.{key}={value}" for key, value in settings.items() if value is not None}
+    keys = " or ".join(given[key] for key in ("label_key", "text_key") if key in given)
+    yield " ".join(part for part in (given["name"], given.get("data_dir"), keys) if part)
     yield "splits: " + ", ".join(f"{split} {count}" for split, count in records.split_counts.items())
     yield from _describe_keys(records, settings)
     whole = [sample for sample in samples if sample.image is not None]
@@ -164,14 +166,17 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"--num_images: {options.num_images} must be at least 1")
         opened = options.name, options.split, options.data_dir, options.label_key, options.text_key
         records, settings = open_first(*opened)
+        out, root = local_path(options.out), getattr(records, "root", None)
+        if root is not None and out.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"--out: '{out}' would become one of the images; give a file outside of '{root}'")
         samples = read_samples(records, options.num_images)
         for line in describe(records, settings, samples):
             print(line)
         if any(sample.image is not None for sample in samples):
             from rq_jax.report import grids
 
-            grids.save_png(local_path(options.out), draw_sheet(records, samples))
-            print(f"sheet: {options.out}")
+            grids.save_png(out, draw_sheet(records, samples))
+            print(f"sheet: {out}")
     except (ValueError, OSError, ModuleNotFoundError) as error:
         parser.error(" ".join(str(error).split()))
 

@@ -31,7 +31,7 @@ def test_what_would_be_read(folder, tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "\x1b" not in out
     for line in (
-        f"data.name=folder data.data_dir={folder} data.label_key=folder data.text_key=txt",
+        f"data.name=folder data.data_dir={folder} data.label_key=folder or data.text_key=txt",
         "splits: train 6",
         "data.label_key: folder; allowed are folder",
         "classes: 2 (ape, bee\\x1b[31m)",
@@ -82,10 +82,11 @@ def test_the_kind_of_a_folder(tmp_path, files, kind):
         (["{folder}", "--num_images=0"], "--num_images: 0 must be at least 1"),
         (["{folder}", "--label_key=breed"], "data.label_key: 'breed' is unknown in dataset 'folder'"),
         (["folder"], "data.data_dir: unset"),
+        (["{folder}", "--out={folder}/look.png"], "--out: '{folder}/look.png' would become one of the images"),
     ],
 )
 def test_mistakes_end_in_one_line(folder, tmp_path, capsys, options, message):
     with pytest.raises(SystemExit) as caught:
-        look.main([*(option.format(folder=folder) for option in options), f"--out={tmp_path / 'sheet.png'}"])
-    assert caught.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+        look.main([f"--out={tmp_path / 'sheet.png'}", *(option.format(folder=folder) for option in options)])
+    assert caught.value.code == 2 and message.format(folder=folder) in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "sheet.png").exists()
