@@ -18,6 +18,7 @@ from tfds_sets import encode, grey_images, write_tfds  # noqa: E402
 from rq_jax.data import make_dataset  # noqa: E402
 from rq_jax.data.images import decode_image  # noqa: E402
 from rq_jax.data.sources import ImageSource, examples, open_records  # noqa: E402
+from rq_jax.data.sources.tfds import check_metadata  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_tensorflow_is_never_imported(tfds_dir):
     [
         (
             ("nope", "train"),
-            "data.name: 'nope' is unknown; allowed are twemoji, folder and the datasets prepared in data_dir=",
+            "data.name: 'nope' is unknown; allowed are twemoji, folder, parquet, webdataset and the datasets prepared in data_dir=",
         ),
         (("not a name", "train"), "data.name: 'not a name' is unknown"),
         (("greys:9.9.9", "train"), "data.name: 'greys:9.9.9' is unknown"),
@@ -386,3 +387,10 @@ def test_a_pipe_in_a_prepared_set_is_not_waited_for(tfds_dir, tmp_path, name):
     os.mkfifo(file)
     with pytest.raises(ValueError, match=f"^data.name: '.*{name}' is no regular file$"):
         open_records("greys", "train", tmp_path)
+
+
+def test_the_directory_of_a_prepared_set_is_checked_alone(tfds_dir, tmp_path):
+    check_metadata(tfds_dir / "greys" / "1.2.3")
+    (tmp_path / "features.json").write_text('{"pythonClassName": "evil.Image"}')
+    with pytest.raises(ValueError, match="^data.name: '.*features.json' names the feature class 'evil.Image'"):
+        check_metadata(tmp_path)

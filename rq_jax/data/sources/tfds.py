@@ -112,7 +112,8 @@ def open_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
         if isinstance(error, _MetadataError):
             raise
         raise FileNotFoundError(
-            f"data.name: '{name}' is unknown; allowed are twemoji, folder and the datasets prepared in {where}"
+            f"data.name: '{name}' is unknown; allowed are twemoji, folder, parquet, webdataset and the datasets "
+            f"prepared in {where}"
         ) from error
     except Exception as error:  # of a file that is JSON, but of another shape
         raise ValueError(f"data.name: '{name}' in {where} cannot be read: {quoted(error, 300)}") from error
@@ -124,25 +125,25 @@ def open_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
     return builder
 
 
-def check_metadata(directory: Path, depths: tuple[str, ...] = ()) -> None:
+def check_metadata(directory: Path, depths: tuple[str, ...] = ("",)) -> None:
     """Check the JSON files of prepared datasets before TFDS reads them: it imports what their features name.
 
     Args:
       directory: of the dataset.
-      depths: patterns of the folders below it that hold such files too.
+      depths: patterns of the folders below it that hold such files.
 
     Raises:
       ValueError: a file is no JSON, or names a class that is not one of TFDS's own features.
     """
-    for folder in (directory, *(folder for pattern in depths for folder in directory.glob(pattern))):
-        try:
-            for file in (folder / "dataset_info.json", folder / "features.json"):
-                if file.exists() and not is_regular(file):
+    checks = {"dataset_info.json": read_json, "features.json": _check_features}
+    for name, check in checks.items():
+        for file in (file for depth in depths for file in directory.glob(f"{depth}/{name}".removeprefix("/"))):
+            try:
+                if not is_regular(file):
                     raise ValueError(f"'{file}' is no regular file")
-                if file.exists():
-                    _check_features(file) if file.stem == "features" else read_json(file)
-        except ValueError as error:
-            raise _MetadataError(f"data.name: {error}") from None
+                check(file)
+            except ValueError as error:
+                raise _MetadataError(f"data.name: {error}") from None
 
 
 def _check_features(file: Path) -> None:
