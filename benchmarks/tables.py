@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from rq_jax.data.images import read_image
 from rq_jax.report import curves, grids
 
 Figures = dict[str, Any]  # name -> number, or list by depth
@@ -100,5 +101,5 @@ def sample_grid(folders: Mapping[str, Path], indices: Iterable[int], path: Path)
       path: file to write.
     """
     names = [f"{i:06d}.png" for i in indices]
-    shown = {label: np.stack([grids.read_image(folder / name) for name in names]) for label, folder in folders.items()}
+    shown = {label: np.stack([read_image(folder / name) for name in names]) for label, folder in folders.items()}
     grids.save_png(path, grids.labelled_grid(shown, scale=2))

@@ -74,6 +74,10 @@ class _ArraySource:
     def __len__(self) -> int:
         return len(self._images_NHWC)
 
+    def mark_damaged(self, index: int, error: Exception) -> None:
+        """Raise the error: there is nothing to be wrong with an array."""
+        raise error
+
     def __getitem__(self, index: int) -> Batch:
         index = int(index) % len(self)  # grain counts on through the epochs
         example = {"image": self._images_NHWC[index], "index": np.int32(index)}

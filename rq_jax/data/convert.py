@@ -1,4 +1,4 @@
-"""Conversion of image folders and of LSUN's lmdb to a prepared TFDS dataset in ArrayRecord.
+"""Conversion of image folders, parquet files, tars and LSUN's lmdb to a prepared TFDS dataset in ArrayRecord.
 
     <data_dir>/<name>/1.0.0/dataset_info.json, features.json, <name>-<split>.array_record-00000-of-00012 ...
 
@@ -8,20 +8,22 @@ Each file appears when it is whole, so an interrupted conversion resumes at the 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from rq_jax.data.sources import FolderRecords
+from rq_jax.data import lmdb_files
+from rq_jax.data.notices import tell
+from rq_jax.data.sources import FolderRecords, Records, open_records
+from rq_jax.data.sources.folder import SPLITS
 from rq_jax.data.tfrecord import make_example
-from rq_jax.files import RunLock, atomic_path, write_json
+from rq_jax.files import RunLock, atomic_path, local_path, read_json, write_json
 from rq_jax.report.progress import Progress
 
 VERSION = "1.0.0"
 PLAN = ".plan.json"  # settings of the call that began a dataset
 IMAGES_PER_FILE = 10_000
 LSUN_SPLITS = {"train": "train", "val": "validation"}
-_SPLITS = ("train", "validation")
 
 
 class Images(Protocol):
@@ -40,22 +42,37 @@ class Images(Protocol):
         """Image, label and caption of images start..stop."""
 
 
-class FolderImages:
+class RecordImages:
+    """The usable images of an opened source, in its order."""
+
+    def __init__(self, records: Records, has_text: bool):
+        self.records, self.class_names, self.has_text = records, records.class_names, has_text
+        self._indices = [i for i in range(len(records)) if i not in records.incomplete]
+        self.names = _checksum(os.fsencode(self._name(i)) for i in self._indices)
+
+    def _name(self, index: int) -> str:
+        return self.records.locate(index)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, start: int, stop: int) -> Iterator[tuple[bytes, int | None, str | None]]:
+        for index in self._indices[start:stop]:
+            try:
+                record = self.records.read(index)
+            except ValueError as error:
+                raise ValueError(f"--source: {self.records.locate(index)}: {error}; repair or remove it") from error
+            yield record
+
+
+class FolderImages(RecordImages):
     """A split of an image folder, as `data.name='folder'` reads it."""
 
     def __init__(self, directory: Path, split: str, labels: bool, text: bool):
-        keys = "folder" if labels else None, "txt" if text else None
-        self._records = FolderRecords(directory, split, *keys)
-        self.class_names, self.has_text = self._records.class_names, text
-        paths = (Path(self._records.locate(i)).relative_to(self._records.root) for i in range(len(self)))
-        self.names = _checksum(path.as_posix().encode() for path in paths)
+        super().__init__(FolderRecords(directory, split, "folder" if labels else None, "txt" if text else None), text)
 
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def read(self, start: int, stop: int) -> Iterator[tuple[bytes, int | None, str | None]]:
-        for index in range(start, stop):
-            yield self._records.read(index)
+    def _name(self, index: int) -> str:
+        return self.records.paths[index].as_posix()
 
 
 class LmdbImages:
@@ -72,10 +89,11 @@ class LmdbImages:
         if not (directory / "data.mdb").is_file():
             raise FileNotFoundError(f"--source: no data.mdb in '{directory}'; give what LSUN's archive unpacks to")
         try:
+            lmdb_files.check_size(directory / "data.mdb")
             self._file = lmdb.open(str(directory), readonly=True, lock=False, readahead=False, max_readers=1)
             with self._file.begin() as transaction:
                 self._keys = [bytes(key) for key in transaction.cursor().iternext(values=False)]
-        except lmdb.Error as error:
+        except (lmdb.Error, ValueError) as error:
             raise ValueError(f"--source: '{directory}' cannot be read as lmdb: {error}") from error
         self.names = _checksum(self._keys)
 
@@ -88,32 +106,81 @@ class LmdbImages:
                 yield transaction.get(key), None, None
 
 
-def open_folder(source: str | os.PathLike) -> dict[str, FolderImages]:
-    """Open the splits of a folder, with labels if every image has one, and with captions if every image has one.
+def open_folder(
+    source: str | os.PathLike, max_damaged: int = 100, without: Collection[str] = ()
+) -> dict[str, FolderImages]:
+    """Open the splits of a folder, with labels and captions if most of the images have them.
+
+    An image that then lacks its label or caption is left out, as a damaged one is, and counted.
+
+    Args:
+      source: the folder.
+      max_damaged: images to leave out before it is an error.
+      without: "labels" or "captions" that are not to be read.
 
     Raises:
       FileNotFoundError: no such folder, or no images in it.
+      ValueError: more than `max_damaged` images lack what most have.
     """
-    directory = Path(source).expanduser()
-
-    def open_split(split: str, labels: bool = False, text: bool = False) -> FolderImages | None:
+    directory = local_path(source)
+    plain = FolderRecords(directory, "train", None, None)
+    paths = plain.dataset_paths
+    having = {
+        "labels": sum(plain.class_of(path) is not None for path in paths),
+        "captions": sum(path in plain.listing.captioned for path in paths),
+    }
+    wanted = {what: 2 * count > len(paths) and what not in without for what, count in having.items()}
+    for what, count in having.items():
+        if count and not wanted[what]:
+            tell(f"--source: {what} are left out; {count} of {len(paths)} images have one")
+    splits = {}
+    for split in (split for split in SPLITS if plain.split_counts.get(split)):
         try:
-            return FolderImages(directory, split, labels, text)
-        except FileNotFoundError:
-            if split == "train" and not text:
+            splits[split] = FolderImages(directory, split, wanted["labels"], wanted["captions"])
+        except FileNotFoundError as error:  # none of its images has one
+            if split == "train":
                 raise
-            return None  # an empty validation split, or a missing caption
+            tell(f"--source: split '{split}' is left out; {error}")
+    _check_left_out(splits, max_damaged)
+    return splits
 
-    splits = [split for split in _SPLITS if open_split(split) is not None]
 
-    def has(**keys: bool) -> bool:
-        try:
-            return all(open_split(split, **keys) is not None for split in splits)
-        except ValueError:  # an image outside the class folders
-            return False
+def open_files(
+    kind: str, source: str | os.PathLike, max_damaged: int = 100, without: Collection[str] = ()
+) -> dict[str, RecordImages]:
+    """Open the splits of parquet files or tars, with the first of the columns of labels and captions.
 
-    labels, text = has(labels=True), has(text=True)
-    return {split: FolderImages(directory, split, labels, text) for split in splits}
+    Args:
+      kind: "parquet" or "webdataset".
+      source: directory of the files.
+      max_damaged: images without label or caption to leave out before it is an error.
+      without: "labels" or "captions" that are not to be read.
+
+    Raises:
+      FileNotFoundError: no such directory, or no files in it.
+      ValueError: more than `max_damaged` images lack a label or caption.
+    """
+    plain = open_records(kind, "all", source)
+    label_key = None if "labels" in without else next(iter(plain.label_keys), None)
+    text_key = None if "captions" in without else next(iter(plain.text_keys), None)
+    tell(f"--source: labels are read from {label_key}, captions from {text_key}")
+    splits = {
+        split: RecordImages(open_records(kind, split, source, label_key, text_key), text_key is not None)
+        for split in SPLITS
+        if plain.split_counts.get(split)
+    }
+    _check_left_out(splits, max_damaged)
+    return splits
+
+
+def _check_left_out(splits: Mapping[str, RecordImages], max_damaged: int) -> None:
+    left_out = sum(len(images.records.incomplete) for images in splits.values())
+    if left_out > max_damaged:
+        count = sum(len(images.records) for images in splits.values())
+        raise ValueError(
+            f"--max_damaged: {left_out} of {count} images lack a label or a caption, more than {max_damaged}; add what "
+            "is missing, raise the limit, or give --without=labels or --without=captions"
+        )
 
 
 def open_lsun(source: str | os.PathLike) -> dict[str, LmdbImages]:
@@ -123,7 +190,7 @@ def open_lsun(source: str | os.PathLike) -> dict[str, LmdbImages]:
       FileNotFoundError: neither exists.
       ModuleNotFoundError: the package lmdb is not installed.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     splits = {}
     for lsun_split, split in LSUN_SPLITS.items():
         for directory in (path.parent / f"{path.name}_{lsun_split}_lmdb", path):
@@ -161,7 +228,7 @@ def write(
         raise ValueError(f"--pictures_per_file: {pictures_per_file} must be at least 1")
     if not all(part.isidentifier() and part == part.lower() for part in name.split("/")) or name.count("/") > 1:
         raise ValueError(f"--name: '{name}' is no dataset name; use small letters, digits and _, as in my_faces")
-    target, base = Path(data_dir).expanduser() / name / VERSION, name.partition("/")[0]
+    target, base = local_path(data_dir) / name / VERSION, name.partition("/")[0]
     counts = {split: len(images) for split, images in splits.items()}
     ranges = {split: _ranges(count, pictures_per_file) for split, count in counts.items()}
     first = next(iter(splits.values()))
@@ -239,7 +306,7 @@ def _ranges(count: int, size: int) -> list[tuple[int, int]]:
 def _check_plan(target: Path, plan: dict[str, Any]) -> None:
     """Record the plan of a dataset, or check that it is the one of the call that began it."""
     path, plan = target / PLAN, json.loads(json.dumps(plan))
-    earlier = json.loads(path.read_text()) if path.exists() else {}
+    earlier = read_json(path) if path.exists() else {}
     if name := next((name for name in plan if name in earlier and earlier[name] != plan[name]), None):
         if name == "names":
             raise ValueError(

@@ -1,6 +1,7 @@
 """Batches of NumPy arrays from a source of examples: endless and shuffled, or once through in order."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Protocol
 
@@ -13,6 +14,9 @@ class Source(Protocol):
     """Random access to examples; `damaged` holds the positions that turned out unreadable and have stand-ins."""
 
     damaged: Set[int]
+
+    def mark_damaged(self, index: int, error: Exception) -> None:
+        """Give another example for this one from now on, or raise."""
 
     def __len__(self) -> int: ...
 
@@ -90,13 +94,14 @@ class Dataset:
 
     def examples(self, indices: Sequence[int]) -> Batch:
         """Read the examples at these positions as one batch, with the evaluation transform."""
-        return _stack([self._eval_transform(self.source[index]) for index in indices])
+        transform = functools.partial(_transformed, self.source, self._eval_transform)
+        return _stack([transform(self.source[index]) for index in indices])
 
     def _training_batches(self):
         import grain
 
         stream = grain.MapDataset.source(self.source).shuffle(seed=self._seed).repeat()
-        stream = stream.random_map(self._train_transform, seed=self._seed)
+        stream = stream.random_map(functools.partial(_transformed, self.source, self._train_transform), seed=self._seed)
         # drop_remainder drops nothing of an endless stream; without it grain rounds the length up beyond sys.maxsize.
         stream = stream.batch(self.batch_size // self._shard_count, drop_remainder=True, batch_fn=_stack)
         # Sharded after the draws, which so do not depend on shards. Batches are of one shard's size, and shard i takes
@@ -166,6 +171,16 @@ class BatchIterator:
         if self._stream is not None:
             self._stream.close()
             self._stream = None
+
+
+def _transformed(source: Source, transform: Callable[..., Batch], example: dict, *rng: np.random.Generator) -> Batch:
+    """The arrays of an example, or of the one that stands in for it where the transform fails on its data."""
+    while True:
+        try:
+            return transform(example, *rng)
+        except (ArithmeticError, MemoryError, OSError, ValueError) as error:
+            source.mark_damaged(int(example["index"]), error)
+            example = source[int(example["index"])]
 
 
 def _stack(examples: Sequence[Batch]) -> Batch:

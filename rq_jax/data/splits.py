@@ -74,17 +74,20 @@ def make_dataset(
     Args:
       split: "train" or "validation", which stand for `train_split` and `validation_split`; or a split's own name.
       train: endless, shuffled and randomly transformed; False: once through in order.
-      name: "twemoji" or "twemoji/256" (bundled, built on first use), "folder", or a prepared TFDS dataset.
+      name: "twemoji" or "twemoji/256" (bundled, built on first use), "folder", "parquet", "webdataset", or a prepared
+        TFDS dataset.
       batch_size: of all shards together.
       image_size: side in pixels, or (height, width).
-      data_dir: the image folder, or the directory of TFDS datasets; None is the default of each.
+      data_dir: the folder of images, parquet files or tars, or the directory of TFDS datasets; None is the default of
+        the latter.
       train_split: the dataset's name of its training split.
       validation_split: the dataset's name of its validation split.
       train_transform: a name in `transforms.TRANSFORMS`.
       eval_transform: a name in `transforms.DETERMINISTIC`.
       flip_probability: of mirroring a training image, in [0, 1].
-      label_key: the ClassLabel feature to read, "folder" for class folders; None for no labels.
-      text_key: the Text feature to read, "txt" for a file beside the image; None for no captions.
+      label_key: the ClassLabel feature or column to read, "folder" for class folders, "cls" of a webdataset; None for
+        no labels.
+      text_key: the Text feature or column to read, "txt" for a file beside the image; None for no captions.
       text_tokenizer: tokenizer file of the captions, see `text.load_tokenizer`.
       text_length: U, tokens of a caption.
       text_dropout: BPE-dropout of training captions, in [0, 1).

@@ -7,15 +7,17 @@ Train one on the captions of a dataset:
 import argparse
 import json
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from rq_jax.files import atomic_path
+from rq_jax.data import bpe_files
+from rq_jax.data.notices import tell
+from rq_jax.files import atomic_path, local_path
+from rq_jax.settings.text import quoted
 
-PAD, UNKNOWN = "[PAD]", "[UNK]"
-_WORD_END = "</w>"
+PAD, UNKNOWN, _WORD_END = bpe_files.PAD, bpe_files.UNKNOWN, bpe_files.WORD_END
 
 
 class Tokenizer:
@@ -33,9 +35,10 @@ class Tokenizer:
         self.vocab_size = bpe.get_vocab_size()
         self._ids, merges = _vocabulary(bpe)
         self._ranks = {merge: rank for rank, merge in enumerate(merges)}
+        self._told: set[str] = set()  # kinds of loss
 
     def __call__(self, texts: Sequence[str], rng: np.random.Generator | None = None) -> np.ndarray:
-        """Encode texts.
+        """Encode texts; the two forms of an accented letter are one. What is lost is told, once for each kind of loss.
 
         Args:
           texts: n texts.
@@ -45,14 +48,30 @@ class Tokenizer:
           int32 (n, U), padded with 0.
         """
         tokens = np.zeros((len(texts), self.length), np.int32)
-        for row, text in zip(tokens, texts, strict=True):
-            if rng is None or self.dropout == 0.0:
-                ids = self._bpe.encode(text).ids
-            else:
-                ids = self._encode_with_dropout(text, rng)
+        texts = [unicodedata.normalize("NFC", text) for text in texts]
+        if rng is not None and self.dropout > 0.0:
+            encoded = [self._encode_with_dropout(text, rng) for text in texts]
+        else:
+            encoded = [self._bpe.encode(text).ids for text in texts]
+            self._tell_losses(texts, encoded)
+        for row, ids in zip(tokens, encoded, strict=True):
             ids = ids[: self.length]
             row[: len(ids)] = ids
         return tokens
+
+    def _tell_losses(self, texts: Sequence[str], encoded: Sequence[list[int]]) -> None:
+        unknown = self._ids[UNKNOWN]
+        losses = {
+            f"hold letters that the text tokenizer does not know; they become {UNKNOWN}": lambda ids: unknown in ids,
+            "are empty; the model sees padding alone": lambda ids: not ids,
+            f"have more than {self.length} tokens; the rest is cut": lambda ids: len(ids) > self.length,
+        }
+        for loss, is_lost in losses.items():
+            if loss not in self._told and (
+                lost := [text for text, ids in zip(texts, encoded, strict=True) if is_lost(ids)]
+            ):
+                self._told.add(loss)
+                tell(f"text: {len(lost)} of {len(texts)}, such as {quoted(lost[0])}, {loss}")
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Lower-cased text of one row of ids, without padding."""
@@ -96,30 +115,21 @@ def load_tokenizer(path: str | os.PathLike, length: int, dropout: float = 0.0) -
       FileNotFoundError: no such file.
       ValueError: not a tokenizer file, or an argument out of range.
     """
-    from tokenizers import Tokenizer as Bpe
-    from tokenizers import models
-
     if length is None or length < 1:
         raise ValueError(f"data.text_length: {length} must be at least 1")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"data.text_dropout: {dropout} is outside [0, 1)")
-    path = Path(path).expanduser()
-    is_pair = path.name.endswith("vocab.json")
-    files = [path, path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")] if is_pair else [path]
-    for file in files:
+    path = local_path(path)
+    for file in bpe_files.files(path):
         if not file.is_file():
             raise FileNotFoundError(
                 f"data.text_tokenizer: '{file}' is no file; train one with python -m rq_jax.data.text"
             )
     try:
-        if is_pair:
-            vocab, merges = models.BPE.read_file(*map(str, files))
-            bpe = _untrained(vocab=vocab, merges=merges)
-        else:
-            bpe = Bpe.from_file(str(path))
+        bpe = bpe_files.load(path)
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"data.text_tokenizer: '{path}' is not a tokenizer file: {error}") from error
-    if not isinstance(bpe.model, models.BPE) or (bpe.token_to_id(PAD), bpe.token_to_id(UNKNOWN)) != (0, 1):
+    if (bpe.token_to_id(PAD), bpe.token_to_id(UNKNOWN)) != (0, 1):
         raise ValueError(
             f"data.text_tokenizer: '{path}' is not a byte-pair tokenizer with {PAD} as id 0 and {UNKNOWN} as id 1"
         )
@@ -142,8 +152,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | os.PathLik
     """
     from tokenizers import trainers
 
-    bpe = _untrained()
-    texts = list(texts)
+    bpe = bpe_files.untrained()
+    texts = [unicodedata.normalize("NFC", text) for text in texts]
     words = {word for text in texts for word in _words(bpe, text)}
     letters = sorted({letter for word in words for letter in word[:-1]} | {word[-1] + _WORD_END for word in words})
     if len(letters) + 2 > vocab_size:
@@ -158,8 +168,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: str | os.PathLik
     )
     bpe.train_from_iterator(texts, trainer)
     vocab, merges = _vocabulary(bpe)
-    bpe = _untrained(vocab=vocab, merges=merges)
-    with atomic_path(Path(out).expanduser()) as partial:
+    bpe = bpe_files.untrained(vocab=vocab, merges=merges)
+    with atomic_path(local_path(out)) as partial:
         bpe.save(str(partial))
     return bpe.get_vocab_size()
 
@@ -174,22 +184,22 @@ def _vocabulary(bpe) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return model["vocab"], [tuple(merge) for merge in model["merges"]]
 
 
-def _untrained(**vocabulary):
-    """A byte-pair model with the text normalisation of the published models."""
-    from tokenizers import Tokenizer as Bpe
-    from tokenizers import models, normalizers, pre_tokenizers
+def _captions(records) -> Iterator[str]:
+    """The captions of a dataset; those that cannot be read are left out and counted."""
+    from tqdm import tqdm
 
-    bpe = Bpe(models.BPE(**vocabulary, unk_token=UNKNOWN, end_of_word_suffix=_WORD_END))
-    clean = normalizers.BertNormalizer(lowercase=False, strip_accents=False)
-    bpe.normalizer = normalizers.Sequence([clean, normalizers.Lowercase()])
-    bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return bpe
+    left_out = 0
+    for index in tqdm(range(len(records)), desc="captions"):
+        try:
+            yield records.read(index)[2]
+        except (OSError, ValueError):
+            left_out += 1
+    if left_out:
+        tell(f"captions: {left_out} of {len(records)} could not be read and are left out")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    from tqdm import tqdm
-
     from rq_jax.data.sources import open_records
 
     parser = argparse.ArgumentParser(prog="python -m rq_jax.data.text", description="Train a byte-pair tokenizer.")
@@ -204,8 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         records = open_records(options.name, options.split, options.data_dir, text_key=options.text_key)
-        texts = (records.read(index)[2] for index in tqdm(range(len(records)), desc="captions"))
-        print(f"{train_tokenizer(texts, options.vocab_size, options.out)} ids in {options.out}")
+        print(f"{train_tokenizer(_captions(records), options.vocab_size, options.out)} ids in {options.out}")
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
 

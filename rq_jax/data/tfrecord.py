@@ -6,9 +6,7 @@ Then a TFRecord dataset is shuffled and resumed like every other.
 """
 
 import bisect
-import contextlib
 import functools
-import hashlib
 import itertools
 import os
 import struct
@@ -17,8 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rq_jax.data.paths import default_data_dir
-from rq_jax.files import atomic_path
+from rq_jax.data.file_index import cached_index
 
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 _GZIP = b"\x1f\x8b"
@@ -70,23 +67,14 @@ class TfRecords:
 def record_offsets(path: str) -> np.ndarray:
     """Offset and length of each whole record of a file, int64 (N, 2), from the cache of the data directory.
 
-    A cached index is named by path, size and modification time, so that a rewritten file is scanned again.
-
     Raises:
       ValueError: the file is compressed.
     """
-    stat = os.stat(path)
-    name = hashlib.sha256(f"{os.path.abspath(path)}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()
-    cached = default_data_dir() / "tfrecord_places" / f"{name}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):  # missing or damaged
-        offsets_N2 = np.load(cached, allow_pickle=False)
-        if offsets_N2.ndim == 2 and (len(offsets_N2) == 0 or offsets_N2[-1].sum() + _FOOTER.size <= stat.st_size):
-            return offsets_N2
-    offsets_N2 = np.array(list(_scan(path, stat.st_size)), np.int64).reshape(-1, 2)
-    with contextlib.suppress(OSError):  # a full or read-only disk: scanned again next time
-        with atomic_path(cached) as partial, open(partial, "wb") as file:
-            np.save(file, offsets_N2, allow_pickle=False)
-    return offsets_N2
+    return cached_index("tfrecord_places", path, 2, _scan, _fits)
+
+
+def _fits(offsets_N2: np.ndarray, size: int) -> bool:
+    return len(offsets_N2) == 0 or offsets_N2[-1].sum() + _FOOTER.size <= size
 
 
 def _scan(path: str, size: int) -> Iterator[tuple[int, int]]:

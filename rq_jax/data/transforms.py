@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Size = tuple[int, int]  # height, width
+_MAX_STRETCH = 16  # sides of the result in one of the resized image; of a longer strip a piece is read
 
 
 def _resize(image: "Image.Image", size: Size) -> "Image.Image":
@@ -38,9 +39,19 @@ def _center_crop(image: "Image.Image", size: Size) -> "Image.Image":
     return _crop(image, round((image.height - size[0]) / 2), round((image.width - size[1]) / 2), size)
 
 
-def _resize_to_cover(image: "Image.Image", size: Size) -> "Image.Image":
-    """Resize to the smallest image of the same aspect that covers `size`; its short side is that of a square size."""
+def _resize_to_cover(image: "Image.Image", size: Size, rng: np.random.Generator | None) -> "Image.Image":
+    """Resize to the smallest image of the same aspect that covers `size`; its short side is that of a square size.
+
+    A strip is cut first, so that the result is bounded by `size`: to a random piece, or to the middle without `rng`.
+    """
     height, width = size
+    longest = (
+        max(1, _MAX_STRETCH * image.width * height // width),
+        max(1, _MAX_STRETCH * image.height * width // height),
+    )
+    piece = min(image.height, longest[0]), min(image.width, longest[1])
+    if piece != (image.height, image.width):
+        image = _center_crop(image, piece) if rng is None else _random_crop(image, piece, rng)
     if image.width * height <= image.height * width:
         return _resize(image, (width * image.height // image.width, width))
     return _resize(image, (height, height * image.width // image.height))
@@ -48,13 +59,13 @@ def _resize_to_cover(image: "Image.Image", size: Size) -> "Image.Image":
 
 def resize_random_crop(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
     """ImageNet training: resize to cover `size`, then a random crop."""
-    return _random_crop(_resize_to_cover(image, size), size, rng)
+    return _random_crop(_resize_to_cover(image, size, rng), size, rng)
 
 
 def resize_center_crop(image: "Image.Image", size: Size, rng: np.random.Generator | None = None) -> "Image.Image":
     """Evaluation and LSUN training: resize to cover `size`, then crop the middle."""
     del rng
-    return _center_crop(_resize_to_cover(image, size), size)
+    return _center_crop(_resize_to_cover(image, size, None), size)
 
 
 def random_resized_crop(image: "Image.Image", size: Size, rng: np.random.Generator) -> "Image.Image":
@@ -94,7 +105,7 @@ def random_shift(image: "Image.Image", size: Size, rng: np.random.Generator) -> 
     """
     from PIL import Image
 
-    covering = np.asarray(_resize_to_cover(image, size))
+    covering = np.asarray(_resize_to_cover(image, size, rng))
     margins = [(s // 16, s // 16) for s in size] + [(0, 0)] * (covering.ndim - 2)
     return _random_crop(Image.fromarray(np.pad(covering, margins, mode="edge")), size, rng)
 

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from rq_jax.report import grids
+from rq_jax.data.images import read_image
+from rq_jax.data.listing import list_images
 
 # Settings in which the parts of one set of samples may differ, as several hosts draw them.
 _SLICE = ("first_index", "num_images", "batch_size", "neighbours", "out")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def read_images(directory: str | os.PathLike) -> np.ndarray:
-    """Reads the images of a folder, or of the folder `images` in it, sorted by name.
+    """Reads the images below a folder, or below the folder `images` in it, sorted by path, as a data set's are read.
 
     Returns:
       (N, H, W, C), float32 in [-1, 1].
@@ -27,10 +27,13 @@ def read_images(directory: str | os.PathLike) -> np.ndarray:
     directory = Path(directory)
     _check_settings(directory)
     folder = directory / "images" if (directory / "images").is_dir() else directory
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)
-    if not paths:
+    listing = list_images(folder)
+    listing.tell()
+    if not listing.paths:
         raise FileNotFoundError(f"--samples: '{directory}' holds no images; give the --out of sample.py")
-    images = [grids.read_image(path) for path in paths]
+    images = [read_image(folder / path) for path in listing.paths]
+    if len({image.shape[-1] for image in images}) > 1:  # grey ones beside colours
+        images = [np.broadcast_to(image, (*image.shape[:2], 3)) for image in images]
     shapes = {image.shape for image in images}
     if len(shapes) > 1:
         raise ValueError(f"--samples: '{directory}' holds images of several shapes {sorted(shapes)}; give one size")

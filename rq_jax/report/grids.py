@@ -168,23 +168,6 @@ def encode_png(array: Any) -> bytes:
     return buffer.getvalue()
 
 
-def read_image(path: str | os.PathLike) -> np.ndarray:
-    """Read an image file as uint8 (H, W, C), with C 1 if the file is grey, else 3.
-
-    Raises:
-      ValueError: the file is no image, or a damaged one.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            grey = image.mode in ("1", "L")
-            array = np.asarray(image.convert("L" if grey else "RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"'{path}' is no readable image ({error}); remove or replace it") from None
-    return array[..., None] if grey else array
-
-
 def save_png(path: str | os.PathLike, array: Any) -> None:
     """Write one image as PNG, whole or not at all, creating its directory if missing.
 

@@ -8,7 +8,7 @@ import pytest
 tfds = pytest.importorskip("tensorflow_datasets")
 import helpers  # noqa: E402
 
-from rq_jax.data import convert, make_dataset  # noqa: E402
+from rq_jax.data import convert, lmdb_files, make_dataset  # noqa: E402
 from rq_jax.data.prepare import main  # noqa: E402
 from rq_jax.data.sources import open_records  # noqa: E402
 from rq_jax.files import RunLock  # noqa: E402
@@ -64,10 +64,6 @@ def test_labels_and_captions_without_held_out_images(folder, tmp_path):
     assert set(info.features) == {"image", "label", "caption"} and set(info.splits) == {"train"}
     expected = records_of("folder", "train", folder, label_key="folder", text_key="txt")
     assert records_of("pets", "train", tmp_path / "data", label_key="label", text_key="caption") == expected
-    next(folder.rglob("*.txt")).unlink()
-    next((folder / "train").rglob("*.png")).rename(folder / "train" / "loose.png")
-    path = convert.write(convert.open_folder(folder), "bare", tmp_path / "data")
-    assert set(tfds.builder_from_directory(path).info.features) == {"image"}
 
 
 class Interrupted(Exception):
@@ -207,3 +203,43 @@ def test_files_of_another_plan_are_refused(folder, tmp_path):
         ValueError, match="was begun with pictures_per_file 4, not 5; delete it, or choose another --name$"
     ):
         convert.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=5)
+
+
+def test_what_lacks_its_label_or_caption_is_left_out_and_told(folder, tmp_path, capsys, caplog):
+    (folder / "train" / "bee" / "001.txt").unlink()
+    (folder / "train" / "ape" / "000.png").rename(folder / "train" / "loose.png")
+    (folder / "test").mkdir()
+    for suffix in (".png", ".txt"):
+        (folder / "train" / "cat" / f"002{suffix}").rename(folder / "test" / f"0{suffix}")
+    command = ["folder", f"--source={folder}", f"--data_dir={tmp_path}"]
+    main([*command, "--name=pets"])
+    info = tfds.builder_from_directory(tmp_path / "pets" / "1.0.0").info
+    assert set(info.features) == {"image", "label", "caption"}
+    assert {split: one.num_examples for split, one in info.splits.items()} == {"train": 8, "validation": 4}
+    assert "2 of 10 images of split 'train' cannot be used, such as" in caplog.text
+    assert "split 'test' is left out; data.label_key: 'folder': 1 of 1 images" in caplog.text
+    with pytest.raises(SystemExit):
+        main([*command, "--name=few", "--max_damaged=1"])
+    assert "--max_damaged: 2 of 14 images lack a label or a caption, more than 1;" in capsys.readouterr().err
+    main([*command, "--name=bare", "--max_damaged=0", "--without=labels", "--without=captions"])
+    info = tfds.builder_from_directory(tmp_path / "bare" / "1.0.0").info
+    assert set(info.features) == {"image"} and info.splits["test"].num_examples == 1
+    assert "--source: captions are left out; 13 of 15 images have one" in caplog.text
+
+
+@pytest.mark.parametrize("keep", [200, 4096, 8192, -4096, -1])
+def test_a_truncated_lmdb_is_refused_before_it_is_mapped(tmp_path, keep):
+    lmdb = pytest.importorskip("lmdb")
+    directory = tmp_path / "a_train_lmdb"
+    with lmdb.open(str(directory), map_size=2**20) as file, file.begin(write=True) as transaction:
+        for i in range(9):
+            transaction.put(b"%d" % i, bytes(5000))
+    whole = (directory / "data.mdb").read_bytes()
+    lmdb_files.check_size(directory / "data.mdb")
+    (directory / "data.mdb").write_bytes(whole[:keep])
+    refused = "^--source: '.*a_train_lmdb' cannot be read as lmdb: it (is truncated|does not)"
+    with pytest.raises(ValueError, match=refused):
+        convert.open_lsun(tmp_path / "a")
+    (directory / "data.mdb").write_bytes(whole[:40] + bytes(4) + whole[44:])  # pages of no bytes
+    with pytest.raises(ValueError, match=refused):
+        convert.open_lsun(tmp_path / "a")

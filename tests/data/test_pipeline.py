@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("grain")
 from PIL import Image  # noqa: E402
 
-from rq_jax.data import Dataset, make_dataset, open_splits  # noqa: E402
+from rq_jax.data import Dataset, make_dataset, open_splits, transforms  # noqa: E402
 from rq_jax.data.text import load_tokenizer, train_tokenizer  # noqa: E402
 
 COUNT = 23
@@ -272,3 +272,30 @@ def test_missing_text_length(folder):
 def test_state_of_something_else_is_refused(folder):
     with pytest.raises(ValueError, match="data state: {'step': 3} is not allowed; give {'next_batch': <int>}"):
         make(folder).iterator().set_state({"step": 3})
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_fails_in_a_transform_counts_as_damaged(folder, train, monkeypatch):
+    """The next one stands in, as for an image that cannot be decoded."""
+    first = make(folder, train, train_transform="resize_center_crop", flip_probability=0.0)
+    expected = take(first.iterator(), 5)
+
+    def fail(image, size, rng):
+        if image.getpixel((0, 0))[0] in (5, 6):
+            raise ZeroDivisionError("no size")
+        return original(image, size, rng)
+
+    original = transforms.TRANSFORMS["resize_center_crop"]
+    monkeypatch.setitem(transforms.TRANSFORMS, "resize_center_crop", fail)
+    dataset = make(folder, train, train_transform="resize_center_crop", flip_probability=0.0)
+    records = dataset.source.records
+    damaged = {i for i in range(COUNT) if records.locate(i).endswith(("05.png", "06.png"))}
+    found = take(dataset.iterator(), 5)
+    assert dataset.source.damaged == damaged
+    for old, new in zip(expected, found, strict=True):
+        stands_in = np.isin(old["index"], list(damaged))
+        np.testing.assert_array_equal(new["index"][~stands_in], old["index"][~stands_in])
+        np.testing.assert_array_equal(new["image"][~stands_in], old["image"][~stands_in])
+        assert not np.isin(new["index"], list(damaged)).any()
+    with pytest.raises(ValueError, match="data.max_damaged: more than 1 images are damaged; .*: no size"):
+        take(make(folder, train, train_transform="resize_center_crop", max_damaged=1).iterator(), 6)

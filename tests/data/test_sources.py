@@ -1,7 +1,11 @@
 """Sources: TFDS sets that this project did not write, folders, damaged pictures, and one-line errors."""
 
+import json
 import logging
+import os
 import pickle
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -12,8 +16,9 @@ tfds = pytest.importorskip("tensorflow_datasets")
 from tfds_sets import encode, grey_images, write_tfds  # noqa: E402
 
 from rq_jax.data import make_dataset  # noqa: E402
-from rq_jax.data import sources as sources_module  # noqa: E402
-from rq_jax.data.sources import ImageSource, decode_image, open_records  # noqa: E402
+from rq_jax.data.images import decode_image  # noqa: E402
+from rq_jax.data.sources import ImageSource, examples, open_records  # noqa: E402
+from rq_jax.data.sources.tfds import check_metadata  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +118,7 @@ def test_tensorflow_is_never_imported(tfds_dir):
     [
         (
             ("nope", "train"),
-            "data.name: 'nope' is unknown; allowed are twemoji, folder and the datasets prepared in data_dir=",
+            "data.name: 'nope' is unknown; allowed are twemoji, folder, parquet, webdataset and the datasets prepared in data_dir=",
         ),
         (("not a name", "train"), "data.name: 'not a name' is unknown"),
         (("greys:9.9.9", "train"), "data.name: 'greys:9.9.9' is unknown"),
@@ -252,12 +257,8 @@ def test_folder_errors(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match="data.data_dir: '.*empty' holds no images; their names end in .png"):
         open_records("folder", "train", tmp_path / "empty")
     (folder / "loose.png").write_bytes(encode(grey_images(1)[0]))
-    with pytest.raises(ValueError, match="data.label_key: 'folder' needs a class folder around '.*loose.png'"):
-        open_records("folder", "all", folder, label_key="folder")
-    with pytest.raises(FileNotFoundError, match="data.text_key: 'txt' needs a caption beside '.*loose.png'"):
-        open_records("folder", "all", folder, text_key="txt")
     (folder / "train").mkdir()
-    with pytest.raises(FileNotFoundError, match="split: 'train' of .* is empty; it holds 13 images in all"):
+    with pytest.raises(FileNotFoundError, match="'.*' holds no images in the folders of its splits;"):
         open_records("folder", "train", folder)
 
 
@@ -301,7 +302,7 @@ def test_unreadable_files_and_wholly_damaged_folders(folder):
 def test_small_sets_are_decoded_once(folder, monkeypatch):
     decoded = []
     monkeypatch.setattr(
-        sources_module,
+        examples,
         "decode_image",
         lambda encoded, channels: decoded.append(1) or decode_image(encoded, channels),
     )
@@ -310,7 +311,7 @@ def test_small_sets_are_decoded_once(folder, monkeypatch):
     np.testing.assert_array_equal(first["image"], second["image"])
     assert len(decoded) == 1
     assert not pickle.loads(pickle.dumps(source))._cache  # worker processes start empty
-    monkeypatch.setattr(sources_module, "_CACHE_BYTES", 12 * 9 * 7 * 3 - 1)
+    monkeypatch.setattr(examples, "_CACHE_BYTES", 12 * 9 * 7 * 3 - 1)
     large = ImageSource(open_records("folder", "all", folder))
     large[3], large[3]
     assert len(decoded) == 3
@@ -334,3 +335,62 @@ def test_transparency_becomes_white():
     pixels[0, 0] = (10, 20, 30, 255)
     decoded = decode_image(encode(pixels), 3)
     assert decoded[0, 0].tolist() == [10, 20, 30] and (decoded[1] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("tensorflow_datasets.core.features.image_feature.Image", "evil.Image"),
+         "names the feature class 'evil.Image', which is not one of TFDS's own and is not imported"),
+        (lambda text: text.replace('"pythonClassName": "tensorflow', '"python_class_name": "evil.tensorflow', 1),
+         "names the feature class 'evil.tensorflow_datasets"),
+        (lambda text: json.dumps({"type": "evil.Image", "content": {}}), "names the feature class 'evil.Image'"),
+        (lambda text: json.dumps({"type": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+                                  "content": '{"image": {"type": "evil.Image", "content": {}}}'}),
+         "names the feature class 'evil.Image'"),
+        (lambda text: text[:-5], "features.json' is not readable JSON"),
+        (lambda text: "[" * 100_000, "features.json' is not readable JSON: it is nested too deeply"),
+        (lambda text: "[]", "features.json' holds a list, not a dict"),
+        (lambda text: text.replace("featuresDict", "surprise"), "cannot be read: "),
+        (lambda text: json.dumps({"pythonClassName": []}), "cannot be read: "),
+    ],
+)  # fmt: skip
+def test_a_prepared_set_chooses_nothing_to_import(tfds_dir, tmp_path, monkeypatch, change, message):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    shutil.copytree(tfds_dir / "greys", tmp_path / "greys")
+    file = tmp_path / "greys" / "1.2.3" / "features.json"
+    file.write_text(change(file.read_text()))
+    for name in ("greys", "Greys"):
+        with pytest.raises(ValueError, match=rf"^data.name: .*{re.escape(message)}") as caught:
+            open_records(name, "train", tmp_path)
+        assert "\n" not in str(caught.value)
+    assert "evil" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"splits": 3}', '{"surprise": 3}', '{"splits": [{"shardLengths": ["-5"]}]}']
+)
+def test_a_prepared_set_whose_description_is_broken(tfds_dir, tmp_path, content):
+    shutil.copytree(tfds_dir / "greys", tmp_path / "greys")
+    (tmp_path / "greys" / "1.2.3" / "dataset_info.json").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match="greys|split: 'train'") as caught:
+        open_records("greys", "train", tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["features.json", "dataset_info.json", "greys-train.array_record-00000-of-00001"])
+def test_a_pipe_in_a_prepared_set_is_not_waited_for(tfds_dir, tmp_path, name):
+    shutil.copytree(tfds_dir / "greys", tmp_path / "greys")
+    file = tmp_path / "greys" / "1.2.3" / name
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=f"^data.name: '.*{name}' is no regular file$"):
+        open_records("greys", "train", tmp_path)
+
+
+def test_the_directory_of_a_prepared_set_is_checked_alone(tfds_dir, tmp_path):
+    check_metadata(tfds_dir / "greys" / "1.2.3")
+    (tmp_path / "features.json").write_text('{"pythonClassName": "evil.Image"}')
+    with pytest.raises(ValueError, match="^data.name: '.*features.json' names the feature class 'evil.Image'"):
+        check_metadata(tmp_path)

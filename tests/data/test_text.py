@@ -2,12 +2,14 @@
 
 import json
 import pickle
+import unicodedata
 
 import numpy as np
 import pytest
 
 pytest.importorskip("tokenizers")
 
+from rq_jax.data import notices  # noqa: E402
 from rq_jax.data.text import PAD, UNKNOWN, load_tokenizer, main, train_tokenizer  # noqa: E402
 
 CAPTIONS = [
@@ -140,3 +142,102 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*command, "--text_key=title"])
     assert "data.text_key: 'title' is unknown" in capsys.readouterr().err
+
+
+def test_both_forms_of_an_accented_letter_are_one(path, tmp_path):
+    composed, decomposed = "flag: åland", "flag: a\u030aland"
+    tokenizer = load_tokenizer(path, 12, dropout=0.5)
+    np.testing.assert_array_equal(*tokenizer([composed, decomposed]))
+    drawn = [tokenizer([text], np.random.default_rng(5)) for text in (composed, decomposed)]
+    np.testing.assert_array_equal(*drawn)
+    train_tokenizer([unicodedata.normalize("NFD", text) for text in CAPTIONS], 90, tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("texts", "lines"),
+    [
+        (["cat", "кот", "кит"], ["2 of 3, such as 'кот', hold letters that the text tokenizer does not know"]),
+        (["", "\t \u200b"], ["2 of 2, such as '', are empty"]),
+        (["cat " * 9], ["1 of 1, such as 'cat cat", "have more than 6 tokens; the rest is cut"]),
+        (["\x1b[31m漢" + "字\n" * 300], [r"'\x1b[31m漢字\n字", "(606 characters)"]),
+        (["cat face"], []),
+    ],
+)
+def test_what_a_text_loses_is_told_once(path, caplog, texts, lines):
+    notices.tell.cache_clear()
+    tokenizer = load_tokenizer(path, 6)
+    for _ in range(2):
+        tokenizer(texts)
+    assert all(line in caplog.text for line in lines) and bool(caplog.messages) == bool(lines)
+    assert len(caplog.messages) == len(set(caplog.messages)) and not any("\n" in line for line in caplog.messages)
+
+
+def _of(path, **changes):
+    """The tokenizer's JSON with members set; "a.b" is a member of a member."""
+    document = json.loads(path.read_text())
+    for name, value in changes.items():
+        *outer, last = name.split("__")
+        inner = document
+        for each in outer:
+            inner = inner[each]
+        inner[last] = value
+    return document
+
+
+_PADDING = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0,
+            "pad_type_id": 0, "pad_token": PAD}  # fmt: skip
+_TRUNCATION = {"direction": "Right", "max_length": 64, "strategy": "LongestFirst", "stride": 0}
+_REPLACE = {"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": "y"}
+REFUSED = {
+    "padding": dict(padding={**_PADDING, "strategy": {"Fixed": 4_000_000_000}}),
+    "multiples": dict(padding={**_PADDING, "pad_to_multiple_of": 2**40}),
+    "truncation": dict(truncation={**_TRUNCATION, "max_length": 2**63}),
+    "negative truncation": dict(truncation={**_TRUNCATION, "stride": -1}),
+    "replacement": dict(normalizer=_REPLACE),
+    "nested sequence": dict(normalizer={"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": []}]}),
+    "long sequence": dict(normalizer={"type": "Sequence", "normalizers": [{"type": "NFD"}] * 99}),
+    "prefix": dict(normalizer={"type": "Prepend", "prepend": "x" * 99}),
+    "split": dict(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Removed"}),
+    "no normalizer": dict(normalizer=None),
+    "post-processor": dict(post_processor={"type": "TemplateProcessing", "single": [], "pair": []}),
+    "WordPiece": dict(model__type="WordPiece"),
+    "subword prefix": dict(model__continuing_subword_prefix="##"),
+    "dropout": dict(model__dropout=0.5),
+    "ids with a gap": dict(model__vocab={PAD: 0, UNKNOWN: 1, "a": 4_000_000_000}),
+    "merge of three": dict(model__merges=["a b c"]),
+    "merge of unknown parts": dict(model__merges=[["漢", "字"]]),
+    "added token": dict(added_tokens=[{"id": 0, "content": PAD, "pattern": "(x+x+)+y"}]),
+    "added token of words": dict(added_tokens=[{"id": 0, "content": PAD, "single_word": True}]),
+    "added token of its own": dict(added_tokens=[{"id": 90, "content": "new"}]),
+    "unknown member": dict(surprise=1),
+    "model of another kind": dict(model=[]),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_other_pipelines_do_not_reach_the_library(path, tmp_path, monkeypatch, what):
+    (tmp_path / "t.json").write_text(json.dumps(_of(path, **REFUSED[what])))
+    monkeypatch.setattr("tokenizers.Tokenizer.from_str", None)
+    with pytest.raises(
+        ValueError, match=r"^data.text_tokenizer: '.*t.json' is not a tokenizer file: .* is not what"
+    ) as caught:
+        load_tokenizer(tmp_path / "t.json", 8)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_the_pipeline_of_the_published_text_tokenizers_is_taken(path, tmp_path):
+    from tokenizers.implementations import CharBPETokenizer
+
+    model = json.loads(path.read_text())["model"]
+    official = CharBPETokenizer(
+        model["vocab"], [tuple(merge) for merge in model["merges"]], unk_token=UNKNOWN, lowercase=True
+    )
+    official.add_special_tokens([PAD])
+    official.enable_padding(length=20, pad_id=0, pad_token=PAD)
+    official.enable_truncation(20)
+    official.save(str(tmp_path / "official.json"))
+    texts = [*CAPTIONS[:6], "ästronaut 漢字 womanly, eyes!"]
+    found = load_tokenizer(tmp_path / "official.json", 20)(texts)
+    np.testing.assert_array_equal(found, [official.encode(text).ids for text in texts])
+    np.testing.assert_array_equal(found, load_tokenizer(path, 20)(texts))

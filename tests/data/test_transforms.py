@@ -163,3 +163,42 @@ def test_flip_probability(probability, expected):
 def test_evaluation_never_flips():
     image = ImageTransform("resize_center_crop", (8, 8), 1.0)(coordinates(8, 8))
     np.testing.assert_array_equal(as_levels(image)[..., :2], coordinates(8, 8)[..., :2])
+
+
+STRIPS = [(1, 20_000), (20_000, 1), (3, 9_000), (9_000, 3)]
+
+
+@pytest.mark.parametrize("name", sorted(TRANSFORMS))
+@pytest.mark.parametrize("size", [(32, 32), (10, 15), (4, 90)])
+def test_a_strip_costs_no_more_than_the_result(name, size, monkeypatch):
+    resized = []
+
+    def resize(image, new_size, *args):
+        resized.append(new_size[0] * new_size[1])
+        return original(image, new_size, *args)
+
+    original = Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    for shape in STRIPS:
+        pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+        assert ImageTransform(name, size)(pixels, np.random.default_rng(1)).shape == (*size, 3)
+    assert max(resized) <= 2 * 16 * size[0] * size[1]
+
+
+def test_of_a_strip_evaluation_reads_the_middle_and_training_any_place():
+    columns = np.repeat(np.arange(4000, dtype=np.float32)[None] * 255 / 3999, 2, axis=0)
+    strip = np.rint(columns).astype(np.uint8)[..., None]
+    middle = as_levels(ImageTransform("resize_center_crop", (8, 8))(strip))
+    assert np.abs(middle - 127.5).max() <= 1
+    rng = np.random.default_rng(2)
+    levels = [as_levels(ImageTransform("resize_random_crop", (8, 8))(strip, rng)).mean() for _ in range(60)]
+    assert min(levels) < 40 and max(levels) > 215
+
+
+def test_up_to_sixteen_times_as_long_nothing_is_cut():
+    pixels = np.random.default_rng(3).integers(0, 256, (5, 80, 3), dtype=np.uint8)
+    rng = np.random.default_rng(4)
+    top, left = 0, int((rng.integers(1), rng.integers(160 - 10 + 1))[1])
+    whole = np.asarray(Image.fromarray(pixels).resize((160, 10), Image.Resampling.BILINEAR))
+    found = as_levels(ImageTransform("resize_random_crop", (10, 10))(pixels, np.random.default_rng(4)))
+    np.testing.assert_array_equal(found, whole[top : top + 10, left : left + 10])

@@ -291,16 +291,3 @@ def test_save_png_round_trips_and_replaces(tmp_path, channels):
 def test_save_png_refuses_other_shapes(tmp_path, shape):
     with pytest.raises(ValueError, match=re.escape(f"image: uint8 {shape} is not allowed; give uint8 (H, W, 1 or 3)")):
         grids.save_png(tmp_path / "picture.png", np.zeros(shape, np.uint8))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_image_comes_back_as_it_was_saved(tmp_path, channels):
-    image = np.random.default_rng(0).integers(0, 256, (5, 7, channels), np.uint8)
-    grids.save_png(tmp_path / "a.png", image)
-    np.testing.assert_array_equal(grids.read_image(tmp_path / "a.png"), image)
-
-
-def test_what_is_no_image_is_refused(tmp_path):
-    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    with pytest.raises(ValueError, match=r"a.png' is no readable image \(.*\); remove or replace it$"):
-        grids.read_image(tmp_path / "a.png")
