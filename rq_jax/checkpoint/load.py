@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from rq_jax import models
-from rq_jax.checkpoint import manifest
+from rq_jax.checkpoint import items, manifest
 from rq_jax.checkpoint.model_dir import (
     CONFIG,
     WEIGHTS,
@@ -35,9 +35,7 @@ from rq_jax.checkpoint.saver import (
     BEST,
     CHECKPOINTS,
     DISCRIMINATOR,
-    check_fits,
     newest_whole,
-    shapes_of,
     split,
     steps_of,
 )
@@ -166,7 +164,7 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
         raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")
     if not keep_optimizer:
         variables = load_model(directory).variables
-        if (difference := first_difference(shapes_of(variables), shapes_of(state.variables))) is not None:
+        if (difference := first_difference(items.shapes_of(variables), items.shapes_of(state.variables))) is not None:
             raise ValueError(f"init_from: '{directory}': {difference}; {hint}")
         params = variables.pop("params")
         new = {"params": params, "model_state": variables}
@@ -204,18 +202,15 @@ def bind_tokenizer(workdir: str | os.PathLike, tokenizer: LoadedModel) -> str:
 
 
 def _read_checkpoint(directory: Path, step: int | None, ema: bool, template: dict[str, Any]) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
-
     path = _find_checkpoint(directory, step)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), template)
     params = "ema_params" if ema and (path / "ema_params").is_dir() else "params"
-    items = {params: template["params"]}
+    trees = {params: template["params"]}
     model_state = {name: tree for name, tree in template.items() if name != "params"}
     if model_state:
-        items["model_state"] = model_state
-    with ocp.StandardCheckpointer() as checkpointer:
-        restored = {name: checkpointer.restore(path / name, tree) for name, tree in items.items()}
+        trees["model_state"] = model_state
+    restored = items.restore(path, trees)
     return jax.tree.map(np.asarray, {"params": restored[params], **restored.get("model_state", {})})
 
 
@@ -248,16 +243,15 @@ def _find_checkpoint(directory: Path, step: int | None) -> Path:
 def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
     """Read the fields of `state` from a run's newest checkpoint, with schedules set back to their start."""
     import optax
-    import orbax.checkpoint as ocp
 
     read_config(directory)
     newest = newest_whole(directory / CHECKPOINTS)
     if newest is None:
         raise FileNotFoundError(f"'{directory}' holds no checkpoint that is whole; keep_optimizer needs one")
-    path, items = directory / CHECKPOINTS / str(newest), split(state)
-    check_fits(path, items, f"init_from with keep_optimizer needs the same model, optimizer and average; {hint}")
-    with ocp.StandardCheckpointer() as checkpointer:
-        new = {name: checkpointer.restore(path / name, tree) for name, tree in items.items()}
+    path, trees = directory / CHECKPOINTS / str(newest), split(state)
+    needs = "init_from with keep_optimizer needs the same model, optimizer and average"
+    items.check_fits(path, items.shapes_of_items(trees), f"{needs}; {hint}")
+    new = items.restore(path, trees)
     training = new.pop("training")
 
     def is_schedule(node: Any) -> bool:
@@ -277,13 +271,10 @@ def _read_discriminator(directory: Path, template: dict[str, Any]) -> dict[str, 
     if (directory / DISCRIMINATOR).is_dir():
         return load_model(directory / DISCRIMINATOR).variables
     newest = newest_whole(directory / CHECKPOINTS)
-    path = None if newest is None else directory / CHECKPOINTS / str(newest) / DISCRIMINATOR
-    if path is None or not path.is_dir():
+    path = None if newest is None else directory / CHECKPOINTS / str(newest)
+    if path is None or not (path / DISCRIMINATOR).is_dir():
         return None
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, template)
+    return items.restore(path, {DISCRIMINATOR: template})[DISCRIMINATOR]
 
 
 def _place_like(leaf: Any, like: jax.Array) -> jax.Array:
