@@ -5,7 +5,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,9 +20,16 @@ _CACHE_BYTES = 2**29
 
 
 class Records(Protocol):
-    """Random access to encoded images."""
+    """Random access to encoded images.
+
+    Attributes:
+      class_names: by number; None without labels.
+      root, files: a directory, and names below it of the files that hold the records, for the fingerprint.
+    """
 
     class_names: tuple[str, ...] | None
+    root: Path
+    files: Sequence[str]
 
     def __len__(self) -> int: ...
 
@@ -57,9 +64,10 @@ class TfdsRecords:
         except (KeyError, ValueError) as error:
             splits = ", ".join(builder.info.splits)
             raise ValueError(f"split: '{split}' is unknown in dataset '{self.name}'; allowed are {splits}") from error
+        instructions = builder.info.splits[split].file_instructions
+        self.root, self.files = Path(builder.data_dir), [os.path.basename(f.filename) for f in instructions]
         if builder.info.file_format == tfds.core.file_adapters.FileFormat.TFRECORD:
-            files = builder.info.splits[split].file_instructions
-            self._data = TfRecords([Part(os.fspath(f.filename), f.skip, f.take) for f in files])
+            self._data = TfRecords([Part(os.fspath(f.filename), f.skip, f.take) for f in instructions])
             return
         # TFDS hands out encoded images: a decoding error inside it would end the run.
         decoders = {self.image_key: tfds.decode.SkipDecoding()}
@@ -141,6 +149,12 @@ class FolderRecords:
 
     def __len__(self) -> int:
         return len(self._paths)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the images in order, and of their captions."""
+        captions = [path.with_suffix(".txt") for path in self._paths] if self.text_key else []
+        return [path.as_posix() for path in (*self._paths, *captions)]
 
     def read(self, index: int) -> tuple[bytes, int | None, str | None]:
         path = self._paths[index]

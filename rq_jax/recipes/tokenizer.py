@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import checkpoint, losses, metrics, models
-from rq_jax.data import Splits
+from rq_jax.data import Splits, bind_data
 from rq_jax.devices import sharding
 from rq_jax.evaluation.tokenizer import make_measure, rows_by_depth
 from rq_jax.models.flops import autoencoder_flops
@@ -230,7 +230,8 @@ class Tokenizer:
     # --- state ---
 
     def start(self, workdir: str, data: Splits, is_fresh: bool) -> tuple["Tokenizer", Splits]:
-        """The recipe of a run: only a fresh one starts from `init_from`."""
+        """The recipe of a run, bound to its data: only a fresh one starts from `init_from`."""
+        bind_data(workdir, data, self.config.get("data") or {}, is_fresh)
         if self.init_from and not is_fresh:
             return dataclasses.replace(self, init_from=None, keep_optimizer=False), data
         return self, data  # itself, with the programs that it has compiled

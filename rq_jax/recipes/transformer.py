@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import checkpoint, losses, models, quantize, sampling
-from rq_jax.data import Splits, load_tokenizer
+from rq_jax.data import Splits, bind_data, load_tokenizer
 from rq_jax.data.conditions import check_condition, shown_conditions
 from rq_jax.devices import sharding
 from rq_jax.evaluation import likelihood
@@ -215,8 +215,9 @@ class Transformer:
           The recipe with the mark to beat, class names and class counts; the data, cached where that was asked for.
 
         Raises:
-          ValueError: the run was started with another tokenizer.
+          ValueError: the run was started with another tokenizer or other data.
         """
+        bind_data(workdir, data, self.config.get("data") or {}, is_fresh)
         checkpoint.bind_tokenizer(workdir, self.tokenizer)
         if self.text_tokenizer is not None:  # sampling needs it, and the run directory has to suffice
             self.text_tokenizer.save(Path(workdir) / TEXT_TOKENIZER)
@@ -227,11 +228,10 @@ class Transformer:
             counter.report_soft_codes(data.validation, self.losses.temperature)
         unigram_nats_D = counter.unigram_nats(data.validation, counts_DK)
         if self.use_latent_cache:
-            latents = frozen_codes.cached_latents(
+            data = data._replace(train=frozen_codes.cached_latents(
                 self.tokenizer.model, self.tokenizer_variables, data.ordered, self.config["data"],
                 Path(workdir) / "latents", self.seed,
-            )  # fmt: skip
-            data = data._replace(train=latents)
+            ))  # fmt: skip
         config = {**self.config, "class_names": data.ordered.class_names, "class_counts": class_counts}
         return dataclasses.replace(self, config=config, unigram_nats_D=unigram_nats_D), data
 
