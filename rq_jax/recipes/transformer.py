@@ -140,6 +140,7 @@ class Transformer:
 
     title: ClassVar[str] = "stage 2"
     accumulates: ClassVar[bool] = True
+    criterion: ClassVar[str] = "validation_loss"
 
     def __post_init__(self):
         checks.within("loop.ema_decay", self.ema_decay, 0, 1, below=True, fix="0 keeps no average")
@@ -302,7 +303,7 @@ class Transformer:
         return state, {**means, **update}
 
     def _loss_and_grads(self, params, batch, rngs, model_state, frozen):
-        codebook = _as_codebook(frozen["codebook"]["codebook_KE"])
+        codebook = _as_tuple(frozen["codebook"]["codebook_KE"])
         latents = batch.get("latents")
         if latents is None:
             latents = frozen_codes.encode(self.tokenizer.model, frozen, batch["image"])
@@ -373,10 +374,6 @@ class Transformer:
     def curves(self) -> Sequence[str]:
         """Metrics to plot at the end of a run."""
         return ["loss", "validation_loss"]
-
-
-def _as_codebook(value: Any) -> quantize.Codebook:
-    return tuple(value) if isinstance(value, (tuple, list)) else value
 
 
 def fill_from_tokenizer(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -152,6 +152,8 @@ class _Run:
         owed = self._status.owes_evaluation
         parts.writer.truncate_after(step, without="validation_loss" if owed else None)
         self._log = StepLog(parts.writer, recipe.summarize, Rate(self._data.train.batch_size, step), self._meter)
+        if settings.keep_best or settings.early_stopping_evaluations:
+            logger.info("%s: the best weights are those of the lowest %s", recipe.title, recipe.criterion)
         remedies = memory_remedies(recipe, self._data.train.batch_size)
         with (
             Progress(settings.total_steps, step, "step", recipe.title, jax.process_index() == 0) as self._progress,
