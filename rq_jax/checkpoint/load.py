@@ -12,7 +12,6 @@ A model directory holds weights alone, see `model_dir`.
 """
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,17 +19,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from rq_jax import models
 from rq_jax.checkpoint import items, manifest
-from rq_jax.checkpoint.model_dir import (
-    CONFIG,
-    WEIGHTS,
-    fingerprint,
-    first_difference,
-    read_config,
-    read_weights,
-    save_model,
-)
+from rq_jax.checkpoint.config import CONFIG, build_model, read_config
+from rq_jax.checkpoint.model_dir import WEIGHTS, fingerprint, first_difference, read_weights, save_model
 from rq_jax.checkpoint.saver import (
     BEST,
     CHECKPOINTS,
@@ -39,6 +30,7 @@ from rq_jax.checkpoint.saver import (
     split,
     steps_of,
 )
+from rq_jax.files import write_atomic
 
 _TOKENIZER = "tokenizer"
 _LOG = "metrics.jsonl"
@@ -75,7 +67,7 @@ def ship(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
         logs.append((Path(loaded.config["tokenizer"]), directory / _TOKENIZER))
     for source, target in logs:
         if (source / _LOG).is_file():
-            shutil.copyfile(source / _LOG, target / _LOG)
+            write_atomic(target / _LOG, (source / _LOG).read_bytes())
 
 
 def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
@@ -93,9 +85,17 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
       FileNotFoundError: no such directory, or no checkpoint (of that step) in it.
     """
     directory = Path(directory).absolute()
-    config = read_config(directory)
-    model = models.create(**config["model"])
-    template = models.abstract_variables(model)
+    loaded = _load_one(directory, read_config(directory), step, ema)
+    if not (directory / _TOKENIZER).is_dir():
+        return loaded
+    # A tokenizer has none: a link from the directory to itself leads nowhere.
+    config = read_tokenizer_config(directory / _TOKENIZER)
+    return loaded._replace(tokenizer=_load_one(directory / _TOKENIZER, config))
+
+
+def _load_one(directory: Path, config: dict[str, Any], step: int | None = None, ema: bool = True) -> LoadedModel:
+    """Load the model of a directory, without its tokenizer."""
+    model, template = build_model(directory, config)
     if (directory / WEIGHTS).is_file():
         if step is not None:
             raise FileNotFoundError(
@@ -104,8 +104,7 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
         variables = read_weights(directory / WEIGHTS, template)
     else:
         variables = _read_checkpoint(directory, step, ema, template)
-    tokenizer = load_model(directory / _TOKENIZER) if (directory / _TOKENIZER).is_dir() else None
-    return LoadedModel(model, variables, config, tokenizer)
+    return LoadedModel(model, variables, config, None)
 
 
 def load_tokenizer(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
@@ -169,7 +168,7 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
         params = variables.pop("params")
         new = {"params": params, "model_state": variables}
         if state.discriminator is not None:
-            discriminator = _read_discriminator(directory, state.discriminator)
+            discriminator = _read_discriminator(directory, state.discriminator, hint)
             new |= {} if discriminator is None else {DISCRIMINATOR: discriminator}
     else:
         new = _read_run(directory, state, hint)
@@ -266,10 +265,14 @@ def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
     return new
 
 
-def _read_discriminator(directory: Path, template: dict[str, Any]) -> dict[str, Any] | None:
+def _read_discriminator(directory: Path, template: dict[str, Any], hint: str) -> dict[str, Any] | None:
     """Read the discriminator beside a model's weights; None if there is none."""
-    if (directory / DISCRIMINATOR).is_dir():
-        return load_model(directory / DISCRIMINATOR).variables
+    beside = directory / DISCRIMINATOR
+    if beside.is_dir():
+        variables = _load_one(beside, read_config(beside)).variables
+        if (difference := first_difference(items.shapes_of(variables), items.shapes_of(template))) is not None:
+            raise ValueError(f"init_from: '{beside}': {difference}; {hint}")
+        return variables
     newest = newest_whole(directory / CHECKPOINTS)
     path = None if newest is None else directory / CHECKPOINTS / str(newest)
     if path is None or not (path / DISCRIMINATOR).is_dir():

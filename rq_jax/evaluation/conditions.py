@@ -55,18 +55,30 @@ def choose_conditions(
     if kind == "text":
         return _tokens(prompts, directory, model.cond_length), prompts
     V = model.cond_vocab_size
-    names = loaded.config.get("class_names") or [str(i) for i in range(V)]
+    names, counts = _known_classes(loaded.config, V, directory)
     if classes_of:
         numbers = classes_of_split(loaded.config, classes_of)
     elif classes:
         numbers = [class_number(text.strip(), names) for text in classes.split(",")]
     elif carried is not None:
         numbers = _carried_classes(carried, V, prefix)
-    elif counts := loaded.config.get("class_counts"):
+    elif counts:
         numbers = draw_classes(counts, seed, num_images)
     else:
         numbers = list(range(V))
     return np.array(numbers)[:, None], [names[i] for i in numbers]
+
+
+def _known_classes(config: dict[str, Any], num_classes: int, directory: str) -> tuple[list[str], list[int] | None]:
+    """Names of the classes, their numbers where the config has none; and their counts in the training set."""
+    names, counts = config.get("class_names") or list(map(str, range(num_classes))), config.get("class_counts")
+    for entry, values in (("class_names", names), ("class_counts", counts)):
+        if values and len(values) != num_classes:
+            raise ValueError(
+                f"'{Path(directory) / 'config.json'}': {len(values)} {entry} for a model of {num_classes} classes; "
+                f"restore it from a copy, or take {entry} out"
+            )
+    return names, counts
 
 
 def class_number(text: str, names: list[str]) -> int:

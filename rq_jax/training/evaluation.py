@@ -12,6 +12,7 @@ import numpy as np
 from rq_jax.checkpoint import Checkpointer
 from rq_jax.evaluation.accumulate import accumulate
 from rq_jax.report.progress import Progress
+from rq_jax.settings.text import quoted
 from rq_jax.training.log import MetricWriter
 from rq_jax.training.monitor import HangGuard
 from rq_jax.training.settings import LoopSettings
@@ -58,9 +59,18 @@ class RunStatus:
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> "RunStatus":
-        """The status in a checkpoint, which has further entries."""
-        names = (field.name for field in dataclasses.fields(cls))
-        return cls(**{name: saved[name] for name in names if name in saved})
+        """The status in a checkpoint, which has further entries.
+
+        Raises:
+          ValueError: an entry of another type.
+        """
+        default = cls()
+        found = {name: saved[name] for name in dataclasses.asdict(default) if name in saved}
+        for name, value in found.items():
+            kind = type(getattr(default, name))
+            if type(value) not in ((int, float) if kind is float else (kind,)):
+                raise ValueError(f"checkpoint: its {name} is {quoted(value)}, not of type {kind.__name__}")
+        return cls(**found)
 
 
 @dataclasses.dataclass

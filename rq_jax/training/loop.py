@@ -267,8 +267,15 @@ def _describe(workdir: str, recipe: Recipe, state: Any) -> None:
 
 
 def _data_position(saved: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """Where the data goes on: at the very next image, or with another batch size at the next batch after it."""
-    before = saved.get("batch_size", batch_size)
+    """Where the data goes on: at the very next image, or with another batch size at the next batch after it.
+
+    Raises:
+      ValueError: the checkpoint holds no position.
+    """
+    before, data = saved.get("batch_size", batch_size), saved.get("data")
+    is_known = isinstance(data, dict) and (before == batch_size or type(data.get("next_batch")) is int)
+    if type(before) is not int or not is_known:
+        raise ValueError("checkpoint: it holds no position in the data; restore an older one or give a new --workdir")
     if before == batch_size:
         return saved["data"]
     seen = saved["data"]["next_batch"] * before

@@ -96,7 +96,7 @@ def test_a_file_is_named_with_what_is_wrong(run):
     first, second, third = names[:3]
     size = (path / second).stat().st_size
     (path / first).unlink(), os.truncate(path / second, size + 3), flip(path / third)
-    assert manifest.problems(path) == [f"{first} is missing", f"{second} has {size + 3} bytes, not {size}", f"{third} has other contents"]  # fmt: skip
+    assert manifest.problems(path) == [f"'{first}' is missing", f"'{second}' has {size + 3} bytes, not {size}", f"'{third}' has other contents"]  # fmt: skip
     flip(path / "manifest.json")
     assert manifest.problems(path) == ["manifest.json is damaged"]
     (path / "manifest.json").unlink()
