@@ -47,6 +47,7 @@ CONFIGS = {
         '{"model": {"name": "rqvae", "name": "x"}}',
         "config.json' is not readable JSON: the key 'name' stands twice",
     ),
+    "cut": ("{bad", "config.json' is not readable JSON: "),
     "a text": ('"rqvae"', "config.json' holds a str, not a dict"),
     "no mapping": ('{"model": 3}', "its config.json names no model of ours"),
     "blocks": (

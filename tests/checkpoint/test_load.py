@@ -361,7 +361,7 @@ def test_a_stage_2_directory_carries_its_tokenizer_and_is_none(tmp_path):
     assert str(error.value) == f"tokenizer: {expected}"
 
 
-@pytest.mark.parametrize("text", ['{"architectures": ["Net"]}', "[1]", "{bad", '{"model": {"name": 3}}'])
+@pytest.mark.parametrize("text", ['{"architectures": ["Net"]}', '{"model": {"name": 3}}'])
 def test_a_config_of_somebody_else_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match="is no run directory: its config.json names no model of ours"):
