@@ -49,7 +49,7 @@ def plain_path(directory: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def one_line_errors(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """Turns what Orbax raises for a damaged checkpoint, which is any type of several lines, into a ValueError."""
     try:
         yield
@@ -73,7 +73,7 @@ def restore(path: Path, trees: dict[str, Any]) -> dict[str, Any]:
     """
     import orbax.checkpoint as ocp
 
-    with plain_path(path) as plain, one_line_errors(path), ocp.StandardCheckpointer() as checkpointer:
+    with plain_path(path) as plain, reading(path), ocp.StandardCheckpointer() as checkpointer:
         return {name: checkpointer.restore(plain / name, tree) for name, tree in trees.items()}
 
 
@@ -87,7 +87,7 @@ def shapes_on_disk(path: Path, name: str) -> dict[str, tuple[int, ...]]:
 
     if not (path / name).is_dir():
         return {}
-    with plain_path(path) as plain, one_line_errors(path):
+    with plain_path(path) as plain, reading(path):
         return shapes_of(ocp.StandardCheckpointHandler().metadata(plain / name).tree, f"{name}/")
 
 

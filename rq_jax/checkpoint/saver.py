@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from rq_jax.checkpoint import manifest
-from rq_jax.checkpoint.items import check_fits, one_line_errors, plain_path, shapes_of_items
+from rq_jax.checkpoint.items import check_fits, reading, plain_path, shapes_of_items
 from rq_jax.files import read_json, write_atomic, write_json
 
 CHECKPOINTS, BEST, DAMAGED, AMENDED = "checkpoints", "best", "damaged", "amended.json"
@@ -128,7 +128,7 @@ class Checkpointer:
         hint = "go on with the config that the run was started with or give a new --workdir"
         check_fits(path, shapes_of_items(items), hint)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        with one_line_errors(path):
+        with reading(path):
             restored = self._store.manager.restore(step, args=ocp.args.Composite(**args, host=ocp.args.JsonRestore()))
         trees = {name: restored[name] for name in items}
         training = trees.pop("training")

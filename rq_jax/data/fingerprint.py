@@ -39,8 +39,10 @@ def of_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
         if str(entries.get(name)).endswith(".txt"):  # a list of names, which count themselves
             entries[name] = Path(entries[name]).name
     if settings.get("text_key") and settings.get("text_tokenizer"):
-        content = local_path(settings["text_tokenizer"]).read_bytes()
-        entries["data.text_tokenizer"] = hashlib.sha256(content).hexdigest()
+        path = local_path(settings["text_tokenizer"])
+        files = [path, path.with_name(path.name.removesuffix("vocab.json") + "merges.txt")]  # of `load_tokenizer`
+        contents = b"".join(file.read_bytes() for file in files if file.is_file())
+        entries["data.text_tokenizer"] = hashlib.sha256(contents).hexdigest()
     return json.loads(json.dumps(entries))  # with lists for tuples, as it will be read back
 
 
