@@ -26,7 +26,7 @@ import jax
 import numpy as np
 
 from rq_jax.checkpoint import manifest
-from rq_jax.checkpoint.items import check_fits, reading, plain_path, shapes_of_items
+from rq_jax.checkpoint.items import check_fits, plain_path, reading, shapes_of_items
 from rq_jax.files import read_json, write_atomic, write_json
 
 CHECKPOINTS, BEST, DAMAGED, AMENDED = "checkpoints", "best", "damaged", "amended.json"
