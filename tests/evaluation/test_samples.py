@@ -3,11 +3,12 @@
 import io
 import json
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from rq_jax.evaluation import samples
+from rq_jax.evaluation import conditions, samples
 from rq_jax.report import grids
 
 SETTINGS = {"first_index": 0, "num_images": 3, "batch_size": 3, "out": "a", "top_p": 0.9, "transformer": "x"}
@@ -120,3 +121,13 @@ def test_encrypted_and_damaged_codes_are_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="^--prefix: .* cannot be read"):
             samples.read_codes(path, 1)
+
+
+@pytest.mark.parametrize("config", [{"class_names": ["a"]}, {"class_counts": [1, 2, 3, 4]}, {"class_names": ["a"] * 4}])
+def test_classes_of_another_number_than_the_models_are_refused(config):
+    (entry,) = config
+    model = SimpleNamespace(is_conditional=True, cond_length=1, cond_vocab_size=3)
+    with pytest.raises(
+        ValueError, match=f"^'run/config.json': {len(config[entry])} {entry} for a model of 3 classes; "
+    ):
+        conditions.choose_conditions(SimpleNamespace(model=model, config=config), "run", 5)
