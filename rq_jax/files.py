@@ -143,8 +143,10 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: as `parse_json`.
+      ValueError: as `parse_json`, or a pipe or device, which might never end.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"'{path}' is no regular file")
     return parse_json(Path(path).read_bytes(), f"'{path}'", kind)
 
 

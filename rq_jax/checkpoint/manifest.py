@@ -33,8 +33,10 @@ def write(directory: str | os.PathLike) -> None:
 def problems(directory: str | os.PathLike) -> list[str]:
     """Compare a directory with its manifest: a line for each file that differs; empty for a whole directory."""
     directory = Path(directory)
+    if (path := directory / MANIFEST).exists() and not path.is_file():
+        return [f"{MANIFEST} is no regular file"]
     try:
-        checksum, _, body = (directory / MANIFEST).read_bytes().partition(b"\n")
+        checksum, _, body = path.read_bytes().partition(b"\n")
     except OSError as error:
         return [f"{MANIFEST} cannot be read ({error.strerror or error})"]
     if hashlib.sha256(body).hexdigest().encode() != checksum:

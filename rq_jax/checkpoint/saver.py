@@ -16,6 +16,7 @@ without a manifest: such a checkpoint never counts and is deleted at the next st
 import contextlib
 import logging
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from rq_jax.files import read_json, write_atomic, write_json
 
 CHECKPOINTS, BEST, DAMAGED, AMENDED = "checkpoints", "best", "damaged", "amended.json"
 DISCRIMINATOR = "discriminator"
+_STEP = re.compile("0|[1-9][0-9]{0,17}")  # as Orbax writes it
 _DELETING, _SEALING = ".deleting-", ".sealing-"
 
 logger = logging.getLogger(__name__)
@@ -310,7 +312,7 @@ def steps_of(directory: Path) -> list[int]:
     def is_written(path: Path) -> bool:
         return (path / manifest.MANIFEST).exists() or not path.with_name(f"{_SEALING}{path.name}").exists()
 
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit() and is_written(path))
+    return sorted(int(path.name) for path in directory.glob("*") if _STEP.fullmatch(path.name) and is_written(path))
 
 
 def newest_whole(directory: Path, strict: bool = False) -> int | None:

@@ -12,9 +12,10 @@ import pytest
 from safetensors.numpy import save_file
 from toy_state import RQTRANSFORMER, RQVAE, fill, model_state_of, shapes_of, toy_state
 
-from rq_jax import checkpoint
+from rq_jax import checkpoint, files
 from rq_jax.checkpoint import Checkpointer, items, load_model, manifest
 from rq_jax.checkpoint.model_dir import read_weights
+from rq_jax.checkpoint.saver import steps_of
 from rq_jax.training.evaluation import RunStatus
 from rq_jax.training.loop import _data_position
 
@@ -197,3 +198,16 @@ def test_nothing_is_shipped_through_a_link(model_dir, tmp_path):
     checkpoint.ship(model_dir, tmp_path / "out")
     assert (tmp_path / "precious").read_text() == "untouched"
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == "{}\n"
+
+
+def test_directories_that_are_no_steps_do_not_count(tmp_path):
+    for name in ("5", "0", "007", "\u00b2", "\u0663", "9" * 200, "-1"):
+        (tmp_path / name).mkdir()
+    assert steps_of(tmp_path) == [0, 5]
+
+
+def test_a_pipe_is_no_file_to_wait_for(tmp_path):
+    for name in ("manifest.json", "x.json"):
+        os.mkfifo(tmp_path / name)
+    assert manifest.problems(tmp_path) == ["manifest.json is no regular file"]
+    assert refusal(files.read_json, tmp_path / "x.json") == f"'{tmp_path / 'x.json'}' is no regular file"
