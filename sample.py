@@ -15,7 +15,7 @@ from rq_jax.evaluation import neighbours
 from rq_jax.evaluation.conditions import choose_conditions, class_names
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, trained_on
 from rq_jax.evaluation.samples import read_codes
-from rq_jax.files import write_json
+from rq_jax.files import atomic_path, write_json
 from rq_jax.report import grids
 from rq_jax.report.progress import Progress
 from rq_jax.sampling.images import draw, draw_settings
@@ -151,7 +151,8 @@ def run(args: argparse.Namespace) -> Path:
     shown = np.stack(shown)
     ids = np.arange(args.first_index, args.first_index + args.num_images)
     cond = {} if conds is None else {"cond": conds[ids % len(conds)]}
-    np.savez(out / f"codes_{tag}.npz", codes=np.concatenate(codes), image_ids=ids, **cond)
+    with atomic_path(out / f"codes_{tag}.npz") as partial, open(partial, "wb") as file:
+        np.savez(file, codes=np.concatenate(codes), image_ids=ids, **cond)
     captions = [names[i % len(names)] for i in ids[: len(shown)]]
     grid = out / f"grid_{tag}.png"
     grids.save_png(grid, grids.captioned_grid(shown, captions, columns=10, scale=max(1, 64 // shown.shape[1])))

@@ -9,7 +9,9 @@ import socket
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+from rq_jax.settings.text import quoted
 
 LOCK = "lock.json"
 
@@ -69,9 +71,9 @@ class RunLock:
 
 def _describe_holder(content: bytes) -> str:
     try:
-        holder = json.loads(content)
-        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-    except (ValueError, KeyError, TypeError):
+        holder = parse_json(content, LOCK)
+        return quoted(f"process {holder['pid']} on {holder['host']} since {holder['since']}", 200)[1:-1]
+    except (ValueError, KeyError):
         return "another process"
 
 
@@ -120,6 +122,17 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
         partial.write_bytes(data)
 
 
+def open_in_place(path: str | os.PathLike) -> BinaryIO:
+    """Open a file to read, append to and cut, created if missing with its directory; never through a symbolic link.
+
+    Raises:
+      OSError: the file is a symbolic link, or cannot be written.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "ab+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
 def write_json(path: str | os.PathLike, record: Any, indent: int | None = 1) -> None:
     """Write a record as JSON, whole or not at all; `indent=None` writes it in one line.
 
@@ -139,8 +152,10 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: as `parse_json`.
+      ValueError: as `parse_json`, or a pipe or device, which might never end.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"'{path}' is no regular file")
     return parse_json(Path(path).read_bytes(), f"'{path}'", kind)
 
 

@@ -106,7 +106,7 @@ KEYS = {
         " max_adaptive_weight adversarial_start_steps adversarial_start_epochs adversarial_warmup_steps"
         " adversarial_warmup_epochs",
         "perceptual": "vgg heads",
-        "evaluation": "use_perceptual",
+        "evaluation": "use_perceptual best_by",
     },
     "rqtransformer": {
         **SHARED_KEYS,

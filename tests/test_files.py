@@ -114,11 +114,20 @@ def test_a_second_trainer_is_refused_until_the_first_ends(tmp_path):
         pass
 
 
-def test_a_holder_that_cannot_be_read_is_still_refused(tmp_path):
+@pytest.mark.parametrize("content", ["{}", "[]", "[" * 100_000, '{"pid": 1}'])
+def test_a_holder_that_cannot_be_read_is_still_refused(tmp_path, content):
     with RunLock(tmp_path):
-        (tmp_path / LOCK).write_text("{}")
+        (tmp_path / LOCK).write_text(content)
         with pytest.raises(ValueError, match="is in use by another process; "), RunLock(tmp_path):
             pass
+
+
+def test_the_holder_is_foreign_text(tmp_path):
+    with RunLock(tmp_path):
+        (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "host": "a\x1b[2J\n", "since": "now"}))
+        with pytest.raises(ValueError, match="is in use by process 1 on a") as refusal, RunLock(tmp_path):
+            pass
+    assert str(refusal.value).isprintable()
 
 
 def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path):

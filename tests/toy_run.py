@@ -92,7 +92,7 @@ class ToyRecipe:
     phases: tuple = ()
     config: dict = dataclasses.field(default_factory=lambda: {"model": {"name": "toy"}})
 
-    title, seed, mesh, optimizer, accumulates = "toy", 7, MESH, OPTIMIZER, True
+    title, criterion, seed, mesh, optimizer, accumulates = "toy", "validation_loss", 7, MESH, OPTIMIZER, True
     model = SimpleNamespace(dtype="float32", use_remat=True)
     flops_per_image, curves = None, ("loss", "validation_loss")
 

@@ -1,9 +1,12 @@
-"""Small states, which the tests of loading and saving share."""
+"""Small states and models, which the tests of loading and saving share."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rq_jax import models
 from rq_jax.training.optimizer import make_optimizer
 from rq_jax.training.state import create_state
 
@@ -21,6 +24,36 @@ def toy_state(step=0, codebook=None, use_ema=True, size=5, optimizer=OPTIMIZER):
     state = create_state(variables, optimizer, jax.random.key(step), use_ema)
     opt_state = jax.tree.map(lambda x: x + jnp.asarray(step + 0.25).astype(x.dtype), state.opt_state)
     return state.replace(step=jnp.int32(step), opt_state=opt_state, skipped_steps=jnp.int32(step // 2))
+
+
+RQVAE = dict(
+    name="rqvae", image_size=4, code_shape=(2, 1, 3), code_dim=4, codebook_size=(7, 5, 3), use_shared_codebook=False,
+    width=2, width_multipliers=(1, 2), num_res_blocks=1, attention_resolutions=(), z_channels=3,
+)  # fmt: skip
+RQTRANSFORMER = dict(
+    name="rqtransformer", code_shape=(2, 1, 3), code_dim=4, codebook_size=(7, 5, 3), use_shared_codebook=False,
+    use_shared_token_embedding=False, use_shared_classifier=False, model_dim=2, num_heads=1, spatial_layers=1,
+    depth_layers=1,
+)  # fmt: skip
+
+
+def fill(shapes, seed=0):
+    """Arrays with values of their own in the place of shapes."""
+    leaves, structure = jax.tree.flatten(shapes)
+    return structure.unflatten([jnp.asarray(numbers(s.shape, (seed, i))) for i, s in enumerate(leaves)])
+
+
+@functools.cache
+def shapes_of(name):
+    settings = {"rqvae": RQVAE, "rqtransformer": RQTRANSFORMER}[name]
+    return models.abstract_variables(models.create(**settings))
+
+
+def model_state_of(name, step, use_ema=True):
+    """A state of a real model after `step` steps, no two of its leaves equal."""
+    state = create_state(fill(shapes_of(name), seed=step), OPTIMIZER, jax.random.key(step), use_ema)
+    ema_params = fill(state.params, seed=100 + step) if use_ema else None
+    return state.replace(step=jnp.int32(step), ema_params=ema_params)
 
 
 def assert_equal(actual, expected):

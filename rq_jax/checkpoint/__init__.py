@@ -1,9 +1,11 @@
 """Checkpoints: load, save, resume, ship.
 
-`load` reads a model from a directory, `saver` saves and restores the states of a run, `model_dir` reads and writes
-weights alone, `manifest` the checksums that seal a checkpoint.
+`load` reads a model from a directory, `saver` saves and restores the states of a run, `items` reads what Orbax writes
+of one, `manifest` holds the checksums that seal it; `model_dir` reads and writes weights alone, `config` the settings
+beside them.
 """
 
+from rq_jax.checkpoint.config import read_config, write_config
 from rq_jax.checkpoint.load import (
     LoadedModel,
     bind_tokenizer,
@@ -14,7 +16,7 @@ from rq_jax.checkpoint.load import (
     ship,
     start_from,
 )
-from rq_jax.checkpoint.model_dir import fingerprint, read_config, save_model, write_config
+from rq_jax.checkpoint.model_dir import fingerprint, save_model
 from rq_jax.checkpoint.saver import Checkpointer, SaveFailed
 
 __all__ = [

@@ -12,7 +12,6 @@ A model directory holds weights alone, see `model_dir`.
 """
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,28 +19,18 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from rq_jax import models
-from rq_jax.checkpoint import manifest
-from rq_jax.checkpoint.model_dir import (
-    CONFIG,
-    WEIGHTS,
-    fingerprint,
-    first_difference,
-    read_config,
-    read_weights,
-    save_model,
-)
+from rq_jax.checkpoint import items, manifest
+from rq_jax.checkpoint.config import CONFIG, build_model, read_config
+from rq_jax.checkpoint.model_dir import WEIGHTS, fingerprint, first_difference, read_weights, save_model
 from rq_jax.checkpoint.saver import (
     BEST,
     CHECKPOINTS,
     DISCRIMINATOR,
-    check_fits,
     newest_whole,
-    shapes_of,
     split,
     steps_of,
 )
-from rq_jax.files import local_path
+from rq_jax.files import local_path, write_atomic
 
 _TOKENIZER = "tokenizer"
 _LOG = "metrics.jsonl"
@@ -78,7 +67,7 @@ def ship(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
         logs.append((Path(loaded.config["tokenizer"]), directory / _TOKENIZER))
     for source, target in logs:
         if (source / _LOG).is_file():
-            shutil.copyfile(source / _LOG, target / _LOG)
+            write_atomic(target / _LOG, (source / _LOG).read_bytes())
 
 
 def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
@@ -96,9 +85,17 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
       FileNotFoundError: no such directory, or no checkpoint (of that step) in it.
     """
     directory = local_path(directory).absolute()
-    config = read_config(directory)
-    model = models.create(**config["model"])
-    template = models.abstract_variables(model)
+    loaded = _load_one(directory, read_config(directory), step, ema)
+    if not (directory / _TOKENIZER).is_dir():
+        return loaded
+    # A tokenizer has none: a link from the directory to itself leads nowhere.
+    config = read_tokenizer_config(directory / _TOKENIZER)
+    return loaded._replace(tokenizer=_load_one(directory / _TOKENIZER, config))
+
+
+def _load_one(directory: Path, config: dict[str, Any], step: int | None = None, ema: bool = True) -> LoadedModel:
+    """Load the model of a directory, without its tokenizer."""
+    model, template = build_model(directory, config)
     if (directory / WEIGHTS).is_file():
         if step is not None:
             raise FileNotFoundError(
@@ -107,8 +104,7 @@ def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool 
         variables = read_weights(directory / WEIGHTS, template)
     else:
         variables = _read_checkpoint(directory, step, ema, template)
-    tokenizer = load_model(directory / _TOKENIZER) if (directory / _TOKENIZER).is_dir() else None
-    return LoadedModel(model, variables, config, tokenizer)
+    return LoadedModel(model, variables, config, None)
 
 
 def load_tokenizer(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
@@ -167,12 +163,12 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
         raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")
     if not keep_optimizer:
         variables = load_model(directory).variables
-        if (difference := first_difference(shapes_of(variables), shapes_of(state.variables))) is not None:
+        if (difference := first_difference(items.shapes_of(variables), items.shapes_of(state.variables))) is not None:
             raise ValueError(f"init_from: '{directory}': {difference}; {hint}")
         params = variables.pop("params")
         new = {"params": params, "model_state": variables}
         if state.discriminator is not None:
-            discriminator = _read_discriminator(directory, state.discriminator)
+            discriminator = _read_discriminator(directory, state.discriminator, hint)
             new |= {} if discriminator is None else {DISCRIMINATOR: discriminator}
     else:
         new = _read_run(directory, state, hint)
@@ -205,18 +201,15 @@ def bind_tokenizer(workdir: str | os.PathLike, tokenizer: LoadedModel) -> str:
 
 
 def _read_checkpoint(directory: Path, step: int | None, ema: bool, template: dict[str, Any]) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
-
     path = _find_checkpoint(directory, step)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), template)
     params = "ema_params" if ema and (path / "ema_params").is_dir() else "params"
-    items = {params: template["params"]}
+    trees = {params: template["params"]}
     model_state = {name: tree for name, tree in template.items() if name != "params"}
     if model_state:
-        items["model_state"] = model_state
-    with ocp.StandardCheckpointer() as checkpointer:
-        restored = {name: checkpointer.restore(path / name, tree) for name, tree in items.items()}
+        trees["model_state"] = model_state
+    restored = items.restore(path, trees)
     return jax.tree.map(np.asarray, {"params": restored[params], **restored.get("model_state", {})})
 
 
@@ -249,16 +242,15 @@ def _find_checkpoint(directory: Path, step: int | None) -> Path:
 def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
     """Read the fields of `state` from a run's newest checkpoint, with schedules set back to their start."""
     import optax
-    import orbax.checkpoint as ocp
 
     read_config(directory)
     newest = newest_whole(directory / CHECKPOINTS)
     if newest is None:
         raise FileNotFoundError(f"'{directory}' holds no checkpoint that is whole; keep_optimizer needs one")
-    path, items = directory / CHECKPOINTS / str(newest), split(state)
-    check_fits(path, items, f"init_from with keep_optimizer needs the same model, optimizer and average; {hint}")
-    with ocp.StandardCheckpointer() as checkpointer:
-        new = {name: checkpointer.restore(path / name, tree) for name, tree in items.items()}
+    path, trees = directory / CHECKPOINTS / str(newest), split(state)
+    needs = "init_from with keep_optimizer needs the same model, optimizer and average"
+    items.check_fits(path, items.shapes_of_items(trees), f"{needs}; {hint}")
+    new = items.restore(path, trees)
     training = new.pop("training")
 
     def is_schedule(node: Any) -> bool:
@@ -273,18 +265,19 @@ def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
     return new
 
 
-def _read_discriminator(directory: Path, template: dict[str, Any]) -> dict[str, Any] | None:
+def _read_discriminator(directory: Path, template: dict[str, Any], hint: str) -> dict[str, Any] | None:
     """Read the discriminator beside a model's weights; None if there is none."""
-    if (directory / DISCRIMINATOR).is_dir():
-        return load_model(directory / DISCRIMINATOR).variables
+    beside = directory / DISCRIMINATOR
+    if beside.is_dir():
+        variables = _load_one(beside, read_config(beside)).variables
+        if (difference := first_difference(items.shapes_of(variables), items.shapes_of(template))) is not None:
+            raise ValueError(f"init_from: '{beside}': {difference}; {hint}")
+        return variables
     newest = newest_whole(directory / CHECKPOINTS)
-    path = None if newest is None else directory / CHECKPOINTS / str(newest) / DISCRIMINATOR
-    if path is None or not path.is_dir():
+    path = None if newest is None else directory / CHECKPOINTS / str(newest)
+    if path is None or not (path / DISCRIMINATOR).is_dir():
         return None
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, template)
+    return items.restore(path, {DISCRIMINATOR: template})[DISCRIMINATOR]
 
 
 def _place_like(leaf: Any, like: jax.Array) -> jax.Array:

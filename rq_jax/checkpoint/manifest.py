@@ -5,7 +5,8 @@ import json
 import os
 from pathlib import Path
 
-from rq_jax.files import write_atomic
+from rq_jax.files import parse_json, write_atomic
+from rq_jax.settings.text import quoted
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 2**20
@@ -32,26 +33,33 @@ def write(directory: str | os.PathLike) -> None:
 def problems(directory: str | os.PathLike) -> list[str]:
     """Compare a directory with its manifest: a line for each file that differs; empty for a whole directory."""
     directory = Path(directory)
+    if (path := directory / MANIFEST).exists() and not path.is_file():
+        return [f"{MANIFEST} is no regular file"]
     try:
-        checksum, _, body = (directory / MANIFEST).read_bytes().partition(b"\n")
+        checksum, _, body = path.read_bytes().partition(b"\n")
     except OSError as error:
         return [f"{MANIFEST} cannot be read ({error.strerror or error})"]
     if hashlib.sha256(body).hexdigest().encode() != checksum:
         return [f"{MANIFEST} is damaged"]
+    try:
+        entries = parse_json(body, MANIFEST)
+        files = {name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
+    except (ValueError, TypeError) as error:
+        return [f"{MANIFEST} is no list of files ({error})"]
     sizes = _sizes(directory)
-    checked = (_problem(directory, name, sizes, *entry) for name, entry in json.loads(body).items())
+    checked = (_problem(directory, name, sizes, *entry) for name, entry in files.items())
     return [problem for problem in checked if problem is not None]
 
 
 def _problem(directory: Path, name: str, sizes: dict[str, int], size: int, digest: str) -> str | None:
     if name not in sizes:
-        return f"{name} is missing"
+        return f"{quoted(name, 200)} is missing"
     if sizes[name] != size:
-        return f"{name} has {sizes[name]} bytes, not {size}"
+        return f"{quoted(name, 200)} has {sizes[name]} bytes, not {size}"
     try:
-        return None if _sha256(directory / name) == digest else f"{name} has other contents"
+        return None if _sha256(directory / name) == digest else f"{quoted(name, 200)} has other contents"
     except OSError as error:
-        return f"{name} cannot be read ({error.strerror or error})"
+        return f"{quoted(name, 200)} cannot be read ({error.strerror or error})"
 
 
 def _sizes(directory: Path) -> dict[str, int]:

@@ -1,46 +1,18 @@
 """Model directories: `config.json` and `model.safetensors`, weights alone, for shipping and for the tokenizer."""
 
 import hashlib
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from rq_jax.files import atomic_path, local_path, write_json
+from rq_jax.checkpoint.config import write_config
+from rq_jax.files import atomic_path, local_path
+from rq_jax.settings.text import quoted
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-
-
-def write_config(directory: str | os.PathLike, config: Mapping[str, Any]) -> None:
-    """Write the resolved config of a run or model directory, atomically; only the first process writes."""
-    if jax.process_index() == 0:
-        write_json(local_path(directory) / CONFIG, config)
-
-
-def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """Read the resolved config of a run or model directory.
-
-    Raises:
-      FileNotFoundError: the directory has no config.json.
-      ValueError: its config.json names no model of this package.
-    """
-    path = local_path(directory) / CONFIG
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"'{directory}' is no run directory: it has no {CONFIG}; give the --workdir of a training run"
-        )
-    try:
-        config = json.loads(path.read_text())
-        has_name = isinstance(config["model"]["name"], str)
-    except (ValueError, KeyError, TypeError, IndexError):
-        has_name = False
-    if not has_name:
-        raise ValueError(f"'{directory}' is no run directory: its {CONFIG} names no model of ours")
-    return config
+WEIGHTS = "model.safetensors"
 
 
 def save_model(
@@ -79,14 +51,20 @@ def read_weights(path: Path, template: dict[str, Any]) -> dict[str, Any]:
     """Read the weights of a model directory in the structure and dtypes of a template.
 
     Raises:
-      ValueError: names or shapes differ from the template's.
+      ValueError: names or shapes differ from the template's, or the file is damaged.
     """
-    from safetensors.numpy import load_file
+    from safetensors import safe_open
 
-    arrays = load_file(path)
-    shapes = {name: array.shape for name, array in arrays.items()}
     expected = {name: leaf.shape for name, leaf in named_leaves(template)}
-    if (difference := first_difference(shapes, expected)) is not None:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            # Shapes first, from the header: no array is read that the model does not take.
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            difference = first_difference(shapes, expected)
+            arrays = {} if difference else {name: file.get_tensor(name) for name in expected}
+    except Exception as error:  # the library has a type of its own, which is no ValueError
+        raise ValueError(f"'{path}' cannot be read ({quoted(error, 300)}); restore it from a copy") from error
+    if difference is not None:
         raise ValueError(f"'{path}': {difference}")
 
     def take(keys: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -114,7 +92,7 @@ def first_difference(shapes: dict[str, Any], expected: dict[str, Any]) -> str | 
     """The first array, by name, whose shape differs from the expected one, as a message; None where all agree."""
     for name in sorted(shapes | expected):
         if shapes.get(name) != expected.get(name):
-            return f"'{name}' has shape {shapes.get(name)}, the config needs {expected.get(name)}"
+            return f"{quoted(name, 200)} has shape {shapes.get(name)}, the config needs {expected.get(name)}"
     return None
 
 

@@ -8,15 +8,15 @@
     */.sealing-<step>    marker of a checkpoint that is being written
 
 Orbax writes a checkpoint and moves it into place, but keeps no checksums. So each is sealed afterwards: a marker is
-created before Orbax starts; when Orbax is done, a thread writes and syncs the manifest, deletes the marker, and only
-then deletes the checkpoints that the new one replaces. A crash in between leaves a marker without a manifest: such a
-checkpoint never counts and is deleted at the next start.
+created before Orbax starts; when Orbax is done, a thread reads names and shapes back, writes and syncs the manifest,
+deletes the marker, and only then deletes the checkpoints that the new one replaces. A crash in between leaves a marker
+without a manifest: such a checkpoint never counts and is deleted at the next start.
 """
 
 import contextlib
-import json
 import logging
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -27,11 +27,12 @@ import jax
 import numpy as np
 
 from rq_jax.checkpoint import manifest
-from rq_jax.checkpoint.model_dir import first_difference, named_leaves
-from rq_jax.files import write_atomic, write_json
+from rq_jax.checkpoint.items import check_fits, plain_path, reading, shapes_of_items
+from rq_jax.files import read_json, write_atomic, write_json
 
 CHECKPOINTS, BEST, DAMAGED, AMENDED = "checkpoints", "best", "damaged", "amended.json"
 DISCRIMINATOR = "discriminator"
+_STEP = re.compile("0|[1-9][0-9]{0,17}")  # as Orbax writes it
 _DELETING, _SEALING = ".deleting-", ".sealing-"
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Checkpointer:
           strict: raise at a damaged checkpoint instead of resuming from the one before.
         """
         self._root, self._strict = Path(directory).absolute(), strict
-        self._store = _Store(self._root / CHECKPOINTS, keep, keep_every)
+        self._store = _Store(self._root, CHECKPOINTS, keep, keep_every)
         self._best_store: _Store | None = None
 
     @property
@@ -76,12 +77,10 @@ class Checkpointer:
           state: to save.
           host: host-side record of the run, JSON-able: data position, evaluation history.
         """
-        import orbax.checkpoint as ocp
-
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 (self._root / AMENDED).unlink(missing_ok=True)  # belongs to the previous checkpoint
-        self._store.save(int(state.step), {**_saving(split(state)), "host": ocp.args.JsonSave(host)})
+        self._store.save(int(state.step), split(state), host)
 
     def amend(self, step: int, host: dict[str, Any]) -> None:
         """Replace the host record of the checkpoint of `step`, for `restore`.
@@ -94,7 +93,7 @@ class Checkpointer:
 
     def _amended(self, step: int) -> dict[str, Any]:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            amended = json.loads((self._root / AMENDED).read_bytes())
+            amended = read_json(self._root / AMENDED)
             if amended["step"] == step:
                 return dict(amended["host"])
         return {}
@@ -102,14 +101,13 @@ class Checkpointer:
     def save_best(self, state: Any) -> bool:
         """Save the weights alone as the best so far and wait; returns whether every process has them on disk."""
         if self._best_store is None:
-            self._best_store = _Store(self._root / BEST, 1)
+            self._best_store = _Store(self._root, BEST, 1)
         step = int(state.step)
         self._best_store.join()
         # Orbax skips a step that is not above the newest. A run that was killed and resumed from an earlier checkpoint
         # may have left such a one, which would then stay the best.
         self._best_store.discard(old for old in steps_of(self._best_store.directory) if old >= step)
-        items = {name: tree for name, tree in split(state).items() if name != "training"}
-        self._best_store.save(step, _saving(items))
+        self._best_store.save(step, {name: tree for name, tree in split(state).items() if name != "training"})
         return not self._best_store.has_failed()
 
     def restore(self, state: Any) -> tuple[Any, dict[str, Any]]:
@@ -128,10 +126,12 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         step, items = self._newest_whole(), split(state)
+        path = self._store.directory / str(step)
         hint = "go on with the config that the run was started with or give a new --workdir"
-        check_fits(self._store.directory / str(step), items, hint)
+        check_fits(path, shapes_of_items(items), hint)
         args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-        restored = self._store.manager.restore(step, args=ocp.args.Composite(**args, host=ocp.args.JsonRestore()))
+        with reading(path):
+            restored = self._store.manager.restore(step, args=ocp.args.Composite(**args, host=ocp.args.JsonRestore()))
         trees = {name: restored[name] for name in items}
         training = trees.pop("training")
         return state.replace(**training, **trees), {**restored["host"], **self._amended(step)}
@@ -185,12 +185,13 @@ class Checkpointer:
 class _Store:
     """Checkpoints of one directory, written and sealed one at a time."""
 
-    def __init__(self, directory: Path, keep: int, keep_every: int = 0):
-        self.directory, self._keep, self._keep_every = directory, keep, keep_every
+    def __init__(self, root: Path, name: str, keep: int, keep_every: int = 0):
+        self.directory, self._keep, self._keep_every = root / name, keep, keep_every
+        self._plain_path = contextlib.ExitStack()
         self.failed: tuple[int, BaseException] | None = None
         self._thread: threading.Thread | None = None
         if jax.process_index() == 0:  # before the manager opens, where all processes synchronise
-            for path in directory.glob(f"{_DELETING}*"):
+            for path in self.directory.glob(f"{_DELETING}*"):
                 shutil.rmtree(path, ignore_errors=True)
             self._drop_unsealed()
         self.manager = self._open()
@@ -200,13 +201,15 @@ class _Store:
 
         # Retention is done here: Orbax does not know which checkpoints are sealed.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, create=True, cleanup_tmp_directories=True)
-        manager = ocp.CheckpointManager(self.directory, options=options)
+        root, name = self.directory.parent, self.directory.name
+        root.mkdir(parents=True, exist_ok=True)
+        manager = ocp.CheckpointManager(self._plain_path.enter_context(plain_path(root)) / name, options=options)
         # Orbax would pass step numbers to JAX's preemption sync point, `training.signals` passes a count of polls.
         # Processes stop together only if all of them pass numbers of one sequence, so Orbax must not ask.
         manager.reached_preemption = lambda step: False
         return manager
 
-    def save(self, step: int, items: dict[str, Any]) -> None:
+    def save(self, step: int, items: dict[str, Any], host: dict[str, Any] | None = None) -> None:
         import orbax.checkpoint as ocp
 
         has_failed = self.has_failed()  # waits for the save before
@@ -219,11 +222,14 @@ class _Store:
             self.failed = None
             if jax.process_index() == 0:
                 write_atomic(self.directory / f"{_SEALING}{step}", b"")
-            self.manager.save(step, args=ocp.args.Composite(**items))
+            args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+            args |= {} if host is None else {"host": ocp.args.JsonSave(host)}
+            self.manager.save(step, args=ocp.args.Composite(**args))
         except Exception as error:  # Orbax raises several types for a failing disk
             self._fail(step, error)
             return
-        self._thread = threading.Thread(target=self._seal, args=(step,), name=f"seal-{step}")
+        shapes = shapes_of_items(items)  # now: the next training step takes the arrays away
+        self._thread = threading.Thread(target=self._seal, args=(step, shapes), name=f"seal-{step}")
         self._thread.start()
 
     def has_failed(self) -> bool:
@@ -235,11 +241,16 @@ class _Store:
 
         return bool(np.any(multihost_utils.process_allgather(np.bool_(self.failed is not None))))
 
-    def _seal(self, step: int) -> None:
-        """Wait for Orbax, write the manifest, delete the checkpoints that this one replaces; runs in a thread."""
+    def _seal(self, step: int, shapes: dict[str, Any]) -> None:
+        """Wait for Orbax, read names and shapes back, write the manifest, delete what this checkpoint replaces.
+
+        Runs in a thread.
+        """
         try:
             self.manager.wait_until_finished()
             if jax.process_index() == 0:
+                # Files that are there byte for byte are no checkpoint yet: Orbax must find its arrays in them.
+                check_fits(self.directory / str(step), shapes, "it was written otherwise")
                 manifest.write(self.directory / str(step))
                 (self.directory / f"{_SEALING}{step}").unlink()
                 self._make_room()
@@ -291,7 +302,7 @@ class _Store:
 
     def close(self) -> None:
         self.join()
-        with contextlib.suppress(Exception) if self.failed else contextlib.nullcontext():
+        with self._plain_path, contextlib.suppress(Exception) if self.failed else contextlib.nullcontext():
             self.manager.close()
 
 
@@ -301,7 +312,7 @@ def steps_of(directory: Path) -> list[int]:
     def is_written(path: Path) -> bool:
         return (path / manifest.MANIFEST).exists() or not path.with_name(f"{_SEALING}{path.name}").exists()
 
-    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit() and is_written(path))
+    return sorted(int(path.name) for path in directory.glob("*") if _STEP.fullmatch(path.name) and is_written(path))
 
 
 def newest_whole(directory: Path, strict: bool = False) -> int | None:
@@ -338,42 +349,6 @@ def split(state: Any) -> dict[str, Any]:
     if state.discriminator_opt_state is not None:
         training["discriminator_opt_state"] = state.discriminator_opt_state
     return {name: tree for name, tree in fields.items() if jax.tree.leaves(tree)} | {"training": training}
-
-
-def check_fits(path: Path, items: dict[str, Any], hint: str) -> None:
-    """Check that a checkpoint has the names and shapes of the trees of `items`.
-
-    Args:
-      path: of the checkpoint.
-      items: name -> tree, as `split` gives.
-      hint: the fix, which ends the message.
-
-    Raises:
-      ValueError: naming the array and both shapes.
-    """
-    import orbax.checkpoint as ocp
-
-    handler = ocp.StandardCheckpointHandler()
-    for item, tree in items.items():
-        shapes = shapes_of(handler.metadata(path / item).tree, f"{item}/") if (path / item).is_dir() else {}
-        if (difference := first_difference(shapes, shapes_of(tree, f"{item}/"))) is not None:
-            raise ValueError(f"'{path}': {difference}; {hint}")
-
-
-def shapes_of(tree: Any, prefix: str = "") -> dict[str, tuple[int, ...]]:
-    """Shapes of the leaves of a tree, by name; random keys count as the integers they are saved as."""
-
-    def shape(leaf: Any) -> tuple[int, ...]:
-        is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        return jax.eval_shape(jax.random.key_data, leaf).shape if is_key else leaf.shape
-
-    return {f"{prefix}{name}": shape(leaf) for name, leaf in named_leaves(tree)}
-
-
-def _saving(items: dict[str, Any]) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
-
-    return {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
 
 
 def _move_into(path: Path, directory: Path) -> None:

@@ -6,6 +6,7 @@ _HOMES = {
     "CacheDataset": "cache",
     "Dataset": "pipeline",
     "Splits": "splits",
+    "bind_data": "fingerprint",
     "from_arrays": "arrays",
     "load_tokenizer": "text",
     "make_dataset": "splits",

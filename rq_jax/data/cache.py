@@ -1,6 +1,5 @@
 """Cache of the features of a dataset: a directory of .npy files, and a dataset that reads them."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from rq_jax.data.pipeline import Batch, Dataset
-from rq_jax.files import write_json
+from rq_jax.files import read_json, write_json
 from rq_jax.report.progress import Progress
 
 _META = "meta.json"
@@ -73,10 +72,18 @@ def write_cache(
 
 
 def read_meta(directory: str | os.PathLike) -> dict | None:
-    """The meta of `write_cache` and the "shapes" of the arrays; None without a whole cache of this format."""
+    """The meta of `write_cache` and the "shapes" of the arrays; None without a whole cache of this format.
+
+    Raises:
+      ValueError: the meta is not readable.
+    """
     path = Path(directory).expanduser() / _META
-    meta = json.loads(path.read_text()) if path.is_file() else None
-    return meta if meta and meta["format"] == _FORMAT else None
+    meta = read_json(path) if path.is_file() else {}
+    if meta.get("format") != _FORMAT:
+        return None
+    if not isinstance(meta.get("shapes"), dict) or not meta["shapes"] or "fingerprint" not in meta:
+        raise ValueError(f"'{path}' is no meta of a cache; delete '{path.parent}' to make it again")
+    return meta
 
 
 class CacheDataset(Dataset):

@@ -58,14 +58,15 @@ def choose_conditions(
         return None, [""]
     if kind == "text":
         return _tokens(prompts, directory, model.cond_length), prompts
-    V, names = model.cond_vocab_size, class_names(loaded)
+    V = model.cond_vocab_size
+    names, counts = _known_classes(loaded.config, V, directory)
     if classes_of is not None:
         numbers = classes_of_split(loaded.config, classes_of)
     elif classes is not None:
         numbers = parse_classes(classes, names)
     elif carried is not None:
         numbers = _carried_classes(carried, V, prefix)
-    elif counts := loaded.config.get("class_counts"):
+    elif counts:
         numbers = draw_classes(counts, seed, num_images)
     else:
         numbers = list(range(V))
@@ -106,6 +107,18 @@ def parse_classes(text: str, names: list[str]) -> list[int]:
     if not entries:
         raise ValueError("--classes: empty; give names or numbers, or leave it out")
     return [class_number(entry.strip(), names) for entry in entries]
+
+
+def _known_classes(config: dict[str, Any], num_classes: int, directory: str) -> tuple[list[str], list[int] | None]:
+    """Names of the classes, their numbers where the config has none; and their counts in the training set."""
+    names, counts = config.get("class_names") or list(map(str, range(num_classes))), config.get("class_counts")
+    for entry, values in (("class_names", names), ("class_counts", counts)):
+        if values and len(values) != num_classes:
+            raise ValueError(
+                f"'{Path(directory) / 'config.json'}': {len(values)} {entry} for a model of {num_classes} classes; "
+                f"restore it from a copy, or take {entry} out"
+            )
+    return names, counts
 
 
 def class_number(text: str, names: list[str]) -> int:

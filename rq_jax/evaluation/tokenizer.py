@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,43 @@ from rq_jax.evaluation.accumulate import accumulate, counted
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.pretrained.vgg_lpips import Perceptual
 from rq_jax.report.progress import Progress
+from rq_jax.settings import checks
 
 # What the figures of `measure_tokenizer` are.
 PROTOCOL = "clipped to [-1, 1]; lists are by code depth 1..D; means over pictures; sharpness: a ratio of two"
 NUM_SHOWN = 8
 
 Measure = Callable[[Any, dict[str, np.ndarray]], tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]]
+
+
+class Evaluation(NamedTuple):
+    """Evaluations of a run: the config section `evaluation`.
+
+    Attributes:
+      use_perceptual: measure the perceptual distance beside PSNR and SSIM.
+      best_by: figure that decides which weights are the best: "reconstruction", "perceptual", or "auto", which is
+        "perceptual" where it is measured and a perceptual or adversarial loss is on. These losses trade squared error
+        for sharpness, so that the reconstruction loss would prefer blurred weights from before they began.
+    """
+
+    use_perceptual: bool = True
+    best_by: str = "auto"
+
+    def criterion(self, is_sharpened: bool, judge: Perceptual | None) -> str:
+        """Name of the figure of `make_measure` whose lowest value is the best.
+
+        Args:
+          is_sharpened: a perceptual or adversarial loss is on.
+          judge: network of the perceptual distance; None: not measured.
+
+        Raises:
+          ValueError: an unknown `best_by`, or one that is not measured.
+        """
+        checks.one_of("evaluation.best_by", self.best_by, ("auto", "reconstruction", "perceptual"))
+        if self.best_by == "perceptual" and judge is None:
+            raise ValueError("evaluation.best_by: 'perceptual' is not measured; set evaluation.use_perceptual=True")
+        is_perceptual = judge is not None and (self.best_by == "perceptual" or self.best_by == "auto" and is_sharpened)
+        return f"distance/{judge.name}" if is_perceptual else "validation_loss"
 
 
 def make_measure(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import checkpoint, metrics
-from rq_jax.data import CacheDataset, Dataset, read_meta, write_cache
+from rq_jax.data import CacheDataset, Dataset, fingerprint, read_meta, write_cache
 from rq_jax.devices import sharding
 
 # Training images behind the unigram mark and the code usage, where the training set is larger.
@@ -126,8 +126,8 @@ def check_cache(data: Mapping[str, Any]) -> None:
         )
 
 
-# Keys of the config section `data` that decide the latents of an image.
-_CACHED = ("train_split", "image_size", "eval_transform", "label_key", "text_key", "text_tokenizer", "text_length")
+# Settings of the config section `data` that latents do not depend on: random transforms, which `check_cache` excludes.
+_NOT_CACHED = ("validation_split", "train_transform", "flip_probability", "text_dropout")
 
 
 def encode(tokenizer: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
@@ -153,15 +153,12 @@ def cached_latents(
       seed: of the order of the batches.
     """
     use_flips = data["flip_probability"] > 0
-    made_from = [
-        checkpoint.fingerprint(variables),
-        data["name"],
-        str(data["data_dir"]),
-        str(ordered.num_examples),
-        str(use_flips),
-        *(str(data[name]) for name in _CACHED),
-    ]
-    fingerprint = "|".join(made_from)
+    made_from = {
+        "tokenizer": checkpoint.fingerprint(variables),
+        "mirror images": use_flips,
+        **fingerprint.of_settings({name: value for name, value in data.items() if name not in _NOT_CACHED}),
+        **fingerprint.of_dataset(ordered),
+    }
     encode_batch = jax.jit(functools.partial(encode, tokenizer))
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
@@ -170,6 +167,10 @@ def cached_latents(
             views = [images, images[:, :, ::-1]] if use_flips else [images]
             yield {**batch, "latents": np.stack([np.asarray(encode_batch(variables, view)) for view in views], axis=1)}
 
-    if (read_meta(directory) or {}).get("fingerprint") != fingerprint:
-        write_cache(directory, batches(), {"fingerprint": fingerprint}, ordered.num_examples)
+    meta = read_meta(directory)
+    if meta is None or meta["fingerprint"] != made_from:
+        if meta is not None:
+            what = fingerprint.difference(meta["fingerprint"], made_from)
+            logger.warning("'%s': the latents are computed again: %s", directory, what or "an older version made them")
+        write_cache(directory, batches(), {"fingerprint": made_from}, ordered.num_examples)
     return CacheDataset(directory, data["batch_size"], True, seed, num_threads=data["num_threads"])

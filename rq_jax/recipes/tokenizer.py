@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import checkpoint, losses, metrics, models
-from rq_jax.data import Splits
+from rq_jax.data import Splits, bind_data
 from rq_jax.devices import sharding
-from rq_jax.evaluation.tokenizer import make_measure, rows_by_depth
+from rq_jax.evaluation.tokenizer import Evaluation, make_measure, rows_by_depth
 from rq_jax.models.flops import autoencoder_flops
 from rq_jax.models.rqvae import RQVAEOutput, last_kernel_gradient
 from rq_jax.pretrained import vgg_lpips
@@ -135,6 +135,7 @@ class Tokenizer:
       adversary: discriminator and its optimizer; None: no adversarial term.
       perceptual: network of the perceptual loss; None: no such term.
       judge: network of the perceptual distance of an evaluation; None: not measured.
+      best_by: which of its figures decides, see `Evaluation`.
       mesh: devices.
       ema_decay: of the weight average, 0 for none.
       init_from: directory whose weights a fresh run starts from; keep_optimizer: and its optimizer moments.
@@ -148,6 +149,7 @@ class Tokenizer:
     adversary: Adversary | None = None
     perceptual: vgg_lpips.Perceptual | None = None
     judge: vgg_lpips.Perceptual | None = None
+    best_by: str = "auto"
     mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.make_mesh)
     ema_decay: float = 0.0
     init_from: str | None = None
@@ -167,6 +169,7 @@ class Tokenizer:
             )
         if self.keep_optimizer and not self.init_from:
             raise ValueError("keep_optimizer: True needs init_from, a run whose optimizer is kept; set both or neither")
+        _ = self.criterion  # refused before anything compiles
         if self.config is None:
             object.__setattr__(self, "config", {"model": models.settings_of(self.model)})
 
@@ -223,7 +226,7 @@ class Tokenizer:
         return cls(
             model, optimizer, terms, adversary,
             perceptual=perceptual if terms.perceptual_weight else None,
-            judge=perceptual if evaluation.use_perceptual else None,
+            judge=perceptual if evaluation.use_perceptual else None, best_by=evaluation.best_by,
             mesh=mesh, ema_decay=config["loop"]["ema_decay"], init_from=config["init_from"],
             keep_optimizer=config["keep_optimizer"], seed=config["seed"], config=config,
         )  # fmt: skip
@@ -231,7 +234,8 @@ class Tokenizer:
     # --- state ---
 
     def start(self, workdir: str, data: Splits, is_fresh: bool) -> tuple["Tokenizer", Splits]:
-        """The recipe of a run: only a fresh one starts from `init_from`."""
+        """The recipe of a run, bound to its data: only a fresh one starts from `init_from`."""
+        bind_data(workdir, data, self.config.get("data") or {}, is_fresh)
         if self.init_from and not is_fresh:
             return dataclasses.replace(self, init_from=None, keep_optimizer=False), data
         return self, data  # itself, with the programs that it has compiled
@@ -360,6 +364,12 @@ class Tokenizer:
 
     # --- evaluation ---
 
+    @property
+    def criterion(self) -> str:
+        """The figure whose lowest value marks the best weights."""
+        is_sharpened = self.losses.perceptual_weight > 0 or self.adversary is not None
+        return Evaluation(self.judge is not None, self.best_by).criterion(is_sharpened, self.judge)
+
     @functools.cached_property
     def _measure(self) -> Callable[..., Any]:
         return make_measure(self.model, self.mesh, reconstruction=self.losses.reconstruction, perceptual=self.judge)
@@ -391,9 +401,3 @@ class Tokenizer:
         names = ["loss", "validation_loss", *(f"psnr/depth{d + 1}" for d in range(self.model.code_shape[-1]))]
         names += ["perceptual_loss"] * (self.losses.perceptual_weight > 0)
         return names + ["generator_loss", "discriminator_loss", "d_weight"] * (self.adversary is not None)
-
-
-class Evaluation(NamedTuple):
-    """Measurements beside PSNR and SSIM: the config section `evaluation`."""
-
-    use_perceptual: bool = True

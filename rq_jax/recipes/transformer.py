@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import checkpoint, losses, models, quantize, sampling
-from rq_jax.data import Splits, load_tokenizer
+from rq_jax.data import Splits, bind_data, load_tokenizer
 from rq_jax.data.conditions import check_condition, shown_conditions
 from rq_jax.devices import sharding
 from rq_jax.evaluation import likelihood
@@ -140,6 +140,7 @@ class Transformer:
 
     title: ClassVar[str] = "stage 2"
     accumulates: ClassVar[bool] = True
+    criterion: ClassVar[str] = "validation_loss"
 
     def __post_init__(self):
         checks.within("loop.ema_decay", self.ema_decay, 0, 1, below=True, fix="0 keeps no average")
@@ -215,8 +216,9 @@ class Transformer:
           The recipe with the mark to beat, class names and class counts; the data, cached where that was asked for.
 
         Raises:
-          ValueError: the run was started with another tokenizer.
+          ValueError: the run was started with another tokenizer or other data.
         """
+        bind_data(workdir, data, self.config.get("data") or {}, is_fresh)
         checkpoint.bind_tokenizer(workdir, self.tokenizer)
         if self.text_tokenizer is not None:  # sampling needs it, and the run directory has to suffice
             self.text_tokenizer.save(Path(workdir) / TEXT_TOKENIZER)
@@ -227,11 +229,10 @@ class Transformer:
             counter.report_soft_codes(data.validation, self.losses.temperature)
         unigram_nats_D = counter.unigram_nats(data.validation, counts_DK)
         if self.use_latent_cache:
-            latents = frozen_codes.cached_latents(
+            data = data._replace(train=frozen_codes.cached_latents(
                 self.tokenizer.model, self.tokenizer_variables, data.ordered, self.config["data"],
                 Path(workdir) / "latents", self.seed,
-            )  # fmt: skip
-            data = data._replace(train=latents)
+            ))  # fmt: skip
         config = {**self.config, "class_names": data.ordered.class_names, "class_counts": class_counts}
         return dataclasses.replace(self, config=config, unigram_nats_D=unigram_nats_D), data
 
@@ -302,7 +303,7 @@ class Transformer:
         return state, {**means, **update}
 
     def _loss_and_grads(self, params, batch, rngs, model_state, frozen):
-        codebook = _as_codebook(frozen["codebook"]["codebook_KE"])
+        codebook = _as_tuple(frozen["codebook"]["codebook_KE"])
         latents = batch.get("latents")
         if latents is None:
             latents = frozen_codes.encode(self.tokenizer.model, frozen, batch["image"])
@@ -373,10 +374,6 @@ class Transformer:
     def curves(self) -> Sequence[str]:
         """Metrics to plot at the end of a run."""
         return ["loss", "validation_loss"]
-
-
-def _as_codebook(value: Any) -> quantize.Codebook:
-    return tuple(value) if isinstance(value, (tuple, list)) else value
 
 
 def fill_from_tokenizer(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:

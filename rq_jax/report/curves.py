@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from rq_jax.files import write_atomic
 
@@ -99,15 +98,22 @@ def read_metrics(metrics_jsonl_path: str | os.PathLike) -> dict[str, tuple[list[
 
     Raises:
       FileNotFoundError: no such log.
+      ValueError: a line that is none of a log.
     """
     logged: dict[str, tuple[list[int], list[float]]] = {}
-    for line in Path(metrics_jsonl_path).read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            break
-        record = json.loads(line)
-        step = record.pop("step")
-        for name, value in record.items():
-            steps, values = logged.setdefault(name, ([], []))
-            steps.append(step)
-            values.append(float(value))
+    with open(metrics_jsonl_path, encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                record = json.loads(line)
+                step, scalars = record.pop("step"), {name: float(value) for name, value in record.items()}
+                if type(step) is not int:
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+                raise ValueError(f"'{metrics_jsonl_path}': line {number} is no line of a log; delete it") from None
+            for name, value in scalars.items():
+                steps, values = logged.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
     return logged

@@ -12,6 +12,7 @@ import numpy as np
 from rq_jax.checkpoint import Checkpointer
 from rq_jax.evaluation.accumulate import accumulate
 from rq_jax.report.progress import Progress
+from rq_jax.settings.text import quoted
 from rq_jax.training.log import MetricWriter
 from rq_jax.training.monitor import HangGuard
 from rq_jax.training.settings import LoopSettings
@@ -21,15 +22,21 @@ Figures = tuple[dict[str, float], dict[str, np.ndarray]]  # scalars, images
 
 
 class Evaluable(Protocol):
-    """A source of figures on held-out batches; every recipe is one."""
+    """A source of figures on held-out batches; every recipe is one.
+
+    Attributes:
+      title: in front of the progress bar.
+      criterion: the scalar of `report` whose lowest value marks the best weights.
+    """
 
     title: str
+    criterion: str
 
     def evaluate(self, state: Any, batch: Mapping[str, np.ndarray]) -> tuple[Any, Any]:
         """Two trees of arrays on the devices: sums, which are added up over batches, and what is shown of a batch."""
 
     def report(self, state: Any, sums: Any, shown: Any) -> Figures:
-        """Scalars and images of all batches; "validation_loss" decides which weights are the best."""
+        """Scalars and images of all batches."""
 
 
 @dataclasses.dataclass
@@ -37,7 +44,8 @@ class RunStatus:
     """Progress of a run beside its state and data position, saved with every checkpoint.
 
     Attributes:
-      best_loss: the lowest "validation_loss" so far.
+      best_by: the figure that decides which weights are the best.
+      best_loss: its lowest value so far.
       bad_evaluations: evaluations in a row without a lower one.
       stopped: early stopping has ended the run.
       owes_evaluation: a signal cut an evaluation short, which the next start makes up for.
@@ -47,12 +55,22 @@ class RunStatus:
     bad_evaluations: int = 0
     stopped: bool = False
     owes_evaluation: bool = False
+    best_by: str = "validation_loss"  # as in checkpoints of before, which do not name it
 
     @classmethod
     def from_saved(cls, saved: Mapping[str, Any]) -> "RunStatus":
-        """The status in a checkpoint, which has further entries."""
-        names = (field.name for field in dataclasses.fields(cls))
-        return cls(**{name: saved[name] for name in names if name in saved})
+        """The status in a checkpoint, which has further entries.
+
+        Raises:
+          ValueError: an entry of another type.
+        """
+        default = cls()
+        found = {name: saved[name] for name in dataclasses.asdict(default) if name in saved}
+        for name, value in found.items():
+            kind = type(getattr(default, name))
+            if type(value) not in ((int, float) if kind is float else (kind,)):
+                raise ValueError(f"checkpoint: its {name} is {quoted(value)}, not of type {kind.__name__}")
+        return cls(**found)
 
 
 @dataclasses.dataclass
@@ -100,7 +118,7 @@ class Evaluator:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
         self.progress.message(f"step {step}: {shown}")
         if self.settings.keep_best or self.settings.early_stopping_evaluations:
-            self._compare(state, step, scalars["validation_loss"])
+            self._compare(state, step, scalars[self.recipe.criterion])
 
     def _figures(self, state: Any) -> Figures | None:
         """The figures of a state; None where a signal came before they were there."""
@@ -124,7 +142,11 @@ class Evaluator:
 
     def _compare(self, state: Any, step: int, loss: float) -> None:
         """The best weights are on disk before a checkpoint can say how good they are."""
-        status, patience = self.status, self.settings.early_stopping_evaluations
+        status, patience, name = self.status, self.settings.early_stopping_evaluations, self.recipe.criterion
+        if status.best_by != name:
+            if math.isfinite(status.best_loss):
+                self.progress.message(f"step {step}: the best weights are now chosen by {name}, not {status.best_by}")
+            status.best_by, status.best_loss, status.bad_evaluations = name, math.inf, 0
         if loss < status.best_loss:
             status.bad_evaluations = 0
             if self.checkpointer.save_best(state):  # else the next that beats the one on disk is kept
@@ -133,6 +155,4 @@ class Evaluator:
         status.bad_evaluations += 1
         if 0 < patience <= status.bad_evaluations:
             status.stopped = True
-            self.progress.message(
-                f"step {step}: no better validation loss for {status.bad_evaluations} evaluations, stopping"
-            )
+            self.progress.message(f"step {step}: no better {name} for {status.bad_evaluations} evaluations, stopping")

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax.files import write_atomic
+from rq_jax.files import open_in_place, write_atomic
 from rq_jax.report.grids import encode_png
 from rq_jax.training import monitor
 
@@ -96,7 +96,8 @@ class MetricWriter:
                 lines = path.read_bytes().splitlines(keepends=True)
                 retained = [line for line in lines if _position_of(line, without) <= (step, False)]
                 if retained == lines[: len(retained)]:
-                    os.truncate(path, sum(map(len, retained)))  # needs no room on a full disk
+                    with open_in_place(path) as file:
+                        file.truncate(sum(map(len, retained)))  # needs no room on a full disk
                 else:  # unreadable lines in between
                     write_atomic(path, b"".join(retained))
 
@@ -200,12 +201,12 @@ class _EventFile:
 
 def _append_line(path: Path, line: str) -> None:
     """Append a line, after cutting off one that a killed run or a full disk left unfinished."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab+") as file:
-        if file.tell():
+    with open_in_place(path) as file:
+        if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                file.truncate(path.read_bytes().rfind(b"\n") + 1)
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
         file.write(f"{line}\n".encode())
 
 
@@ -213,8 +214,8 @@ def _position_of(line: bytes, name: str | None) -> tuple[float, bool]:
     """Step of a line of the log, infinite for an unreadable one, and whether the line has `name`."""
     try:
         record = json.loads(line)
-        return record["step"], name in record
-    except (ValueError, KeyError, TypeError):
+        return (record["step"], name in record) if isinstance(record["step"], int) else (math.inf, False)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf, False
 
 

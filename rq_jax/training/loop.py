@@ -152,6 +152,8 @@ class _Run:
         owed = self._status.owes_evaluation
         parts.writer.truncate_after(step, without="validation_loss" if owed else None)
         self._log = StepLog(parts.writer, recipe.summarize, Rate(self._data.train.batch_size, step), self._meter)
+        if settings.keep_best or settings.early_stopping_evaluations:
+            logger.info("%s: the best weights are those of the lowest %s", recipe.title, recipe.criterion)
         remedies = memory_remedies(recipe, self._data.train.batch_size)
         with (
             Progress(settings.total_steps, step, "step", recipe.title, jax.process_index() == 0) as self._progress,
@@ -267,8 +269,15 @@ def _describe(workdir: str, recipe: Recipe, state: Any) -> None:
 
 
 def _data_position(saved: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
-    """Where the data goes on: at the very next image, or with another batch size at the next batch after it."""
-    before = saved.get("batch_size", batch_size)
+    """Where the data goes on: at the very next image, or with another batch size at the next batch after it.
+
+    Raises:
+      ValueError: the checkpoint holds no position.
+    """
+    before, data = saved.get("batch_size", batch_size), saved.get("data")
+    is_known = isinstance(data, dict) and (before == batch_size or type(data.get("next_batch")) is int)
+    if type(before) is not int or not is_known:
+        raise ValueError("checkpoint: it holds no position in the data; restore an older one or give a new --workdir")
     if before == batch_size:
         return saved["data"]
     seen = saved["data"]["next_batch"] * before

@@ -33,9 +33,9 @@ class LoopSettings:
       log_every_steps, evaluate_every_steps, checkpoint_every_steps: intervals; the last step has all three.
       keep_checkpoints: how many of the newest checkpoints stay.
       keep_every_steps: checkpoints of multiples of this stay too; 0: none do.
-      keep_best: the weights with the lowest "validation_loss" stay, as `best`.
-      early_stopping_evaluations: evaluations without a better "validation_loss" after which the run stops, and the best
-        weights stay; 0: off.
+      keep_best: the weights of the best evaluation stay, as `best`: those of the lowest `criterion` of the recipe.
+      early_stopping_evaluations: evaluations without a better one after which the run stops, and the best weights
+        stay; 0: off.
       max_skipped_steps: steps in a row whose loss or gradient is not finite, and which change nothing, before the run
         stops; 0: never.
       hang_timeout_seconds: of one step, or one batch of an evaluation, after which the process dumps its stacks and

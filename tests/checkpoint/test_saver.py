@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 from toy_state import assert_equal, toy_state
 
 from rq_jax import checkpoint
-from rq_jax.checkpoint import manifest, saver
+from rq_jax.checkpoint import items, manifest
 from rq_jax.checkpoint.saver import Checkpointer, SaveFailed, steps_of
 
 
@@ -95,7 +96,7 @@ def test_a_file_is_named_with_what_is_wrong(run):
     first, second, third = names[:3]
     size = (path / second).stat().st_size
     (path / first).unlink(), os.truncate(path / second, size + 3), flip(path / third)
-    assert manifest.problems(path) == [f"{first} is missing", f"{second} has {size + 3} bytes, not {size}", f"{third} has other contents"]  # fmt: skip
+    assert manifest.problems(path) == [f"'{first}' is missing", f"'{second}' has {size + 3} bytes, not {size}", f"'{third}' has other contents"]  # fmt: skip
     flip(path / "manifest.json")
     assert manifest.problems(path) == ["manifest.json is damaged"]
     (path / "manifest.json").unlink()
@@ -130,6 +131,37 @@ def test_where_all_are_damaged_nothing_starts_anew(run):
     ):
         restored_step(run)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "5"}
+
+
+# --- names of directories ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lr[0.1]{a,b}*?", "[!b] ~x\u00e9\n$HOME", "-gs:\\x\udcff"])
+def test_any_name_of_a_directory_is_only_a_name(tmp_path, monkeypatch, name):
+    """Libraries take some for patterns or URLs, and write what nobody can read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / name).symlink_to("elsewhere")
+    save(Path(name), 2)
+    assert restored_step(Path(name)) == restored_step(tmp_path / "elsewhere") == 2
+    with Checkpointer(name) as again:
+        assert again.save_best(toy_state(3))
+    path = tmp_path / name / "best" / "3"
+    assert_equal(items.restore(path, {"params": toy_state().params})["params"], toy_state(3).params)
+
+
+def test_without_descriptors_the_name_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(items, "_DESCRIPTORS", tmp_path / "none")
+    refusal = r"^workdir: '.*a\[b' holds the character '\[', which Orbax takes for a pattern; give a path of letters"
+    with pytest.raises(ValueError, match=refusal):
+        Checkpointer(tmp_path / "a[b")
+
+
+def test_what_cannot_be_read_back_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(items, "_PLAIN", re.compile(".*"))
+    with pytest.raises(SaveFailed, match="the state of step 2 could not be written to .* cannot be read"):
+        save(tmp_path / "run[1]", 2)
+    assert not checkpoint.has_checkpoint(tmp_path / "run[1]")
 
 
 # --- what stays -------------------------------------------------------------------------------------------------------
@@ -300,4 +332,4 @@ def test_what_is_learnt_after_a_save_is_restored_with_it(tmp_path):
 
 
 def test_shapes_of_keys_are_those_of_their_numbers():
-    assert saver.shapes_of({"rng": toy_state().rng, "x": jnp.zeros((2, 3))}) == {"rng": (2,), "x": (2, 3)}
+    assert items.shapes_of({"rng": toy_state().rng, "x": jnp.zeros((2, 3))}) == {"rng": (2,), "x": (2, 3)}

@@ -136,6 +136,31 @@ def test_a_cache_of_an_earlier_format_is_none_and_is_replaced(tmp_path):
     assert read_meta(directory) == meta
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[]", "meta.json' holds a list, not a dict"),
+        ("{", "meta.json' is not readable JSON"),
+        ('{"format": 2, "fingerprint": 1}', "meta.json' is no meta of a cache; delete '.*cache' to make it again"),
+        ('{"format": 2, "shapes": {"x": [1]}}', "meta.json' is no meta of a cache"),
+        ('{"format": 2, "fingerprint": 1, "shapes": {}}', "meta.json' is no meta of a cache"),
+    ],
+)
+def test_a_meta_of_another_shape_is_named(tmp_path, content, message):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "meta.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_meta(tmp_path / "cache")
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".cache.partial").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError):
+        write_cache(tmp_path / "cache", batches(), META)
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
 def test_errors(tmp_path):
     one = {"latents": np.zeros((2, 1, 3), np.float32), "cond": np.zeros((2, 1), np.int32)}
     with pytest.raises(ValueError, match="cache meta has no 'fingerprint': its entries are name"):

@@ -283,7 +283,7 @@ def test_cache_holds_both_views_where_pictures_are_mirrored(places, tmp_path):
     assert 0 < sum(mirrored) < len(mirrored)
 
 
-def test_cache_is_made_once_for_the_same_pictures_and_tokenizer(places, tmp_path, monkeypatch):
+def test_cache_is_made_once_for_the_same_pictures_and_tokenizer(places, tmp_path, monkeypatch, caplog):
     open_cache(places, tmp_path)
 
     def fail(*_):
@@ -295,6 +295,10 @@ def test_cache_is_made_once_for_the_same_pictures_and_tokenizer(places, tmp_path
         open_cache(places, tmp_path, data__flip_probability=0.5)
     with pytest.raises(AssertionError, match="encoded again"):
         open_cache(places, tmp_path, data__eval_transform="squash", data__train_transform="squash")
+    os.utime(next(places.pictures.rglob("train/**/*.png")), (1, 1))  # as of another picture under the same name
+    with pytest.raises(AssertionError, match="encoded again"):
+        open_cache(places, tmp_path)
+    assert caplog.messages[-1] == f"'{tmp_path / 'latents'}': the latents are computed again: file times differ"
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------------

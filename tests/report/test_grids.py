@@ -209,6 +209,17 @@ def test_read_metrics_leaves_out_a_line_without_an_end(log):
     assert list(metrics) == ["loss", "eval/psnr", "odd", "rate"] and np.isnan(metrics["odd"][1]).all()
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": "a"}', "[1]", "[" * 100_000, "3", '{"loss": 1}', '{"step": 3, "x": [1]}', '{"step": 3, "x": "high"}',
+     '{"step": 3, "x": 1' + "0" * 400 + "}", '{"step": 3, "x": null}'],
+)  # fmt: skip
+def test_a_line_that_is_none_of_a_log_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "nan"}\n' + line + "\n")
+    with pytest.raises(ValueError, match=r"^'.*metrics.jsonl': line 2 is no line of a log; delete it$"):
+        curves.read_metrics(tmp_path / "metrics.jsonl")
+
+
 def test_curves_draw_a_panel_for_each_metric(log, tmp_path):
     sizes = {}
     for names in (["loss"], ["loss", "eval/psnr"], ["loss", "odd", "eval/psnr", "rate"]):

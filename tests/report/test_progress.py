@@ -172,6 +172,28 @@ def test_scalars_are_json_lines_and_events(tmp_path):
     assert [tag for _, tag, _ in scalars[2:]] == ["loss", "up", "down"] and np.isnan(scalars[2][2])
 
 
+def test_a_link_in_the_place_of_the_log_is_not_followed(tmp_path, caplog):
+    precious = tmp_path / "precious"
+    precious.write_text("untouched")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").symlink_to(precious)
+    writer = MetricWriter(tmp_path / "run")
+    writer.truncate_after(3)
+    writer.write_scalars(4, {"loss": 0.5})
+    writer.close()
+    assert precious.read_text() == "untouched"
+    (message,) = caplog.messages
+    assert message.startswith("Cannot write metrics to ") and message.endswith(". The run goes on.")
+
+
+@pytest.mark.parametrize("line", ['{"step": "a"}', "[1]", "[" * 100_000, '{"step": null}', "{"])
+def test_lines_of_no_step_are_dropped_before_a_run_goes_on(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + line + '\n{"step": 2}\n{"step": 3}\n{"step": 3')
+    MetricWriter(tmp_path).truncate_after(2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
 def test_flush_puts_events_on_disk(tmp_path):
     writer = MetricWriter(tmp_path)
     writer.write_scalars(3, {"loss": 0.5})
@@ -302,7 +324,7 @@ def test_a_full_disk_tears_no_later_line(tmp_path, monkeypatch, caplog):
     writer.write_scalars(1, {"loss": 1.0})
     writer.close()
     with monkeypatch.context() as full, caplog.at_level(logging.WARNING):
-        full.setattr(builtins, "open", lambda path, mode: io.BufferedRandom(FullDisk(path, "ab+")))
+        full.setattr(builtins, "open", lambda path, mode, **_: io.BufferedRandom(FullDisk(path, "ab+")))
         writer.write_scalars(2, {"loss": 2.0})
         assert (tmp_path / "metrics.jsonl").read_bytes().count(b"\n") == 1  # the second line is torn
         writer.write_scalars(3, {"loss": 3.0})

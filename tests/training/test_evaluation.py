@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rq_jax.evaluation.tokenizer import Evaluation
+from rq_jax.pretrained.vgg_lpips import Perceptual
 from rq_jax.report.progress import Progress
 from rq_jax.training import evaluation, monitor
 from rq_jax.training.evaluation import Evaluator, RunStatus
@@ -23,7 +25,7 @@ QUIET = monitor.HangGuard(0)
 class Recipe:
     """Measures what the batches hold."""
 
-    title = "stage 9"
+    title, criterion = "stage 9", "sum"
 
     def __init__(self, report=None, note=lambda: None):
         self.report, self.note = report or self.figures, note
@@ -52,6 +54,10 @@ class Notes:
     def flush(self):
         pass
 
+    def save_best(self, state):
+        self.best = state
+        return True
+
     def message(self, text):
         self.messages.append(text)
 
@@ -60,11 +66,11 @@ class Notes:
         return contextlib.nullcontext()
 
 
-def evaluator(held_out, stop, recipe=None, hang=QUIET):
+def evaluator(held_out, stop, recipe=None, hang=QUIET, status=None, **settings):
     """An evaluator, and what it writes."""
-    notes, settings = Notes(), LoopSettings(total_steps=1)
+    notes, settings = Notes(), LoopSettings(total_steps=1, **settings)
     recipe = Recipe() if recipe is None else recipe
-    return Evaluator(recipe, held_out, settings, RunStatus(), notes, None, notes, stop, hang), notes
+    return Evaluator(recipe, held_out, settings, status or RunStatus(), notes, notes, notes, stop, hang), notes
 
 
 def test_sums_are_added_and_the_first_batch_is_shown():
@@ -129,3 +135,64 @@ def test_the_status_of_a_checkpoint_is_read_with_what_else_it_holds():
     """Checkpoints of before know nothing of evaluations that are owed."""
     saved = {"best_loss": 0.5, "bad_evaluations": 3, "stopped": True, "data": {"next_batch": 9}, "batch_size": 8}
     assert RunStatus.from_saved(saved) == RunStatus(0.5, 3, True, False)
+
+
+# --- the best weights -------------------------------------------------------------------------------------------------
+
+
+def blurred_to_sharp(state, sums, shown):
+    """Weights 1, 2, 3: ever more squared error, ever less perceptual distance."""
+    return {"validation_loss": float(state), "distance/x": 1 / float(state)}, {}
+
+
+@pytest.mark.parametrize("name, best", [("validation_loss", 1.0), ("distance/x", 3.0)])
+def test_the_criterion_of_the_recipe_decides(name, best):
+    recipe = Recipe(blurred_to_sharp)
+    recipe.criterion = name
+    with StopSignal() as stop:
+        evaluating, notes = evaluator(helpers.HeldOut(), stop, recipe, keep_best=True, early_stopping_evaluations=2)
+        for step, state in enumerate((1.0, 2.0, 3.0)):
+            evaluating.run(state, step)
+    assert notes.best == best and evaluating.status.best_by == name
+    assert evaluating.status.stopped == (best == 1.0)
+    assert (notes.messages[-1] == f"step 2: no better {name} for 2 evaluations, stopping") == (best == 1.0)
+
+
+def test_a_run_whose_criterion_was_another_compares_anew():
+    """Its best value so far is of another kind."""
+    recipe, status = Recipe(blurred_to_sharp), RunStatus.from_saved({"best_loss": 1e-9, "bad_evaluations": 1})
+    recipe.criterion = "distance/x"
+    with StopSignal() as stop:
+        evaluating, notes = evaluator(helpers.HeldOut(), stop, recipe, status=status, early_stopping_evaluations=2)
+        evaluating.run(2.0, 7)
+    assert notes.messages[-1] == "step 7: the best weights are now chosen by distance/x, not validation_loss"
+    assert notes.best == 2.0 and status == RunStatus(0.5, 0, best_by="distance/x")
+
+
+JUDGE = Perceptual("vgg", None, None)
+
+
+@pytest.mark.parametrize(
+    "best_by, is_sharpened, judge, criterion",
+    [
+        ("auto", False, JUDGE, "validation_loss"),
+        ("auto", True, JUDGE, "distance/vgg"),
+        ("auto", True, None, "validation_loss"),
+        ("perceptual", False, JUDGE, "distance/vgg"),
+        ("reconstruction", True, JUDGE, "validation_loss"),
+    ],
+)
+def test_a_tokenizer_is_chosen_by_what_it_is_trained_for(best_by, is_sharpened, judge, criterion):
+    assert Evaluation(best_by=best_by).criterion(is_sharpened, judge) == criterion
+
+
+@pytest.mark.parametrize(
+    "best_by, message",
+    [
+        ("perceptual", "^evaluation.best_by: 'perceptual' is not measured; set evaluation.use_perceptual=True$"),
+        ("ssim", "^evaluation.best_by: 'ssim' is unknown; allowed are 'auto', 'reconstruction' and 'perceptual'$"),
+    ],
+)
+def test_a_choice_that_cannot_be_made_is_refused(best_by, message):
+    with pytest.raises(ValueError, match=message):
+        Evaluation(best_by=best_by).criterion(True, None)

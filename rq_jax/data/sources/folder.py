@@ -114,6 +114,12 @@ class FolderRecords:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the images in order, and of their captions."""
+        captions = [path.with_suffix(CAPTION) for path in self.paths] if self.text_key else []
+        return [path.as_posix() for path in (*self.paths, *captions)]
+
     def read(self, index: int) -> tuple[bytes, int | None, str | None]:
         if index in self.incomplete:
             raise ValueError(self.incomplete[index])

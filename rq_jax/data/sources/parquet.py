@@ -65,6 +65,11 @@ class ParquetRecords:
                 "writes them for random access"
             )
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files of all splits."""
+        return [path.as_posix() for path in self.paths]
+
     def __len__(self) -> int:
         return len(self._shards)
 

@@ -1,6 +1,7 @@
 """Random access to encoded images: what every kind of source offers."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from rq_jax.data.notices import tell
@@ -10,6 +11,8 @@ class Records(Protocol):
     """One split of a dataset.
 
     Attributes:
+      root: directory of the files.
+      files: names of the files that hold the records, relative to `root`, in order, for the fingerprint.
       class_names: by class number; None if it was opened without labels.
       label_keys: what may be given as `label_key`.
       text_keys: what may be given as `text_key`.
@@ -17,6 +20,8 @@ class Records(Protocol):
       incomplete: index -> why the record cannot be used, of those of which this is known without reading them.
     """
 
+    root: Path
+    files: Sequence[str]
     class_names: tuple[str, ...] | None
     label_keys: Sequence[str]
     text_keys: Sequence[str]

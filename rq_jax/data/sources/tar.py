@@ -57,6 +57,11 @@ class TarRecords:
                 for index in np.flatnonzero(self._rows[:, column] < 0).tolist():
                     yield index, f"no {what} of the same name, is beside it"
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files of all splits."""
+        return [path.as_posix() for path in self.paths]
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -52,6 +52,7 @@ class TfdsRecords:
         import tensorflow_datasets as tfds
 
         files = builder.info.splits[self.split].file_instructions
+        self.root, self.files = Path(builder.data_dir), [os.path.basename(file.filename) for file in files]
         for path in {os.fspath(file.filename) for file in files}:
             if os.path.exists(path) and not is_regular(path):
                 raise ValueError(f"data.name: '{path}' is no regular file")
