@@ -221,7 +221,9 @@ def test_every_switch_changes_its_parameters_and_the_output(switch):
 
 
 def test_the_depth_stack_may_have_a_gelu_of_its_own():
-    plain, own = (create("rqtransformer", **BASE, **settings).bind({}) for settings in ({}, {"depth_gelu": "sigmoid"}))
+    _, variables = build()
+    models = (create("rqtransformer", **BASE, **settings) for settings in ({}, {"depth_gelu": "sigmoid"}))
+    plain, own = (model.bind(variables) for model in models)
     assert own.spatial_stack.block == plain.spatial_stack.block
     assert own.depth_stack.block == dataclasses.replace(plain.depth_stack.block, gelu="sigmoid")
 
