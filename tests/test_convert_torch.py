@@ -202,6 +202,10 @@ def test_weights_that_stand_in_two_places_are_told(tmp_path, stage1_state):
         convert(tmp_path, STAGE1, path)
     with pytest.raises(ValueError, match="--key: no tensors stand below 'x'; the file has 'student', 'teacher'"):
         convert(tmp_path, STAGE1, path, "--key=x")
+    del whole["teacher"]["net"]["encoder.conv_in.bias"], whole["student"]
+    path = state_files.write_zip(tmp_path / "model.pt", whole)
+    with pytest.raises(ValueError, match="^state: 'teacher.net': state dict: does not fit its config: missing encoder"):
+        convert(tmp_path, STAGE1, path)
 
 
 def assert_same_model(directory, other):

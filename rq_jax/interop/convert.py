@@ -117,18 +117,23 @@ def convert_checkpoint(
 
 
 def _find_discriminator(leaves: list[official.Leaf], config: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
-    """Settings, table and weights of the discriminator beside a tokenizer, where there is one."""
+    """Settings, table and weights of the discriminator beside a tokenizer, where there is exactly one."""
     if official.holds_discriminator(leaves):
         settings = official.discriminator_settings(config)
         table = official.discriminator_table(settings)
-        yield from ((settings, table, weights) for weights in official.find_weights(leaves, table.names())[:1])
+        found = official.find_weights(leaves, table.names())
+        if len(found) == 1:
+            yield settings, table, found[0]
 
 
 def _convert(kind: str, settings: dict[str, Any], table: official.Table, weights: official.Weights) -> Converted:
     """Config and variables of one model; a ValueError for weights that do not fit the settings."""
     name, state = official.KINDS[kind].model, weights.state
     dropped = [tensor for tensor in table.unread if tensor in state]
-    variables = official.KINDS[kind].variables(state, settings)
+    try:
+        variables = official.KINDS[kind].variables(state, settings)
+    except ValueError as error:
+        raise ValueError(f"state: {quoted(weights.place)}: {error}" if weights.place else str(error)) from None
     config = {"model": {"name": name, **settings}}
     return Converted(config, variables, len(table.official_shapes()), weights.place, dropped)
 

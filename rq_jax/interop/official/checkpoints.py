@@ -19,6 +19,7 @@ _LEVELS = 2  # of keys above the names
 _OPENED, _PLAIN = (Mapping, list, tuple), (str, bytes, int, float, type(None))
 # Paths beyond these are nobody's, and cost no more than their length.
 _MAX_LENGTH, _MAX_PARTS = 300, 24
+_MOST_PLACES = 8  # each is a walk through all leaves
 _AVERAGED = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
 _GUMBEL = "quantize.proj.weight"
 
@@ -113,11 +114,11 @@ def pick_weights(
         if not found:
             raise ValueError(f"--key: no tensors stand below {quoted(key)}; the file has {_tops(leaves)}")
         leaves = found
-    if any(f".{leaf.path}".endswith(f".{_GUMBEL}") for leaf in leaves):
+    if any(leaf.name.endswith(_GUMBEL) for leaf in leaves):
         raise ValueError(f"{_GUMBEL}: this is a Gumbel quantizer, which we do not have; allowed is VQModel")
     weights = find_weights(leaves, expected, use_ema)
     if len(weights) > 1 and 2 * len(weights[0].used) > len(expected):
-        places = ", ".join(quoted(one.place) for one in weights[:8])
+        places = ", ".join(quoted(one.place) for one in weights)
         raise ValueError(f"state: weights that fit stand under {places}; choose one by --key")
     if weights:
         return weights[0]
@@ -130,11 +131,11 @@ def pick_weights(
 
 def holds_discriminator(leaves: list[Leaf]) -> bool:
     """Whether there is the first tensor of a discriminator."""
-    return any(f".{leaf.path}".endswith(".main.0.weight") for leaf in leaves)
+    return any(leaf.name.endswith("main.0.weight") for leaf in leaves)
 
 
 def find_weights(leaves: list[Leaf], expected: Collection[str], use_ema: bool = False) -> list[Weights]:
-    """The weights of a model wherever they stand: those with the most of the expected names, several if they tie."""
+    """The weights of a model wherever they stand: those with the most of the expected names, up to 8 if they tie."""
     places = _places(leaves, expected)
     if use_ema:
         places = {place: found for place, found in places.items() if _AVERAGED.search(place)}
@@ -144,7 +145,7 @@ def find_weights(leaves: list[Leaf], expected: Collection[str], use_ema: bool = 
     distinct: dict[frozenset[int], str] = {}
     for place in best:  # one dict may stand under several keys
         distinct.setdefault(frozenset(id(leaf.value) for leaf in places[place].values()), place)
-    return [_weights(leaves, place, places[place]) for place in distinct.values()]
+    return [_weights(leaves, place, places[place]) for place in list(distinct.values())[:_MOST_PLACES]]
 
 
 def name_left_out(leaves: list[Leaf], used: Iterable[Leaf]) -> list[str]:
@@ -186,8 +187,11 @@ def _places(leaves: list[Leaf], expected: Collection[str]) -> dict[str, dict[str
     most_parts = max((name.count(".") + 1 for name in expected), default=0)
     places: dict[str, dict[str, Leaf]] = {}
     for leaf in leaves:
-        parts = leaf.path.split(".", _MAX_PARTS)
-        if len(leaf.path) > _MAX_LENGTH or len(parts) > _MAX_PARTS or parts[-1] not in official_parts:
+        if leaf.name.rpartition(".")[2] not in official_parts:
+            continue
+        path = leaf.path
+        parts = path.split(".", _MAX_PARTS)
+        if len(path) > _MAX_LENGTH or len(parts) > _MAX_PARTS:
             continue
         own = [i for i, part in enumerate(parts) if part in official_parts]
         for start in range(max(len(own) - most_parts, 0), len(own)):

@@ -69,9 +69,7 @@ def _without_descriptions(config: dict[str, Any]) -> dict[str, Any]:
 def _parse(text: str, is_json: bool) -> Any:
     if is_json or text.lstrip().startswith("{"):  # YAML's flow style begins like this too
         try:
-            config = parse_json(text, "its text", object)
-            check_tree(config, _split_value, len(text), _MAX_DEPTH)
-            return config
+            return parse_json(text, "its text", object)
         except ValueError as error:
             if is_json:
                 raise Invalid(f"{error}; give {_EXPECTED}") from None
