@@ -148,7 +148,7 @@ class _Machine:
         del parts
         if type(kind) is not Opaque:
             raise Invalid(f"makes an object of a {_name(kind)}, which is no class; {ALLOWED}")
-        self.push(kind)
+        self.push(Opaque(kind.name))  # another one, as a key of a dict
 
     def call(self, function: Any, args: Any) -> None:
         if type(function) is Opaque:

@@ -75,10 +75,11 @@ def test_objects_of_other_classes_are_names(tmp_path, write, protocol):
     }  # fmt: skip
     objects["copyreg._reconstructor"] = objects.pop("argparse.Namespace")
     value = {name: [3, made, weights] for name, made in objects.items()}
-    value["keys"] = {Global("lightning Callback"): weights, ORDERED_DICT: 1, 2**70: 2}
+    callback = Global("lightning Callback")
+    value["keys"] = {Call(callback): weights, Call(callback): 1, ORDERED_DICT: 1, 2**70: 2}
     found = read_state(write(tmp_path / "a.pt", value, protocol))
     keys = found.pop("keys")
-    assert [str(key) for key in keys] == ["lightning.Callback", "dict", "int"]
+    assert [str(key) for key in keys] == ["lightning.Callback", "lightning.Callback", "dict", "int"]
     for name, (number, made, kept) in found.items():
         assert number == 3 and type(made) is Opaque and str(made) == name
         assert_same(kept, DATA)
