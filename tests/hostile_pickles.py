@@ -200,7 +200,7 @@ def bomb_cases():
     yield "many dicts", START + b"](" + b"}" * 500_000 + b"e.", "more than 400000 steps"
     yield "many marks", START + b"(" * 500_000, "more than 400000 steps"
     yield "many memos", START + b"](" + b"".join(b"}" + put(i) for i in range(190_000)) + b"e.", READ
-    yield "many globals", START + b"](" + b"ctorch\nfloat32\n" * 390_000 + b"e.", READ
+    yield "many globals", START + b"](" + b"ctorch\nfloat32\n" * 200_000 + b"e.", READ
     items = b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(100_000)) + b"u" + put(0)
     copies = (b"h\1" + get(0) + b"\x85R0") * 10_000
     yield (
@@ -230,9 +230,9 @@ def bomb_cases():
     ):
         calls = (b"h\1" + get(0) + b"R0") * 10_000
         yield f"many arguments of {name}", START + f"c{function}\nq\1".encode() + b"0" + many + calls + b"N.", expected
-    yield "many opaque values", START + b"](" + b"ca\nb\n)R" * 50_000 + b"e.", READ
-    yield "many opaque keys", START + b"}(" + b"ca\nb\nN" * 50_000 + b"u.", READ
-    yield "many keys that are lists", START + b"}(" + b"]N" * 50_000 + b"u.", READ
+    yield "many opaque values", START + b"](" + b"ca\nb\n)R" * 30_000 + b"e.", READ
+    yield "many opaque keys", START + b"}(" + b"ca\nb\nN" * 30_000 + b"u.", READ
+    yield "many keys that are lists", START + b"}(" + b"]N" * 30_000 + b"u.", READ
     yield "many sets", START + b"](" + b"\x8f(N\x90(\x91" * 30_000 + b"e.", READ
     yield "a long path", START + b"}" + text("module." * (1 << 22)) + b"Ns.", READ
     for name, keys in {
