@@ -254,6 +254,14 @@ def test_what_is_missing(tmp_path):
     assert_refused(tmp_path / "fifo", "is no regular file")
 
 
+def test_a_home_directory_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_npz(tmp_path / "a.npz")
+    (tmp_path / "a.json").write_text('{"a": 1}')
+    assert_same(read_state("~/a.npz"), {"x": DATA})
+    assert read_config("~/a.json") == {"a": 1}
+
+
 def test_what_may_not_be_read(tmp_path, monkeypatch):
     path = write_npz(tmp_path / "a.npz")
 
