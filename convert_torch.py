@@ -7,6 +7,7 @@ python convert_torch.py --export=vae --out=vae.safetensors
 import argparse
 import functools
 import logging
+import os
 import signal
 import sys
 
@@ -33,12 +34,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=cli.path,
         help="text models only: the official *-vocab.json, its *-merges.txt beside it",
     )
-    add("--ema", action="store_true", help="the averaged weights, state_dict_ema")
+    add("--ema", action="store_true", help="the averaged weights, such as state_dict_ema")
+    add("--key", help="where the weights stand in the file, such as generator.state_dict; needed where several fit")
     add_path("--export", help="the way back: a run or model directory of ours")
     add_path("--out", required=True, help="new model directory; with --export a new .safetensors file")
     args = parser.parse_args(argv)
     required = ("config", "state")
-    for name in (*required, "tokenizer", "text_tokenizer", "ema"):
+    for name in (*required, "tokenizer", "text_tokenizer", "ema", "key"):
         if args.export and getattr(args, name):
             raise ValueError(f"--{name}: {getattr(args, name)} is not for --export; leave it out")
     for name in required:
@@ -51,14 +53,14 @@ def run(args: argparse.Namespace) -> None:
     """Convert or export, and print what was done."""
     if args.export:
         exported = export.export_model(args.export, args.out)
-        print(
+        lines = [
             f"{exported.name}: {exported.num_tensors} tensors, {exported.num_values:,} numbers, written to {args.out}"
-        )
+        ]
         if exported.left_out:
             settings = ", ".join(f"{name} {value}" for name, value in exported.left_out.items())
-            print(f"not in {exported.config_path.name}, which has no word for it: {settings}")
+            lines.append(f"not in {exported.config_path.name}, which has no word for it: {settings}")
         back = f"--config={exported.config_path} --state={args.out} --out=<directory>"
-        print(f"next: python convert_torch.py {back} brings it back")
+        tell([*lines, f"next: python convert_torch.py {back} brings it back"])
         return
     conversion = convert.convert_checkpoint(
         args.config,
@@ -67,9 +69,19 @@ def run(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer,
         text_tokenizer=args.text_tokenizer,
         use_ema=args.ema,
+        key=args.key,
     )
-    print("\n".join(convert.report(conversion, args.out)))
-    print(f"next: {next_command(conversion, args)}")
+    tell([*convert.report(conversion, args.out), f"next: {next_command(conversion, args)}"])
+
+
+def tell(lines: list[str]) -> None:
+    """Print what was done; the work is in place, and an output that does not take the lines undoes none of it."""
+    encoding = sys.stdout.encoding or "ascii"
+    try:
+        print("\n".join(lines).encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except OSError as error:
+        logging.getLogger(__name__).warning("the report could not be printed: %s", error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left of it goes there at the end
 
 
 def next_command(conversion: convert.Conversion, args: argparse.Namespace) -> str:
@@ -93,7 +105,9 @@ def main(argv: list[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # numbers are moved, not computed
     logging.basicConfig(format="%(levelname)s: %(message)s")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # half a directory is removed
-    with cli.one_line_errors(OSError):
+    from safetensors import SafetensorError  # a full disk is one of these
+
+    with cli.one_line_errors(SafetensorError):
         run(parse_args(argv))
 
 

@@ -73,7 +73,11 @@ def zip_cases():
         zip_of({"a/data.pkl": b"\0" * 10**6}, zipfile.ZIP_DEFLATED),
         "holds 'a/data.pkl' compressed",
     )
-    yield "a large pickle", zip_of({"a/data.pkl": START + b"N0" * (17 << 20)}), "has a data.pkl of .* at most 33554432"
+    yield (
+        "a large pickle",
+        zip_of({"a/data.pkl": START + b"N0" * (17 << 20)}),
+        "has a 'data.pkl' of .* at most 33554432",
+    )
     yield "very many members", many_members(20_000), READ
     yield "too many members to count", many_members(20_001), "lists 20001 zip members"
     yield (
@@ -93,6 +97,11 @@ def zip_cases():
     yield "an array of objects", objects.getvalue(), r"of type '\|O'"
     header = b"\x93NUMPY\2\0" + struct.pack("<I", 2**31) + b"[" * 10**6
     yield "a header of 2 GB", zip_of({"x.npy": header}), "is no array of NumPy .*EOF"
+    for repeats, count, expected in ((600, 6000, "is no array of NumPy"), (60, 3000, READ)):
+        text = b"{" + b"'descr': '<f4'," * repeats + b"'fortran_order': False, 'shape': (0,), }"
+        header = b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
+        members = {f"{i}.npy": header for i in range(count)}
+        yield f"headers that inflate to {len(header)} bytes", zip_of(members, zipfile.ZIP_DEFLATED), expected
     for name, text in {"parentheses": b"(" * 9000, "signs": b"-" * 8999 + b"1", "dots": b"a" + b".a" * 4499}.items():
         data = b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text
         yield f"a header of {name}", zip_of({"x.npy": data}), "is no array of NumPy"
@@ -156,6 +165,15 @@ def safetensors_cases():
         "many entries": b"{" + b",".join(b'"%x":0' % i for i in range(320_000)) + b"}",
     }.items():  # fmt: skip
         yield f"a header that is {name}", struct.pack("<Q", len(text)) + text, "is no valid .safetensors"
+    twice = b'{"a":{"dtype":"I8","shape":[0],"data_offsets":[0,0]},"a":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}}'
+    yield "a name twice", struct.pack("<Q", len(twice)) + twice, "is no valid .safetensors .*twice"
+    name = "a." * 10**6 + "\x1b[31m\nnext: "
+    long = json.dumps({name: {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    yield (
+        "a long name with control codes",
+        struct.pack("<Q", len(long)) + long + b"x",
+        "holds a tensor 'a.a.*characters",
+    )
     zeros = json.dumps({f"{i}": {"dtype": "I8", "shape": [0], "data_offsets": [0, 0]} for i in range(60_000)}).encode()
     yield "very many tensors of nothing", struct.pack("<Q", len(zeros)) + zeros, READ
 
@@ -201,7 +219,11 @@ def stream_cases():
         )
     yield "a stream of another protocol", encode(MAGIC, {}) + encode(1000, {}), "is a pickle, but not by torch.save"
     yield "a stream with no facts", encode(MAGIC, {}) + encode(PROTOCOL, {}) + encode([], {}), "big-endian"
-    yield "a stream that begins with code", START + b"cposix\nsystem\nX\1\0\0\0a\x85R.", "holds 'posix.system'"
+    yield (
+        "a stream that begins with code",
+        START + b"cposix\nsystem\nX\1\0\0\0a\x85R.",
+        "is a pickle, but not by torch.save",
+    )
 
 
 def config_cases():
@@ -214,7 +236,31 @@ def config_cases():
         ),
         ("a name", "a: !!python/name:os.system", "holds the YAML tag"),
         ("a module", "!!python/module:os {}", "holds the YAML tag"),
-        ("a tuple", "a: !!python/tuple [1]", "holds the YAML tag"),
+        ("a tuple of code", "a: !!python/tuple [!!python/name:os.system x]", "holds the YAML tag"),
+        ("a tuple of text", "a: !!python/tuple x", "no valid YAML"),
+        ("a complex number", "a: !!python/complex 1j", "holds the YAML tag"),
+        ("a key twice", "a: 1\na: 2", "the key 'a' stands twice"),
+        ("a long key twice", f"? {'x' * 10**5}\n: 1\n? {'x' * 10**5}\n: 1", r"stands twice|no valid YAML"),
+        ("a circle of references", "a: ${b}\nb: ${c}\nc: ${a}", "references in a circle"),
+        ("a circle through a list", "a: [1, '${a}']", "references in a circle"),
+        ("a chain of references", "\n".join(f"a{i}: ${{a{i + 1}}}" for i in range(4000)), "in a long chain"),
+        (
+            "a bomb of references",
+            "a0: x\n" + "".join(f"a{i}: {json.dumps([f'${{a{i - 1}}}'] * 9)}\n" for i in range(1, 40)),
+            "more than 10000 values, shared parts counted each time",
+        ),
+        (
+            "a text referred to often",
+            f"b: '{'x' * 10**5}'\nc: {json.dumps(['${b}'] * 4000)}",
+            "more than 1048576 char",
+        ),
+        (
+            "an alias of a text",
+            f"b: &b '{'x' * 10**5}'\nc: [{', '.join(['*b'] * 9000)}]",
+            "more than 1048576 characters",
+        ),
+        ("a long reference", "a: ${" + "b." * 100_000 + "b}", READ),
+        ("a reference to a large place", "a: ${b." + "9" * 200_000 + "}\nb: [1]", READ),
         ("its own tag", "a: !x 1", "holds the YAML tag '!x'"),
         ("a tag in a key", "? !!python/name:os.system\n: 1", "holds the YAML tag"),
         (
@@ -264,9 +310,11 @@ def config_cases():
     ):
         yield f"yaml: {name}", data.encode(), expected
     for name, data, expected in (
-        ("depth", '{"a":' + "[" * 200_000, "nested more than 50 levels"),
+        ("depth", '{"a":' + "[" * 200_000, "nested too deeply"),
+        ("a key twice", '{"a": [{"b": 1, "b": 2}]}', "the key 'b' stands twice"),
+        ("a circle of references", '{"a": {"b": "${a}"}}', "references in a circle"),
         ("less depth", '{"a":' + "[" * 60 + "]" * 60 + "}", "nested more than 50 levels"),
-        ("a long number", '{"a":' + "9" * 200_000 + "}", "no valid JSON"),
+        ("a long number", '{"a":' + "9" * 200_000 + "}", "is not readable JSON"),
         ("many lists", '{"a":[' + "[]," * 80_000 + "[]]}", READ),
     ):
         yield f"json: {name}", data.encode(), expected

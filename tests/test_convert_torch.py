@@ -24,6 +24,7 @@ from official_states import (
     transformer_state,
     vqgan_state,
 )
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 import convert_torch
@@ -115,12 +116,14 @@ def test_a_whole_stage_1_checkpoint(tmp_path, stage1_state, capsys):
     lines = capsys.readouterr().out.splitlines()
     numbers = sum(x.size for x in jax.tree.leaves(loaded.variables["params"]))
     assert lines[0] == (
-        f"rqvae: {len(stage1_state)} tensors, {numbers:,} parameters, codebook {2 * 7 * 6 + 7}; "
+        f"rqvae: {len(stage1_state)} tensors under 'state_dict', {numbers:,} parameters, codebook {2 * 7 * 6 + 7}; "
         f"fingerprint {checkpoint.fingerprint(loaded.variables)}; written to {out}"
     )
-    assert lines[1].startswith("discriminator: 14 tensors, ") and lines[1].endswith(f"written to {out}/discriminator")
-    counters = ", ".join(f"discriminator.main.{i}.num_batches_tracked" for i in (3, 6))
-    assert lines[2] == f"dropped on purpose: epoch, optimizer, scheduler, {counters}"
+    assert lines[1].startswith("discriminator: 14 tensors under 'discriminator', ") and lines[1].endswith(
+        f"written to {out}/discriminator"
+    )
+    counters = ", ".join(f"'discriminator.main.{i}.num_batches_tracked'" for i in (3, 6))
+    assert lines[2] == f"left out: 'epoch', 'optimizer', 'scheduler', {counters}"
     assert lines[3].startswith("next: python train_transformer.py ") and lines[3].endswith(f"tokenizer={out}")
 
 
@@ -134,9 +137,74 @@ def test_averaged_weights(tmp_path, stage1_state):
         np.testing.assert_array_equal(kernel[0, 0], expected["quant_conv.weight"][:, :, 0, 0].T)
 
 
-def test_a_prefix_of_torch_is_taken_off(tmp_path, stage1, stage1_state):
-    out = convert(tmp_path, STAGE1, {f"module.{name}": value for name, value in stage1_state.items()})
+def made(name, *args, **attributes):
+    """An object of a class that is not here."""
+    return state_files.Call(state_files.Global(name), args, attributes)
+
+
+def lightning_file(path, state):
+    """As Lightning writes it: weights in the middle of objects."""
+    weights = {f"model.{name}": value for name, value in torch_tensors(state, "a").items()}
+    whole = {
+        "state_dict": weights,
+        "callbacks": {state_files.Global("lightning ModelCheckpoint"): {"best": made("pathlib PosixPath", "/", "x")}},
+        "hyper_parameters": made("lightning AttributeDict", weights),
+        "args": made("argparse Namespace", lr=0.1, state=weights),
+        "next: \x1b[31m\nforged": made("x\x1b[31m y", 1),
+    }
+    return state_files.write_zip(path, whole)
+
+
+def test_objects_beside_the_weights_are_named_and_not_opened(tmp_path, stage1, stage1_state, capsys):
+    out = convert(tmp_path, STAGE1, lightning_file(tmp_path / "last.ckpt", stage1_state))
     assert_same_model(out, stage1)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"rqvae: {len(stage1_state)} tensors under 'state_dict.model', ")
+    assert lines[1:3] == [
+        r"left out: 'callbacks', 'hyper_parameters', 'args', 'next: \x1b[31m\nforged'",
+        r"not opened: objects of 'argparse.Namespace', 'lightning.AttributeDict', 'lightning.ModelCheckpoint', "
+        r"'pathlib.PosixPath', 'x\x1b[31m.y'",
+    ]
+    assert len(lines) == 4
+
+
+def test_weights_in_an_object_are_none(tmp_path, stage1_state):
+    weights = torch_tensors(stage1_state, "a")
+    module = state_files.Call(state_files.Global("my.models RQVAE"), (), weights)
+    for value in (module, {"model": module, "epoch": 3}):
+        path = state_files.write_zip(tmp_path / "model.pt", value)
+        with pytest.raises(
+            ValueError, match="holds no tensors by name, but 'my.models.RQVAE'; give a file with the mod"
+        ):
+            convert(tmp_path, STAGE1, path)
+
+
+def test_a_report_that_cannot_be_printed_fails_nothing(tmp_path, monkeypatch, caplog):
+    """A terminal that knows ASCII only, and a pipe that nobody reads."""
+    with open(tmp_path / "ascii.txt", "w", encoding="ascii") as file, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", file)
+        convert_torch.tell(["модель", "\ud800"])
+    assert (tmp_path / "ascii.txt").read_text() == r"\u043c\u043e\u0434\u0435\u043b\u044c" + "\n" + r"\ud800" + "\n"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", pipe)
+        convert_torch.tell(["line"])
+    assert "the report could not be printed: [Errno 32] Broken pipe" in caplog.text
+
+
+def test_weights_that_stand_in_two_places_are_told(tmp_path, stage1_state):
+    other = {name: value + np.float32(1) for name, value in stage1_state.items()}
+    whole = {"student": torch_tensors(stage1_state, "a"), "teacher": {"net": torch_tensors(other, "b")}}
+    path = state_files.write_zip(tmp_path / "model.pt", whole)
+    with pytest.raises(ValueError, match="state: weights that fit stand under 'student', 'teacher.net'; choose one by"):
+        convert(tmp_path, STAGE1, path)
+    with pytest.raises(ValueError, match="--key: no tensors stand below 'x'; the file has 'student', 'teacher'"):
+        convert(tmp_path, STAGE1, path, "--key=x")
+    del whole["teacher"]["net"]["encoder.conv_in.bias"], whole["student"]
+    path = state_files.write_zip(tmp_path / "model.pt", whole)
+    with pytest.raises(ValueError, match="^state: 'teacher.net': state dict: does not fit its config: missing encoder"):
+        convert(tmp_path, STAGE1, path)
 
 
 def assert_same_model(directory, other):
@@ -156,7 +224,7 @@ def test_half_precision_becomes_float32(tmp_path, stage1_state):
 def test_a_discriminator_that_no_config_describes_is_named(tmp_path, stage1_state, capsys):
     whole = {"state_dict": torch_tensors(stage1_state, "a"), "discriminator": torch_tensors(discriminator_state(), "b")}
     out = convert(tmp_path, STAGE1, state_files.write_zip(tmp_path / "model.pt", whole))
-    assert "dropped on purpose: discriminator (the config does not describe it)\n" in capsys.readouterr().out
+    assert "left out: 'discriminator'\n" in capsys.readouterr().out
     assert not (out / "discriminator").exists()
 
 
@@ -179,7 +247,8 @@ def test_vqgan(tmp_path, capsys):
     assert loaded.model.code_shape == (8, 8, 1)
     assert checkpoint.load_model(out / "discriminator").model.num_layers == 2
     printed = capsys.readouterr().out
-    assert "dropped on purpose: pytorch-lightning_version, global_step, loss.perceptual_loss.* (2 tensors), " in printed
+    losses = "'state_dict.loss.perceptual_loss.* (2 tensors)'"
+    assert f"left out: {losses}, 'pytorch-lightning_version', 'global_step', " in printed
 
 
 # --- stage 2 ------------------------------------------------------------------------------------------------
@@ -260,8 +329,10 @@ def test_a_text_model_takes_its_text_tokenizer(tmp_path, stage1, capsys):
         (STAGE2, ["--tokenizer=nowhere"], "'nowhere' is no run directory: it has no config.json"),
         (STAGE1, ["--tokenizer=x"], "--tokenizer: x is for stage 2, and this is a config of 'rqvae'"),
         (VQGAN, ["--text_tokenizer=x"], "--text_tokenizer: x is for stage 2, and this is a config of 'vqgan'"),
-        (STAGE1, ["--ema"], "state: has no state_dict_ema, it has pos_emb_cond, "),
-        (STAGE1, [], "state dict: does not fit its config: missing encoder.conv_in.weight, "),
+        (STAGE1, ["--ema"], "state: has no averaged weights, it has 'pos_emb_cond', .*; leave out --ema"),
+        (STAGE1, ["--key=a"], "--key: no tensors stand below 'a'; the file has 'pos_emb_cond', "),
+        (STAGE1, [], "does not fit its config: unexpected 'pos_emb_cond', .* more; missing encoder.conv_in.weight, "),
+        ({"arch": STAGE1["arch"] | {"ddconfig": {"ch": {"a": 1}}}}, [], "arch.ddconfig.in_channels: missing"),
         ({"arch": {"type": "x"}}, [], "arch.type: 'x' is unknown"),
         (
             {"arch": rqvae_config({"n_embed": [7, 8, 9]})},
@@ -438,6 +509,20 @@ def test_the_command(tmp_path, stage1_state, monkeypatch, capsys):
         convert_torch.main(flags)
     message = f"error: --out: '{tmp_path / 'out'}' is there already; give the name of a new directory\n"
     assert (exit_.value.code, *capsys.readouterr()) == (2, "", message)
+
+
+def test_a_full_disk_ends_in_one_line(monkeypatch, capsys):
+    def fail(*_, **__):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(convert_torch.convert, "convert_checkpoint", fail)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as exit_:
+        convert_torch.main(["--config=a", "--state=b", "--out=c"])
+    assert (exit_.value.code, capsys.readouterr().err) == (
+        2,
+        "error: I/O error: No space left on device (os error 28)\n",
+    )
 
 
 @pytest.mark.slow

@@ -32,7 +32,7 @@ NARROWER = {
     "models": {"grains", "nn", "quantize", "sampling", "settings"},
     "interop": {"checkpoint", "data", "files", "models", "settings"},
     "interop/official": {"settings"},
-    "interop/state_file": {"settings"},
+    "interop/state_file": {"files", "settings"},
     "pretrained": {"interop", "nn", "settings"},
 }
 MODEL_CLASSES = "rq_jax.models"  # the loop knows none

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,10 @@ import jax
 import numpy as np
 
 from rq_jax import checkpoint, models
+from rq_jax.files import local_path
 from rq_jax.interop import official, state_file
+from rq_jax.settings import checks
+from rq_jax.settings.text import quoted
 
 STAGE2, DISCRIMINATOR, TEXT_TOKENIZER = "rqtransformer", "discriminator", "text_tokenizer.json"
 
@@ -26,12 +30,14 @@ class Converted(NamedTuple):
       config: of the model directory.
       variables: of the model.
       num_tensors: number of official tensors that were read.
+      place: what stands before their names in the file; "" for nothing.
       dropped: names of those that nothing reads.
     """
 
     config: dict[str, Any]
     variables: dict[str, Any]
     num_tensors: int
+    place: str
     dropped: list[str]
 
 
@@ -41,12 +47,14 @@ class Conversion(NamedTuple):
     Attributes:
       kind: of the checkpoint, see `official.find_kind`.
       models: by directory below the output, "." for the main one.
-      dropped: names of the parts of the file that were left out on purpose.
+      dropped: names of the parts of the file that were left out.
+      unopened: names of the classes whose objects were not opened.
     """
 
     kind: str
     models: dict[str, Converted]
     dropped: list[str]
+    unopened: list[str]
 
 
 class _Pair(NamedTuple):
@@ -65,6 +73,7 @@ def convert_checkpoint(
     tokenizer: str | None = None,
     text_tokenizer: str | None = None,
     use_ema: bool = False,
+    key: str | None = None,
 ) -> Conversion:
     """Convert an official checkpoint to a model directory.
 
@@ -74,7 +83,8 @@ def convert_checkpoint(
       out: new directory; the discriminator beside a tokenizer goes into discriminator/ below it.
       tokenizer: directory of the tokenizer of a transformer, converted or trained here; it is copied into `out`.
       text_tokenizer: vocabulary file of a model of text; it is copied into `out`.
-      use_ema: take the averaged weights, under "state_dict_ema".
+      use_ema: take the averaged weights, such as those under "state_dict_ema".
+      key: where the weights stand in the file, such as "generator.ema"; needed where several fit.
 
     Raises:
       ValueError, FileNotFoundError: files that are missing, damaged, or do not fit together; nothing is left behind.
@@ -90,38 +100,57 @@ def convert_checkpoint(
         # The configs are checked before the weights are read.
         pair = _bind_tokenizer(partial, official_config, tokenizer, text_tokenizer) if tokenizer else None
         settings = pair.settings if pair else official.KINDS[kind].settings(official_config)
-        file = official.unpack(state_file.read_state(state), kind, use_ema)
-        main = convert_state(kind, file.state, settings)
+        models.create(official.KINDS[kind].model, **settings)
+        content = state_file.read_state(state)
+        leaves, table = official.leaves_of(content), official.KINDS[kind].table(settings)
+        weights = official.pick_weights(leaves, table.names(), use_ema=use_ema, key=key)
+        converted, used = {".": _convert(kind, settings, table, weights)}, weights.used
         if kind == STAGE2:
-            _add_codebook(main, pair)
-        converted, dropped = {".": main}, file.dropped
-        if file.discriminator is not None and official.has_discriminator(official_config):
-            settings = official.discriminator_settings(official_config)
-            converted[DISCRIMINATOR] = convert_state(DISCRIMINATOR, file.discriminator, settings)
-        elif file.discriminator is not None:
-            dropped = [*dropped, f"{DISCRIMINATOR} (the config does not describe it)"]
+            _add_codebook(converted["."], pair)
+        elif kind != DISCRIMINATOR and official.has_discriminator(official_config):
+            for settings, table, weights in _find_discriminator(leaves, official_config):
+                converted[DISCRIMINATOR] = _convert(DISCRIMINATOR, settings, table, weights)
+                used = used + weights.used
         for name, model in converted.items():
             checkpoint.save_model(partial / name, model.config, model.variables)
-    return Conversion(kind, converted, dropped)
+    return Conversion(kind, converted, official.name_left_out(leaves, used), _unopened(content))
 
 
-def convert_state(kind: str, state: Mapping[str, Any], settings: dict[str, Any]) -> Converted:
-    """Config and variables of one model.
+def _find_discriminator(leaves: list[official.Leaf], config: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """Settings, table and weights of the discriminator beside a tokenizer, where there is exactly one."""
+    if official.holds_discriminator(leaves):
+        settings = official.discriminator_settings(config)
+        table = official.discriminator_table(settings)
+        found = official.find_weights(leaves, table.names())
+        if len(found) == 1:
+            yield settings, table, found[0]
 
-    Args:
-      kind: of the official checkpoint, see `official.find_kind`.
-      state: official tensors by name.
-      settings: of our model, from the functions of `official`.
 
-    Raises:
-      ValueError: settings that do not fit together, or a state dict that does not fit them.
-    """
-    name, _, make_table, make_variables = official.KINDS[kind]
-    models.create(name, **settings)  # refuses settings before any tensor is read
-    table = make_table(settings)
+def _convert(kind: str, settings: dict[str, Any], table: official.Table, weights: official.Weights) -> Converted:
+    """Config and variables of one model; a ValueError for weights that do not fit the settings."""
+    name, state = official.KINDS[kind].model, weights.state
     dropped = [tensor for tensor in table.unread if tensor in state]
+    try:
+        variables = official.KINDS[kind].variables(state, settings)
+    except ValueError as error:
+        raise ValueError(f"state: {quoted(weights.place)}: {error}" if weights.place else str(error)) from None
     config = {"model": {"name": name, **settings}}
-    return Converted(config, make_variables(state, settings), len(table.official_shapes()), dropped)
+    return Converted(config, variables, len(table.official_shapes()), weights.place, dropped)
+
+
+def _unopened(content: Any) -> list[str]:
+    """Names of the classes of all opaque values, wherever they stand."""
+    names: dict[str, None] = {}
+    stack = [content]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Mapping):
+            stack += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            stack += value
+        elif isinstance(value, state_file.Opaque):
+            names[value.name] = None
+    return sorted(names)
 
 
 def report(conversion: Conversion, out: str | os.PathLike[str]) -> list[str]:
@@ -130,24 +159,29 @@ def report(conversion: Conversion, out: str | os.PathLike[str]) -> list[str]:
     for name, model in conversion.models.items():
         sizes = {part: sum(leaf.size for leaf in jax.tree.leaves(tree)) for part, tree in model.variables.items()}
         more = "".join(f", {part} {size:,}" for part, size in sizes.items() if part != "params")
+        place = f" under {quoted(model.place)}" if model.place else ""
+        kind = model.config["model"]["name"]
         lines.append(
-            f"{model.config['model']['name']}: {model.num_tensors} tensors, {sizes['params']:,} parameters{more}; "
-            f"fingerprint {checkpoint.fingerprint(model.variables)}; written to {Path(out) / name}"
+            f"{kind}: {model.num_tensors} tensors{place}, {sizes['params']:,} parameters{more}; fingerprint "
+            f"{checkpoint.fingerprint(model.variables)}; written to {Path(out) / name}"
         )
         dropped += [tensor if name == "." else f"{name}.{tensor}" for tensor in model.dropped]
-    return [*lines, f"dropped on purpose: {', '.join(dropped) or 'nothing'}"]
+    lines.append(f"left out: {official.listed([quoted(name) for name in dropped]) or 'nothing'}")
+    if conversion.unopened:
+        lines.append(f"not opened: objects of {official.listed([quoted(name) for name in conversion.unopened])}")
+    return lines
 
 
 @contextlib.contextmanager
 def _new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
     """A directory that becomes `out` in the end, and is removed where anything fails before."""
-    out = Path(out).absolute()
+    out = local_path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: '{out}' is there already; give the name of a new directory")
     parent = next(parent for parent in out.parents if parent.is_dir())
-    partial = parent / f".{out.name}.{os.getpid()}.partial"
+    partial = parent / f".{out.name}.{secrets.token_hex(8)}.partial"
+    partial.mkdir()
     try:
-        partial.mkdir()
         yield partial
         out.parent.mkdir(parents=True, exist_ok=True)
         os.replace(partial, out)
@@ -157,7 +191,7 @@ def _new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _bind_tokenizer(directory: Path, config: Mapping[str, Any], path: str, text_path: str | None) -> _Pair:
     """Put the tokenizer, and the text tokenizer where there is one, into a stage-2 directory."""
-    tokenizer = checkpoint.load_tokenizer(path)
+    tokenizer = checkpoint.load_tokenizer(local_path(path))
     tokenizer_settings = models.settings_of(tokenizer.model)
     settings = official.rqtransformer_settings(config, tokenizer_settings)
     if text_path:
@@ -165,7 +199,10 @@ def _bind_tokenizer(directory: Path, config: Mapping[str, Any], path: str, text_
     checkpoint.bind_tokenizer(directory, tokenizer)
     image_size, channels = tokenizer_settings["image_size"], tokenizer_settings["in_channels"]
     data = {"name": "folder", "data_dir": None, "image_size": image_size, "channels": channels}
-    sections = {"data": data, "sample": official.sample_settings(config)}
+    sample = official.sample_settings(config)
+    for name, value in sample.items():
+        checks.one_per_depth(f"sampling.{name}", value, settings["code_shape"][-1])
+    sections = {"data": data, "sample": sample}
     return _Pair(settings, sections, tokenizer.variables["codebook"]["codebook_KE"])
 
 
@@ -175,7 +212,7 @@ def _copy_text_tokenizer(path: str, settings: Mapping[str, Any], directory: Path
     length, size = settings["cond_length"], settings["cond_vocab_size"]
     if length == 1:
         raise ValueError(f"--text_tokenizer: '{path}' is for models of text, this one takes none; leave it out")
-    text_tokenizer = load_tokenizer(path, length)
+    text_tokenizer = load_tokenizer(local_path(path), length)
     if text_tokenizer.vocab_size > size:
         raise ValueError(
             f"--text_tokenizer: '{path}' has {text_tokenizer.vocab_size} ids, the model {size}; give its own"

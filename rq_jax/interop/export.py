@@ -1,14 +1,13 @@
 """A model of ours becomes an official state dict and its config."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rq_jax import checkpoint, models
-from rq_jax.files import write_json
+from rq_jax.files import atomic_path, local_path, write_json
 from rq_jax.interop import official
 
 
@@ -40,7 +39,7 @@ def export_model(directory: str | os.PathLike[str], out: str | os.PathLike[str])
     Raises:
       ValueError, FileNotFoundError: no model, one that the original cannot express, or files that are there already.
     """
-    out = Path(out)
+    directory, out = local_path(directory), local_path(out)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: '{out}' must end in .safetensors, which --export writes")
     config_path = out.with_suffix(".config.json")
@@ -50,7 +49,10 @@ def export_model(directory: str | os.PathLike[str], out: str | os.PathLike[str])
     own_config = checkpoint.read_config(directory)
     name, settings = own_config["model"]["name"], models.settings_of(models.create(**own_config["model"]))
     # The settings are checked before the weights are read.
-    config = official.official_config(name, settings, own_config.get("sample"))
+    sample = own_config.get("sample") or {}
+    if not isinstance(sample, dict):
+        raise ValueError(f"'{directory}': its config has a {type(sample).__name__} for sample; a dict is needed")
+    config = official.official_config(name, settings, sample)
     variables = checkpoint.load_model(directory).variables
     if name == "rqtransformer":
         variables.pop("codebook", None)  # the tokenizer's, and exported with it
@@ -64,15 +66,10 @@ def _write(state: dict[str, np.ndarray], config: dict[str, Any], out: Path, conf
     """Both files or none."""
     from safetensors.numpy import save_file
 
-    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(state, partial)
-        write_json(config_path, config)
-        shutil.copymode(config_path, partial)  # safetensors gives its files to their owner alone
-        os.replace(partial, out)
+        with atomic_path(out) as partial:
+            save_file(state, partial)
+            write_json(config_path, config)
     except BaseException:
         config_path.unlink(missing_ok=True)
         raise
-    finally:
-        partial.unlink(missing_ok=True)

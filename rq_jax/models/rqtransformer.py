@@ -44,7 +44,7 @@ class RQTransformer(nn.Module):
       use_tokenizer_depth_input: the same for the depth stack; use_cumulative_depth: it reads their sums over depth.
       use_shared_token_embedding, use_shared_classifier: one table for all depths, or one for each.
       use_shared_codebook: whether the tokenizer has one codebook or one per depth.
-      use_attention_bias, use_mlp_bias, gelu ("exact" or "sigmoid"): of all blocks.
+      use_attention_bias, use_mlp_bias, gelu ("exact", "sigmoid"): of all blocks. depth_gelu: of those of depth_layers.
       embedding_dropout, attention_dropout, residual_dropout: in [0, 1).
       use_null_cond: one more condition token, `cond_vocab_size`, that stands for "no condition" (guidance).
       use_flash_attention: fused attention where all positions are known (cuDNN in bfloat16 on a GPU, else XLA's own
@@ -72,6 +72,7 @@ class RQTransformer(nn.Module):
     use_attention_bias: bool = True
     use_mlp_bias: bool = True
     gelu: str = "exact"
+    depth_gelu: str | None = None
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     residual_dropout: float = 0.1
@@ -83,9 +84,8 @@ class RQTransformer(nn.Module):
     def setup(self):
         self.check()
         (h, w, D), M, E, K = self.code_shape, self.model_dim, self.code_dim, max(self.codebook_sizes)
-        zeros = nn.initializers.zeros
-        tokens = self.cond_vocab_size + self.use_null_cond
-        self.cond_embedding_VM = self.param("cond_embedding_VM", attention.init_weight, (tokens, M))
+        zeros, V = nn.initializers.zeros, self.cond_vocab_size
+        self.cond_embedding_VM = self.param("cond_embedding_VM", attention.init_weight, (V + self.use_null_cond, M))
         self.cond_position_UM = self.param("cond_position_UM", attention.init_weight, (self.cond_length, M))
         self.position_TM = self.param("position_TM", attention.init_weight, (h * w, M))
         self.depth_position_DM = self.param("depth_position_DM", attention.init_weight, (D, M))
@@ -110,7 +110,7 @@ class RQTransformer(nn.Module):
             use_flash_attention=self.use_flash_attention,
             dtype=self._dtype,
         )
-        depth_block = dataclasses.replace(block, num_heads=self._depth_heads)
+        depth_block = dataclasses.replace(block, num_heads=self._depth_heads, gelu=self.depth_gelu or self.gelu)
         self.embedding_drop = nn.Dropout(self.embedding_dropout)
         self.spatial_stack = Stack(self.spatial_layers, block, self.use_remat)
         self.depth_stack = Stack(self.depth_layers, depth_block, self.use_remat)
@@ -120,9 +120,8 @@ class RQTransformer(nn.Module):
         self.classifier_bias = self.param(f"classifier_bias_{suffix}K", zeros, (*per_depth, K))
         if self.cond_length > 1:
             self.cond_classifier_norm = LayerNorm(self._dtype)
-            shape = M, self.cond_vocab_size
-            self.cond_classifier_MV = attention.stored_weight(self, "cond_classifier_MV", shape, self._dtype)
-            self.cond_classifier_bias_V = self.param("cond_classifier_bias_V", zeros, (self.cond_vocab_size,))
+            self.cond_classifier_MV = attention.stored_weight(self, "cond_classifier_MV", (M, V), self._dtype)
+            self.cond_classifier_bias_V = self.param("cond_classifier_bias_V", zeros, (V,))
 
     # --- the forward pass ---
 
@@ -369,7 +368,8 @@ class RQTransformer(nn.Module):
         checks.divides("model.num_heads", self.num_heads, "model_dim", self.model_dim)
         checks.divides("model.depth_num_heads", self._depth_heads, "model_dim", self.model_dim)
         checks.one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
-        checks.one_of("model.gelu", self.gelu, ("exact", "sigmoid"))
+        for name in ("gelu", "depth_gelu"):
+            checks.one_of(f"model.{name}", getattr(self, name) or self.gelu, ("exact", "sigmoid"))
         for name in ("embedding_dropout", "attention_dropout", "residual_dropout"):
             checks.within(f"model.{name}", getattr(self, name), 0, 1, below=True)
         if self.use_flash_attention and self.attention_dropout:

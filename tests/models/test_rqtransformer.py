@@ -1,5 +1,6 @@
 """The RQ-Transformer: causality, the codebook, every switch, and the cached methods against the forward pass."""
 
+import dataclasses
 import functools
 
 import flax
@@ -217,6 +218,14 @@ def test_every_switch_changes_its_parameters_and_the_output(switch):
     logits = run(other, other_variables, CODES).logits
     assert logits.shape == (B, h, w, D, K) and bool(jnp.isfinite(logits).all())
     assert not np.allclose(logits, run(model, variables, CODES).logits, atol=1e-3)
+
+
+def test_the_depth_stack_may_have_a_gelu_of_its_own():
+    _, variables = build()
+    models = (create("rqtransformer", **BASE, **settings) for settings in ({}, {"depth_gelu": "sigmoid"}))
+    plain, own = (model.bind(variables) for model in models)
+    assert own.spatial_stack.block == plain.spatial_stack.block
+    assert own.depth_stack.block == dataclasses.replace(plain.depth_stack.block, gelu="sigmoid")
 
 
 def test_cumulative_depth_is_the_only_difference_to_single_vectors():

@@ -138,6 +138,7 @@ SETTINGS = {
     "no heads": ({"num_heads": 0}, r"^model.num_heads: 0 does not divide"),
     "dtype": ({"dtype": "half"}, r"^model.dtype: 'half' is unknown; allowed are 'float32' and 'bfloat16'$"),
     "gelu": ({"gelu": "tanh"}, r"^model.gelu: 'tanh' is unknown; allowed are 'exact' and 'sigmoid'$"),
+    "depth_gelu": ({"depth_gelu": "tanh"}, r"^model.depth_gelu: 'tanh' is unknown; allowed are 'exact' and 'sigmoid'$"),
     "flash": (
         {"use_flash_attention": True, "attention_dropout": 0.1},
         r"^model.use_flash_attention: True leaves no room for attention_dropout 0.1; set one of them to 0 or False$",

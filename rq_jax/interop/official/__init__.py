@@ -9,9 +9,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rq_jax.interop.official.checkpoints import Checkpoint, find_kind, unpack
+from rq_jax.interop.official.checkpoints import (
+    Leaf,
+    Weights,
+    find_kind,
+    find_weights,
+    holds_discriminator,
+    leaves_of,
+    name_left_out,
+    pick_weights,
+)
 from rq_jax.interop.official.config import left_out_settings, official_config
-from rq_jax.interop.official.rules import Rule, Table, export_state, import_state
+from rq_jax.interop.official.rules import Rule, Table, export_state, import_state, listed
 from rq_jax.interop.official.settings import (
     Settings,
     discriminator_settings,
@@ -25,17 +34,24 @@ from rq_jax.interop.official.tables import discriminator_table, rqtransformer_ta
 
 __all__ = [
     "KINDS",
-    "Checkpoint",
+    "Leaf",
     "Rule",
     "Table",
+    "Weights",
     "discriminator_settings",
     "discriminator_table",
     "discriminator_variables",
     "find_kind",
+    "find_weights",
     "has_discriminator",
+    "holds_discriminator",
+    "leaves_of",
     "left_out_settings",
+    "listed",
+    "name_left_out",
     "official_config",
     "official_state",
+    "pick_weights",
     "rqtransformer_settings",
     "rqtransformer_table",
     "rqtransformer_variables",
@@ -43,7 +59,6 @@ __all__ = [
     "rqvae_table",
     "rqvae_variables",
     "sample_settings",
-    "unpack",
     "vqgan_settings",
     "vqgan_table",
     "vqgan_variables",

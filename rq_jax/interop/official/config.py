@@ -10,7 +10,7 @@ from rq_jax.interop.official.settings import (
     GELUS,
     RQTRANSFORMER,
     Settings,
-    depth_heads,
+    depth_setting,
     image_shape,
     latent_grid,
 )
@@ -85,11 +85,10 @@ def _rqtransformer_config(settings: Settings, sample: Settings) -> dict[str, Any
     sizes = settings["codebook_size"]
     arch |= {"type": "rq-transformer", "vocab_size": sizes, "input_embed_dim": settings["code_dim"]}
     config["dataset"] = {"vocab_size": sizes}
-    gelu = next(official for official, own in GELUS.items() if own == settings["gelu"])
-    heads = {"body": settings["num_heads"], "head": depth_heads(settings)}
-    for stack, num_heads in heads.items():
+    gelus = {own: official for official, own in GELUS.items()}
+    for stack, value in (("body", settings.get), ("head", lambda name: depth_setting(settings, name))):
         block = {official: settings[name] for name, official, _ in BLOCK}
-        arch[stack]["block"] = {**block, "gelu": gelu, "n_head": num_heads}
+        arch[stack]["block"] = {**block, "gelu": gelus[value("gelu")], "n_head": value("num_heads")}
     names = (("temp", "temperature", 1.0), ("top_k", "top_k", None), ("top_p", "top_p", None))
     config["sampling"] = {official: sample.get(own, default) for official, own, default in names}
     return config

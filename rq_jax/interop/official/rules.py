@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from rq_jax.settings.text import quoted
+
 Shape = tuple[int, ...]
 
 _MOST_NAMED = 20  # of one kind of mistake
@@ -101,15 +103,21 @@ class Table(NamedTuple):
       rules: of all our arrays.
       constants: tensors that follow from the settings; their values are checked.
       unread: tensors that nothing reads: absent or dropped on the way in, written as here on the way out.
+      strangers: beginnings of the names of tensors of other models that may stand beside these.
     """
 
     rules: list[Rule]
     constants: Mapping[str, np.ndarray]
     unread: Mapping[str, np.ndarray] = {}
+    strangers: tuple[str, ...] = ()
 
     def shapes(self) -> dict[str, Shape]:
         """Shape of every array of ours by path."""
         return {rule.path: rule.shape for rule in self.rules}
+
+    def names(self) -> set[str]:
+        """Names of all official tensors."""
+        return {key for rule in self.rules for key in (*rule.keys, *rule.aliases)} | {*self.constants, *self.unread}
 
     def official_shapes(self) -> dict[str, Shape]:
         """Shape of every official tensor that is read, by name."""
@@ -134,7 +142,7 @@ def import_state(state: Mapping[str, Any], table: Table) -> dict[str, Any]:
     """
     problems = _name_problems(state, table)
     wrong = [problem for problem in _value_problems(state, table).values() if problem]
-    problems += [_listed(wrong, "; ")] if wrong else []
+    problems += [listed(wrong, "; ")] if wrong else []
     if problems:
         raise ValueError(f"state dict: does not fit its config: {'; '.join(problems)}; take both from one checkpoint")
     tree: dict[str, Any] = {}
@@ -147,7 +155,7 @@ def import_state(state: Mapping[str, Any], table: Table) -> dict[str, Any]:
         node[name] = rule.read(_watched(state, rule, *suspect.values()))
     for problem, names in suspect.items():
         if names:
-            logger.warning("state dict: %s in %s", problem, _listed(names))
+            logger.warning("state dict: %s in %s", problem, listed(names))
     return tree
 
 
@@ -168,16 +176,17 @@ def export_state(variables: dict[str, Any], table: Table) -> dict[str, np.ndarra
         state |= {alias: tensors[0] for alias in rule.aliases}
     left = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(variables)]
     if left:
-        raise ValueError(f"variables: the original has no place for {_listed(left)}")
+        raise ValueError(f"variables: the original has no place for {listed(left)}")
     return state | dict(table.constants) | dict(table.unread)
 
 
 def _name_problems(state: Mapping[str, Any], table: Table) -> list[str]:
     expected = table.official_shapes()
     missing = [name for name in expected if name not in state]
-    unexpected = [name for name in state if name not in expected and name not in table.unread]
-    kinds = (("missing", missing), ("unexpected", unexpected))
-    return [f"{kind} {_listed(names)}" for kind, names in kinds if names]
+    known = {*expected, *table.unread}
+    unexpected = [quoted(name) for name in state if name not in known and not name.startswith(table.strangers)]
+    kinds = (("unexpected", unexpected), ("missing", missing))  # the first tells the reason
+    return [f"{kind} {listed(names)}" for kind, names in kinds if names]
 
 
 def _value_problems(state: Mapping[str, Any], table: Table) -> dict[str, str]:
@@ -202,9 +211,11 @@ def _value_problems(state: Mapping[str, Any], table: Table) -> dict[str, str]:
 
 
 def _form_problem(name: str, tensor: Any, shape: Shape, kind: type) -> str:
-    if np.shape(tensor) != shape:
-        return f"{name} has shape {np.shape(tensor)} instead of {shape}"
-    dtype = tensor.dtype if hasattr(tensor, "dtype") else np.asarray(tensor).dtype
+    if not hasattr(tensor, "dtype"):
+        return f"{name} is {quoted(tensor)}, which is not read as a tensor"
+    if tensor.shape != shape:
+        return f"{name} has shape {tensor.shape} instead of {shape}"
+    dtype = tensor.dtype
     if not jax.dtypes.issubdtype(dtype, kind):  # knows bfloat16, as NumPy does not
         return f"{name} is of type {dtype} where {'floats' if kind is np.floating else 'integers'} are needed"
     return ""
@@ -236,6 +247,7 @@ def _groups(side: str) -> list[str]:
     return re.findall(r"\([^)]*\)|\S+", side)
 
 
-def _listed(names: list[str], separator: str = ", ") -> str:
+def listed(names: list[str], separator: str = ", ") -> str:
+    """Names for one line of a message, cut after 20."""
     more = len(names) - _MOST_NAMED
     return separator.join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -6,13 +6,15 @@ trainer, or is read by nothing in the released source (`use_padding_idx`, `maske
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-Settings = Mapping[str, Any]
+from rq_jax.interop.official.values import Section, typed
+from rq_jax.settings import checks
+from rq_jax.settings.text import quoted
 
-_MISSING, _NUMBER = object(), (int, float)
+Settings = Mapping[str, Any]
 
 # Our name, official name, default; without a default the official config must have it.
 CODER = (
@@ -52,7 +54,6 @@ RQTRANSFORMER = (
 BLOCK = (
     ("use_attention_bias", "attn_bias", True),
     ("use_mlp_bias", "mlp_bias", True),
-    ("gelu", "gelu", "v1"),
     ("attention_dropout", "attn_pdrop", 0.0),
     ("residual_dropout", "resid_pdrop", 0.1),
 )
@@ -91,10 +92,9 @@ def rqvae_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     arch = _arch(config, "rq-vae")
     _check_fixed(arch, _FIXED)
     settings = arch.read((*CODER, *BOTTLENECK))
-    settings["codebook_size"] = _one_if_equal(settings["codebook_size"])
-    latent_dim, latent_shape = arch.get("hparams.embed_dim", 64), arch.get("hparams.latent_shape")
-    for name, value in (("latent_shape", latent_shape), ("code_shape", settings["code_shape"])):
-        _check_shape(f"arch.hparams.{name}", value)
+    settings["codebook_size"] = _one_if_equal("arch.hparams.n_embed", settings["codebook_size"], settings)
+    latent = arch.read((("latent_dim", "hparams.embed_dim", 64), ("latent_shape", "hparams.latent_shape")))
+    latent_dim, latent_shape = latent.values()
     if latent_shape[-1] != latent_dim:
         raise ValueError(f"arch.hparams.latent_shape: {latent_shape} must end in embed_dim, {latent_dim}")
     (H, W, _), (h, w, _) = latent_shape, settings["code_shape"]
@@ -114,15 +114,15 @@ def vqgan_settings(config: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: another class than VQModel, a missing key, or a structure that we do not have.
     """
     target = str(config["model"].get("target") or "VQModel")
-    if target.split(".")[-1] != "VQModel":
-        raise ValueError(f"model.target: '{target}' has another quantizer or another use; allowed is VQModel")
-    params = _Section(config["model"].get("params"), "model.params.")
+    if target.rpartition(".")[2] != "VQModel":
+        raise ValueError(f"model.target: {quoted(target)} has another quantizer or another use; allowed is VQModel")
+    params = Section(config["model"].get("params"), "model.params.")
     _check_fixed(params, _VQGAN_FIXED)
     settings = params.read((("codebook_size", "n_embed"), ("code_dim", "embed_dim"), *CODER))
     settings |= {"use_shared_codebook": True, "use_restart": False}
-    side = params.read((("image_size", "ddconfig.resolution"),))["image_size"] // downsampling(settings)
-    settings |= _image_settings(params, settings, (side, side))
-    return {**settings, "code_shape": (side, side, 1)}
+    side = params.read((("resolution", "ddconfig.resolution"),))["resolution"] // downsampling(settings)
+    settings |= _image_settings(params, settings, (side, side)) | {"code_shape": (side, side, 1)}
+    return settings | {"codebook_size": _one_if_equal("model.params.n_embed", settings["codebook_size"], settings)}
 
 
 def rqtransformer_settings(config: Mapping[str, Any], tokenizer: Settings | None = None) -> dict[str, Any]:
@@ -139,12 +139,11 @@ def rqtransformer_settings(config: Mapping[str, Any], tokenizer: Settings | None
     """
     arch = _arch(config, "rq-transformer")
     settings = arch.read(RQTRANSFORMER)
-    _check_shape("arch.block_size", settings["code_shape"])
-    sizes = arch.get("vocab_size", None) or _Section(config).get("dataset.vocab_size", None)
+    sizes = arch.get("vocab_size", None) or Section(config).get("dataset.vocab_size", None)
     if sizes is None:
         raise ValueError("arch.vocab_size: missing, like dataset.vocab_size; set it to the size of the codebook")
-    _check_kind("arch.vocab_size", "codebook_size", sizes)
-    settings["codebook_size"] = _one_if_equal(sizes)
+    sizes = typed("arch.vocab_size", "codebook_size", sizes)
+    settings["codebook_size"] = _one_if_equal("arch.vocab_size", sizes, settings)
     if isinstance(settings["codebook_size"], tuple):
         settings["use_shared_codebook"] = False
     settings |= arch.read((("code_dim", "input_embed_dim", *_default_code_dim(settings)),))
@@ -164,15 +163,15 @@ def discriminator_settings(config: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: a key is missing.
     """
     if is_vqgan(config):
-        params = _Section(config).get("model.params.lossconfig.params", {})
-        return _Section(params, "model.params.lossconfig.params.").read(_VQGAN_DISCRIMINATOR)
+        params = Section(config).get("model.params.lossconfig.params", {})
+        return Section(params, "model.params.lossconfig.params.").read(_VQGAN_DISCRIMINATOR)
     section = discriminator_section(config)
-    return _Section(config if section is None else section, "gan.disc.arch.").read(DISCRIMINATOR)
+    return Section(config if section is None else section, "gan.disc.arch.").read(DISCRIMINATOR)
 
 
 def discriminator_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The section of an official config that describes the discriminator, or None."""
-    return _Section(config).get("gan.disc.arch", None)
+    return Section(config).get("gan.disc.arch", None)
 
 
 def has_discriminator(config: Mapping[str, Any]) -> bool:
@@ -187,12 +186,13 @@ def is_vqgan(config: Mapping[str, Any]) -> bool:
 
 def sample_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords of `sampling.generate` for sampling as the original does, as far as an official config gives them."""
-    get = _Section(config).get
-    settings = {"temperature": get("sampling.temp", None)}
-    for name in ("top_k", "top_p"):
-        value = get(f"sampling.{name}", get(f"experiment.sample.{name}", None))
-        settings[name] = value[0] if isinstance(value, tuple) and len(value) == 1 else value
-    return {name: value for name, value in settings.items() if value is not None}
+    get, settings = Section(config).get, {}
+    for name, official in (("temperature", "temp"), ("top_k", "top_k"), ("top_p", "top_p")):
+        value = get(f"sampling.{official}", get(f"experiment.sample.{official}", None))
+        if value is not None:
+            value = typed(f"sampling.{official}", name, value)
+            settings[name] = value[0] if isinstance(value, tuple) and len(value) == 1 else value
+    return settings
 
 
 # --- what both directions and the tables of tensors need ----------------------------------------------------
@@ -216,9 +216,9 @@ def codebook_sizes(settings: Settings) -> tuple[int, ...]:
     return (sizes,) * depth if isinstance(sizes, int) else tuple(sizes)
 
 
-def depth_heads(settings: Settings) -> int:
-    """Heads of the depth stack."""
-    return settings.get("depth_num_heads") or settings["num_heads"]
+def depth_setting(settings: Settings, name: str) -> Any:
+    """Value of the depth stack for what it may have of its own: "num_heads", "gelu"."""
+    return settings.get(f"depth_{name}") or settings[name]
 
 
 def downsampling(settings: Settings) -> int:
@@ -229,82 +229,39 @@ def downsampling(settings: Settings) -> int:
 # --- inner pieces -------------------------------------------------------------------------------------------
 
 
-class _Section(NamedTuple):
-    """A section of an official config; `get` and `read` give tuples for lists, and None is absent, as there."""
-
-    values: Any
-    prefix: str = ""
-
-    def get(self, name: str, default: Any = _MISSING) -> Any:
-        """The value under a dotted name; without a default it must be there."""
-        value = self.values
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, Mapping) else None
-        if value is None and default is _MISSING:
-            raise ValueError(f"{self.prefix}{name}: missing; take the config that came with the checkpoint")
-        value = default if value is None else value
-        return tuple(value) if isinstance(value, list) else value
-
-    def read(self, rows: tuple[tuple, ...]) -> dict[str, Any]:
-        """Settings of ours from the rows of a table."""
-        settings = {}
-        for name, *official in rows:
-            settings[name] = self.get(*official)
-            _check_kind(f"{self.prefix}{official[0]}", name, settings[name])
-        return settings
-
-
-def _check_kind(official: str, name: str, value: Any) -> None:
-    """The type of a value is that of our setting; a list gives one value per depth or level."""
-    kind = bool if name.startswith("use_") else _NUMBER if name.endswith(("dropout", "decay")) else int
-    parts = value if isinstance(value, tuple) else (value,)
-    fits = all(isinstance(part, kind) and isinstance(part, bool) == (kind is bool) for part in parts)
-    needs_list = name in ("code_shape", "width_multipliers")
-    if not fits or (needs_list and not isinstance(value, tuple)):
-        expected = "list of integers" if needs_list else {bool: "true or false", int: "integer"}.get(kind, "number")
-        raise ValueError(f"{official}: {value!r} is no {expected}")
-
-
-def _arch(config: Mapping[str, Any], kind: str) -> _Section:
-    arch = _Section(config).get("arch", config)
-    actual = str(_Section(arch).get("type", kind)).lower()
+def _arch(config: Mapping[str, Any], kind: str) -> Section:
+    arch = Section(config).get("arch", config)
+    actual = str(Section(arch).get("type", kind)).lower()
     if actual != kind:
-        raise ValueError(f"arch.type: '{actual}' is another model; a config of '{kind}' is needed here")
-    return _Section(arch, "arch.")
+        raise ValueError(f"arch.type: {quoted(actual)} is another model; a config of '{kind}' is needed here")
+    return Section(arch, "arch.")
 
 
-def _check_fixed(section: _Section, rows: tuple[tuple[str, Any], ...]) -> None:
+def _check_fixed(section: Section, rows: tuple[tuple[str, Any], ...]) -> None:
     for name, only in rows:
-        if section.get(name, only) != only:
-            raise ValueError(f"{section.prefix}{name}: '{section.get(name)}' is not supported; allowed is '{only}'")
+        if (value := section.get(name, only)) != only:
+            raise ValueError(f"{section.prefix}{name}: {quoted(value)} is not supported; allowed is '{only}'")
 
 
-def _check_shape(name: str, value: Any) -> None:
-    integers = isinstance(value, tuple) and all(isinstance(n, int) and n > 0 for n in value)
-    if not integers or len(value) != 3:
-        raise ValueError(f"{name}: {value} must be three positive integers")
-
-
-def _one_if_equal(sizes: Any) -> Any:
+def _one_if_equal(official: str, sizes: Any, settings: Settings) -> Any:
+    checks.one_per_depth(official, sizes, settings["code_shape"][-1])
     return sizes[0] if isinstance(sizes, tuple) and len(set(sizes)) == 1 else sizes
 
 
-def _image_settings(section: _Section, settings: Settings, grid: tuple[int, int]) -> dict[str, Any]:
+def _image_settings(section: Section, settings: Settings, grid: tuple[int, int]) -> dict[str, Any]:
     """Image size and the levels with attention.
 
     The image size follows from the latent grid. The original places attention by the fraction of `resolution` that a
     level has, whatever the image size; ours goes by the height of the level.
     """
     factor, prefix = downsampling(settings), f"{section.prefix}ddconfig."
-    names = ("resolution", "out_ch", "attn_resolutions")
-    resolution, out_channels, chosen = (section.get(f"ddconfig.{name}") for name in names)
-    if not isinstance(resolution, int) or resolution < 1 or resolution % factor:
+    rows = (("out_channels", "out_ch"), ("resolution", "resolution"), ("resolutions", "attn_resolutions"))
+    out_channels, resolution, chosen = section.read(tuple((name, f"ddconfig.{row}") for name, row in rows)).values()
+    if resolution % factor:
         raise ValueError(f"{prefix}resolution: {resolution} must be a positive multiple of {factor}")
     if out_channels != settings["in_channels"]:
         raise ValueError(f"{prefix}out_ch: {out_channels} must be in_channels, {settings['in_channels']}")
     H, W = (factor * n for n in grid)
-    if not isinstance(chosen, tuple):
-        raise ValueError(f"{prefix}attn_resolutions: {chosen!r} is no list of integers")
     levels = range(len(settings["width_multipliers"]))
     heights = tuple(H // 2**level for level in levels if resolution // 2**level in chosen)
     return {"image_size": H if H == W else (H, W), "attention_resolutions": heights}
@@ -316,29 +273,32 @@ def _default_code_dim(settings: Settings) -> tuple[int, ...]:
     return () if reads_codebook else (settings["model_dim"],)
 
 
-def _block_settings(arch: _Section, settings: Settings) -> dict[str, Any]:
+def _block_settings(arch: Section, settings: Settings) -> dict[str, Any]:
     """Settings of the blocks of both stacks, of which those without layers do not count."""
     stacks = [name for name, ours in (("body", "spatial"), ("head", "depth")) if settings[f"{ours}_layers"]]
-    blocks, heads = {}, {stack: arch.get(f"{stack}.block.n_head") for stack in stacks}
-    for stack in stacks:
-        if arch.get(f"{stack}.block.embed_dim", settings["model_dim"]) != settings["model_dim"]:
-            width = arch.get(f"{stack}.block.embed_dim")
-            raise ValueError(f"arch.{stack}.block.embed_dim: {width} must be arch.embed_dim, {settings['model_dim']}")
-    for name, official, default in BLOCK:
-        values = [arch.get(f"{stack}.block.{official}", default) for stack in stacks]
-        if len(set(values)) > 1:
+    blocks = {stack: _read_block(arch, stack, settings["model_dim"]) for stack in stacks}
+    first = blocks[stacks[0]] if stacks else {"num_heads": 1, "gelu": "exact"} | {row[0]: row[2] for row in BLOCK}
+    last = blocks[stacks[-1]] if stacks else first
+    for name, official, _ in BLOCK:
+        if first[name] != last[name]:
             raise ValueError(
-                f"arch.head.block.{official}: {values[1]} must equal the {values[0]} of arch.body.block, ours has one "
-                "for both; where it is a rate of dropout, set them equal, only training is another"
+                f"arch.head.block.{official}: {last[name]} must equal the {first[name]} of arch.body.block, ours has "
+                "one for both; where it is a rate of dropout, set them equal, only training is another"
             )
-        blocks[name] = values[0] if values else default
-    if blocks["gelu"] not in GELUS:
-        raise ValueError(f"arch.body.block.gelu: '{blocks['gelu']}' is unknown; allowed are 'v1' and 'v2'")
-    blocks["gelu"] = GELUS[blocks["gelu"]]
-    blocks["num_heads"] = heads.get("body", heads.get("head", 1))
-    if "head" in heads and heads["head"] != blocks["num_heads"]:
-        blocks["depth_num_heads"] = heads["head"]
-    return blocks
+    own = {f"depth_{name}": last[name] for name in ("num_heads", "gelu") if last[name] != first[name]}
+    return {**first, **own}
+
+
+def _read_block(arch: Section, stack: str, model_dim: int) -> dict[str, Any]:
+    """Settings of the blocks of one stack."""
+    rows = (("width", "embed_dim", model_dim), ("num_heads", "n_head"), *BLOCK)
+    block = arch.read(tuple((name, f"{stack}.block.{official}", *default) for name, official, *default in rows))
+    if (width := block.pop("width")) != model_dim:
+        raise ValueError(f"arch.{stack}.block.embed_dim: {width} must be arch.embed_dim, {model_dim}")
+    gelu = arch.get(f"{stack}.block.gelu", "v1")
+    if not isinstance(gelu, str) or gelu not in GELUS:
+        raise ValueError(f"arch.{stack}.block.gelu: {quoted(gelu)} is unknown; allowed are 'v1' and 'v2'")
+    return {**block, "gelu": GELUS[gelu]}
 
 
 def _with_tokenizer(settings: dict[str, Any], tokenizer: Settings) -> dict[str, Any]:

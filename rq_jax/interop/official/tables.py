@@ -9,7 +9,7 @@ from rq_jax.interop.official.rules import Rule, Table
 from rq_jax.interop.official.settings import (
     Settings,
     codebook_sizes,
-    depth_heads,
+    depth_setting,
     image_shape,
     latent_grid,
     token_offsets,
@@ -46,7 +46,8 @@ def vqgan_table(settings: Settings) -> Table:
     """The table of a VQGAN; settings from `vqgan_settings`."""
     sizes = {"K": settings["codebook_size"], "E": settings["code_dim"]}
     codebook = Rule("codebook/codebook_KE", ("quantize.embedding.weight",), "1 K E -> K E", sizes)
-    return Table([*_autoencoder(settings), codebook], {})
+    # Its state dict holds its losses too, and colours that paint segmentations for the log.
+    return Table([*_autoencoder(settings), codebook], {}, strangers=("loss.", "colorize"))
 
 
 def _autoencoder(settings: Settings) -> list[Rule]:
@@ -193,7 +194,7 @@ def rqtransformer_table(settings: Settings) -> Table:
     sizes["P"] = max(codes) if settings["use_shared_token_embedding"] else sum(codes)
     rows = [row for part, *row in _RQTRANSFORMER if has[part]]
     rules = [Rule(f"params/{name}", (key,), pattern, sizes) for name, key, pattern in rows]
-    heads = {"spatial": settings["num_heads"], "depth": depth_heads(settings)}
+    heads = {"spatial": settings["num_heads"], "depth": depth_setting(settings, "num_heads")}
     for ours, official in (("spatial", "body"), ("depth", "head")):
         layers = range(settings[f"{ours}_layers"])
         stack_sizes = {**sizes, "L": len(layers), "N": heads[ours], "A": M // heads[ours]}

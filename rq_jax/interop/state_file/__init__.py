@@ -1,21 +1,25 @@
 """Readers of foreign weights and configs that never run anything in them.
 
-`read_state` reads PyTorch's two formats, .npz and .safetensors; `read_config` reads YAML and JSON.
+`read_state` reads PyTorch's two formats, .npz and .safetensors, whole or in shards; `read_config` YAML and JSON.
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
+from rq_jax.files import local_path
 from rq_jax.interop.state_file.array_files import read_npz, read_safetensors, safetensors_header_size
 from rq_jax.interop.state_file.config import read_config
 from rq_jax.interop.state_file.files import Invalid, StateFileError, find_file
+from rq_jax.interop.state_file.pickle_names import Opaque
+from rq_jax.interop.state_file.shards import INDEX, find_index, read_shards
 from rq_jax.interop.state_file.tensor import Tensor
 from rq_jax.interop.state_file.torch_files import read_torch_stream, read_torch_zip
 from rq_jax.interop.state_file.zip_members import read_members
 
-__all__ = ["StateFileError", "Tensor", "read_config", "read_state"]
+__all__ = ["Opaque", "StateFileError", "Tensor", "read_config", "read_state"]
 
-_EXPECTED = "a file by torch.save, an .npz or a .safetensors"
+_EXPECTED = "a file by torch.save, an .npz, a .safetensors or the index of several"
 # Other files that people give, by the place and the bytes of their magic number.
 _OTHER_KINDS = (
     (0, b"\x93NUMPY", "a single .npy array; save its arrays by name with np.savez"),
@@ -30,20 +34,29 @@ _OTHER_KINDS = (
 def read_state(path: str | os.PathLike[str]) -> Any:
     """Reads a file of weights, with a `Tensor` for every array; the format is detected by content, not by suffix.
 
-    Objects of any other class are refused wherever they stand, such as the callbacks in checkpoints by Lightning:
-    load such a file once where you trust it, and torch.save its state_dict alone. Ordered and default dicts become
-    dicts, a torch.Size a tuple, types and devices their names; parameters and tensors look alike.
+    An object of any other class, such as the callbacks in checkpoints by Lightning, is `Opaque` wherever it stands: its
+    class is named, and never imported or run, and its parts are dropped, tensors too. Ordered and default dicts become
+    dicts; parameters and tensors look alike.
 
     Args:
-      path: of a file by torch.save (zip or the older pickle stream), an .npz or a .safetensors.
+      path: of a file by torch.save (zip or the older pickle stream), an .npz or a .safetensors; of an index of several
+        (*.index.json), which lie beside it, or the directory of one.
 
     Returns:
-      Nested dicts, lists, tuples, numbers, strings and None with `Tensor` leaves; a dict for .npz and .safetensors.
+      Nested dicts, lists, tuples, numbers, strings and None with `Tensor` and `Opaque` leaves; a dict of tensors for
+      .npz and .safetensors.
 
     Raises:
       FileNotFoundError: nothing is there.
-      StateFileError: anything else is wrong, or the file holds anything else.
+      StateFileError: anything else is wrong, or the file is of another kind.
     """
+    path = local_path(path)
+    if path.is_dir():
+        path = find_index(path)
+    return read_shards(path, _read_file) if path.name.endswith(INDEX) else _read_file(path)
+
+
+def _read_file(path: Path) -> Any:
     source = find_file(path, _EXPECTED)
     with source.open() as reader:
         start = reader.read(0, min(source.size, 512))

@@ -1,7 +1,6 @@
 """.npz: a zip of .npy arrays, by NumPy.   .safetensors: a JSON header, then the bytes of all tensors in a row."""
 
 import io
-import json
 import math
 import re
 import warnings
@@ -9,11 +8,13 @@ import zipfile
 
 import numpy as np
 
+from rq_jax.files import parse_json
 from rq_jax.interop.state_file.files import DAMAGED, Invalid, Reader, one_line
 from rq_jax.interop.state_file.tensor import Storage, Tensor, find_dtype
 from rq_jax.interop.state_file.zip_members import locate
+from rq_jax.settings.text import quoted
 
-_MAX_NPY_HEADER = 10_000  # NumPy's own limit
+_MAX_NPY_HEADER = 1000  # NumPy writes 128 bytes; the parser takes long where text is not what it expects
 # Version 3 differs in the names of fields alone, and arrays with fields are not read.
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _NPY_DTYPE = re.compile(r"[<>|=](b1|[iu][1248]|f[248]|c(8|16))")
@@ -42,7 +43,7 @@ def read_npz(reader: Reader, members: dict[str, zipfile.ZipInfo]) -> dict[str, T
         raise Invalid(f"packs {nbytes} bytes into {size}; at most {_MAX_RATIO} to one is read; save it with np.savez")
     for name in members:
         if not name.endswith(".npy"):
-            raise Invalid(f"is a zip that holds {name!r}; one by torch.save holds data.pkl, an .npz only .npy")
+            raise Invalid(f"is a zip that holds {quoted(name)}; one by torch.save holds data.pkl, an .npz only .npy")
     with warnings.catch_warnings(action="ignore"):  # of headers by Python 2
         return {name.removesuffix(".npy"): _read_npy(reader, info) for name, info in members.items()}
 
@@ -54,16 +55,16 @@ def _read_npy(reader: Reader, info: zipfile.ZipInfo) -> Tensor:
     try:
         shape, is_fortran, dtype = _NPY_HEADERS[np.lib.format.read_magic(header)](header)
     except Exception as error:  # the parsers behind it raise many kinds
-        raise Invalid(f"holds {name!r}, which is no array of NumPy ({one_line(error)}); {DAMAGED}") from None
+        raise Invalid(f"holds {quoted(name)}, which is no array of NumPy ({one_line(error)}); {DAMAGED}") from None
     if not _NPY_DTYPE.fullmatch(dtype.str):
         raise Invalid(
-            f"holds {name!r} of type {dtype.str[:40]!r}; allowed are bool, int, uint, float and complex; save it as "
-            "one of these (bfloat16 as float32)"
+            f"holds {quoted(name)} of type {quoted(dtype.str)}; allowed are bool, int, uint, float and complex; save "
+            "it as one of these (bfloat16 as float32)"
         )
     strides = tuple(math.prod(shape[:axis]) for axis in range(len(shape))) if is_fortran else None
     nbytes = info.file_size - header.tell()
     if math.prod(shape) * dtype.itemsize != nbytes:
-        raise Invalid(f"holds {name!r} of shape {shape} in {nbytes} bytes; {DAMAGED}")
+        raise Invalid(f"holds {quoted(name)} of shape {quoted(shape)} in {nbytes} bytes; {DAMAGED}")
     return Tensor(storage, dtype, shape, strides, header.tell())
 
 
@@ -92,16 +93,15 @@ def read_safetensors(reader: Reader, header_size: int) -> dict[str, Tensor]:
     try:
         with safe_open(reader.file.path, framework="numpy"):
             pass  # checks the header; its tensors would keep the file open and mapped, and lack types in NumPy
-    except SafetensorError as error:
+        header = parse_json(reader.read(8, header_size), "its header")
+    except (SafetensorError, ValueError) as error:
         raise Invalid(f"is no valid .safetensors ({one_line(error)}); {DAMAGED}") from None
-    header = json.loads(reader.read(8, header_size))
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise Invalid(
-                f"holds a tensor {name[:80]!r} of type {entry['dtype']!r}; allowed are {', '.join(_SAFETENSORS_DTYPES)}"
-            )
+            allowed = ", ".join(_SAFETENSORS_DTYPES)
+            raise Invalid(f"holds a tensor {quoted(name)} of type {quoted(entry['dtype'])}; allowed are {allowed}")
         start, stop = entry["data_offsets"]
         storage = Storage(reader.file, name, stop - start, 8 + header_size + start)
         tensors[name] = Tensor(storage, find_dtype(_SAFETENSORS_DTYPES[entry["dtype"]]), tuple(entry["shape"]))

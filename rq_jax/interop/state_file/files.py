@@ -9,6 +9,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from rq_jax.files import local_path
+from rq_jax.settings.text import quoted
+
 # The end of many messages.
 DAMAGED = "copy or download it again"
 
@@ -22,8 +25,8 @@ class Invalid(Exception):
 
 
 def one_line(error: Exception) -> str:
-    """The beginning of the message of a library's error."""
-    return " ".join(str(error).split())[:200]
+    """The message of a library's error, which may quote the file."""
+    return quoted(" ".join(str(error).split()), 200)
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,9 @@ def find_file(path: str | os.PathLike[str], expected: str) -> File:
       FileNotFoundError: nothing is there.
       StateFileError: something else is there.
     """
-    name = os.fspath(path)
+    name, path = os.fspath(path), local_path(path)
     try:
-        status = os.stat(name)
+        status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"'{name}' does not exist; give {expected}") from None
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
@@ -102,4 +105,4 @@ def find_file(path: str | os.PathLike[str], expected: str) -> File:
         raise StateFileError(f"'{name}': is {kind}; give {expected}")
     if not status.st_size:
         raise StateFileError(f"'{name}': is empty; give {expected}")
-    return File(name, os.path.abspath(name), status.st_size, status.st_mtime_ns)
+    return File(name, os.path.abspath(path), status.st_size, status.st_mtime_ns)

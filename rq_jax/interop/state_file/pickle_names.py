@@ -1,53 +1,59 @@
-"""The names that a pickle may use: torch's functions that rebuild tensors, dicts, numbers, types.
+"""The names that a pickle may call: torch's functions that rebuild tensors, and the dicts that hold them.
 
-Each stands in a table under its full name, with a function of ours that does the same to our tensors. The functions
-check the arguments that they use, touch no attribute, copy no more than the machine has counted, and return None for
-what torch.save does not write.
+Each stands in a table under its module and name, with a function of ours that does the same to our tensors. The
+functions check the arguments that they use, touch no attribute, copy no more than the machine has counted, and return
+None for what torch.save does not write. Every other name stands for an `Opaque` value, and is never looked up.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from rq_jax.interop.state_file.files import Invalid
-from rq_jax.interop.state_file.tensor import DTYPES, Tensor, find_dtype
+from rq_jax.interop.state_file.tensor import Tensor, find_dtype
 
 ALLOWED = "only tensors, numbers, strings, lists and dicts are read; save the state_dict alone"
 Args = tuple[Any, ...]
+_LONGEST = 200  # the table has shorter names only; more is never copied
 
 
-@dataclass(frozen=True)
-class Name:
-    """A name of the table: `call` makes a value from arguments; None if it may only be named."""
+@dataclass(frozen=True, eq=False)
+class Opaque:
+    """A value of a class that is not read: its name is all that is left of it, its parts are dropped."""
 
     name: str
-    call: Callable[[Args], Any] | None
+
+    def __str__(self) -> str:
+        return self.name
 
 
-@dataclass(frozen=True)
-class StorageType:
-    """torch.FloatStorage and the like: the type of the elements, by name."""
+@dataclass(frozen=True, eq=False)
+class Function(Opaque):
+    """A name of the table: `call` makes a value from arguments."""
 
-    dtype: str
+    call: Callable[[Args], Any]
 
 
-@dataclass
-class NumberType:
-    """numpy.dtype of one number; its byte order is an attribute that is set later."""
+def find(module: str, name: str) -> Opaque:
+    """The stand-in for module.name, which is looked up in the table and nowhere else."""
+    full = f"{module[:_LONGEST]}.{name[:_LONGEST]}"
+    if len(module) + len(name) > _LONGEST or (module, name) not in _CALLS:
+        return Opaque(full)
+    return Function(full, _CALLS[module, name])
 
-    code: str
-    order: str = "="
+
+def storage_dtype(kind: Opaque) -> str | None:
+    """The type of the elements of torch.FloatStorage and the like, by name."""
+    module, _, name = kind.name.rpartition(".")
+    is_storage = module in ("torch", "torch.storage") and name.endswith("Storage")
+    return _STORAGES.get(name.removesuffix("Storage")) if is_storage else None
 
 
 def set_item(target: dict[Any, Any], key: Any, value: Any) -> None:
-    """`target[key] = value`."""
+    """`target[key] = value`, with an `Opaque` key for what is no str, int, float, bool or None."""
     # Of all other keys one can make millions that fall together in a dict, which then takes hours.
-    if type(key) not in (str, bool, float, type(None)) and not (type(key) is int and abs(key) < 1 << 60):
-        raise Invalid(f"holds a dict with a {type(key).__name__} as a key; allowed are str, int, float, bool and None")
-    target[key] = value
+    is_plain = type(key) in (str, bool, float, type(None)) or type(key) is int and abs(key) < 1 << 60
+    target[key if is_plain or isinstance(key, Opaque) else Opaque(type(key).__name__)] = value
 
 
 def _tensor(args: Args) -> Tensor | None:
@@ -57,9 +63,8 @@ def _tensor(args: Args) -> Tensor | None:
             dtype = storage.dtype
             # After requires_grad and hooks: the type in version 3, then flags.
             for extra in rest[2:]:
-                if isinstance(extra, str):
-                    name = extra.removeprefix("torch.")
-                    dtype = find_dtype(_ALIASES.get(name, name))
+                if isinstance(extra, Opaque):
+                    dtype = find_dtype(extra.name.removeprefix("torch."))
                 elif extra is not None and (type(extra) is not dict or any(x is not False for x in extra.values())):
                     raise Invalid(
                         "holds a tensor whose conjugation or negation is put off; save it after resolve_conj()"
@@ -67,106 +72,44 @@ def _tensor(args: Args) -> Tensor | None:
             return storage.view(dtype, shape, strides, offset)
 
 
-def _parameter(args: Args) -> Tensor | None:
-    match args:
-        case (Tensor() as tensor, _, _) | (Tensor() as tensor, _, _, _):  # requires_grad, hooks, attributes set by hand
+def _parameter(args: Args) -> Tensor | Opaque | None:
+    match args:  # requires_grad, hooks, attributes set by hand
+        case (Tensor() | Opaque() as tensor, _, _) | (Tensor() | Opaque() as tensor, _, _, _):
             return tensor
 
 
-def _tensor_with_attributes(args: Args) -> Tensor | None:
+def _tensor_with_attributes(args: Args) -> Tensor | Opaque | None:
     match args:
-        case (Name(call=call), Name(name="torch.Tensor" | "torch.nn.parameter.Parameter"), tuple(inner), _):
+        case (Function(call=call), Opaque(name="torch.Tensor" | "torch.nn.parameter.Parameter"), tuple(inner), _):
             return call(inner) if call in (_tensor, _parameter) else None
+        case (Opaque(), Opaque() as kind, tuple(), _):  # a subclass of torch.Tensor, or one that is built otherwise
+            return kind
 
 
 def _dict(args: Args) -> dict[Any, Any] | None:
-    """OrderedDict, Counter and defaultdict; the items follow, or are given as Python 2 did."""
+    """OrderedDict and defaultdict; the items follow, or are given as Python 2 did."""
     match args:
-        case () | (Name(call=None),):
+        case () | (Opaque(),):
             return {}
-        case (dict(items),):
-            return dict(items)
         case (list(pairs),) if all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
-            items = {}
+            items: dict[Any, Any] = {}
             for key, value in pairs:
                 set_item(items, key, value)
             return items
 
 
-def _size(args: Args) -> tuple[int, ...] | None:
-    match args:
-        case (tuple(sizes),) if len(sizes) <= 32 and all(type(n) is int for n in sizes):
-            return sizes
-
-
-def _device(args: Args) -> str | None:
-    match args:
-        case (str(kind), *index) if len(kind) < 20 and all(type(n) is int for n in index):
-            return ":".join(map(str, (kind, *index)))
-
-
-def _number_type(args: Args) -> NumberType | None:
-    match args:
-        case (str(code), *_) if re.fullmatch(r"b1|[iu][1248]|f[248]|c(8|16)", code):
-            return NumberType(code)
-
-
-def _number(args: Args) -> Any:
-    match args:
-        case (NumberType(code=code, order=order), bytes(data)) if len(data) == np.dtype(code).itemsize:
-            return np.frombuffer(data, order + code)[0].item()
-
-
-def _encode(args: Args) -> bytes | None:
-    """bytes, as protocol 2 writes them; text that is not Latin-1 is a ValueError."""
-    match args:
-        case (str(text), "latin1" | "latin-1"):
-            return text.encode("latin-1")
-
-
-# torch's other names of its types.
-_ALIASES = {
-    "double": "float64", "float": "float32", "half": "float16", "long": "int64", "int": "int32", "short": "int16",
-}  # fmt: skip
 _STORAGES = {
     "Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64",
     "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool", "ComplexFloat": "complex64",
     "ComplexDouble": "complex128", "Untyped": "uint8",
 }  # fmt: skip
-_CALLS: dict[str, Callable[[Args], Any] | None] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch._tensor._rebuild_from_type_v2": _tensor_with_attributes,
-    "torch.Tensor": None,
-    "torch.nn.parameter.Parameter": None,
-    "torch.Size": _size,
-    "torch.device": _device,
-    "collections.OrderedDict": _dict,
-    "collections.defaultdict": _dict,
-    "collections.Counter": _dict,
-    "numpy.dtype": _number_type,
-    "numpy.core.multiarray.scalar": _number,
-    "numpy._core.multiarray.scalar": _number,
-    "_codecs.encode": _encode,
-    # Factories of a defaultdict.
-    **dict.fromkeys(
-        f"{module}.{name}" for module in ("__builtin__", "builtins") for name in ("dict", "float", "int", "list")
-    ),
+_CALLS: dict[tuple[str, str], Callable[[Args], Any]] = {
+    ("torch._utils", "_rebuild_tensor"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v2"): _tensor,
+    ("torch._utils", "_rebuild_tensor_v3"): _tensor,
+    ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _tensor_with_attributes,
+    ("collections", "OrderedDict"): _dict,
+    ("collections", "defaultdict"): _dict,
 }
-
-
-def find(module: str, name: str) -> Any:
-    """The stand-in for module.name; both parts are looked up in tables, and nowhere else."""
-    # A dot would make one name out of several pairs.
-    full = f"{module}.{name}" if "." not in name else ""
-    if full in _CALLS:
-        return Name(full, _CALLS[full])
-    kind = name.removesuffix("Storage")
-    if module in ("torch", "torch.storage") and name.endswith("Storage") and kind in _STORAGES:
-        return StorageType(_STORAGES[kind])
-    if module == "torch" and _ALIASES.get(name, name) in DTYPES:
-        return full  # a dtype is its name
-    raise Invalid(f"holds {f'{module}.{name}'[:200]!r}, which is no tensor; {ALLOWED}")

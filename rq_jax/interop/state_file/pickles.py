@@ -1,8 +1,9 @@
 """Pickle machine for files by torch.save, which makes tensors, numbers, strings, lists and dicts only.
 
 The machine knows the opcodes that torch.save writes and refuses all others by name. It calls nothing but the functions
-of the table in `pickle_names`, each of which checks its arguments: a pickle can name nothing else, and what it names is
-never looked up. Opcodes, bytes, depth and size of the result are bounded.
+of the table in `pickle_names`, each of which checks its arguments. Whatever else a pickle names is never looked up: a
+value that would be made with it is `Opaque`, a name without its parts. Opcodes, bytes, depth and size of the result are
+bounded.
 
 `pickletools` decodes the opcodes, and documents them. A `pickle.Unpickler` would not do: whatever its `find_class`
 allows, the memo, the dicts and the calls of a pickle have no bounds.
@@ -15,8 +16,9 @@ from typing import Any
 
 from rq_jax.interop.state_file.files import DAMAGED, Invalid, one_line
 from rq_jax.interop.state_file.limits import check_tree
-from rq_jax.interop.state_file.pickle_names import ALLOWED, Name, NumberType, find, set_item
+from rq_jax.interop.state_file.pickle_names import ALLOWED, Function, Opaque, find, set_item
 from rq_jax.interop.state_file.tensor import Tensor
+from rq_jax.settings.text import quoted
 
 MAX_BYTES = 32 << 20
 _MAX_STEPS = 400_000  # about 20 for each tensor
@@ -38,36 +40,24 @@ def read_pickle(stream: io.BytesIO, file_size: int, load_storage: Callable[[Any]
       load_storage: from a persistent id to its tensor; None if there may be none.
 
     Returns:
-      A tree of dicts, lists, tuples, strings, bytes, numbers, None and tensors, with at most 100 levels and a million
-      nodes.
+      A tree of dicts, lists, tuples, strings, bytes, numbers, None, tensors and `Opaque` values, with at most 100
+      levels and a million nodes.
 
     Raises:
-      Invalid: it holds anything else.
+      Invalid: it is damaged, or cannot be by torch.save.
     """
     value = _Machine(load_storage).run(stream)
-    nbytes = 0  # of tensors, once for each list, tuple or dict around them
-
-    def split(node: Any) -> tuple[int, list[Any]]:
-        nonlocal nbytes
-        inner = []
-        for child in node.values() if type(node) is dict else node:
-            kind = type(child)
-            if kind in _INNER:
-                inner.append(child)
-            elif kind is Tensor:
-                nbytes += child.nbytes
-            elif kind not in _LEAVES:
-                raise Invalid(f"holds {child.name if kind is Name else kind.__name__!r} as a value; {ALLOWED}")
-        return len(node) - len(inner), inner
-
-    check_tree(value, split, _MAX_NODES, _MAX_DEPTH)
+    nbytes = check_tree(value, _split, _MAX_NODES, _MAX_DEPTH)
     if nbytes > max(_ALWAYS_ALLOWED_NBYTES, _MAX_EXPANSION * file_size):
         raise Invalid(f"makes tensors of {nbytes} bytes; at most {_MAX_EXPANSION} times its {file_size} are read")
     return value
 
 
-_INNER = frozenset({dict, list, tuple})
-_LEAVES = frozenset({str, bytes, bool, int, float, complex, type(None)})
+def _split(node: Any) -> tuple[int, int, list[Any]]:
+    """Number of leaves, bytes of the tensors among them, inner nodes."""
+    children = list(node.values()) if type(node) is dict else node
+    inner = [child for child in children if type(child) in (dict, list, tuple)]
+    return len(children) - len(inner), sum([child.nbytes for child in children if type(child) is Tensor]), inner
 
 
 class _Machine:
@@ -127,9 +117,11 @@ class _Machine:
         return [self.stack.pop() for _ in range(count)][::-1]
 
     def top(self, kind: type) -> Any:
-        if type(self.stack[-1]) is not kind:
+        """What is added to; a new one for an opaque value, into which nothing goes."""
+        target = self.stack[-1]
+        if type(target) is not kind and type(target) is not Opaque:
             raise Invalid(f"holds a pickle that adds to what is no {kind.__name__}; {DAMAGED}")
-        return self.stack[-1]
+        return target if type(target) is kind else kind()
 
     def extend(self, values: list[Any]) -> None:
         self.top(list).extend(values)
@@ -139,6 +131,10 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             set_item(target, key, value)
 
+    def add(self, items: list[Any]) -> None:
+        del items  # of a set, which is opaque
+        self.top(Opaque)
+
     def remember(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
 
@@ -147,33 +143,40 @@ class _Machine:
             raise Invalid(_BROKEN)
         self.push(find(module, name))
 
+    def make(self, kind: Any, *parts: Any) -> None:
+        """An object of a class; all of its parts are dropped."""
+        del parts
+        if type(kind) is not Opaque:
+            raise Invalid(f"makes an object of a {_name(kind)}, which is no class; {ALLOWED}")
+        self.push(Opaque(kind.name))  # another one, as a key of a dict
+
     def call(self, function: Any, args: Any) -> None:
-        if not isinstance(function, Name) or function.call is None or type(args) is not tuple or len(args) > _MAX_ARGS:
-            name = function.name if isinstance(function, Name) else type(function).__name__
-            raise Invalid(f"calls {name!r}, which is no function; {ALLOWED}")
+        if type(function) is Opaque:
+            return self.make(function)
+        if type(function) is not Function or type(args) is not tuple or len(args) > _MAX_ARGS:
+            raise Invalid(f"calls a {_name(function)}, which is no function; {ALLOWED}")
         for value in args:  # a function may copy these
             if type(value) in (dict, list, str):
                 self.spend(len(value) // 32 if type(value) is str else len(value))
         value = function.call(args)
         if value is None:
-            raise Invalid(f"calls {function.name!r} as torch.save does not; {ALLOWED}")
+            raise Invalid(f"calls {_name(function)} as torch.save does not; {ALLOWED}")
         self.push(value)
 
     def build(self, state: Any) -> None:
-        """Attributes: those of a dict are dropped (state dicts have _metadata), those of a dtype are its byte order."""
+        """Attributes are dropped; state dicts have _metadata."""
         target = self.stack[-1]
-        match target, state:
-            case (dict(), dict()):
-                pass
-            case (NumberType(), (_, "<" | ">" | "|" | "=" as order, None, None, None, *_)):
-                target.order = order
-            case _:
-                raise Invalid(f"sets attributes of a {type(target).__name__.strip('_')}; {ALLOWED}")
+        if type(target) is not Opaque and not type(target) is type(state) is dict:
+            raise Invalid(f"sets attributes of a {_name(target)}; {ALLOWED}")
 
     def load(self, pid: Any) -> None:
         if self.load_storage is None:
             raise Invalid(f"holds a storage where none can be; {DAMAGED}")
         self.push(self.load_storage(pid))
+
+
+def _name(value: Any) -> str:
+    return quoted(value if isinstance(value, Opaque) else type(value).__name__)
 
 
 _VALUES = ("NONE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "SHORT_BINBYTES", "BINBYTES")
@@ -190,11 +193,16 @@ _HANDLERS: dict[str, Callable[[_Machine, Any], Any]] = {
     "STOP": lambda m, _: None,
     "MARK": lambda m, _: m.mark(),
     "POP": lambda m, _: m.stack.pop(),
+    "POP_MARK": lambda m, _: m.pop_to_mark(),
     "NEWTRUE": lambda m, _: m.push(True),
     "NEWFALSE": lambda m, _: m.push(False),
     "EMPTY_LIST": lambda m, _: m.push([]),
     "EMPTY_DICT": lambda m, _: m.push({}),
     "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "EMPTY_SET": lambda m, _: m.push(Opaque("set")),
+    "ADDITEMS": lambda m, _: m.add(m.pop_to_mark()),
+    "FROZENSET": lambda m, _: (m.pop_to_mark(), m.push(Opaque("frozenset"))),
+    "BYTEARRAY8": lambda m, _: m.push(Opaque("bytearray")),
     "TUPLE": lambda m, _: m.push(tuple(m.pop_to_mark())),
     "TUPLE1": lambda m, _: m.push(tuple(m.pop_many(1))),
     "TUPLE2": lambda m, _: m.push(tuple(m.pop_many(2))),
@@ -207,6 +215,8 @@ _HANDLERS: dict[str, Callable[[_Machine, Any], Any]] = {
     "GLOBAL": lambda m, names: m.find(*names.split(" ", 1)),
     "STACK_GLOBAL": lambda m, _: m.find(*m.pop_many(2)),
     "REDUCE": lambda m, _: m.call(*m.pop_many(2)),
+    "NEWOBJ": lambda m, _: m.make(*m.pop_many(2)),
+    "NEWOBJ_EX": lambda m, _: m.make(*m.pop_many(3)),
     "BUILD": lambda m, _: m.build(m.stack.pop()),
     "BINPERSID": lambda m, _: m.load(m.stack.pop()),
 }

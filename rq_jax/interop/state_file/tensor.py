@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from rq_jax.interop.state_file.files import DAMAGED, File, Invalid, Reader
+from rq_jax.settings.text import quoted
 
 # An expanded tensor (stride 0) may be larger than what is stored, but not so much that it fills the memory.
 _MAX_EXPANSION = 8
@@ -28,7 +29,7 @@ def find_dtype(name: str) -> np.dtype:
       Invalid: it is none of those that are read.
     """
     if name not in DTYPES:
-        raise Invalid(f"holds a tensor of type {name[:40]!r}; allowed are {', '.join(DTYPES)}")
+        raise Invalid(f"holds a tensor of type {quoted(name)}; allowed are {', '.join(DTYPES)}")
     import ml_dtypes  # noqa: F401  registers its types with NumPy
 
     return np.dtype(name)
@@ -61,7 +62,7 @@ class Storage:
                 return reader.array(self.offset + start, stop - start)
             data = self.head(reader)
             if len(data) < self.nbytes or self.crc not in (None, zlib.crc32(data)):
-                raise Invalid(f"{self.key!r} does not match its checksum; {DAMAGED}")
+                raise Invalid(f"{quoted(self.key)} does not match its checksum; {DAMAGED}")
             return data[start:stop]
 
     def head(self, reader: Reader, limit: int | None = None) -> np.ndarray:
@@ -120,18 +121,18 @@ class Tensor:
         # NumPy counts the other axes of an empty array too.
         if not fits or math.prod(n for n in shape if n) * dtype.itemsize >= 1 << 62:
             # Its numbers are not shown: they can be of any type and length.
-            raise Invalid(f"holds an impossible tensor in storage {storage.key!r}; {DAMAGED}")
+            raise Invalid(f"holds an impossible tensor in storage {quoted(storage.key)}; {DAMAGED}")
         count = math.prod(shape)
         last = sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if count and offset + (last + 1) * dtype.itemsize > storage.nbytes:
             raise Invalid(
                 f"a tensor of shape {shape}, strides {strides} and offset {offset} ends outside the {storage.nbytes} "
-                f"bytes of storage {storage.key!r}; {DAMAGED}"
+                f"bytes of storage {quoted(storage.key)}; {DAMAGED}"
             )
         if count * dtype.itemsize > max(_MAX_EXPANSION * storage.nbytes, _ALWAYS_ALLOWED_NBYTES):
             raise Invalid(
-                f"a tensor of shape {shape} repeats the {storage.nbytes} bytes of storage {storage.key!r}; at "
-                f"most {_MAX_EXPANSION} times is allowed; save it before it is expanded"
+                f"a tensor of shape {quoted(shape)} repeats the {storage.nbytes} bytes of storage "
+                f"{quoted(storage.key)}; at most {_MAX_EXPANSION} times is allowed; save it before it is expanded"
             )
         self.shape, self.dtype = shape, dtype if dtype.isnative else dtype.newbyteorder("=")
         self._root, self._stored, self._strides, self._offset = storage, dtype, strides, offset

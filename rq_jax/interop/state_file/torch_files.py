@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from rq_jax.interop.state_file.files import DAMAGED, Invalid, Reader
-from rq_jax.interop.state_file.pickle_names import StorageType
+from rq_jax.interop.state_file.pickle_names import Opaque, storage_dtype
 from rq_jax.interop.state_file.pickles import MAX_BYTES, read_pickle
 from rq_jax.interop.state_file.tensor import Storage, Tensor, find_dtype
 from rq_jax.interop.state_file.zip_members import locate
+from rq_jax.settings.text import quoted
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -29,19 +30,21 @@ def read_torch_zip(reader: Reader, members: dict[str, zipfile.ZipInfo]) -> Any:
     """
     root = min((name.removesuffix("data.pkl") for name in members if name.endswith("/data.pkl")), key=len)
     if strange := [name for name in members if not name.startswith(root)]:
-        raise Invalid(f"holds the zip member {strange[0]!r} beside '{root}data.pkl'; torch.save puts none there")
+        raise Invalid(
+            f"holds the zip member {quoted(strange[0])} beside {quoted(f'{root}data.pkl')}; torch.save puts none there"
+        )
     if f"{root}constants.pkl" in members:
         raise Invalid("holds a TorchScript program; load it with torch.jit and torch.save its state_dict()")
 
     def find(name: str, limit: int = reader.file.size) -> Storage:
         info = members.get(f"{root}{name}")
         if info is None:
-            raise Invalid(f"lacks its member '{root}{name}'; {DAMAGED}")
+            raise Invalid(f"lacks its member {quoted(root + name)}; {DAMAGED}")
         if info.compress_type != zipfile.ZIP_STORED:
-            raise Invalid(f"holds '{root}{name}' compressed; torch.save stores: unpack it, or zip it with -0")
+            raise Invalid(f"holds {quoted(root + name)} compressed; torch.save stores: unpack it, or zip it with -0")
         if info.file_size > limit:
             raise Invalid(
-                f"has a {name} of {info.file_size} bytes; at most {limit} are read; save the state_dict alone"
+                f"has a {quoted(name)} of {info.file_size} bytes; at most {limit} are read; save the state_dict alone"
             )
         return locate(reader, info, name.removeprefix("data/"))
 
@@ -74,21 +77,23 @@ def read_torch_stream(reader: Reader) -> Any:
     storages: dict[str, Storage] = {}
     counts: dict[str, int] = {}  # elements of each
 
-    def load_storage(pid: Any) -> Tensor:
+    def load_storage(pid: Any) -> Any:
+        if type(pid) is tuple and pid[:1] == ("module",) and type(pid[1]) is Opaque:
+            return pid[1]  # a class of the user's, with its source
         key, dtype, count, view = _parse_pid(pid)
         nbytes = count * dtype.itemsize
         if nbytes > size:
-            raise Invalid(f"is smaller than the {nbytes} bytes of its storage {key!r}; {DAMAGED}")
+            raise Invalid(f"is smaller than the {nbytes} bytes of its storage {quoted(key)}; {DAMAGED}")
         storage = storages.setdefault(key, Storage(reader.file, key, nbytes))
         if (storage.nbytes, counts.setdefault(key, count)) != (nbytes, count):
-            raise Invalid(f"says of its storage {key!r} one thing here and another there; {DAMAGED}")
+            raise Invalid(f"says of its storage {quoted(key)} one thing here and another there; {DAMAGED}")
         whole = Tensor(storage, dtype, (count,))
         match view:
             case None:
                 return whole
             case (_, offset, length) if type(offset) is int and type(length) is int:
                 return whole.view(dtype, (length,), (1,), offset)
-        raise Invalid(f"holds a damaged view of its storage {key!r}; {DAMAGED}")
+        raise Invalid(f"holds a damaged view of its storage {quoted(key)}; {DAMAGED}")
 
     value = read_pickle(stream, size, load_storage)
     keys = read_pickle(stream, size)
@@ -107,15 +112,17 @@ def _place(reader: Reader, offset: int, storages: dict[str, Storage], counts: di
         storage.offset = offset + 8
         offset += 8 + storage.nbytes
         if count != counts[key] or offset > reader.file.size:
-            raise Invalid(f"ends within its storage {key!r} or holds another number of elements; {DAMAGED}")
+            raise Invalid(f"ends within its storage {quoted(key)} or holds another number of elements; {DAMAGED}")
 
 
 def _parse_pid(pid: Any) -> tuple[str, np.dtype, int, Any]:
     """Key, type, number of elements and view of a storage."""
     match pid:
-        case ("storage", StorageType(dtype=name), str(key), str(), int(count), *views) if len(views) < 2:
+        case ("storage", Opaque() as kind, str(key), str(), int(count), *views) if len(views) < 2:
             if not 0 <= count < 1 << 48 or len(key) > 200:
                 raise Invalid(f"holds a storage of {count} elements; {DAMAGED}")
+            if (name := storage_dtype(kind)) is None:
+                raise Invalid(f"holds a storage of type {quoted(kind)}, which is not read; save it as floats")
             return key, find_dtype(name), count, views[0] if views else None
     raise Invalid(f"holds a reference that is no storage; {DAMAGED}")
 

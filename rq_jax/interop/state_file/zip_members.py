@@ -11,6 +11,7 @@ import zipfile
 
 from rq_jax.interop.state_file.files import DAMAGED, Invalid, Reader
 from rq_jax.interop.state_file.tensor import Storage
+from rq_jax.settings.text import quoted
 
 _MAX_DIRECTORY = 8 << 20
 _MAX_MEMBERS = 20_000  # more storages than a pickle can name
@@ -43,7 +44,7 @@ def read_members(reader: Reader) -> dict[str, zipfile.ZipInfo]:
     for info in infos:
         _check(reader, info)
         if info.filename in members:
-            raise Invalid(f"holds {info.filename!r} twice; write it again")
+            raise Invalid(f"holds {quoted(info.filename)} twice; write it again")
         if not info.filename.endswith("/") or info.file_size:
             members[info.filename] = info
     return members
@@ -65,7 +66,7 @@ def locate(reader: Reader, info: zipfile.ZipInfo, key: str) -> Storage:
     agrees &= name_size == len(raw_name) and header[_LOCAL.size :] == raw_name
     offset = info.header_offset + size + extra_size
     if not agrees or offset + info.compress_size > reader.file.size:
-        raise Invalid(f"says of its member {info.filename!r} one thing here and another there; {DAMAGED}")
+        raise Invalid(f"says of its member {quoted(info.filename)} one thing here and another there; {DAMAGED}")
     deflated = None if info.compress_type == zipfile.ZIP_STORED else info.compress_size
     return Storage(reader.file, key, info.file_size, offset, deflated)
 
@@ -101,15 +102,15 @@ def _check(reader: Reader, info: zipfile.ZipInfo) -> None:
     name = info.orig_filename  # `filename` ends at a zero byte
     is_path = name.startswith("/") or "\\" in name or ".." in name.split("/")
     if is_path or not 0 < len(name) <= 1000 or not name.isprintable():
-        raise Invalid(f"holds a member of the name {name[:80]!r}; a file that was saved as weights has none such")
+        raise Invalid(f"holds a member of the name {quoted(name)}; a file that was saved as weights has none such")
     if info.flag_bits & _ENCRYPTED:
-        raise Invalid(f"holds {name!r} encrypted; decrypt it first")
+        raise Invalid(f"holds {quoted(name)} encrypted; decrypt it first")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.volume:
-        raise Invalid(f"holds {name!r} packed by method {info.compress_type}; allowed are stored and deflated")
+        raise Invalid(f"holds {quoted(name)} packed by method {info.compress_type}; allowed are stored and deflated")
     is_stored_short = info.compress_type == zipfile.ZIP_STORED and info.compress_size != info.file_size
     end = info.header_offset + _LOCAL.size + len(_raw_name(info)) + info.compress_size
     if is_stored_short or end > reader.file.size:
-        raise Invalid(f"is too short for its member {name!r}; {DAMAGED}")
+        raise Invalid(f"is too short for its member {quoted(name)}; {DAMAGED}")
 
 
 def _raw_name(info: zipfile.ZipInfo) -> bytes:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 from official_states import DISCRIMINATOR, TRANSFORMER, VQGAN, rqvae_config, without
 
@@ -95,15 +96,14 @@ def test_rqtransformer_settings_that_are_absent_take_the_defaults_of_the_origina
         ),
         (rqvae_config(ddconfig={"give_pre_end": True}), "arch.ddconfig.give_pre_end: 'True' is not supported"),
         (rqvae_config(ddconfig={"resolution": 17}), "arch.ddconfig.resolution: 17 must be a positive multiple of 2"),
-        (rqvae_config(ddconfig={"resolution": "16"}), "arch.ddconfig.resolution: 16 must be a positive multiple of 2"),
-        (rqvae_config(ddconfig={"attn_resolutions": 8}), "arch.ddconfig.attn_resolutions: 8 is no list of integers"),
-        (rqvae_config(ddconfig={"ch_mult": 2}), "arch.ddconfig.ch_mult: 2 is no list of integers"),
-        (rqvae_config(ddconfig={"ch": "32"}), "arch.ddconfig.ch: '32' is no integer"),
-        (rqvae_config({"n_embed": 7.5}), "arch.hparams.n_embed: 7.5 is no integer"),
-        (rqvae_config({"decay": "slow"}), "arch.hparams.decay: 'slow' is no number"),
-        (rqvae_config({"shared_codebook": 1}), "arch.hparams.shared_codebook: 1 is no true or false"),
-        (rqvae_config({"code_shape": [8, 8]}), r"arch.hparams.code_shape: \(8, 8\) must be three positive integers"),
-        (rqvae_config({"latent_shape": 8}), "arch.hparams.latent_shape: 8 must be three positive integers"),
+        (
+            rqvae_config(ddconfig={"attn_resolutions": 8}),
+            "arch.ddconfig.attn_resolutions: '8' is no list of .* integers",
+        ),
+        (rqvae_config(ddconfig={"ch_mult": 2}), "arch.ddconfig.ch_mult: '2' is no list of at most 16 integers"),
+        (rqvae_config({"n_embed": [7, 7]}), r"arch.hparams.n_embed: \(7, 7\) has 2 entries for code depth 3"),
+        (rqvae_config({"code_shape": [8, 8]}), r"arch.hparams.code_shape: '\(8, 8\)' must be three positive integers"),
+        (rqvae_config({"latent_shape": 8}), "arch.hparams.latent_shape: '8' must be three positive integers"),
         (rqvae_config(ddconfig={"out_ch": 1}), "arch.ddconfig.out_ch: 1 must be in_channels, 3"),
         (
             rqvae_config({"latent_shape": [8, 8, 5]}),
@@ -125,8 +125,7 @@ def test_rqvae_config_errors(config, message):
     [
         (rqvae_config(), "arch.type: 'rq-vae' is another model; a config of 'rq-transformer' is needed"),
         (without(TRANSFORMER, "vocab_size"), "arch.vocab_size: missing"),
-        (TRANSFORMER | {"vocab_size": "7"}, "arch.vocab_size: '7' is no integer"),
-        (TRANSFORMER | {"block_size": [2, 5]}, r"arch.block_size: \(2, 5\) must be three positive integers"),
+        (TRANSFORMER | {"block_size": [2, 5]}, r"arch.block_size: '\(2, 5\)' must be three positive integers"),
         (without(TRANSFORMER, "input_embed_dim"), "arch.input_embed_dim: missing"),
         (without(TRANSFORMER, "body", "n_layer"), "arch.body.n_layer: missing"),
         (without(TRANSFORMER, "head", "block", "n_head"), "arch.head.block.n_head: missing"),
@@ -147,6 +146,83 @@ def test_rqvae_config_errors(config, message):
 def test_rqtransformer_config_errors(config, message):
     with pytest.raises(ValueError, match=message):
         official.rqtransformer_settings(config)
+
+
+# --- every field, with values of another type or beyond all bounds ------------------------------------------
+
+
+def fields(tree, path=()):
+    """Paths of all leaves of a config."""
+    for name, value in tree.items():
+        yield from fields(value, (*path, name)) if isinstance(value, dict) else [(*path, name)]
+
+
+def with_value(tree, path, value):
+    name, *rest = path
+    return tree | {name: with_value(tree[name], rest, value) if rest else value}
+
+
+BLOCK = {"n_head": 2, "embed_dim": 8, "attn_bias": True, "mlp_bias": True, "attn_pdrop": 0.0, "resid_pdrop": 0.1}
+FULL_TRANSFORMER = TRANSFORMER | {
+    "embd_pdrop": 0.1,
+    "body": {"n_layer": 1, "block": BLOCK | {"gelu": "v1"}},
+    "head": {"n_layer": 1, "block": BLOCK | {"gelu": "v1"}},
+}
+SAMPLING = {"temp": 0.9, "top_k": 5, "top_p": 0.5}
+CONFIGS = {
+    "rqvae": {"arch": rqvae_config(checkpointing=False)},
+    "rqtransformer": {"arch": FULL_TRANSFORMER},
+    "discriminator": {"gan": {"disc": {"arch": DISCRIMINATOR}}},
+    "vqgan": VQGAN,
+    "sampling": {"sampling": SAMPLING, "experiment": {"sample": {"top_k": 5, "top_p": 0.5}}},
+}
+STRANGE = {
+    "a dict": {"a": 1}, "text": "x\x1b[31m\nnext", "lists in a list": [[1], [2], [3]], "huge": 2**70, "negative": -3,
+    "a huge float": 1e308, "nan": float("nan"), "a number of many digits": 10**1000, "much text": "7" * 10**5,
+    "a long list": [7] * 10_000, "a list of dicts": [{}, {}, {}], "many": 10**8,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("value", STRANGE.values(), ids=STRANGE.keys())
+def test_a_strange_value_is_refused_in_one_line_or_does_not_matter(name, value):
+    """Wherever it stands: before it is hashed, compared, divided by, or makes a table."""
+    refused = []
+    for path in fields(CONFIGS[name]):
+        config = with_value(CONFIGS[name], path, value)
+        try:
+            if name == "sampling":
+                settings = official.sample_settings(config)
+                assert all(np.size(setting) < 10 for setting in settings.values())
+            else:
+                settings = official.KINDS[name].settings(config)
+                official.discriminator_settings(config) if name == "vqgan" else None
+                models.create(official.KINDS[name].model, **settings)
+                official.KINDS[name].table(settings)
+        except ValueError as error:
+            assert "\n" not in str(error) and str(error).isprintable() and len(str(error)) < 600, path
+            refused.append(path)
+    assert refused
+
+
+def test_numbers_and_booleans_in_quotes_are_read_where_they_are_plain():
+    plain = official.rqvae_settings(rqvae_config())
+    quoted = rqvae_config({"n_embed": "7", "decay": "9.8e-1", "shared_codebook": "True", "code_shape": ["8", 8, "3"]})
+    assert official.rqvae_settings(quoted) == plain
+    assert official.rqvae_settings(rqvae_config({"n_embed": 7.0}, {"dropout": " .1"})) == plain
+    for value in ("0x7", "7_0", "seven", "", "7.5", 7.5, True, "nan", "7 7", "٧"):
+        with pytest.raises(ValueError, match=r"arch.hparams.n_embed: '.*' is no integer"):
+            official.rqvae_settings(rqvae_config({"n_embed": value}))
+    for name, value in (("shared_codebook", "yes"), ("shared_codebook", 1), ("decay", "slow"), ("decay", "inf")):
+        with pytest.raises(ValueError, match=f"arch.hparams.{name}: '{value}' is no (true or false|number)"):
+            official.rqvae_settings(rqvae_config({name: value}))
+
+
+def test_stacks_may_have_unlike_gelus():
+    stacks = {"body": {"n_layer": 1, "block": BLOCK}, "head": {"n_layer": 1, "block": BLOCK | {"gelu": "v2"}}}
+    settings = official.rqtransformer_settings(TRANSFORMER | stacks)
+    assert (settings["gelu"], settings["depth_gelu"]) == ("exact", "sigmoid")
+    assert "depth_gelu" not in official.rqtransformer_settings(TRANSFORMER)
 
 
 # --- structures that the released configs do not have -------------------------------------------------------
@@ -302,54 +378,6 @@ def test_find_kind():
         official.find_kind({"optimizer": {}})
 
 
-def test_unpack():
-    whole = {"state_dict": {"a": 1}, "discriminator": {"module.b": 2}, "optimizer": 3, "epoch": 4}
-    assert official.unpack(whole, "rqvae") == ({"a": 1}, {"b": 2}, ["optimizer", "epoch"])
-    assert official.unpack(whole | {"state_dict_ema": {"a": 5}}, "rqvae").dropped == [
-        "optimizer",
-        "epoch",
-        "state_dict_ema",
-    ]
-    ema = official.unpack(whole | {"state_dict_ema": {"module.a": 5}}, "rqvae", use_ema=True)
-    assert ema == ({"a": 5}, {"b": 2}, ["state_dict", "optimizer", "epoch"])
-    assert official.unpack({"module.a": 1, "module.b": 2}, "rqvae").state == {"a": 1, "b": 2}
-    assert official.unpack({"module.a": 1, "b": 2}, "rqvae").state == {"module.a": 1, "b": 2}
-    assert official.unpack({"main.0.weight": 1}, "discriminator") == ({"main.0.weight": 1}, None, [])
-    assert official.unpack(whole, "discriminator") == ({"b": 2}, None, ["state_dict", "optimizer", "epoch"])
-
-
-@pytest.mark.parametrize(
-    "file, use_ema, message",
-    [
-        ([1, 2], False, "state: holds a list, not tensors by name"),
-        ({}, False, "state: its state dict is empty or none"),
-        ({"state_dict": None}, False, "state: its state dict is empty or none"),
-        (
-            {"state_dict": {"a": 1}, "epoch": 2},
-            True,
-            "state: has no state_dict_ema, it has state_dict, epoch; leave out --ema",
-        ),
-        ({"state_dict_ema": {"a": 1}}, False, "state: has no state_dict, it has state_dict_ema; add --ema for"),
-    ],
-)
-def test_unpack_errors(file, use_ema, message):
-    with pytest.raises(ValueError, match=message):
-        official.unpack(file, "rqvae", use_ema)
-
-
-def test_unpack_vqgan():
-    tensors = {"encoder.a": 1, "loss.discriminator.main.0.weight": 2, "colorize": 5}
-    tensors |= {"loss.perceptual_loss.lin0": 3, "loss.perceptual_loss.lin1": 4}
-    found = official.unpack({"state_dict": tensors, "epoch": 1}, "vqgan")
-    assert found == (
-        {"encoder.a": 1},
-        {"main.0.weight": 2},
-        ["epoch", "colorize", "loss.perceptual_loss.* (2 tensors)"],
-    )
-    with pytest.raises(ValueError, match="quantize.proj.weight: this is a Gumbel quantizer"):
-        official.unpack(tensors | {"quantize.proj.weight": 6}, "vqgan")
-
-
 # --- the way back -------------------------------------------------------------------------------------------
 
 
@@ -380,6 +408,7 @@ def groups_of_32(hparams=None, ddconfig=None):
         ("rqtransformer", TRANSFORMER | {"vocab_size": [7, 9, 8], "shared_tok_emb": False, "shared_cls_emb": False}),
         ("rqtransformer", TRANSFORMER | {"head": {"n_layer": 2, "block": {"n_head": 4}}, "embd_pdrop": 0.4}),
         ("rqtransformer", TRANSFORMER | {"head": {"n_layer": 0}, "vocab_size_cond": 0, "block_size_cond": 0}),
+        ("rqtransformer", TRANSFORMER | {"head": {"n_layer": 2, "block": {"n_head": 2, "gelu": "v2"}}}),
         (
             "rqtransformer",
             TRANSFORMER
