@@ -24,7 +24,7 @@ README = TEXTS["README.md"]
 INLINE = [
     code for text in TEXTS.values() for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
 ]
-FILES = {"sample.py", "model.safetensors", "evaluation.json"}  # not keys of the sections of these names
+FILES = {"sample.py", "model.safetensors", "evaluation.json", "data.json"}  # not keys of the sections of these names
 BLOCKS = [
     (page, *block) for page, text in TEXTS.items() for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
 ]
