@@ -30,7 +30,15 @@ BLOCKS = [
 ]
 SNIPPETS = [(page, code) for page, language, code in BLOCKS if language == "python"]
 TRAINING_SCRIPTS = {"train_vae.py": "rqvae", "train_transformer.py": "rqtransformer"}
-TEXT_FLAGS = {"classes", "classes_of", "prompt", "split", "data_name", "tokenizer"}  # no paths; that of benchmark.py
+TEXT_FLAGS = {
+    "classes",
+    "classes_of",
+    "prompt",
+    "split",
+    "data_name",
+    "tokenizer",
+    "key",
+}  # no paths; that of benchmark.py
 CLI = (ROOT / "rq_jax" / "training" / "cli.py").read_text(encoding="utf-8")
 TRAINING_FLAGS = set(re.findall(r'flags\.DEFINE_\w+\(\s*"(\w+)"', CLI))
 
