@@ -68,7 +68,7 @@ gpu: setup
 
 # Every fault that the tests put in, and docs/reliability.md from what happened: a quarter of an hour.
 reliability: setup
-	$(PYTHON) -m pytest tests/training tests/checkpoint tests/devices tests/data -m fault --reliability=docs/reliability.md
+	$(PYTHON) -m pytest tests/training tests/checkpoint tests/devices tests/data tests/quantize -m fault --reliability=docs/reliability.md
 
 # Three minutes on two CPU cores, a JSON record for each command; larger sweeps are the same commands with other lists.
 bench: setup

@@ -73,6 +73,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("content, what", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.fault("a config of another shape, or with sizes beyond reason", "one line, exit code 2")
 def test_a_config_of_another_shape_is_named(model_dir, content, what):
     text = json.dumps({"model": {**RQVAE, **content}}) if isinstance(content, dict) else content
     (model_dir / "config.json").write_text(text)
@@ -117,6 +118,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("damage", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.fault("weights of a model directory damaged", "one line, exit code 2")
 def test_damaged_weights_are_named(model_dir, damage):
     damage(model_dir / "model.safetensors")
     path = model_dir / "model.safetensors"
@@ -155,6 +157,7 @@ def restore(root):
 
 
 @pytest.mark.parametrize("name", ["params/_METADATA", "params/manifest.ocdbt", "host/metadata"])
+@pytest.mark.fault("parts of a checkpoint resealed that Orbax cannot read", "one line, exit code 2")
 def test_parts_that_orbax_cannot_read_are_named(saved, tmp_path, name):
     """Under checksums of their own, as a forger would write them."""
     path = Path(shutil.copytree(saved, tmp_path / "run")) / "checkpoints" / "2"
@@ -166,6 +169,7 @@ def test_parts_that_orbax_cannot_read_are_named(saved, tmp_path, name):
 
 
 @pytest.mark.parametrize("body", [b"[]", b'{"params/_METADATA": 3}', b'{"x": ["a", "b"]}', b"[" * 100_000])
+@pytest.mark.fault("a manifest of another shape", "seen; goes on from the step before")
 def test_a_manifest_of_another_shape_is_damage(saved, body):
     """Sealed by its own checksum."""
     path = saved / "checkpoints" / "2" / "manifest.json"
@@ -189,6 +193,7 @@ def test_a_checkpoint_without_a_position_is_refused(saved):
     assert refusal(_data_position, saved, 4).startswith("checkpoint: it holds no position in the data; ")
 
 
+@pytest.mark.fault("a link in the place of a file that is written", "not followed")
 def test_nothing_is_shipped_through_a_link(model_dir, tmp_path):
     (model_dir / "metrics.jsonl").write_text("{}\n")
     (tmp_path / "out").mkdir()

@@ -39,6 +39,7 @@ def write(root, *paths, content=PNG):
     ],
 )
 @pytest.mark.parametrize("base", ["", "train/"])
+@pytest.mark.fault("files and folders that other programs leave behind", "no images and no classes; counted")
 def test_what_other_programs_leave_behind_is_no_image(tmp_path, base, path, told):
     write(tmp_path, f"{base}cat/a.png", f"{base}dog/b.png", base + path)
     records = FolderRecords(tmp_path, "all", "folder", None)
@@ -61,6 +62,7 @@ def test_what_is_passed_over_is_told_once_by_its_reason(tmp_path, told):
     assert records.listing.captioned == {records.paths[0]}
 
 
+@pytest.mark.fault("folders that link each other", "each read a bounded number of times")
 def test_folders_that_link_each_other_take_bounded_time(tmp_path):
     for i in range(8):
         write(tmp_path, f"{i}/{i}.png")
@@ -83,6 +85,7 @@ def test_folders_of_splits_by_their_usual_names(tmp_path, train, validation, tol
 
 
 @pytest.mark.parametrize("keys", [{"text_key": "txt"}, {"label_key": "folder"}])
+@pytest.mark.fault("images without their caption or class", "passed over and counted")
 def test_an_image_without_caption_or_class_counts_as_damaged(tmp_path, keys, told):
     write(tmp_path, *(f"c/{i}.png" for i in range(4)), "loose.png")
     write(tmp_path, *(f"c/{i}.txt" for i in range(4)), content=b"\xef\xbb\xbfwords\r\n")

@@ -355,6 +355,7 @@ def test_transparency_becomes_white():
         (lambda text: json.dumps({"pythonClassName": []}), "cannot be read: "),
     ],
 )  # fmt: skip
+@pytest.mark.fault("a prepared data set that names foreign code", "nothing is imported; one line, exit code 2")
 def test_a_prepared_set_chooses_nothing_to_import(tfds_dir, tmp_path, monkeypatch, change, message):
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -371,6 +372,7 @@ def test_a_prepared_set_chooses_nothing_to_import(tfds_dir, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     "content", ["{", "[]", '{"splits": 3}', '{"surprise": 3}', '{"splits": [{"shardLengths": ["-5"]}]}']
 )
+@pytest.mark.fault("a prepared data set whose description is broken", "one line, exit code 2")
 def test_a_prepared_set_whose_description_is_broken(tfds_dir, tmp_path, content):
     shutil.copytree(tfds_dir / "greys", tmp_path / "greys")
     (tmp_path / "greys" / "1.2.3" / "dataset_info.json").write_text(content)

@@ -170,6 +170,7 @@ STRIPS = [(1, 20_000), (20_000, 1), (3, 9_000), (9_000, 3)]
 
 @pytest.mark.parametrize("name", sorted(TRANSFORMS))
 @pytest.mark.parametrize("size", [(32, 32), (10, 15), (4, 90)])
+@pytest.mark.fault("images of one by thousands of pixels", "cut before they are enlarged")
 def test_a_strip_costs_no_more_than_the_result(name, size, monkeypatch):
     resized = []
 
