@@ -39,7 +39,8 @@ def filter_logits(
     K = logits.shape[-1]
     # +inf becomes a large number: inf - inf in the softmax would be NaN.
     logits = jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=1e30, neginf=-jnp.inf)
-    temperature = jnp.asarray(temperature, jnp.float32)
+    # Any higher, all finite logits have one probability; and 1 / temperature, by which XLA may multiply, would be 0.
+    temperature = jnp.minimum(jnp.asarray(temperature, jnp.float32), 1e30)
     largest = jnp.max(logits, -1, keepdims=True)
     # A row whose largest logit is not finite has no softmax. It takes its argmax (index 0 where all are -inf), as rows
     # of temperature 0 do.

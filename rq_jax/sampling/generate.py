@@ -81,7 +81,7 @@ def generate(
     _check_codebook(variables)
     check_filter(temperature, top_k, top_p)
     ids = np.arange(num_images) if image_ids is None else image_ids
-    ids = ids if isinstance(ids, jax.Array) else np.asarray(ids)
+    ids = ids if hasattr(ids, "dtype") else np.asarray(ids, object)  # of Python's ints some fit no array but this
     checks.shape("image_ids", ids.shape, (num_images,))
     cond = _check_cond(model, cond, num_images)
     prefix = _check_prefix(model, prefix, num_images)
@@ -217,10 +217,13 @@ def _words(ids: Any) -> tuple[jax.Array, jax.Array]:
     Raises:
       ValueError: ids that are not whole numbers in [0, 2^64), as far as the host can see.
     """
-    on_host = not isinstance(ids, jax.Array)  # what lies on devices stays there
-    if ids.dtype.kind not in "iu" or on_host and (ids < 0).any():
-        shown = f" {ids.tolist()}" if on_host else ""
-        raise ValueError(f"image_ids:{shown} of {ids.dtype} must be whole numbers from 0 to 2^64 - 1")
+    if not isinstance(ids, jax.Array):
+        numbers = ids.tolist()
+        if not all(isinstance(number, int) and 0 <= number < 2**64 for number in numbers):
+            raise ValueError(f"image_ids: {numbers} must be whole numbers from 0 to 2^64 - 1")
+        ids = np.array(numbers, np.uint64)
+    elif ids.dtype.kind not in "iu":
+        raise ValueError(f"image_ids: of {ids.dtype} must be whole numbers from 0 to 2^64 - 1")
     if ids.dtype.itemsize == 8:
         high = ids >> 32
     else:

@@ -106,7 +106,7 @@ def test_ids_and_seeds_of_any_size_have_images_of_their_own():
     codes = np.asarray(generate(model, variables, RNG, 8, image_ids=ids))
     assert len({of_image.tobytes() for of_image in codes}) == 8
     on_device = generate(model, variables, RNG, 8, image_ids=jnp.array([-1, *range(7)], jnp.int32))
-    assert not (np.asarray(on_device)[0] == codes).all((1, 2, 3)).any()
+    assert not (np.asarray(on_device)[0] == codes[:-1]).all((1, 2, 3)).any()
     np.testing.assert_array_equal(on_device[2], codes[0])
     keys = [jax.random.key_data(rng_of_seed(seed)).tobytes() for seed in (*ids, 2**64, 2**64 + 1, 2**200)]
     assert len(set(keys)) == len(keys)
@@ -229,10 +229,10 @@ MISTAKES = {
     "negative id": (
         {},
         {"image_ids": [0, -1]},
-        r"^image_ids: \[0, -1\] of int64 must be whole numbers from 0 to 2\^64 - 1$",
+        r"^image_ids: \[0, -1\] must be whole numbers from 0 to 2\^64 - 1$",
     ),
-    "larger id": ({}, {"image_ids": [0, 2**64]}, r"^image_ids: \[0, 18446744073709551616\] of object must be whole"),
-    "fractional id": ({}, {"image_ids": np.array([0.0, 1.5])}, r"^image_ids: \[0.0, 1.5\] of float64 must be whole"),
+    "larger id": ({}, {"image_ids": [0, 2**64]}, r"^image_ids: \[0, 18446744073709551616\] must be whole"),
+    "fractional id": ({}, {"image_ids": np.array([0.0, 1.5])}, r"^image_ids: \[0.0, 1.5\] must be whole"),
     "guidance beyond": (
         NULL,
         {"cond": jnp.array([0, 1]), "guidance": 1e39},
