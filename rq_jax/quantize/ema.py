@@ -121,15 +121,19 @@ def restart_candidates(rng: jax.Array, x_NE: jax.Array, K: int) -> jax.Array:
     repeats = -(-K // N)
     # A permutation of `repeats` copies of the rows: every vector occurs at most `repeats` times.
     rows = jax.random.permutation(rng_choice, jnp.arange(repeats * N, dtype=jnp.int32)) % N
-    # The first K copies of finite vectors; fewer of them go round.
-    is_finite = finite_vectors(x_NE)[rows]
-    (places_K,) = jnp.nonzero(is_finite, size=K, fill_value=0)
-    found = jnp.clip(jnp.sum(is_finite, dtype=jnp.int32), max=K)
-    places_K = places_K[jnp.arange(K, dtype=jnp.int32) % jnp.maximum(found, 1)]
+    is_finite, first_K = finite_vectors(x_NE)[rows], jnp.arange(K, dtype=jnp.int32)
+
+    def places_of_finite() -> jax.Array:
+        """The first K of them; fewer go round."""
+        (places_K,) = jnp.nonzero(is_finite, size=K, fill_value=0)
+        found = jnp.clip(jnp.sum(is_finite, dtype=jnp.int32), 1, K)
+        return places_K.astype(jnp.int32)[first_K % found]
+
+    places_K = jax.lax.cond(jnp.all(is_finite), lambda: first_K, places_of_finite)
     candidates_KE = x_NE[rows[places_K]]
     if repeats > 1:
         candidates_KE += jax.random.uniform(rng_noise, (K, E), jnp.float32) * (_TILE_NOISE / math.sqrt(E))
-    return jnp.where(found > 0, candidates_KE, 0.0)
+    return jnp.where(jnp.any(is_finite), candidates_KE, 0.0)
 
 
 def kmeans(rng: jax.Array, x_NE: jax.Array, K: int, num_iterations: int = 10) -> CodebookState:
