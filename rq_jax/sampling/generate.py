@@ -80,7 +80,7 @@ def generate(
     checks.at_least("num_images", num_images, 1)
     _check_codebook(variables)
     check_filter(temperature, top_k, top_p)
-    ids = np.arange(num_images) if image_ids is None else image_ids
+    ids: Any = np.arange(num_images) if image_ids is None else image_ids
     ids = ids if hasattr(ids, "dtype") else np.asarray(ids, object)  # of Python's ints some fit no array but this
     checks.shape("image_ids", ids.shape, (num_images,))
     cond = _check_cond(model, cond, num_images)
