@@ -25,8 +25,7 @@ from rq_jax.training import cli
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
 NUM_IN_GRID = 100
-# Above them JAX would wrap around in silence, and draw the images of another seed or id.
-LAST_SEED, LAST_ID = 2**32 - 1, 2**31 - 1
+LAST_ID = 2**62
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,9 +81,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--out: missing; give the directory of the results")
     for name in ("num_images", "batch_size"):
         checks.at_least(f"--{name}", getattr(args, name), 1)
-    for name in ("first_index", "prefix_positions", "neighbours"):
+    for name in ("first_index", "seed", "prefix_positions", "neighbours"):
         checks.at_least(f"--{name}", getattr(args, name), 0)
-    checks.in_range("--seed", args.seed, 0, LAST_SEED, "the seeds of JAX")
     last, both = args.first_index + args.num_images - 1, "--first_index and --num_images: the last image id"
     checks.in_range(both, last, 0, LAST_ID, "the ids that an image can have")
     if args.classes is not None and args.classes_of is not None:

@@ -1,6 +1,6 @@
 """Losses: arrays in, scalars out. All are float32 whatever the dtype of the networks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,12 +33,25 @@ def commitment_loss(latents: jax.Array, partial_sums: jax.Array) -> jax.Array:
     the paper writes sums.
 
     Args:
-      latents: (B, H, W, C) on the latent grid.
-      partial_sums: (B, h, w, D, E) on the code grid; no gradient passes to them.
+      latents: vectors (..., E), or (B, H, W, C) on a latent grid finer than the code grid.
+      partial_sums: (..., D, E), or (B, h, w, D, E) on the code grid; no gradient passes to them.
+
+    Raises:
+      ValueError: latents that neither are the vectors of the partial sums nor fold into them.
     """
-    h, w = partial_sums.shape[1:3]
-    vectors = rearrange(latents.astype(jnp.float32), "b (h r) (w s) c -> b h w 1 (r s c)", h=h, w=w)
-    return jnp.mean((vectors - jax.lax.stop_gradient(partial_sums)) ** 2)
+    latents = latents.astype(jnp.float32)
+    if latents.ndim == 4 and latents.shape[:-1] != partial_sums.shape[:-2]:
+        latents = _fold(latents, partial_sums.shape)
+    checks.shape("latents", latents.shape, (*partial_sums.shape[:-2], partial_sums.shape[-1]))
+    return jnp.mean((latents[..., None, :] - jax.lax.stop_gradient(partial_sums)) ** 2)
+
+
+def _fold(latents: jax.Array, sums_shape: Sequence[int]) -> jax.Array:
+    """Latents (B, H, W, C) as vectors (B, h, w, E) of the code grid, where it divides theirs."""
+    grid = sums_shape[1:3]
+    if len(sums_shape) != 5 or any(size % parts for size, parts in zip(latents.shape[1:3], grid, strict=True)):
+        return latents
+    return rearrange(latents, "b (h r) (w s) c -> b h w (r s c)", h=grid[0], w=grid[1])
 
 
 def cross_entropy(logits: jax.Array, codes: jax.Array) -> jax.Array:

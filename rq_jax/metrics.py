@@ -79,10 +79,15 @@ def laplacian_energy(images: jax.Array) -> jax.Array:
 
 
 def code_counts(codes: jax.Array, codebook_size: int) -> jax.Array:
-    """How often each code occurs at each depth: codes (..., D) to counts (D, K), float32."""
+    """How often each code occurs at each depth: codes (..., D) to counts (D, K), float32.
+
+    Codes outside [0, K), such as padding, are not counted.
+    """
     D = codes.shape[-1]
     flat_ND = codes.reshape(-1, D)
-    return jnp.zeros((D, codebook_size)).at[jnp.arange(D), flat_ND].add(1.0)
+    counts_DK = jnp.zeros((D, codebook_size), jnp.float32)
+    places = jnp.arange(D, dtype=jnp.int32)[None], flat_ND
+    return counts_DK.at[places].add(1.0, mode="drop", wrap_negative_indices=False)
 
 
 def overall_code_usage(counts_DK: np.ndarray, sizes: Sequence[int], shared: bool) -> float:
@@ -101,22 +106,31 @@ def overall_code_usage(counts_DK: np.ndarray, sizes: Sequence[int], shared: bool
 
 
 def code_perplexity(counts: jax.Array) -> jax.Array:
-    """exp of the entropy of the code distribution, counts (..., K) to (...): between 1 and K codes "in use"."""
-    shares = counts / jnp.maximum(counts.sum(-1, keepdims=True), 1.0)
+    """exp of the entropy of the code distribution, counts (..., K) to (...): between 1 and K codes "in use".
+
+    Counts may be shares or averages: their sum does not matter. A code without a count adds nothing, so that rows
+    padded to the largest of several codebooks need no sizes.
+    """
+    total = counts.sum(-1, keepdims=True)
+    shares = counts / jnp.where(total > 0, total, 1.0)
     return jnp.exp(-jnp.sum(shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), axis=-1))
 
 
-def unigram_cross_entropy(counts: jax.Array, codes: jax.Array) -> jax.Array:
+def unigram_cross_entropy(counts: jax.Array, codes: jax.Array, sizes: Sequence[int] | None = None) -> jax.Array:
     """Cross-entropy in nats, per depth, of codes under the code frequencies of another set.
 
     Args:
       counts: (D, K) of the training set; one is added to each, so that unseen codes have a finite cost.
       codes: (..., D).
+      sizes: the D codebook sizes, where they differ: what a row of `counts` has beyond is no code. Default: all K.
 
     Returns:
       (D,): the mark that a model of the codes has to beat.
     """
-    log_shares_DK = jnp.log((counts + 1) / (counts + 1).sum(-1, keepdims=True))
+    smoothed_DK = counts + 1
+    if sizes is not None:
+        smoothed_DK = jnp.where(np.arange(counts.shape[-1]) < np.asarray(sizes)[:, None], smoothed_DK, 0)
+    log_shares_DK = jnp.log(smoothed_DK / smoothed_DK.sum(-1, keepdims=True))
     flat_ND = codes.reshape(-1, codes.shape[-1])
     return -log_shares_DK[jnp.arange(flat_ND.shape[-1]), flat_ND].mean(0)
 

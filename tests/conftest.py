@@ -1,8 +1,7 @@
 """Settings that hold for every test: eight fake CPU devices, true float32 products, the golden vectors.
 
 --reliability=FILE writes a table of the faults that the tests marked `fault` put in. RQ_JAX_TEST_GPU=1 leaves the choice of platform to JAX;
-RQ_JAX_TEST_OPTIMIZED=1 compiles as a user does, which takes longer; RQ_JAX_TEST_STRICT=1 makes an error of every promotion of ranks and dtypes;
-RQ_JAX_GOLDENS names the directory of golden vectors.
+RQ_JAX_TEST_OPTIMIZED=1 compiles as a user does, which takes longer; RQ_JAX_GOLDENS names the directory of golden vectors.
 """
 
 import gc
@@ -35,10 +34,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import jax  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
-if os.environ.get("RQ_JAX_TEST_STRICT"):
-    # An axis or a dtype that JAX would have to guess is an error.
-    jax.config.update("jax_numpy_rank_promotion", "raise")
-    jax.config.update("jax_numpy_dtype_promotion", "strict")
+# An axis or a dtype that JAX would have to guess is an error.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 if not COMPILES_AS_A_USER:
     jax.config.update("jax_disable_most_optimizations", True)
 

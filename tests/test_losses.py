@@ -52,6 +52,22 @@ def test_commitment_loss_folds_latents_onto_the_code_grid():
     np.testing.assert_allclose(losses.commitment_loss(latents, folded[..., None, :] + 2.0), 4.0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("leading", [(), (7,), (B, 5), (B, h, w), (B, 2, h, w)], ids=str)
+def test_commitment_loss_of_any_leading_shape(leading):
+    latents, sums = normal(*leading, E), normal(*leading, D, E, seed=1)
+    np.testing.assert_allclose(
+        losses.commitment_loss(latents, sums), np.mean((latents[..., None, :] - sums) ** 2), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "latents, sums", [((B, 5, E), (B, 4, D, E)), ((B, 7, w, E), (B, h, w, D, E)), ((5, E), (5, E))]
+)
+def test_commitment_loss_of_latents_that_do_not_fit_is_refused(latents, sums):
+    with pytest.raises(ValueError, match=r"^latents: shape .* does not fit; allowed is \("):
+        losses.commitment_loss(jnp.zeros(latents), jnp.zeros(sums))
+
+
 def test_commitment_loss_has_a_gradient_in_the_latents_only():
     latents, sums = normal(B, h, w, E), normal(B, h, w, D, E, seed=1)
     to_latents, to_sums = jax.grad(losses.commitment_loss, argnums=(0, 1))(latents, sums)

@@ -62,6 +62,21 @@ def test_unigram_cross_entropy():
     )
 
 
+def test_padded_codes_of_unequal_codebooks_do_not_count():
+    counts, codes, sizes = jnp.array([[3.0, 1, 0, 0], [1, 4, 0, 0]]), jnp.array([[0, 1], [3, 0], [2, 1]]), (4, 2)
+    alone = [metrics.unigram_cross_entropy(counts[d : d + 1, :K], codes[:, d : d + 1]) for d, K in enumerate(sizes)]
+    np.testing.assert_allclose(metrics.unigram_cross_entropy(counts, codes, sizes), np.concatenate(alone), rtol=1e-6)
+    np.testing.assert_allclose(metrics.code_perplexity(counts)[1], metrics.code_perplexity(counts[1, :2]), rtol=1e-6)
+
+
+def test_codes_outside_the_codebook_are_not_counted():
+    assert metrics.code_counts(jnp.array([[0, -1], [4, 1], [-4, 3]]), 4).tolist() == [[1, 0, 0, 0], [0, 1, 0, 1]]
+
+
+def test_code_perplexity_of_shares_is_that_of_counts():
+    np.testing.assert_allclose(metrics.code_perplexity(jnp.array([0.05, 0.05, 0.0])), 2, rtol=1e-6)
+
+
 ssim = jax.jit(metrics.ssim)
 
 

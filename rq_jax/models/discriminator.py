@@ -27,10 +27,10 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         shape, dtype, axes = x.shape[-1:], x.dtype, (0, 1, 2)
-        scale = self.param("scale", lambda rng: 1 + 0.02 * jax.random.normal(rng, shape))
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape)
+        scale = self.param("scale", lambda rng: 1 + 0.02 * jax.random.normal(rng, shape, jnp.float32))
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
         x, mean, var = x.astype(jnp.float32), running_mean.value, running_var.value
         if train:
             # Normalised by the biased variance, remembered as the unbiased one: both as torch.
@@ -53,8 +53,8 @@ class ActNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, initialize: bool) -> jax.Array:
         shape, dtype, axes = x.shape[-1:], x.dtype, (0, 1, 2)
-        shift = self.param("shift", nn.initializers.zeros, shape)
-        scale = self.param("scale", nn.initializers.ones, shape)
+        shift = self.param("shift", nn.initializers.zeros, shape, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         initialized = self.variable("batch_stats", "initialized", jnp.zeros, (), jnp.int32)
         x = x.astype(jnp.float32)
         if initialize:
@@ -150,7 +150,7 @@ class Discriminator(nn.Module):
     def example_inputs(self, batch: int = 1) -> tuple[jax.Array, ...]:
         """Arguments of `init`: zeros of a shape that every layer can take."""
         side = self._smallest_side
-        return (jnp.zeros((batch, side, side, self.in_channels)),)
+        return (jnp.zeros((batch, side, side, self.in_channels), jnp.float32),)
 
     def check(self) -> None:
         """Check every setting.

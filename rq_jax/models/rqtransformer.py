@@ -84,7 +84,7 @@ class RQTransformer(nn.Module):
     def setup(self):
         self.check()
         (h, w, D), M, E, K = self.code_shape, self.model_dim, self.code_dim, max(self.codebook_sizes)
-        zeros, V = nn.initializers.zeros, self.cond_vocab_size
+        zeros, V = attention.init_bias, self.cond_vocab_size
         self.cond_embedding_VM = self.param("cond_embedding_VM", attention.init_weight, (V + self.use_null_cond, M))
         self.cond_position_UM = self.param("cond_position_UM", attention.init_weight, (self.cond_length, M))
         self.position_TM = self.param("position_TM", attention.init_weight, (h * w, M))
@@ -228,7 +228,7 @@ class RQTransformer(nn.Module):
         logits = self._project(self.classifier_norm(hidden), weight, bias)
         if len(set(self.codebook_sizes)) == 1:
             return logits
-        sizes, codes_K = jnp.array(self.codebook_sizes), jnp.arange(logits.shape[-1])
+        sizes, codes_K = np.array(self.codebook_sizes), np.arange(logits.shape[-1])
         inside = codes_K[None] < sizes[:, None] if depth is None else codes_K < sizes[depth]
         return jnp.where(attention.with_rank(inside, logits.ndim), logits, -jnp.inf)
 
@@ -339,10 +339,10 @@ class RQTransformer(nn.Module):
         """NaN in the shape of the tokenizer's codebook: a forgotten tokenizer is loud."""
         E, sizes = self.code_dim, self.codebook_sizes
         if self.use_shared_codebook:
-            return jnp.full((sizes[0], E), jnp.nan)
+            return jnp.full((sizes[0], E), jnp.nan, jnp.float32)
         if len(set(sizes)) == 1:
-            return jnp.full((len(sizes), sizes[0], E), jnp.nan)
-        return tuple(jnp.full((K, E), jnp.nan) for K in sizes)
+            return jnp.full((len(sizes), sizes[0], E), jnp.nan, jnp.float32)
+        return tuple(jnp.full((K, E), jnp.nan, jnp.float32) for K in sizes)
 
     def _project(self, x: jax.Array, weight: jax.Array, bias: jax.Array) -> jax.Array:
         return attention.add_bias(attention.project(x, weight, dtype=jnp.float32), bias.astype(jnp.float32))

@@ -276,7 +276,7 @@ class RQVAE(nn.Module):
 
     def example_inputs(self, batch: int = 1) -> tuple[jax.Array, ...]:
         """Arguments of `init`: zeros of the right shape."""
-        return (jnp.zeros((batch, *self.image_shape, self.in_channels)),)
+        return (jnp.zeros((batch, *self.image_shape, self.in_channels), jnp.float32),)
 
     def check(self) -> None:
         """Check every setting.

@@ -16,7 +16,8 @@ import numpy as np
 
 # kakaobrain/rq-vae-transformer:interfaces.py defines this minGPT-style initialiser and never applies it. Its trainer
 # was not released; this one trains better than torch's default.
-init_weight = nn.initializers.normal(0.02)
+init_weight = nn.initializers.normal(0.02, jnp.float32)
+init_bias = nn.initializers.constant(0.0, jnp.float32)
 
 # Stacks of at most this many layers are unrolled: copying the weights and activations of a scan takes a tenth of a
 # small model's step on CPU. The scan saves compile time, which matters for large models.
@@ -223,7 +224,7 @@ class Block(nn.Module):
                 # step.
                 read = jax.lax.optimization_barrier(cached)
                 key, value = (array[:, :, :rows].astype(settings.dtype) for array in read)
-                seen = jnp.arange(rows)[None] <= length + jnp.arange(S)[:, None]
+                seen = jnp.arange(rows, dtype=jnp.int32)[None] <= length + jnp.arange(S, dtype=jnp.int32)[:, None]
             mixed = self._mix(query, key, value, seen)
         out = project(mixed, self._weight("out_NAM", (N, A, M)), num_axes=2)
         if settings.use_attention_bias:
@@ -256,7 +257,7 @@ class Block(nn.Module):
         return stored_weight(self, name, shape, self.settings.dtype)
 
     def _bias(self, name, shape):
-        return self.param(name, nn.initializers.zeros, shape).astype(self.settings.dtype)
+        return self.param(name, init_bias, shape).astype(self.settings.dtype)
 
     def _drop(self, rate, x):
         return nn.Dropout(rate, deterministic=not self.train)(x)
@@ -319,4 +320,4 @@ class Stack(nn.Module):
 
 
 def _write_rows(rows_BNSA, new, start):
-    return jax.lax.dynamic_update_slice(rows_BNSA, new.astype(rows_BNSA.dtype), (0, 0, start, 0))
+    return jax.lax.dynamic_update_slice_in_dim(rows_BNSA, new.astype(rows_BNSA.dtype), start, axis=2)

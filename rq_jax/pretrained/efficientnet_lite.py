@@ -73,12 +73,12 @@ class _Depthwise(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         side, stride, (H, W, C) = self.side, self.stride, x.shape[1:]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (side, side, 1, C))
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (side, side, 1, C), jnp.float32)
         out = [-(-size // stride) for size in (H, W)]
         # As TensorFlow's "SAME": an odd pixel of padding goes to the right and to the bottom.
         total = [max(0, (n - 1) * stride + side - size) for n, size in zip(out, (H, W), strict=True)]
         x = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2) for pad in total), (0, 0)))
-        y = self.param("bias", nn.initializers.zeros, (C,)).reshape(1, 1, 1, C)
+        y = self.param("bias", nn.initializers.zeros, (C,), jnp.float32).reshape(1, 1, 1, C)
         for i in range(side):
             for j in range(side):
                 ends = [start + (n - 1) * stride + 1 for start, n in zip((i, j), out, strict=True)]

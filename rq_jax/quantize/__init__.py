@@ -14,6 +14,9 @@ Vectors have any leading axes: images `(B, h, w, E)`, audio frames `(B, T, E)`, 
 
 Everything here is written for the *global* batch: under `jax.jit` with sharded inputs the sums of the codebook update
 are global by construction, so one device and eight give the same numbers.
+
+No number that is not finite reaches a codebook: whatever learns leaves such vectors out, see `finite_vectors`, and a
+batch without a single vector left changes nothing.
 """
 
 from rq_jax.quantize.codes import (
@@ -22,6 +25,7 @@ from rq_jax.quantize.codes import (
     check_codes,
     codebook_sizes,
     draw_codes,
+    finite_vectors,
     fold_patches,
     lookup,
     nearest_codes,
@@ -43,6 +47,7 @@ __all__ = [
     "codebook_sizes",
     "draw_codes",
     "ema_update",
+    "finite_vectors",
     "fold_patches",
     "kmeans",
     "lookup",

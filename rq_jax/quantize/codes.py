@@ -12,6 +12,8 @@ from rq_jax.quantize.search import best_codes
 
 Codebook = jax.Array | tuple[jax.Array, ...]
 
+_TEMPERATURES = 1e-30, 1e30  # at the ends soft codes are 0, 1 and ties, or all the same
+
 
 class ResidualCodes(NamedTuple):
     """Codes (..., D) int32, partial sums (..., D, E) after each depth, and the last of them (..., E)."""
@@ -32,7 +34,8 @@ def nearest_codes(x_NE: jax.Array, codebook_KE: jax.Array) -> jax.Array:
       codebook_KE: codebook (K, E).
 
     Returns:
-      Codes (N,), int32 in [0, K).
+      Codes (N,), int32 in [0, K). A vector with a value that is NaN or infinite has code 0, and no other vector's code
+      depends on it.
 
     Raises:
       ValueError: the vectors and the codebook differ in length E.
@@ -53,7 +56,8 @@ def residual_quantize(x: jax.Array, codebook: Codebook, depth: int) -> ResidualC
       depth: D, a Python int; for a stacked codebook or a tuple, its length.
 
     Returns:
-      `ResidualCodes`. No straight-through gradient: `quantized` is differentiable in the codebook only.
+      `ResidualCodes`. No straight-through gradient: `quantized` is differentiable in the codebook only. The codes of a
+      vector that is not finite are 0 at all depths.
 
     Raises:
       ValueError: depth below 1 or unlike the codebook's, or vectors of another length than the codebook's.
@@ -112,6 +116,18 @@ def codebook_sizes(codebook: Codebook, depth: int) -> tuple[int, ...]:
     return tuple(table_KE.shape[0] for table_KE in tables_of(codebook, depth))
 
 
+def finite_vectors(x: jax.Array) -> jax.Array:
+    """Which vectors (..., E) a codebook can learn from: those whose squared length is a finite float32.
+
+    The others hold NaN, an infinity, or values so large that their squares overflow. A training call, `ema_update`,
+    `kmeans` and `restart_candidates` leave them out; `(~finite_vectors(x)).sum()` says how many that are.
+
+    Returns:
+      bool (...).
+    """
+    return jnp.isfinite(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1))
+
+
 # --- soft codes and stochastic draws ---
 
 
@@ -123,7 +139,8 @@ def soft_codes(
     Args:
       x: vectors (..., E).
       codebook, depth: as in `residual_quantize`.
-      temperature: positive; 0.5 in all released configurations. Distances are not divided by E.
+      temperature: above 0, where 0.5 is that of all released configurations; infinity gives all codes one probability.
+        Distances are not divided by E.
       rng: key; given, codes are drawn from the soft codes, otherwise they are the nearest ones.
 
     Returns:
@@ -143,10 +160,9 @@ def draw_codes(
       soft codes, chunk by chunk if need be.
 
     Raises:
-      ValueError: as `residual_quantize`, or a concrete temperature that is not positive.
+      ValueError: as `residual_quantize`, or a concrete temperature that is not above 0.
     """
-    if not isinstance(temperature, jax.core.Tracer) and not temperature > 0:
-        raise ValueError(f"temperature: {temperature} must be above 0; for the nearest codes use residual_quantize")
+    temperature = _within_floats(temperature)
     residual = x.astype(jnp.float32)
     codes, residuals = [], []
     for d, table_KE in enumerate(tables_of(codebook, depth, x)):
@@ -161,7 +177,7 @@ def draw_codes(
 
 def soft_labels(residuals: jax.Array, codebook: Codebook, temperature: float) -> jax.Array:
     """Soft codes (..., D, K) from the residuals (..., D, E) of `draw_codes`; padded with 0 to the largest K."""
-    tables = tables_of(codebook, residuals.shape[-2])
+    tables, temperature = tables_of(codebook, residuals.shape[-2]), _within_floats(temperature)
     largest = max(table_KE.shape[0] for table_KE in tables)
     soft = []
     for d, table_KE in enumerate(tables):
@@ -222,6 +238,15 @@ def quantize_once(
 def _take(codebook_KE: jax.Array, codes: jax.Array) -> jax.Array:
     # NaN where a traced code is out of range: the default would clamp it to a neighbour and go unseen.
     return jnp.asarray(codebook_KE).at[codes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+
+
+def _within_floats(temperature: Any) -> Any:
+    """The temperature, or the nearest at which distances divide to finite numbers."""
+    if isinstance(temperature, jax.core.Tracer):
+        return jnp.clip(temperature, *_TEMPERATURES)
+    if not temperature > 0:
+        raise ValueError(f"temperature: {temperature} must be above 0; for the nearest codes use residual_quantize")
+    return min(max(temperature, _TEMPERATURES[0]), _TEMPERATURES[1])
 
 
 def _scores(x: jax.Array, codebook_KE: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """The residual quantizer as a Flax module, on top of the functions."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,8 +8,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rq_jax.quantize.codes import Codebook, ResidualCodes, quantize_once, residual_quantize
-from rq_jax.quantize.ema import CodebookState, kmeans, quantize_and_update, restart_candidates
+from rq_jax.quantize.codes import Codebook, ResidualCodes, finite_vectors, quantize_once, residual_quantize
+from rq_jax.quantize.ema import CodebookState, kmeans, left_out, quantize_and_update, restart_candidates
 from rq_jax.settings import checks
 
 
@@ -18,14 +19,19 @@ class ResidualQuantizer(nn.Module):
     Its state lives in the variable collection "codebook": `codebook_KE`, `counts_K`, `sums_KE`; each is one array for
     a shared codebook, an array with a leading axis D for separate ones of equal size, a tuple of D arrays otherwise.
     Training calls need `mutable=["codebook"]`; restart and k-means draw from the rng stream "restart" and do not happen
-    without it.
+    without it, of which a warning tells.
+
+    Vectors that are not finite change no codebook and move no other vector's codes, see `finite_vectors`. A training
+    call with "intermediates" among its mutable collections stores how many there were at each depth: "num_not_finite",
+    int32 (D,).
 
     Attributes:
       codebook_size: K, or D sizes K_d (separate codebooks only).
       code_dim: E, length of a code vector.
       depth: D, codes per vector; 1 is plain vector quantisation.
       use_shared_codebook: one table for all depths.
-      decay: of the moving average, or one per depth (separate codebooks only).
+      decay: of the moving average in [0, 1], or one per depth (separate codebooks only); 1 freezes the codebook once it
+        is placed.
       use_restart: unused codes restart from random vectors of the batch.
       codebook_update: "sequential" or "pooled", see `quantize_and_update`.
       use_kmeans_init: the first training call places the codes by k-means.
@@ -54,19 +60,32 @@ class ResidualQuantizer(nn.Module):
             return self._join(draw(self.make_rng("params")))
 
         self.codebook_KE = self.variable("codebook", "codebook_KE", tables)
-        self.counts_K = self.variable("codebook", "counts_K", lambda: self._join([jnp.zeros(K) for K in sizes]))
+        self.counts_K = self.variable(
+            "codebook", "counts_K", lambda: self._join([jnp.zeros(K, jnp.float32) for K in sizes])
+        )
         self.sums_KE = self.variable("codebook", "sums_KE", lambda: self.codebook_KE.value)
 
-    def __call__(self, x: jax.Array, train: bool = False) -> ResidualCodes:
+    def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> ResidualCodes:
         """Quantise vectors (..., E); in training also update the codebook.
+
+        Args:
+          x: vectors (..., E).
+          train: whether the codebook learns from them.
+          mask: bool (...), False for vectors that it does not learn from, such as padding; they get codes all the same.
 
         Returns:
           `ResidualCodes`; the gradient of `quantized` passes straight through to `x`.
+
+        Raises:
+          ValueError: a mask of another shape than the vectors.
         """
+        if mask is not None:
+            checks.shape("mask", mask.shape, x.shape[:-1])
         x = x.astype(jnp.float32)
         detached = jax.lax.stop_gradient(x)
         if train and not self.is_initializing():
-            result, states = self._train(detached)
+            result, states = self._train(detached, mask)
+            self._count_not_finite(detached, result.partial_sums, mask)
             for variable, values in zip(self._variables, zip(*states, strict=True), strict=True):
                 variable.value = self._join(list(values))
         else:
@@ -83,7 +102,17 @@ class ResidualQuantizer(nn.Module):
     def _variables(self):
         return self.codebook_KE, self.counts_K, self.sums_KE
 
-    def _train(self, x: jax.Array) -> tuple[ResidualCodes, list[CodebookState]]:
+    def _count_not_finite(self, x: jax.Array, partial_sums: jax.Array, mask: jax.Array | None) -> None:
+        """Store how many vectors no codebook learned from at each depth, where the caller wants to know."""
+        if not self.is_mutable_collection("intermediates"):
+            return
+        before = jnp.concatenate([jnp.zeros_like(partial_sums[..., :1, :]), partial_sums[..., :-1, :]], -2)
+        is_bad = ~finite_vectors(x[..., None, :] - before)
+        if mask is not None:
+            is_bad &= mask[..., None]
+        self.sow("intermediates", "num_not_finite", is_bad.reshape(-1, self.depth).sum(0, dtype=jnp.int32))
+
+    def _train(self, x: jax.Array, mask: jax.Array | None) -> tuple[ResidualCodes, list[CodebookState]]:
         split = [[v.value] if self.use_shared_codebook else list(v.value) for v in self._variables]
         states = [CodebookState(*arrays) for arrays in zip(*split, strict=True)]
         candidates = None
@@ -96,8 +125,19 @@ class ResidualQuantizer(nn.Module):
                     return restart_candidates(jax.random.fold_in(rng_restart, d), x_NE, K)
 
             if self.use_kmeans_init:
-                states = self._place_codes(rng_kmeans, x, states)
-        return quantize_and_update(x, states, self.depth, self.decays, self.codebook_update, candidates)
+                states = self._place_codes(rng_kmeans, left_out(x, mask), states)
+        else:
+            self._warn_without_stream()
+        return quantize_and_update(x, states, self.depth, self.decays, self.codebook_update, candidates, mask)
+
+    def _warn_without_stream(self) -> None:
+        for name in ("use_restart", "use_kmeans_init"):
+            if getattr(self, name):
+                warnings.warn(
+                    f"{name}: True does nothing in a training call without the rng stream 'restart'; "
+                    f"pass rngs={{'restart': key}}, or set {name}=False",
+                    stacklevel=2,
+                )
 
     def _place_codes(self, rng: jax.Array, x: jax.Array, states: list[CodebookState]) -> list[CodebookState]:
         """K-means on the residuals of each depth, only while nothing has ever been counted.
@@ -109,7 +149,10 @@ class ResidualQuantizer(nn.Module):
         def place() -> list[CodebookState]:
             residual, placed = x.reshape(-1, x.shape[-1]), []
             for d, state in enumerate(states):
-                placed.append(kmeans(jax.random.fold_in(rng, d), residual, state.counts_K.shape[0]))
+                found = kmeans(jax.random.fold_in(rng, d), residual, state.counts_K.shape[0])
+                # Of vectors none of which is finite there is nothing to place: the next call tries again.
+                is_placed = jnp.any(found.counts_K > 0)
+                placed.append(jax.tree.map(lambda new, old, use=is_placed: jnp.where(use, new, old), found, state))
                 residual = residual - quantize_once(residual, placed[-1].codebook_KE)[1]
             return placed
 

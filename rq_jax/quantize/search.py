@@ -67,14 +67,16 @@ def _search(
     pick: Callable[..., Any] = _better_block
     if rng is not None:
         # Two uniform numbers for each vector and block, where Gumbel noise would take one for each score.
-        read = (*read, jax.random.uniform(rng, (num_blocks, 2, N)))
+        read = (*read, jax.random.uniform(rng, (num_blocks, 2, N), jnp.float32))
         pick = functools.partial(_drawn_block, temperature=temperature)
 
     def step(best: Any, block: Any) -> tuple[Any, None]:
         table_kE, norms_k, *more = block
         return pick(best, scores_of(table_kE, norms_k), *more), None
 
-    zero_N = jnp.where(x_NE[:, 0] > 0, 0.0, 0.0)  # made of x, to vary over devices as x does inside shard_map
+    zero_N = jnp.where(
+        x_NE[:, 0] > 0, jnp.float32(0), jnp.float32(0)
+    )  # made of x, to vary over devices as x does inside shard_map
     first = (zero_N - jnp.inf, zero_N, zero_N.astype(jnp.int32))
     if num_blocks == 1:
         return step(first, jax.tree.map(lambda array: array[0], read))[0][2]
@@ -87,10 +89,12 @@ def _better_block(best: Any, scores_kN: jax.Array, start: jax.Array) -> Any:
     k = scores_kN.shape[0]
     block_best_N = jnp.max(scores_kN, axis=0)
     # Argmax in two passes that vectorise, a maximum and the first index that attains it: XLA's argmax on CPU is a
-    # scalar loop over (value, index) pairs. NaN never exceeds the best so far: a vector of NaN keeps code 0.
+    # scalar loop over (value, index) pairs. NaN never exceeds the best so far, and infinity does not count: a
+    # vector with such a value keeps code 0.
     codes_k = jnp.arange(k, dtype=jnp.int32)
     where_best_kN = jnp.where(scores_kN == block_best_N[None], codes_k[:, None], k - 1)
-    better_N = block_best_N > best_N  # strictly: an equal score of an earlier block has the lower index
+    # Strictly: an equal score of an earlier block has the lower index.
+    better_N = (block_best_N > best_N) & (block_best_N < jnp.inf)
     codes_N = jnp.where(better_N, start + jnp.min(where_best_kN, axis=0), codes_N)
     return jnp.where(better_N, block_best_N, best_N), unused_N, codes_N
 
@@ -106,7 +110,7 @@ def _drawn_block(best: Any, scores_kN: jax.Array, start: jax.Array, uniforms_2N:
     new_largest_N = jnp.maximum(largest_N, jnp.max(logits_kN, axis=0))
     weights_kN = jnp.exp(logits_kN - new_largest_N[None])
     parts = math.gcd(_PARTS, weights_kN.shape[0])
-    weights_RPN = weights_kN.reshape(-1, parts, weights_kN.shape[1])
+    weights_RPN = weights_kN.reshape(weights_kN.shape[0] // parts, parts, weights_kN.shape[1])
     sums_PN = jnp.sum(weights_RPN, axis=0)
     block_sum_N = jnp.sum(sums_PN, axis=0)
     # The sum so far is relative to the old maximum; before the first block it is 0, and that maximum -inf.

@@ -68,11 +68,11 @@ class CodeCounter:
         def encode_all(variables: Any, images: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
             return self._tokenizer.apply(variables, images, method="encode_to_codes"), mask
 
-        total, count = 0.0, 0
+        total, count, sizes = 0.0, 0, self._tokenizer.codebook_sizes
         for batch in dataset.iterator():
             placed = sharding.put_batch(self._mesh, {name: batch[name] for name in ("image", "mask")})
             codes, mask = jax.device_get(encode_all(self._variables, placed["image"], placed["mask"]))
-            total = total + metrics.unigram_cross_entropy(counts_DK, codes[mask]) * mask.sum()
+            total = total + metrics.unigram_cross_entropy(counts_DK, codes[mask], sizes) * float(mask.sum())
             count += mask.sum()
         return np.asarray(total) / count
 

@@ -310,7 +310,7 @@ class Transformer:
         codes, residuals = jax.lax.stop_gradient(self.losses.draw(latents, self.model, codebook, rngs["codes"]))
         cond, dropped = batch.get("cond"), None
         if self.losses.cond_dropout:
-            dropped = jax.random.bernoulli(rngs["cond"], self.losses.cond_dropout, (cond.shape[0], 1))
+            dropped = jax.random.bernoulli(rngs["cond"], jnp.float32(self.losses.cond_dropout), (cond.shape[0], 1))
             cond = jnp.where(dropped, self.model.cond_vocab_size, cond)
 
         def objective(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rq_jax.settings import checks
 
@@ -22,7 +23,8 @@ def filter_logits(
 
     Args:
       logits: (..., K); computed in float32, NaN counts as -inf.
-      temperature: at least 0; 0 is the argmax (its first index).
+      temperature: at least 0, a float32; 0 is the argmax (its first index), as is one so small that logits divided by
+        it overflow.
       top_k: keep logits at or above the k-th largest, ties included; None or more than K keeps all.
       top_p: keep the most probable items until their sum reaches p, the one that reaches it included; None keeps all.
         Of equal items the first index counts as the more probable.
@@ -37,17 +39,21 @@ def filter_logits(
     K = logits.shape[-1]
     # +inf becomes a large number: inf - inf in the softmax would be NaN.
     logits = jnp.nan_to_num(logits.astype(jnp.float32), nan=-jnp.inf, posinf=1e30, neginf=-jnp.inf)
-    # A row without any finite logit has no softmax. It takes its argmax, index 0, as rows of temperature 0 do.
-    greedy = (jnp.asarray(temperature) == 0) | (jnp.max(logits, -1, keepdims=True) == -jnp.inf)
+    # Any higher, all finite logits have one probability; and 1 / temperature, by which XLA may multiply, would be 0.
+    temperature = jnp.minimum(jnp.asarray(temperature, jnp.float32), 1e30)
+    largest = jnp.max(logits, -1, keepdims=True)
+    # A row whose largest logit is not finite has no softmax. It takes its argmax (index 0 where all are -inf), as rows
+    # of temperature 0 do.
+    greedy = (temperature == 0) | ~jnp.isfinite(largest / jnp.where(temperature == 0, 1.0, temperature))
     scaled = logits / jnp.where(greedy, 1.0, temperature)
-    top_k = jnp.minimum(K if top_k is None else top_k, K)
+    top_k = jnp.asarray(at_most(K, top_k))
     top_p = jnp.asarray(1.0 if top_p is None else top_p, jnp.float32)
     # The values are traced: branches at run time leave out what a filter that is off would cost.
     filters = jnp.any(top_k < K) | jnp.any(top_p < 1)
     probabilities = jax.lax.cond(filters, _cut, lambda x, k, p: jax.nn.softmax(x, -1), scaled, top_k, top_p)
 
     def choose(probabilities: jax.Array) -> jax.Array:
-        return jnp.where(greedy, jax.nn.one_hot(jnp.argmax(logits, -1), K), probabilities)
+        return jnp.where(greedy, jax.nn.one_hot(jnp.argmax(logits, -1), K, dtype=jnp.float32), probabilities)
 
     return jax.lax.cond(jnp.any(greedy), choose, lambda x: x, probabilities)
 
@@ -57,7 +63,7 @@ def _cut(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     K, shape = logits.shape[-1], (*logits.shape[:-1], 1)
     top_k, top_p = jnp.broadcast_to(top_k, shape), jnp.broadcast_to(top_p, shape)
     # Top-k is the sum of weights 1 up to k. An infinite target keeps everything without a single round.
-    kth = _threshold(logits, lambda _: 1.0, jnp.where(top_k < K, top_k.astype(jnp.float32), jnp.inf))
+    kth = _threshold(logits, lambda _: jnp.float32(1), jnp.where(top_k < K, top_k.astype(jnp.float32), jnp.inf))
     probabilities = jax.nn.softmax(jnp.where(logits >= kth, logits, -jnp.inf), -1)
     # At 1 nothing is cut: the float32 sum of all may stay below 1 or reach it before the tail.
     last = _threshold(probabilities, lambda value: value, jnp.where(top_p < 1, top_p, jnp.inf))
@@ -114,7 +120,7 @@ def _threshold(values: jax.Array, weight: Callable[[jax.Array], Any], target: ja
             jnp.where(up, sum_high, total),
         )
 
-    state = low, high, sum_from(low), jnp.zeros(low.shape)
+    state = low, high, sum_from(low), jnp.zeros(low.shape, jnp.float32)
     low = jax.lax.while_loop(lambda state: jnp.any(is_open(state)), halve, state)[0]
     return jnp.min(values, -1, keepdims=True, initial=jnp.inf, where=keys >= low)
 
@@ -135,6 +141,13 @@ def _from_ordered(keys: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def at_most(K: int, top_k: Any) -> Any:
+    """top_k as int32, no more than K; None is K. A concrete one of any size is cut on the host."""
+    if isinstance(top_k, jax.Array):
+        return jnp.minimum(top_k.astype(jnp.int32), K)
+    return np.minimum(np.asarray(K if top_k is None else top_k, np.float64), K).astype(np.int32)
+
+
 def check_filter(temperature: Any, top_k: Any, top_p: Any) -> None:
     """Check the concrete values of a filter; traced ones pass.
 
@@ -144,6 +157,7 @@ def check_filter(temperature: Any, top_k: Any, top_p: Any) -> None:
     keep_all = "leave it out to keep all codes"
     if _is_concrete(temperature):
         checks.at_least("temperature", temperature, 0, fix="0 takes the most probable code")
+        checks.within("temperature", temperature, 0, float(np.finfo(np.float32).max))
     if _is_concrete(top_k):
         checks.at_least("top_k", top_k, 1, whole=True, fix=keep_all)
     if _is_concrete(top_p):

@@ -13,24 +13,28 @@ import numpy as np
 
 from rq_jax import quantize
 from rq_jax.quantize.search import pick
-from rq_jax.sampling.filter import check_filter, filter_logits
+from rq_jax.sampling.filter import at_most, check_filter, filter_logits
 from rq_jax.settings import checks
 
 _PARTS = 128  # interleaved parts of the codes, see `_draw`: neighbours are in different ones, for vector registers
 # The cache grows in at most this many stretches, of at least this many positions.
 _MAX_STRETCHES, _MIN_STRETCH = 4, 16
+_MAX_GUIDANCE = 1e30
 
 
 def check_guidance(model: Any, guidance: float | jax.Array | None) -> None:
     """Check the scale of classifier-free guidance.
 
     Raises:
-      ValueError: a scale that is not finite, or a model without a null condition.
+      ValueError: a scale that is not finite or beyond 1e30, or a model without a null condition.
     """
     if guidance is None:
         return
-    if not isinstance(guidance, jax.core.Tracer) and not np.isfinite(guidance):
-        raise ValueError(f"guidance: {guidance} must be a finite number, or None for no guidance")
+    # Any larger, logits that differ a little would all be infinite.
+    if not isinstance(guidance, jax.core.Tracer) and not np.abs(guidance) <= _MAX_GUIDANCE:
+        raise ValueError(
+            f"guidance: {guidance} must be a finite number, at most {_MAX_GUIDANCE:g}, or None for no guidance"
+        )
     if not model.use_null_cond:
         raise ValueError(f"guidance: {guidance} needs a model trained with use_null_cond; leave it out for this one")
 
@@ -57,10 +61,10 @@ def generate(
     Args:
       model: an `RQTransformer`.
       variables: its variables, with the tokenizer's codebook.
-      rng: key.
+      rng: key; `rng_of_seed` makes one of any seed.
       num_images: n.
       cond: int (n, U), or (n, 1) / (n,) for classes; None when unconditional.
-      image_ids: int (n,), default arange(n).
+      image_ids: int (n,) in [0, 2^64), default arange(n).
       temperature, top_k, top_p: one value, or one per depth; see `filter_logits`.
       guidance: scale g of classifier-free guidance, for models with `use_null_cond`: the logits are u + g (c - u) of
         those with the condition (c) and with the null condition (u). None: off.
@@ -76,32 +80,49 @@ def generate(
     checks.at_least("num_images", num_images, 1)
     _check_codebook(variables)
     check_filter(temperature, top_k, top_p)
-    ids = np.arange(num_images) if image_ids is None else image_ids
-    checks.shape("image_ids", np.shape(ids), (num_images,))
+    ids: Any = np.arange(num_images) if image_ids is None else image_ids
+    ids = ids if hasattr(ids, "dtype") else np.asarray(ids, object)  # of Python's ints some fit no array but this
+    checks.shape("image_ids", ids.shape, (num_images,))
     cond = _check_cond(model, cond, num_images)
     prefix = _check_prefix(model, prefix, num_images)
     check_guidance(model, guidance)
     K = max(model.codebook_sizes)
     settings = (
         _per_depth("temperature", temperature, D, jnp.float32),
-        _per_depth("top_k", K if top_k is None else _array(top_k).clip(max=K), D, jnp.int32),
+        _per_depth("top_k", at_most(K, top_k), D, jnp.int32),
         _per_depth("top_p", 1.0 if top_p is None else top_p, D, jnp.float32),
     )
     guidance = None if guidance is None else jnp.float32(guidance)
-    return _generate(model, variables, rng, jnp.asarray(ids), cond, settings, guidance, prefix)
+    return _generate(model, variables, rng, _words(ids), cond, settings, guidance, prefix)
+
+
+def rng_of_seed(seed: int) -> jax.Array:
+    """The key of a seed of any size; `jax.random.key` gives seeds that differ by 2^32 one key.
+
+    Args:
+      seed: at least 0; below 2^31 the key is that of `jax.random.key`.
+
+    Raises:
+      ValueError: a seed below 0.
+    """
+    checks.at_least("seed", seed, 0)
+    rng = jax.random.key(np.uint32(seed % 2**32))
+    while seed := seed >> 32:
+        rng = jax.random.fold_in(rng, np.uint32(seed % 2**32))
+    return rng
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _generate(model, variables, rng, image_ids_B, cond_BU, settings, guidance, prefix_BPD):
-    (h, w, D), B = model.code_shape, image_ids_B.shape[0]
+def _generate(model, variables, rng, image_ids_2B, cond_BU, settings, guidance, prefix_BPD):
+    (h, w, D), B = model.code_shape, prefix_BPD.shape[0]
     T, P = h * w, prefix_BPD.shape[1]
     if P == T:
         return prefix_BPD.reshape(B, h, w, D)
     variables = model.for_inference(variables)
     # A key per image id: what an image draws does not depend on its batch, its place there, or its device.
-    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(rng, image_ids_B)
+    keys_B = jax.vmap(functools.partial(_rng_of_image, rng))(*image_ids_2B)
     # All random numbers at once, two for each code: a generator inside the loop would cost more than the classifier.
-    uniforms_TD2B = jnp.moveaxis(jax.vmap(lambda key: jax.random.uniform(key, (T, D, 2)))(keys_B), 0, -1)
+    uniforms_TD2B = jnp.moveaxis(jax.vmap(lambda key: jax.random.uniform(key, (T, D, 2), jnp.float32))(keys_B), 0, -1)
     if guidance is not None:  # one batch of two halves: with the condition, and with the null condition
         cond_BU = jnp.concatenate([cond_BU, jnp.full_like(cond_BU, model.cond_vocab_size)])
 
@@ -182,6 +203,32 @@ def _draw(uniforms_2B: jax.Array, probabilities_BK: jax.Array) -> jax.Array:
     part_B = pick(uniforms_2B[0], jnp.sum(parts_BRP, axis=1), axis=1)
     inside_BR = jnp.take_along_axis(parts_BRP, part_B[:, None, None], axis=2)[..., 0]
     return pick(uniforms_2B[1], inside_BR, axis=1) * _PARTS + part_B
+
+
+def _rng_of_image(rng: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
+    """The key of an image, from the two halves of its id. JAX folds in 32 bits at a time."""
+    rng = jax.random.fold_in(rng, low)
+    return jax.lax.cond(high > 0, jax.random.fold_in, lambda rng, _: rng, rng, high)
+
+
+def _words(ids: Any) -> tuple[jax.Array, jax.Array]:
+    """Lower and upper 32 bits of ids, uint32 both.
+
+    Raises:
+      ValueError: ids that are not whole numbers in [0, 2^64), as far as the host can see.
+    """
+    if not isinstance(ids, jax.Array):
+        numbers = ids.tolist()
+        if not all(isinstance(number, int) and 0 <= number < 2**64 for number in numbers):
+            raise ValueError(f"image_ids: {numbers} must be whole numbers from 0 to 2^64 - 1")
+        ids = np.array(numbers, np.uint64)
+    elif ids.dtype.kind not in "iu":
+        raise ValueError(f"image_ids: of {ids.dtype} must be whole numbers from 0 to 2^64 - 1")
+    if ids.dtype.itemsize == 8:
+        high = ids >> 32
+    else:
+        high = jnp.where(ids < 0, -1, 0)  # a negative id on a device: an image of its own, too
+    return jnp.asarray(ids.astype(np.uint32)), jnp.asarray(high.astype(np.uint32))
 
 
 def _per_depth(name: str, value: Any, depth: int, dtype: Any) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax.sampling.filter import check_filter
-from rq_jax.sampling.generate import check_guidance, generate
+from rq_jax.sampling.generate import check_guidance, generate, rng_of_seed
 from rq_jax.settings import checks
 
 _FILTER = ("temperature", "top_k", "top_p")
@@ -70,8 +70,8 @@ def draw(
       tokenizer: its `model` and `variables`, as in `checkpoint.LoadedModel`.
       num_images: n.
       batch_size: images of one compiled program; a last batch is filled up, and what fills it dropped.
-      first_index: id of the first image.
-      seed: an image depends on the seed and its id alone.
+      first_index: id of the first image, from 0 to 2^62.
+      seed: at least 0; an image depends on the seed and its id alone.
       weights: dtype of the transformer's weights in memory, see `inference_weights.for_inference`.
       conds: (m, U), which the images take in turn by id; None for an unconditional model.
       prefix: codes (m, T0, D) of the first positions, likewise.
@@ -80,9 +80,13 @@ def draw(
 
     Yields:
       Image ids (b,), codes (b, h, w, D) int32, images (b, H, W, C) uint8.
+
+    Raises:
+      ValueError: a first index or a seed out of range.
     """
     resting, tokenizer_variables = _for_inference(model, variables, weights), jax.device_put(tokenizer.variables)
-    rng, end, pending = jax.random.key(seed), first_index + num_images, None
+    checks.within("first_index", first_index, 0, 2**62)
+    rng, end, pending = rng_of_seed(seed), first_index + num_images, None
 
     def fetch(ids, codes, images):
         is_asked_for = ids < end

@@ -156,5 +156,5 @@ def accumulate_gradients(loss_and_grads: Any, params: Any, batch: Any, num_steps
     # Shapes alone: evaluating the first micro-batch outside the scan would compile the model twice.
     first = jax.eval_shape(loss_and_grads, params, jax.tree.map(lambda x: x[0], micro), rngs)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), first)
-    total, _ = jax.lax.scan(step, zeros, (jnp.arange(num_steps), micro))
+    total, _ = jax.lax.scan(step, zeros, (jnp.arange(num_steps, dtype=jnp.int32), micro))
     return jax.tree.map(lambda x: x / num_steps, total)

@@ -54,7 +54,8 @@ def plain_features(state, x):
         kernel = state[f"{name}.weight"].transpose(2, 3, 1, 0)
         dimensions = ("NHWC", "HWIO", "NHWC")
         x = jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=dimensions, feature_group_count=groups)  # fmt: skip
-        weight, bias, mean, var = (state[f"{norm}.{n}"] for n in ("weight", "bias", "running_mean", "running_var"))
+        names = ("weight", "bias", "running_mean", "running_var")
+        weight, bias, mean, var = (state[f"{norm}.{n}"].reshape(1, 1, 1, -1) for n in names)
         return (x - mean) / np.sqrt(var + 1e-3) * weight + bias
 
     relu6 = lambda x: jnp.clip(x, 0, 6)  # noqa: E731

@@ -296,7 +296,7 @@ def test_kmeans_places_the_codes_at_the_first_training_call_only():
     _, second = train(module, first, x=2 * X, seed=2)
     _, plain_second = train(plain, first, x=2 * X, seed=2)
     for a, b in zip(jax.tree.leaves(second), jax.tree.leaves(plain_second), strict=True):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)  # two programs, which XLA may round differently
     _, no_stream = train(module, variables)
     np.testing.assert_array_equal(
         no_stream["codebook"]["codebook_KE"], train(plain, variables)[1]["codebook"]["codebook_KE"]

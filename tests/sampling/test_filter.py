@@ -120,7 +120,27 @@ def test_one_value_per_row_under_vmap():
         np.testing.assert_allclose(mapped[i], expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-20])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_smallest_temperatures_are_the_argmax(temperature, sign):
+    logits = 1e3 * LOGITS + sign * 1e5  # all below 0, or all above
+    np.testing.assert_array_equal(filter_logits(logits, temperature), filter_logits(logits, 0.0))
+
+
+def test_the_largest_temperature_is_uniform():
+    logits = np.where(np.arange(K) == 3, -np.inf, LOGITS)
+    expected = np.broadcast_to((np.arange(K) != 3) / (K - 1), LOGITS.shape)
+    np.testing.assert_allclose(filter_logits(logits, 3e38), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [2**31, 2**40, 10**30, np.inf])
+def test_top_k_of_any_size(top_k):
+    np.testing.assert_array_equal(filter_logits(LOGITS, top_k=top_k), filter_logits(LOGITS))
+
+
 MISTAKES = {
+    "temperature inf": ({"temperature": float("inf")}, r"^temperature: inf is outside \[0, 3.4"),
+    "temperature beyond": ({"temperature": 1e39}, r"^temperature: 1e\+39 is outside \[0, 3.4"),
     "temperature": (
         {"temperature": -0.5},
         r"^temperature: -0.5 must be at least 0; 0 takes the most probable code$",

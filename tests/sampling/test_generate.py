@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy_transformer import CLASS, CONDS, KINDS, SIZES, TEXT, UNEQUAL, B, D, E, K, M, T, U, V, build, h, run, w
 
-from rq_jax.sampling import filter_logits, generate, keep_best
+from rq_jax.sampling import filter_logits, generate, keep_best, rng_of_seed
 from rq_jax.sampling.generate import _generate
 
 RNG = jax.random.key(5)
@@ -98,6 +98,22 @@ def test_the_codes_of_an_image_depend_on_its_id_alone():
     np.testing.assert_array_equal(generate(model, variables, RNG, 3, image_ids=ids), eight[ids])
     np.testing.assert_array_equal(generate(model, variables, RNG, 1, image_ids=jnp.array([5])), eight[5:6])
     assert not np.array_equal(generate(model, variables, jax.random.key(6), 8), eight)
+
+
+def test_ids_and_seeds_of_any_size_have_images_of_their_own():
+    model, variables = build()
+    ids = [1, 2**31, 2**31 + 1, 2**32 - 1, 2**32, 2**32 + 1, 2**63, 2**64 - 1]
+    codes = np.asarray(generate(model, variables, RNG, 8, image_ids=ids))
+    assert len({of_image.tobytes() for of_image in codes}) == 8
+    on_device = generate(model, variables, RNG, 8, image_ids=jnp.array([-1, *range(7)], jnp.int32))
+    assert not (np.asarray(on_device)[0] == codes[:-1]).all((1, 2, 3)).any()
+    np.testing.assert_array_equal(on_device[2], codes[0])
+    keys = [jax.random.key_data(rng_of_seed(seed)).tobytes() for seed in (*ids, 2**64, 2**64 + 1, 2**200)]
+    assert len(set(keys)) == len(keys)
+    for seed in (0, 5, 2**31 - 1):
+        np.testing.assert_array_equal(jax.random.key_data(rng_of_seed(seed)), jax.random.key_data(jax.random.key(seed)))
+    with pytest.raises(ValueError, match="^seed: -1 must be at least 0$"):
+        rng_of_seed(-1)
 
 
 def test_eight_devices_draw_the_same_codes():
@@ -209,6 +225,18 @@ MISTAKES = {
         {},
         {"image_ids": np.arange(3)},
         r"^image_ids: shape \(3,\) does not fit; allowed is \(2,\)$",
+    ),
+    "negative id": (
+        {},
+        {"image_ids": [0, -1]},
+        r"^image_ids: \[0, -1\] must be whole numbers from 0 to 2\^64 - 1$",
+    ),
+    "larger id": ({}, {"image_ids": [0, 2**64]}, r"^image_ids: \[0, 18446744073709551616\] must be whole"),
+    "fractional id": ({}, {"image_ids": np.array([0.0, 1.5])}, r"^image_ids: \[0.0, 1.5\] must be whole"),
+    "guidance beyond": (
+        NULL,
+        {"cond": jnp.array([0, 1]), "guidance": 1e39},
+        r"^guidance: 1e\+39 must be a finite number",
     ),
     "guidance": (
         CLASS,

@@ -266,7 +266,7 @@ def test_what_is_read_at_every_code_is_narrow_and_nothing_else(dtype):
     assert {str(x.dtype) for x in flat.values()} == {"float32", "bfloat16" if dtype == "bfloat16" else "int8"}
     weight = blocks[1]["up_MF"]
     assert weight.values.shape == (256, 64)
-    weight = (weight.values * (1 if dtype == "bfloat16" else weight.scales[:, None])).T
+    weight = (np.asarray(weight.values) * (1 if dtype == "bfloat16" else np.asarray(weight.scales)[:, None])).T
     original = variables["params"]["spatial_stack"]["blocks"]["up_MF"][1]
     np.testing.assert_allclose(weight, original, atol=float(jnp.abs(original).max()) / 100)
     assert blocks[0]["norm1"]["scale"].dtype == jnp.float32
@@ -277,7 +277,9 @@ def test_int8_rounds_each_output_channel_by_itself():
     stored = InferenceWeight.create(weight, "int8", num_axes=2, num_stacked=1)
     assert stored.values.shape == (2, 7, 15) and stored.scales.shape == (2, 7)
     np.testing.assert_allclose(stored.scales, np.abs(weight).max((1, 2)) / 127, rtol=1e-6)
-    error = np.abs(stored.values * stored.scales[..., None] - np.moveaxis(weight.reshape(2, 15, 7), 1, -1))
+    error = np.abs(
+        np.asarray(stored.values) * np.asarray(stored.scales)[..., None] - np.moveaxis(weight.reshape(2, 15, 7), 1, -1)
+    )
     assert (error <= 0.5001 * np.asarray(stored.scales)[..., None]).all()
 
 
