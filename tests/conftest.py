@@ -6,10 +6,12 @@ RQ_JAX_TEST_OPTIMIZED=1 compiles as a user does, which takes longer; RQ_JAX_GOLD
 
 import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+MANY_MAPS = 25_000
 COMPILES_AS_A_USER = bool(os.environ.get("RQ_JAX_TEST_OPTIMIZED") or os.environ.get("RQ_JAX_TEST_GPU"))
 
 
@@ -74,6 +76,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     text = (Path(__file__).parent / "reliability.md").read_text(encoding="utf-8").replace("TABLE", "\n".join(lines))
     Path(path).write_text(text, encoding="utf-8")
     terminalreporter.write_line(text)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs() -> Iterator[None]:
+    """Forgets compiled programs now and then: each takes some of the 65,530 memory maps that Linux allows a process."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
