@@ -32,7 +32,7 @@ def groups(args: argparse.Namespace) -> list[list[Config]]:
 def dense_codes(x_NE: jax.Array, codebook_KE: jax.Array) -> jax.Array:
     """The nearest codes by the (N, K) matrix of squared distances."""
     products_NK = jnp.dot(x_NE, codebook_KE.T, precision=jax.lax.Precision.HIGHEST)
-    distances_NK = jnp.sum(x_NE**2, -1, keepdims=True) - 2 * products_NK + jnp.sum(codebook_KE**2, -1)
+    distances_NK = jnp.sum(x_NE**2, -1, keepdims=True) - 2 * products_NK + jnp.sum(codebook_KE**2, -1)[None]
     return jnp.argmin(distances_NK, axis=-1)
 
 

@@ -155,7 +155,7 @@ def test_the_input_bias_counts_once_per_depth():
     moved = {
         **params,
         "input_bias_M": 0 * params["input_bias_M"],
-        "position_TM": params["position_TM"] + D * params["input_bias_M"],
+        "position_TM": params["position_TM"] + D * params["input_bias_M"][None],
     }
     np.testing.assert_allclose(
         run(model, {**variables, "params": moved}, CODES).logits, run(model, variables, CODES).logits, atol=1e-4
@@ -330,7 +330,7 @@ def test_no_depth_layers(depth):
     logits = run(model, variables, codes).logits
     assert logits.shape == (B, h, w, depth, K)
     context, _, _ = run(model, variables, codes, method="spatial")
-    first = context + variables["params"]["depth_position_DM"][0]
+    first = context + variables["params"]["depth_position_DM"][:1][None, None]
     np.testing.assert_allclose(run(model, variables, first, method="classify", index=0), logits[..., 0, :], atol=1e-5)
 
 

@@ -93,5 +93,5 @@ def test_the_library_reads_paths_as_the_scripts_do(tmp_path, monkeypatch):
     (tmp_path / "run [1]" / "config.json").write_text('{"model": {"name": "toy"}}')
     assert checkpoint.read_config("~/run [1]") == {"model": {"name": "toy"}}
     assert not checkpoint.has_checkpoint("~/run [1]")
-    (tmp_path / "run [1]" / "checkpoints" / "00000005").mkdir()
+    (tmp_path / "run [1]" / "checkpoints" / "5").mkdir()
     assert checkpoint.has_checkpoint("~/run [1]")
