@@ -58,7 +58,8 @@ def ema_update(
       The new state. Its codebook is sums / counts with Laplace-smoothed counts; a code without any count keeps its
       vector. Where no vector counts, it is the old state.
     """
-    new, learns = _update(state, x_NE, codes_N, decay, candidates_KE)
+    restarts_K = True if candidates_KE is None else finite_vectors(candidates_KE)
+    new, learns = _update(state, x_NE, codes_N, decay, candidates_KE, restarts_K)
     return _where(learns, new, state)
 
 
@@ -72,10 +73,12 @@ def _update(
     codes_N: jax.Array,
     decay: float,
     candidates_KE: jax.Array | None,
+    restarts_K: Any = True,
 ) -> tuple[CodebookState, jax.Array]:
     """`ema_update` of a batch with vectors that count, and whether it was one: else only the codebook stays.
 
-    A choice between old and new averages in here would change how XLA rounds them; the caller makes it at the end.
+    Codes that `restarts_K` excludes do not restart. The caller chooses between old and new averages: a choice in here,
+    and one more mask beside the threshold of the counts, would change how XLA rounds them.
     """
     K = state.counts_K.shape[0]
     x_NE = x_NE.astype(jnp.float32)
@@ -86,7 +89,7 @@ def _update(
     counts_K = decay * state.counts_K + (1 - decay) * batch_counts_K
     sums_KE = decay * state.sums_KE + (1 - decay) * batch_sums_KE
     if candidates_KE is not None:
-        stays_K = (counts_K >= 1) | ~learns | ~finite_vectors(candidates_KE)
+        stays_K = counts_K >= jnp.where(learns & restarts_K, 1.0, -jnp.inf)
         counts_K = jnp.where(stays_K, counts_K, 1.0)
         sums_KE = jnp.where(stays_K[:, None], sums_KE, candidates_KE)
     total = counts_K.sum()
@@ -186,7 +189,7 @@ def quantize_and_update(
       codebook_update: "sequential" updates after every depth, so that with a shared codebook the next depth searches
         the table just updated (as kakaobrain/rq-vae-transformer:RQBottleneck.quantize); "pooled" searches one
         unchanged table at all depths and updates it once a call with the vectors of all of them.
-      candidates: `(depth index, vectors (N, E), K) -> (K, E)` replacements of unused codes; None: no restart.
+      candidates: `(depth index, vectors (N, E), K) -> (K, E)` finite replacements of unused codes; None: no restart.
       mask: bool (...), False for vectors that get codes and change no codebook, such as padding; `candidates` sees
         infinity in their place.
 
