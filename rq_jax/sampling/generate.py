@@ -208,7 +208,9 @@ def _draw(uniforms_2B: jax.Array, probabilities_BK: jax.Array) -> jax.Array:
 def _rng_of_image(rng: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """The key of an image, from the two halves of its id. JAX folds in 32 bits at a time."""
     rng = jax.random.fold_in(rng, low)
-    return jax.lax.cond(high > 0, jax.random.fold_in, lambda rng, _: rng, rng, high)
+    # A choice of the bits: one between keys looks like a key used twice to `jax_debug_key_reuse`.
+    bits = [jax.random.key_data(key) for key in (jax.random.fold_in(rng, high), rng)]
+    return jax.random.wrap_key_data(jnp.where(high > 0, *bits), impl=jax.random.key_impl(rng))
 
 
 def _words(ids: Any) -> tuple[jax.Array, jax.Array]:
