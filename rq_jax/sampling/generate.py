@@ -209,8 +209,8 @@ def _rng_of_image(rng: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     """The key of an image, from the two halves of its id. JAX folds in 32 bits at a time."""
     rng = jax.random.fold_in(rng, low)
     # A choice of the bits: one between keys looks like a key used twice to `jax_debug_key_reuse`.
-    bits = [jax.random.key_data(key) for key in (jax.random.fold_in(rng, high), rng)]
-    return jax.random.wrap_key_data(jnp.where(high > 0, *bits), impl=jax.random.key_impl(rng))
+    folded, plain = jax.random.key_data(jax.random.fold_in(rng, high)), jax.random.key_data(rng)
+    return jax.random.wrap_key_data(jnp.where(high > 0, folded, plain), impl=jax.random.key_impl(rng))
 
 
 def _words(ids: Any) -> tuple[jax.Array, jax.Array]:
