@@ -349,11 +349,10 @@ class Tokenizer:
     def summarize(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Logged scalars from the means of the step's metrics; warns of a collapsing codebook."""
         scalars = {name: float(value) for name, value in means.items() if name != "code_counts"}
+        window = (self.config or {}).get("loop", {}).get("log_every_steps", 1)  # the counts are means of its steps
         for d, (counts_K, K) in enumerate(zip(means["code_counts"], self.model.codebook_sizes, strict=True), start=1):
-            usage = float(np.mean(counts_K[:K] > 0))
-            scalars[f"code_usage/depth{d}"] = usage
+            scalars[f"code_usage/depth{d}"] = usage = float(np.mean(counts_K[:K] > 0))
             scalars[f"code_perplexity/depth{d}"] = float(metrics.code_perplexity(counts_K[:K]))
-            window = (self.config or {}).get("loop", {}).get("log_every_steps", 1)  # the counts are means of its steps
             if usage < COLLAPSED_USAGE and counts_K.sum() * window >= MIN_VECTORS_PER_CODE * K:
                 restart = "" if self.model.use_restart else "turn on model.use_restart, or "
                 logger.warning(
@@ -362,7 +361,7 @@ class Tokenizer:
                 )  # fmt: skip
         return scalars
 
-    # --- evaluation ---
+    # --- evaluation and log ---
 
     @property
     def criterion(self) -> str:
@@ -387,8 +386,6 @@ class Tokenizer:
         originals, by_depth = jax.tree.map(np.asarray, shown)
         grid = grids.labelled_grid(rows_by_depth(originals, by_depth, psnr_D), scale=max(1, 96 // originals.shape[1]))
         return scalars, {"reconstructions": grid}
-
-    # --- the log ---
 
     @functools.cached_property
     def flops_per_image(self) -> float:

@@ -359,25 +359,6 @@ def test_sample_settings():
     assert official.sample_settings(config) == {"temperature": 0.9, "top_k": 5, "top_p": (0.5, 0.6, 0.7)}
 
 
-# --- which model, and where its tensors are -----------------------------------------------------------------
-
-
-def test_find_kind():
-    gan = {"gan": {"disc": {"arch": DISCRIMINATOR}}}
-    for config, kind in (
-        (rqvae_config(), "rqvae"),
-        ({"arch": rqvae_config() | {"type": "RQ-VAE"}, **gan}, "rqvae"),
-        ({"arch": TRANSFORMER}, "rqtransformer"),
-        (gan, "discriminator"),
-        (VQGAN, "vqgan"),
-    ):
-        assert official.find_kind(config) == kind
-    with pytest.raises(ValueError, match="arch.type: 'dalle' is unknown; allowed are rq-vae, rq-transformer"):
-        official.find_kind({"arch": {"type": "dalle"}})
-    with pytest.raises(ValueError, match="config: has neither arch.type, nor gan.disc.arch, nor model.params; give"):
-        official.find_kind({"optimizer": {}})
-
-
 # --- the way back -------------------------------------------------------------------------------------------
 
 
