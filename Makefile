@@ -66,9 +66,9 @@ test-all: setup
 gpu: setup
 	RQ_JAX_TEST_GPU=1 $(PYTHON) -m pytest -m gpu
 
-# Every fault that the tests put in, and docs/reliability.md from what happened: a quarter of an hour.
+# Every fault that the tests put in, and docs/reliability.md from what happened: ten minutes.
 reliability: setup
-	$(PYTHON) -m pytest tests/training tests/checkpoint tests/devices tests/data tests/quantize -m fault --reliability=docs/reliability.md
+	$(PYTHON) -m pytest -n 2 --dist worksteal -m fault --reliability=docs/reliability.md
 
 # Three minutes on two CPU cores, a JSON record for each command; larger sweeps are the same commands with other lists.
 bench: setup

@@ -63,13 +63,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if not path:
         return
     rows: dict[tuple[str, str], list[int]] = {}
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.stats.get(outcome, []):
-            properties = dict(report.user_properties)
-            if "fault" in properties and (report.when == "call" or report.failed):
-                row = rows.setdefault(tuple(properties["fault"]), [0, 0])
-                row[0] += properties.get("times", 1)
-                row[1] += outcome == "failed"
+    reports = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, [])]
+    for report in sorted(reports, key=lambda report: report.nodeid):
+        properties = dict(report.user_properties)
+        if "fault" in properties and (report.when == "call" or report.failed):
+            row = rows.setdefault(tuple(properties["fault"]), [0, 0])
+            row[0] += properties.get("times", 1)
+            row[1] += report.failed
     lines = ["| put in | times | what happens | lost |", "| --- | --- | --- | --- |"]
     for (what, happens), (times, failed) in rows.items():
         lines.append(f"| {what} | {times} | {happens} | {'**test failed**' if failed else 'nothing'} |")
