@@ -69,6 +69,7 @@ def vae_config(pictures: Path, **overrides):
         "model.code_dim": CODE_DIM,
         "model.codebook_size": CODEBOOK_SIZE,
         "model.z_channels": 8,
+        "model.attention_resolutions": (),
         "model.width": 64,  # two channels in a group: with one, a norm would cancel every bias before it
         "model.use_remat": False,
         "loss.perceptual_weight": 0.0,
