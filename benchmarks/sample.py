@@ -161,8 +161,7 @@ def draw_variables(model: Any, dtype: str) -> Any:
 def compile_sampler(config: Config, model: Any) -> timing.Compiled:
     """Number of a batch -> its codes. The filter's values are arguments, as they are for `sampling.generate`."""
     variables, B = draw_variables(model, config["weights"]), config["batch"]
-    filters = {"temperature": config["temperature"], "top_k": config["top_k"] or config["codebook_size"]}
-    filters |= {"top_p": 1.0 if config["top_p"] is None else config["top_p"], "guidance": config["guidance"]}
+    filters = {name: config[name] for name in ("temperature", "top_k", "top_p", "guidance")}
     rng, cond = jax.random.key(0), jnp.arange(B)[:, None] % NUM_CLASSES
 
     def draw(variables, rng, image_ids, cond, filters):

@@ -1,5 +1,6 @@
 """Filter of the logits: temperature, top-k and top-p."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax.settings import checks
+
+_BLOCK = 128  # of `_index_of_nth`
 
 
 def filter_logits(
@@ -18,8 +21,8 @@ def filter_logits(
 ) -> jax.Array:
     """Probabilities to draw from: temperature, then top-k, softmax, top-p, renormalised (paper, appendix B).
 
-    The order is that of kakaobrain/rq-vae-transformer:sample_from_logits. All values are traced: changing them never
-    recompiles a program.
+    The order is that of kakaobrain/rq-vae-transformer:sample_from_logits. Values are traced: changing them never
+    recompiles a program. One of None adds nothing to a program, so that giving it makes another one.
 
     Args:
       logits: (..., K); computed in float32, NaN counts as -inf.
@@ -45,84 +48,101 @@ def filter_logits(
     # A row whose largest logit is not finite has no softmax. It takes its argmax (index 0 where all are -inf), as rows
     # of temperature 0 do.
     greedy = (temperature == 0) | ~jnp.isfinite(largest / jnp.where(temperature == 0, 1.0, temperature))
-    scaled = logits / jnp.where(greedy, 1.0, temperature)
-    top_k = jnp.asarray(at_most(K, top_k))
-    top_p = jnp.asarray(1.0 if top_p is None else top_p, jnp.float32)
-    # The values are traced: branches at run time leave out what a filter that is off would cost.
-    filters = jnp.any(top_k < K) | jnp.any(top_p < 1)
-    probabilities = jax.lax.cond(filters, _cut, lambda x, k, p: jax.nn.softmax(x, -1), scaled, top_k, top_p)
+    # The argmax in two passes that vectorise; XLA's own on CPU is a scalar loop. A row of one logit has probability 1
+    # there, and passes all filters.
+    indices = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    first = jnp.min(indices, -1, keepdims=True, initial=K, where=logits == largest)
+    only_first = jnp.where(indices == first, 0.0, -jnp.inf)
+    logits = jnp.where(greedy, only_first, logits / jnp.where(greedy, 1.0, temperature))
+    cut: Any = False
+    if top_k is not None:
+        top_k = jnp.asarray(at_most(K, top_k))
+        logits, cut = _keep_top_k(logits, top_k), top_k < K
+    probabilities = jax.nn.softmax(logits, -1)
+    if top_p is not None:
+        top_p = jnp.asarray(top_p, jnp.float32)
+        probabilities, cut = _keep_top_p(probabilities, top_p), cut | (top_p < 1)
+    return probabilities / jnp.where(cut, jnp.sum(probabilities, -1, keepdims=True), 1.0)
 
-    def choose(probabilities: jax.Array) -> jax.Array:
-        return jnp.where(greedy, jax.nn.one_hot(jnp.argmax(logits, -1), K, dtype=jnp.float32), probabilities)
 
-    return jax.lax.cond(jnp.any(greedy), choose, lambda x: x, probabilities)
+def _keep_top_k(logits: jax.Array, top_k: jax.Array) -> jax.Array:
+    """-inf in place of the logits below the k-th largest."""
+    top_k = jnp.broadcast_to(top_k, (*logits.shape[:-1], 1))
+    # The k-th largest is where a sum of ones reaches k. An infinite target keeps everything.
+    target = jnp.where(top_k < logits.shape[-1], top_k.astype(jnp.float32), jnp.inf)
+    return jnp.where(logits >= _threshold(logits, jnp.ones_like, target), logits, -jnp.inf)
 
 
-def _cut(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Top-k, softmax, top-p. Without a sort: each keeps what is at or above a threshold, found by bisection."""
-    K, shape = logits.shape[-1], (*logits.shape[:-1], 1)
-    top_k, top_p = jnp.broadcast_to(top_k, shape), jnp.broadcast_to(top_p, shape)
-    # Top-k is the sum of weights 1 up to k. An infinite target keeps everything without a single round.
-    kth = _threshold(logits, lambda _: jnp.float32(1), jnp.where(top_k < K, top_k.astype(jnp.float32), jnp.inf))
-    probabilities = jax.nn.softmax(jnp.where(logits >= kth, logits, -jnp.inf), -1)
+def _keep_top_p(probabilities: jax.Array, top_p: jax.Array) -> jax.Array:
+    """0 in place of the probabilities after those whose sum reaches p."""
+    top_p = jnp.broadcast_to(top_p, (*probabilities.shape[:-1], 1))
     # At 1 nothing is cut: the float32 sum of all may stay below 1 or reach it before the tail.
-    last = _threshold(probabilities, lambda value: value, jnp.where(top_p < 1, top_p, jnp.inf))
+    target = jnp.where(top_p < 1, jnp.maximum(top_p, jnp.finfo(jnp.float32).tiny), jnp.inf)
+    last = _threshold(probabilities, lambda values: values, target)
     kept = jnp.where(probabilities >= last, probabilities, 0.0)
     # Of equal items at the threshold only the first stay, as many as the sum needs.
     tied = kept == last
     needed = jnp.maximum(1, jnp.ceil((top_p - jnp.sum(kept, -1, where=~tied, keepdims=True)) / last))
-    too_many = (top_p < 1) & (jnp.sum(tied, -1, keepdims=True).astype(jnp.float32) > needed)
-
-    def keep_first(kept: jax.Array) -> jax.Array:
-        surplus = jnp.cumsum(tied, -1).astype(jnp.float32) > needed
-        return jnp.where(too_many & tied & surplus, 0.0, kept)
-
-    kept = jax.lax.cond(jnp.any(too_many), keep_first, lambda kept: kept, kept)
-    return kept / jnp.sum(kept, -1, keepdims=True)
+    needed = jnp.where(top_p < 1, needed, jnp.inf)
+    surplus = jax.lax.broadcasted_iota(jnp.int32, tied.shape, tied.ndim - 1) > _index_of_nth(tied, needed)
+    return jnp.where(tied & surplus, 0.0, kept)
 
 
-def _threshold(values: jax.Array, weight: Callable[[jax.Array], Any], target: jax.Array) -> jax.Array:
+def _index_of_nth(marked: jax.Array, n: jax.Array) -> jax.Array:
+    """Index (..., 1) of the n-th of the marked items, n (..., 1) from 1 on; beyond the last index where fewer are.
+
+    In two steps, the block and the item in it: cumulative sums of K / 128 and of 128 numbers instead of K.
+    """
+    padding = [(0, 0)] * (marked.ndim - 1) + [(0, -marked.shape[-1] % _BLOCK)]
+    blocks = jnp.pad(marked, padding).reshape(*marked.shape[:-1], -1, _BLOCK)
+    sums = jnp.cumsum(jnp.sum(blocks, -1, dtype=jnp.float32), -1)
+    before = sums < n
+    block = jnp.sum(before, -1, keepdims=True, dtype=jnp.int32)
+    n = n - jnp.max(sums, -1, keepdims=True, initial=0.0, where=before)
+    inside = jnp.take_along_axis(blocks, block[..., None], -2, mode="clip")[..., 0, :].astype(jnp.float32)
+    return block * _BLOCK + jnp.sum(jnp.cumsum(inside, -1) < n, -1, keepdims=True, dtype=jnp.int32)
+
+
+def _threshold(values: jax.Array, weight: Callable[[jax.Array], jax.Array], target: jax.Array) -> jax.Array:
     """The largest of the values such that the weights of all values from it on sum to at least the target.
 
-    Bisects the 32-bit integers that order as the floats do: the gap between two bounds halves at each round whatever
-    the spread of the values, so that 32 rounds always suffice, and most rows end as soon as one value is left.
+    Searches the 32-bit integers that order as the floats do, a few bits a round, in a number of rounds that no value
+    changes: a GPU would wait for its host at each round of a loop that ends by a condition.
 
     Args:
       values: (..., K).
-      weight: of a value; at least 0, and no smaller for a larger value.
-      target: (..., 1); where it is more than the sum of all weights the answer is the smallest value, at once.
+      weight: of values; at least 0.
+      target: (..., 1), above 0; where it is more than the sum of all weights the answer is the smallest value.
 
     Returns:
       (..., 1).
     """
-    keys = _ordered(values)
-    # Invariant: the weights from `low` on reach the target (or all of them fall short), those from `high` on do not.
-    low, high = jnp.min(keys, -1, keepdims=True), jnp.max(keys, -1, keepdims=True) + 1
+    search = functools.partial(_search, weight)
+    # A CPU pays for each sum, an accelerator for each round: there XLA makes one kernel of all sums of a round.
+    low = jax.lax.platform_dependent(
+        _ordered(values), target, cpu=functools.partial(search, bits=1), default=functools.partial(search, bits=3)
+    )
+    return jnp.min(values, -1, keepdims=True, initial=jnp.inf, where=_ordered(values) >= low)
 
-    def sum_from(key: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(keys >= key, weight(values), 0.0), -1, keepdims=True)
 
-    def is_open(state: Any) -> jax.Array:
-        low, high, sum_low, sum_high = state
-        # One value between the bounds weighs at least what `low` would, two weigh twice that; 1.5 leaves room to round.
-        several = sum_low - sum_high > 1.5 * weight(_from_ordered(low))
-        return (high - low > 1) & several & (target <= sum_low)
+def _search(weight: Callable[[jax.Array], jax.Array], keys: jax.Array, target: jax.Array, bits: int) -> jax.Array:
+    """The largest key such that the weights from it on reach the target, the highest bits first; 0 where none does.
 
-    def halve(state: Any) -> Any:
-        low, high, sum_low, sum_high = state
-        middle = low + (high - low) // 2  # low + high could overflow
-        total = sum_from(middle)
-        up = total >= target
-        return (
-            jnp.where(up, middle, low),
-            jnp.where(up, high, middle),
-            jnp.where(up, total, sum_low),
-            jnp.where(up, sum_high, total),
-        )
+    Each round tests all values of the next `bits` bits. The rounds are unrolled where they are few.
+    """
 
-    state = low, high, sum_from(low), jnp.zeros(low.shape, jnp.float32)
-    low = jax.lax.while_loop(lambda state: jnp.any(is_open(state)), halve, state)[0]
-    return jnp.min(values, -1, keepdims=True, initial=jnp.inf, where=keys >= low)
+    def narrow(i: Any, low: jax.Array) -> jax.Array:
+        # The last round may test bits that an earlier one knows: they fall short again.
+        step = jnp.uint32(1) << jnp.maximum(32 - bits * (i + 1), 0).astype(jnp.uint32)
+
+        def is_reached(j: int) -> jax.Array:
+            weights = jnp.where(keys >= low + j * step, weight(_from_ordered(keys)), 0.0)
+            return jnp.sum(weights, -1, keepdims=True) >= target
+
+        # The sums do not grow from one key to the next: those that reach the target come first.
+        return low + step * sum(is_reached(j).astype(jnp.uint32) for j in range(1, 2**bits))
+
+    return jax.lax.fori_loop(0, -(-32 // bits), narrow, jnp.zeros(target.shape, jnp.uint32), unroll=bits > 1)
 
 
 def _ordered(x: jax.Array) -> jax.Array:
@@ -142,10 +162,10 @@ def _from_ordered(keys: jax.Array) -> jax.Array:
 
 
 def at_most(K: int, top_k: Any) -> Any:
-    """top_k as int32, no more than K; None is K. A concrete one of any size is cut on the host."""
+    """top_k as int32, no more than K. A concrete one of any size is cut on the host."""
     if isinstance(top_k, jax.Array):
         return jnp.minimum(top_k.astype(jnp.int32), K)
-    return np.minimum(np.asarray(K if top_k is None else top_k, np.float64), K).astype(np.int32)
+    return np.minimum(np.asarray(top_k, np.float64), K).astype(np.int32)
 
 
 def check_filter(temperature: Any, top_k: Any, top_p: Any) -> None:

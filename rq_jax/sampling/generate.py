@@ -53,7 +53,7 @@ def generate(
     guidance: float | None = None,
     prefix: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """Draw code grids, as one compiled program a (model, batch shape, prefix length).
+    """Draw code grids, as one compiled program a (model, batch shape, prefix length, settings that are not None).
 
     Every draw depends on (rng, image id) alone: in float32 the codes of an image are the same at any batch size,
     order and device count; in bfloat16 at equal batch shape.
@@ -89,8 +89,8 @@ def generate(
     K = max(model.codebook_sizes)
     settings = (
         _per_depth("temperature", temperature, D, jnp.float32),
-        _per_depth("top_k", at_most(K, top_k), D, jnp.int32),
-        _per_depth("top_p", 1.0 if top_p is None else top_p, D, jnp.float32),
+        None if top_k is None else _per_depth("top_k", at_most(K, top_k), D, jnp.int32),
+        None if top_p is None else _per_depth("top_p", top_p, D, jnp.float32),
     )
     guidance = None if guidance is None else jnp.float32(guidance)
     return _generate(model, variables, rng, _words(ids), cond, settings, guidance, prefix)
@@ -142,7 +142,8 @@ def _generate(model, variables, rng, image_ids_2B, cond_BU, settings, guidance, 
             if guidance is not None:
                 with_cond, without = jnp.split(logits, 2)
                 logits = without + guidance * (with_cond - without)
-            code_B = _draw(uniforms_D2B[d], filter_logits(logits, *(values_D[d] for values_D in settings)))
+            values: Any = [None if values_D is None else values_D[d] for values_D in settings]
+            code_B = _draw(uniforms_D2B[d], filter_logits(logits, *values))
             codes_Bd = jnp.concatenate([codes_Bd, code_B[:, None]], axis=1)
         return codes_Bd, cache
 

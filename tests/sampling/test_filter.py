@@ -101,7 +101,7 @@ def test_top_p_one_keeps_the_tail_of_a_large_codebook():
     logits = jnp.asarray(3 * normal(16384))
     for values in ({"top_p": 1.0}, {"top_k": 16384, "top_p": 1.0}, {"top_k": 10**6}):
         np.testing.assert_allclose(filter_logits(logits, **values), jax.nn.softmax(logits), rtol=1e-5)
-    kept = filter_logits(logits, top_k=16000, top_p=1.0)  # the branch that sorts
+    kept = filter_logits(logits, top_k=16000, top_p=1.0)
     assert int((kept > 0).sum()) == 16000
 
 
@@ -159,6 +159,13 @@ def test_mistakes_get_one_line(mistake):
     values, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         filter_logits(LOGITS, **values)
+
+
+@pytest.mark.parametrize("values", [{}, {"top_k": 4}, {"top_p": 0.9}])
+def test_large_logits_have_a_distribution_at_every_temperature(values):
+    for temperature in (0.7, 1.0, 3.0):
+        probabilities = jax.jit(lambda logits, t=temperature: filter_logits(logits, t, **values))(1e29 * LOGITS)
+        np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-6)
 
 
 def test_infinite_logits_and_rows_without_any_have_a_distribution():

@@ -1,5 +1,6 @@
 """generate() against the model's forward pass, its determinism and compile count; keep_best()."""
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,24 +129,47 @@ def test_eight_devices_draw_the_same_codes():
     np.testing.assert_array_equal(codes, expected)
 
 
-def test_changing_values_never_recompiles():
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9}])
+def test_devices_that_share_a_batch_exchange_nothing(filters):
+    model, variables = build(**CLASS)
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+    def place(tree, *spec):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, P(*spec))), tree
+        )
+
+    def draw(variables, rng, image_ids, cond, filters):
+        return generate(model, variables, rng, 8, cond, image_ids=image_ids, **filters)
+
+    images = place((jnp.arange(8), jnp.arange(8)), ("data", "fsdp"))
+    arrays = jax.tree.map(jnp.asarray, filters)
+    text = jax.jit(draw).lower(place(variables), place(RNG), *images, place(arrays)).compile().as_text()
+    ops = hlo.count_compiled(text).ops
+    assert f"s32[1,{h},{w},{D}]" in text and ops["while"]
+    assert not set(ops) & {"all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"}
+
+
+def test_changing_values_never_recompiles_and_giving_one_more_does():
     model, variables = build()
+    filters = {"top_k": 7, "top_p": 0.5}
     generate(model, variables, RNG, B)
     compiled = _generate._cache_size()
+    generate(model, variables, RNG, B, **filters)
+    assert _generate._cache_size() == compiled + 1
     for values in (
         {"temperature": 0.5},
         {"temperature": 0},
-        {"temperature": [0.1, 0.2, 0.3, 0.4], "top_k": 3},
-        {"top_k": None, "top_p": 0.9},
+        {"temperature": [0.1, 0.2, 0.3, 0.4], "top_k": None, "top_p": None},
         {"top_k": 10**6, "top_p": 1},
         {"top_k": [1, 2, 3, 4], "top_p": [0.1, 0.2, 0.3, 1.0]},
         {"image_ids": np.array([7, 9])},
         {"prefix": jnp.zeros((B, 0, D), int)},
     ):
-        generate(model, variables, jax.random.key(len(values)), B, **values)
-        assert _generate._cache_size() == compiled, values
+        generate(model, variables, jax.random.key(len(values)), B, **{**filters, **values})
+        assert _generate._cache_size() == compiled + 1, values
     generate(model, variables, RNG, B, prefix=jnp.zeros((B, T, D), int))
-    assert _generate._cache_size() == compiled + 1, "the count sees no compilation"
+    assert _generate._cache_size() == compiled + 2
 
 
 def test_bfloat16_sampling():

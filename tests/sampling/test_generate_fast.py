@@ -21,6 +21,7 @@ from rq_jax import losses
 from rq_jax.nn.attention import InferenceWeight
 from rq_jax.nn.inference_weights import for_inference
 from rq_jax.sampling import filter_logits, generate
+from rq_jax.sampling.filter import _index_of_nth, _ordered, _search
 from rq_jax.sampling.generate import _draw, _generate, _stretches
 
 loop = importlib.import_module("rq_jax.sampling.generate")  # the package's attribute of this name is the function
@@ -143,6 +144,40 @@ def test_the_filter_is_that_of_sorting(seed, kind):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-7)
 
 
+@given(st.integers(0, 10_000))
+@settings(max_examples=60, deadline=None)
+def test_every_number_of_bits_a_round_finds_the_threshold(seed):
+    """A CPU searches one bit a round and accelerators three; weights of whole numbers leave nothing to rounding."""
+    rng = np.random.default_rng(seed)
+    values = (rng.integers(-5, 6, 150) * 10.0 ** rng.integers(-20, 20)).astype(np.float32)
+    values[rng.random(150) < 0.2] = -np.inf
+    weights = np.where(values > 0, 3, 1)
+    sums = np.array([weights[values >= value].sum() for value in values])
+    target = rng.integers(1, sums.max() + 1)
+    expected = values[sums >= target].max()
+    for bits in (1, 3, 4, 5):
+        found = compiled_search(bits)(values[None], jnp.full((1, 1), target, jnp.float32))
+        assert values[np.asarray(_ordered(values) >= found[0])].min() == expected, bits
+        nothing = compiled_search(bits)(values[None], jnp.full((1, 1), jnp.inf))
+        assert int(nothing[0, 0]) == 0
+
+
+@pytest.mark.parametrize("length", [1, 5, 128, 300])
+def test_the_index_of_the_nth_marked_item(length):
+    marked = np.random.default_rng(0).random((6, length)) < 0.3
+    for n in (1, 2, length // 4 + 1, np.inf):
+        indices = np.asarray(_index_of_nth(jnp.asarray(marked), jnp.full((6, 1), n, jnp.float32)))[:, 0]
+        for row, index in zip(marked, indices, strict=True):
+            where = np.flatnonzero(row)
+            assert index == where[n - 1] if n <= len(where) else index >= length
+
+
+@functools.cache
+def compiled_search(bits):
+    search = functools.partial(_search, lambda values: jnp.where(values > 0, 3.0, 1.0), bits=bits)
+    return jax.jit(lambda values, target: search(_ordered(values), target))
+
+
 @pytest.mark.parametrize(
     ("dtype", "short"), [("float32", "f32"), pytest.param("bfloat16", "bf16", marks=pytest.mark.slow)]
 )
@@ -153,13 +188,16 @@ def test_the_program_sorts_nothing_makes_no_noise_in_the_loop_and_copies_no_cach
     compiled = program.lower(variables, 5, 0.9).compile()
     counts = hlo.count_compiled(compiled.as_text())
     assert "sort" not in counts.ops and not counts.loop_ops.get("rng-bit-generator", 0)
+    assert counts.loop_ops["while"] and counts.unknown_loops == 0 and "conditional" not in counts.ops
     copied = set(re.findall(r"= (\S+?)(?:\{[^}]*\})? copy\(", compiled.as_text()))
     assert (
         copied and not {f"{short}[{B},4,{rows},4]" for rows in range(1 + D, 2 + T)} & copied
     )  # no cache is, at any step
     plain = jax.jit(lambda v: generate(model, v, RNG, B, CONDS["class"])).lower(variables).compile()
     work = sum(stage.flops for stage in roofline.sampling_work(model, B, "float32").values())
-    assert hlo.count_compiled(plain.as_text()).flops == pytest.approx(work, rel=0.1)
+    counts = hlo.count_compiled(plain.as_text())
+    assert counts.flops == pytest.approx(work, rel=0.1)
+    assert not counts.loop_ops.get("while", 0)  # without a filter nothing searches for its threshold
     whole = jax.make_jaxpr(program)(variables, 5, 0.9).jaxpr
     loops = [equation for equation in equations(whole) if equation.primitive.name == "scan"]
     assert loops and "random_bits" in names(whole)
