@@ -138,17 +138,15 @@ class Checkpointer:
 
     def _newest_whole(self) -> int:
         """Step of the newest whole checkpoint, the same on every process; moves the damaged ones above it aside."""
-        directory, is_first = self._store.directory, jax.process_index() == 0
+        directory = self._store.directory
         steps = sorted(steps_of(directory), reverse=True)
-        # One process verifies and the others follow: each might see another state of a network file system.
-        newest = newest_whole(directory, self._strict) if is_first else None
-        newest = _of_first_process(-1 if newest is None else newest)
-        if newest < 0:
+        newest = newest_whole(directory, self._strict)
+        if newest is None:
             raise ValueError(
                 f"'{directory}': no checkpoint is whole, of steps {steps}; restore one from a copy, "
                 "or give a new --workdir"
             )
-        if is_first:
+        if jax.process_index() == 0:
             for step in (step for step in steps if step > newest):
                 _move_into(directory / str(step), self._root / DAMAGED)
         self._store.manager.reload()
@@ -318,9 +316,18 @@ def steps_of(directory: Path) -> list[int]:
 def newest_whole(directory: Path, strict: bool = False) -> int | None:
     """Newest step whose files agree with their manifest; None if there is none.
 
+    Of several processes, all of which must ask, the first one verifies and the others follow: each might see another
+    state of a network file system.
+
     Raises:
       ValueError: the newest is damaged, and `strict` is set.
     """
+    newest = _newest_whole(directory, strict) if jax.process_index() == 0 else None
+    newest = _of_first_process(-1 if newest is None else newest)
+    return None if newest < 0 else newest
+
+
+def _newest_whole(directory: Path, strict: bool) -> int | None:
     for step in reversed(steps_of(directory)):
         problems = manifest.problems(directory / str(step))
         if not problems:

@@ -91,19 +91,18 @@ def free_port() -> int:
 
 def begin(script, config, workdir, count, *options, devices=1):
     """Start a run as `count` processes of `devices` fake devices each."""
-    address = f"localhost:{free_port()}"
+    line = [script, f"--config={config}", f"--workdir={workdir}", f"--num_processes={count}", *options]
+    line.append(f"--coordinator=localhost:{free_port()}")
+    return [start([*line, f"--process_id={i}"], devices) for i in range(count)]
+
+
+def start(line, devices=1):
     environment = {
         **os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }  # fmt: skip
-    line = [sys.executable, script, f"--config={config}", f"--workdir={workdir}", f"--num_processes={count}"]
-    line += [f"--coordinator={address}", *options]
-    return [
-        subprocess.Popen(
-            [*line, f"--process_id={i}"], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for i in range(count)
-    ]  # fmt: skip
+    options = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen([sys.executable, *map(str, line)], **options)
 
 
 def end(processes, timeout=900):
@@ -123,7 +122,7 @@ def configs(tmp_path_factory):
     loop = {"loop__total_steps": 6, "loop__evaluate_every_steps": 6, "loop__checkpoint_every_steps": 2}
     loop |= {"loop__log_every_steps": 1, "loop__keep_checkpoints": 9, "data__flip_probability": 0.5}
     made = {
-        "vae": helpers.vae_config(pictures, **loop),
+        "vae": helpers.vae_config(pictures, init_from="", **loop),
         "transformer": helpers.transformer_config(pictures, "class", tokenizer=str(tokenizer), **loop),
     }
     for name, config in made.items():
@@ -163,6 +162,33 @@ def test_many_processes_give_the_numbers_of_one(configs, single, tmp_path, stage
     assert steps_of(tmp_path / "checkpoints") == [2, 4, 6]
     assert (tmp_path / "pictures").is_dir() and checkpoint.load_model(tmp_path).model is not None
     assert "step 6" in outputs[0] and all("step 6" not in output for output in outputs[1:])
+
+
+def test_processes_restore_a_run_onto_their_own_devices(tmp_path):
+    line = [ROOT / "tests" / "restoring_process.py", tmp_path, f"localhost:{free_port()}", 2]
+    codes, outputs = end([start([*line, i]) for i in range(2)])
+    assert codes == [0, 0], "".join(output[-3000:] for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_start_from_a_run_of_their_own(configs, tmp_path, count):
+    """Stage 1, stage 2 on its run directory, and stage 1 from its weights, which no process holds as a whole."""
+    short = [f"--config.{name}=1" for name in ("loop.total_steps", "loop.evaluate_every_steps", "mesh.data")]
+    options = [*short, f"--config.mesh.fsdp={count}"]
+
+    def train(stage, name, *more):
+        codes, outputs = end(begin(STAGES[stage], configs / f"{stage}.py", tmp_path / name, count, *options, *more))
+        assert codes == [0] * count, outputs[-1][-3000:]
+        return checkpoint.load_model(tmp_path / name)
+
+    first = train("vae", "first")
+    second = train("transformer", "second", f"--config.tokenizer={tmp_path / 'first'}")
+    helpers.assert_equal(second.tokenizer.variables, first.variables)
+    still = "--config.optim.learning_rate=0.0"
+    for name, keep in (("third", False), ("fourth", True)):
+        third = train("vae", name, f"--config.init_from={tmp_path / 'first'}", f"--config.keep_optimizer={keep}", still)
+        helpers.assert_equal(third.variables["params"], first.variables["params"])
 
 
 @pytest.mark.slow
