@@ -25,6 +25,7 @@ TRAIN = [
     "absl-py>=2",
     "ml-collections>=1.1",
     "array-record>=0.8",
+    "google-crc32c>=1.8",  # checksums of TFRecord
     "tensorflow-datasets>=4.9.10",
     "importlib-resources>=6",  # needed by tensorflow-datasets 4.9.10, which does not declare it
     "tokenizers>=0.20",
