@@ -207,8 +207,8 @@ def _read_variables(
     """
     if (directory / WEIGHTS).is_file():
         return read_weights(directory / WEIGHTS, template)
-    path = _find_checkpoint(directory, step)
-    params = "ema_params" if ema and (path / "ema_params").is_dir() else "params"
+    path = _find_checkpoint(directory, step, ema)
+    params = _params_item(path, ema)
     trees = {params: template["params"]}
     model_state = {name: tree for name, tree in template.items() if name != "params"}
     if model_state:
@@ -217,13 +217,22 @@ def _read_variables(
     return {"params": restored[params], **restored.get("model_state", {})}
 
 
-def _find_checkpoint(directory: Path, step: int | None) -> Path:
-    """Path of the checkpoint of a step; without a step of the best, or else the newest, that is whole.
+def _params_item(path: Path, ema: bool) -> str:
+    """The item of a checkpoint that holds the weights."""
+    return "ema_params" if ema and (path / "ema_params").is_dir() else "params"
+
+
+def _find_checkpoint(directory: Path, step: int | None, ema: bool) -> Path:
+    """Path of the checkpoint of a step; without a step of the best, or else the newest, whose variables are whole.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
       ValueError: it is damaged; without a step, all are.
     """
+
+    def reads(path: Path) -> tuple[str, str]:
+        return _params_item(path, ema), "model_state"
+
     roots = [directory / BEST, directory / CHECKPOINTS]
     steps = sorted(old for root in roots for old in steps_of(root))
     if step not in steps and not (step is None and steps):
@@ -232,13 +241,13 @@ def _find_checkpoint(directory: Path, step: int | None) -> Path:
     if step is not None:
         # A step may be in both stores: either will do.
         paths = [root / str(step) for root in roots if step in steps_of(root)]
-        problems = {path: manifest.problems(path) for path in paths}
+        problems = {path: manifest.problems(path, reads(path)) for path in paths}
         for path in paths:
             if not problems[path]:
                 return path
         raise ValueError(f"'{paths[0]}' is damaged: {problems[paths[0]][0]}; choose another of the steps {steps}")
     for root in roots:
-        if (newest := newest_whole(root)) is not None:
+        if (newest := newest_whole(root, reads=reads)) is not None:
             return root / str(newest)
     raise ValueError(f"'{directory}': no checkpoint is whole, of steps {steps}; restore one from a copy or train again")
 
@@ -275,7 +284,7 @@ def _read_discriminator(directory: Path, template: dict[str, Any], hint: str) ->
     if beside.is_dir():
         _check_same(beside, read_config(beside), template, hint)
         return _read_variables(beside, template)
-    newest = newest_whole(directory / CHECKPOINTS)
+    newest = newest_whole(directory / CHECKPOINTS, reads=lambda path: [DISCRIMINATOR])
     path = None if newest is None else directory / CHECKPOINTS / str(newest)
     if path is None or not (path / DISCRIMINATOR).is_dir():
         return None
