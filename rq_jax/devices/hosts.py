@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 
 from rq_jax.settings.text import quoted
 
@@ -42,6 +43,17 @@ def join(
     if num_processes < 1 or not 0 <= process_id < num_processes:
         raise ValueError(f"--process_id: {process_id} is outside 0..{num_processes - 1}, the processes of the run")
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds)
+
+
+def of_first_process(text: str) -> str:
+    """The text of the first process, on every process; all of them have to ask."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.resize(data, size))).tobytes().decode()
 
 
 def _join_found(heartbeat_seconds: int) -> None:

@@ -290,10 +290,10 @@ def test_processes_start_from_a_run_of_their_own(configs, tmp_path, count):
     first = train("vae", "first")
     second = train("transformer", "second", f"--config.tokenizer={tmp_path / 'first'}")
     helpers.assert_equal(second.tokenizer.variables, first.variables)
-    still = "--config.optim.learning_rate=0.0"
+    still = "--config.optim.learning_rate=1e-30"
     for name, keep in (("third", False), ("fourth", True)):
         third = train("vae", name, f"--config.init_from={tmp_path / 'first'}", f"--config.keep_optimizer={keep}", still)
-        helpers.assert_equal(third.variables["params"], first.variables["params"])
+        helpers.assert_close(third.variables["params"], first.variables["params"])
 
 
 @pytest.mark.slow
