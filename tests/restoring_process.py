@@ -47,7 +47,7 @@ def main(directory, address, count, index):
     expected = model_state_of("rqvae", 3, use_ema=False)
     expected = expected.replace(opt_state=jax.tree.map(lambda x: x + jax.numpy.ones_like(x), expected.opt_state))
     shardings = sharding.state_shardings(mesh, expected)
-    saved = jax.tree.map(lambda x, to: jax.jit(lambda: x, out_shardings=to)(), expected, shardings)
+    saved = jax.jit(lambda: expected, out_shardings=shardings)()
     assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(saved.params))
     checkpoint.write_config(directory, {"model": RQVAE})
     with checkpoint.Checkpointer(directory) as checkpointer:
