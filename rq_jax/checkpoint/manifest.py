@@ -1,15 +1,19 @@
 """Checksums of a directory: written when it is whole, verified before it is read."""
 
+import concurrent.futures
 import hashlib
 import json
 import os
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from rq_jax.files import parse_json, write_atomic
 from rq_jax.settings.text import quoted
 
 MANIFEST = "manifest.json"
 _CHUNK_BYTES = 2**20
+_THREADS = 8  # hashing leaves the interpreter's lock
 
 
 def write(directory: str | os.PathLike) -> None:
@@ -19,7 +23,9 @@ def write(directory: str | os.PathLike) -> None:
     checkpoint that it replaces may be deleted.
     """
     directory = Path(directory)
-    files = {name: [size, _sha256(directory / name)] for name, size in sorted(_sizes(directory).items())}
+    sizes = dict(sorted(_sizes(directory).items()))
+    digests = _in_threads(lambda name: _sha256(directory / name), sizes)
+    files = {name: [size, digest] for (name, size), digest in zip(sizes.items(), digests, strict=True)}
     body = json.dumps(files, indent=1)
     write_atomic(directory / MANIFEST, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}".encode())
     for path in (*(directory / name for name in files), directory / MANIFEST, directory, directory.parent):
@@ -30,8 +36,13 @@ def write(directory: str | os.PathLike) -> None:
             os.close(file)
 
 
-def problems(directory: str | os.PathLike) -> list[str]:
-    """Compare a directory with its manifest: a line for each file that differs; empty for a whole directory."""
+def problems(directory: str | os.PathLike, folders: Collection[str] | None = None) -> list[str]:
+    """Compare a directory with its manifest: a line for each file that differs; empty for a whole directory.
+
+    Args:
+      directory: holds the manifest.
+      folders: in it whose contents are compared; None: of all. Sizes are compared everywhere.
+    """
     directory = Path(directory)
     if (path := directory / MANIFEST).exists() and not path.is_file():
         return [f"{MANIFEST} is no regular file"]
@@ -47,19 +58,28 @@ def problems(directory: str | os.PathLike) -> list[str]:
     except (ValueError, TypeError) as error:
         return [f"{MANIFEST} is no list of files ({error})"]
     sizes = _sizes(directory)
-    checked = (_problem(directory, name, sizes, *entry) for name, entry in files.items())
-    return [problem for problem in checked if problem is not None]
+
+    def check(name: str) -> str | None:
+        is_read = folders is None or name.partition("/")[0] in folders
+        return _problem(directory, name, sizes, *files[name], is_read)
+
+    return [problem for problem in _in_threads(check, files) if problem is not None]
 
 
-def _problem(directory: Path, name: str, sizes: dict[str, int], size: int, digest: str) -> str | None:
+def _problem(directory: Path, name: str, sizes: dict[str, int], size: int, digest: str, is_read: bool) -> str | None:
     if name not in sizes:
         return f"{quoted(name, 200)} is missing"
     if sizes[name] != size:
         return f"{quoted(name, 200)} has {sizes[name]} bytes, not {size}"
     try:
-        return None if _sha256(directory / name) == digest else f"{quoted(name, 200)} has other contents"
+        return None if not is_read or _sha256(directory / name) == digest else f"{quoted(name, 200)} has other contents"
     except OSError as error:
         return f"{quoted(name, 200)} cannot be read ({error.strerror or error})"
+
+
+def _in_threads(function: Callable[[str], Any], names: Iterable[str]) -> list[Any]:
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(function, names))
 
 
 def _sizes(directory: Path) -> dict[str, int]:

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,17 +138,15 @@ class Checkpointer:
 
     def _newest_whole(self) -> int:
         """Step of the newest whole checkpoint, the same on every process; moves the damaged ones above it aside."""
-        directory, is_first = self._store.directory, jax.process_index() == 0
+        directory = self._store.directory
         steps = sorted(steps_of(directory), reverse=True)
-        # One process verifies and the others follow: each might see another state of a network file system.
-        newest = newest_whole(directory, self._strict) if is_first else None
-        newest = _of_first_process(-1 if newest is None else newest)
-        if newest < 0:
+        newest = newest_whole(directory, self._strict)
+        if newest is None:
             raise ValueError(
                 f"'{directory}': no checkpoint is whole, of steps {steps}; restore one from a copy, "
                 "or give a new --workdir"
             )
-        if is_first:
+        if jax.process_index() == 0:
             for step in (step for step in steps if step > newest):
                 _move_into(directory / str(step), self._root / DAMAGED)
         self._store.manager.reload()
@@ -315,18 +313,35 @@ def steps_of(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.glob("*") if _STEP.fullmatch(path.name) and is_written(path))
 
 
-def newest_whole(directory: Path, strict: bool = False) -> int | None:
+def newest_whole(
+    directory: Path, strict: bool = False, reads: Callable[[Path], Collection[str]] | None = None
+) -> int | None:
     """Newest step whose files agree with their manifest; None if there is none.
+
+    Of several processes, all of which must ask, the first one verifies and the others follow: each might see another
+    state of a network file system.
+
+    Args:
+      directory: of the checkpoints.
+      strict: raise where the newest is damaged.
+      reads: path of a checkpoint -> its items that will be read; None: all. The contents of others are not verified.
 
     Raises:
       ValueError: the newest is damaged, and `strict` is set.
     """
+    newest = _newest_whole(directory, strict, reads) if jax.process_index() == 0 else None
+    newest = _of_first_process(-1 if newest is None else newest)
+    return None if newest < 0 else newest
+
+
+def _newest_whole(directory: Path, strict: bool, reads: Callable[[Path], Collection[str]] | None) -> int | None:
     for step in reversed(steps_of(directory)):
-        problems = manifest.problems(directory / str(step))
+        path = directory / str(step)
+        problems = manifest.problems(path, None if reads is None else reads(path))
         if not problems:
             return step
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
-        message = f"'{directory / str(step)}' is damaged: {problems[0]}{more}"
+        message = f"'{path}' is damaged: {problems[0]}{more}"
         if strict:
             raise ValueError(f"{message}; restore it from a copy, or leave out --strict to go on from the one before")
         logger.warning("%s; going on from the checkpoint before", message)

@@ -19,7 +19,6 @@ from rq_jax.data.file_index import cached_index
 
 _HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
 _GZIP = b"\x1f\x8b"
-_LANE = 256  # bytes in a lane of the checksum, see `masked_crc32c`
 
 
 class Part(NamedTuple):
@@ -96,39 +95,11 @@ def _scan(path: str, size: int) -> Iterator[tuple[int, int]]:
         os.close(file)
 
 
-@functools.cache
-def _crc32c_tables() -> tuple[np.ndarray, np.ndarray]:
-    """Tables of CRC-32C, uint32: of one byte (256,), and of `_LANE` zero bytes after each byte of a state (4, 256)."""
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
-    shifted = np.arange(256, dtype=np.uint32) << np.arange(0, 32, 8, dtype=np.uint32)[:, None]
-    for _ in range(_LANE):
-        shifted = table[shifted & 255] ^ (shifted >> 8)
-    return table, shifted
-
-
 def masked_crc32c(data: bytes) -> int:
-    """Checksum of TFRecord: CRC-32C, rotated and shifted.
+    """Checksum of TFRecord: CRC-32C, rotated and shifted."""
+    import google_crc32c
 
-    A CRC is linear: the state after two pieces is the state after the first, followed by as many zeros as the second is
-    long, xor the state after the second alone, started from 0. So the data are cut into lanes of `_LANE` bytes. NumPy
-    computes the states of all lanes at once, a byte column at a time, and a short loop joins them by the table of
-    `_LANE` zeros.
-    """
-    table, shifted = _crc32c_tables()
-    count = len(data) // _LANE
-    lanes = np.frombuffer(data, np.uint8, count * _LANE).reshape(count, _LANE)
-    sums = np.zeros(count, np.uint32)
-    for column in lanes.T:
-        sums = table[(sums ^ column) & 255] ^ (sums >> 8)
-    crc, first, second, third, fourth = 0xFFFFFFFF, *shifted.tolist()
-    for lane in sums.tolist():
-        crc = first[crc & 255] ^ second[crc >> 8 & 255] ^ third[crc >> 16 & 255] ^ fourth[crc >> 24] ^ lane
-    bytewise = table.tolist()
-    for byte in data[count * _LANE :]:
-        crc = bytewise[(crc ^ byte) & 255] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
+    crc = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 

@@ -2,15 +2,12 @@
 
 import os
 import re
-from typing import Any
+from collections.abc import Mapping
 
 import jax
+import numpy as np
 
-# Variables of the environments in which JAX finds the other processes: numbers of them, their addresses, and variables
-# that are set only where there are others.
-_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
-_ADDRESSES = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")
-_MARKS = ("JAX_COORDINATOR_ADDRESS", "MEGASCALE_COORDINATOR_ADDRESS", "JOBSET_NAME")
+from rq_jax.settings.text import quoted
 
 
 def join(
@@ -21,8 +18,8 @@ def join(
 ) -> None:
     """Join the other processes of a run, if any; to be called before anything else touches a device.
 
-    Without arguments JAX reads them from the environment of Slurm, Open MPI, Kubernetes (JobSet) or a TPU pod. A
-    single process joins nothing.
+    Without arguments JAX finds them: on Slurm, Open MPI, a TPU slice (by its metadata or GKE's variables), Kubernetes.
+    A single process joins nothing, and asks nobody.
 
     Args:
       coordinator: "host:port" of process 0.
@@ -31,14 +28,13 @@ def join(
       heartbeat_seconds: time without a sign of a process after which the others end.
 
     Raises:
-      ValueError: some of the three but not all, or a process id out of range.
+      ValueError: some of the three but not all, a process id out of range, or processes that cannot be found or
+        reached.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == len(given):
-        if not _are_many(os.environ):
-            return
-        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
+        _join_found(heartbeat_seconds)
         return
     if missing:
         raise ValueError(f"--{missing[0]}: unset; --coordinator, --num_processes and --process_id belong together")
@@ -49,10 +45,46 @@ def join(
     jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds)
 
 
-def _are_many(environment: Any) -> bool:
-    """Whether the environment describes several processes."""
-    return (
-        any(int(environment.get(name) or 1) > 1 for name in _COUNTS)
-        or any("," in environment.get(name, "") for name in _ADDRESSES)
-        or any(environment.get(name) for name in _MARKS)
-    )
+def of_first_process(text: str) -> str:
+    """The text of the first process, on every process; all of them have to ask."""
+    if jax.process_count() == 1:
+        return text
+    from jax.experimental import multihost_utils
+
+    data = np.frombuffer(text.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.resize(data, size))).tobytes().decode()
+
+
+def _join_found(heartbeat_seconds: int) -> None:
+    """Join the processes of the cluster that JAX finds, if it finds one.
+
+    Raises:
+      ValueError: processes that cannot be found or reached.
+    """
+    fix = "give --coordinator, --num_processes and --process_id"
+    if _is_alone(os.environ):
+        return
+    try:
+        jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_seconds)
+    except ValueError as error:
+        if "coordinator_address" not in str(error):
+            raise ValueError(f"cluster: {error}; {fix}") from error
+        # JAX knows no cluster here.
+        if (count := int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)) > 1:
+            raise ValueError(f"cluster: JAX does not find the {count} processes of this Open MPI; {fix}") from error
+    except RuntimeError as error:
+        reason = quoted(" ".join(str(error).split()), 300)
+        raise ValueError(f"cluster: its processes cannot be joined ({reason}); {fix}") from error
+
+
+def _is_alone(environment: Mapping[str, str]) -> bool:
+    """Whether this is one process of its own within a cluster, for which JAX would take it for one of many.
+
+    These are shells and batch scripts of a Slurm allocation, which has tasks that they did not start, and pods of no
+    indexed job, such as those of notebooks.
+    """
+    if "SLURM_JOB_ID" in environment and "OMPI_COMM_WORLD_SIZE" not in environment:
+        return int(environment.get("SLURM_STEP_NUM_TASKS") or 1) == 1
+    is_pod = "KUBERNETES_SERVICE_HOST" in environment
+    return is_pod and not {"JOB_COMPLETION_INDEX", "TPU_WORKER_HOSTNAMES"} & environment.keys()

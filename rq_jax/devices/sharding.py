@@ -7,6 +7,7 @@ is the layer axis of a scan. `RULES` maps letters to mesh axes; an axis without 
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -167,6 +168,23 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -
             f"data.batch_size: {batch_size} is not a multiple of {parts} "
             f"(devices along data and fsdp times optim.accumulation_steps {accumulation_steps})"
         )
+
+
+def micro_batches(batch: Any, num_steps: int) -> Any:
+    """A tree of arrays (B, ...) as (num_steps, B / num_steps, ...): micro-batch i has every num_steps-th row from i on.
+
+    Consecutive rows would lie on few devices of a sharded batch and move at every step; in this order each device
+    slices the rows it has.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, num_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def map_micro_batches(function: Callable[[Any], Any], batch: Any, num_steps: int) -> Any:
+    """`function(batch)`, both trees of arrays (B, ...), in micro-batches one after the other: it needs less memory."""
+    if num_steps == 1:
+        return function(batch)
+    results = jax.lax.map(function, micro_batches(batch, num_steps))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:

@@ -36,7 +36,7 @@ def code_nats(model: Any, variables: Any, codes: jax.Array, cond: jax.Array | No
 
 
 def make_measure(
-    model: Any, tokenizer: Any, mesh: jax.sharding.Mesh
+    model: Any, tokenizer: Any, mesh: jax.sharding.Mesh, num_steps: int = 1
 ) -> Callable[[Any, Any, dict[str, np.ndarray]], tuple[dict[str, jax.Array], None]]:
     """Builds the function that measures a transformer on one batch, spread over a mesh.
 
@@ -44,6 +44,7 @@ def make_measure(
       model: an `RQTransformer`.
       tokenizer: the `RQVAE` whose codes it models.
       mesh: its data and fsdp devices share a batch evenly.
+      num_steps: micro-batches that a batch is measured in, a divisor of the images of a device.
 
     Returns:
       (variables, tokenizer_variables, batch) -> ({"nats": (D,), "count": ()}, None), replicated: sums over the images
@@ -53,8 +54,11 @@ def make_measure(
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def sum_nats(variables, tokenizer_variables, batch):
-        codes = tokenizer.apply(tokenizer_variables, batch["image"], method="encode_to_codes")
-        nats_BD = code_nats(model, variables, codes, batch.get("cond"))
+        def measure_part(part):
+            codes = tokenizer.apply(tokenizer_variables, part["image"], method="encode_to_codes")
+            return code_nats(model, variables, codes, part.get("cond"))
+
+        nats_BD = sharding.map_micro_batches(measure_part, batch, num_steps)
         return {
             "nats": jnp.sum(nats_BD * batch["mask"].astype(jnp.float32)[:, None], axis=0),
             "count": batch["mask"].sum(),

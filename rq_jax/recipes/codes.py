@@ -1,10 +1,12 @@
 """Codes of a frozen tokenizer before stage 2: how often each occurs, the unigram mark, cached latents."""
 
+import contextlib
 import functools
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,24 +14,60 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import checkpoint, metrics
-from rq_jax.data import CacheDataset, Dataset, fingerprint, read_meta, write_cache
-from rq_jax.devices import sharding
+from rq_jax.data import CacheDataset, Dataset, Splits, fingerprint, read_meta, write_cache
+from rq_jax.devices import hosts, sharding
+from rq_jax.files import read_json, write_json
 
 # Training images behind the unigram mark and the code usage, where the training set is larger.
 NUM_COUNTED = 20_000
+FIGURES = "codes.json"  # in the run directory
 NUM_SPREAD = 36  # images behind the spread of soft codes
 NOISE_SPREAD = 0.2  # of the codebook, above which soft codes of depth 1 say little
 
 logger = logging.getLogger(__name__)
 
 
+class CodeFigures(NamedTuple):
+    """What stage 2 knows of the codes before its first step.
+
+    Attributes:
+      counts_DK: how often the training images have each code.
+      class_counts: how often each class, where all were counted; else None.
+      unigram_nats_D: cross-entropy of the held-out codes under these frequencies.
+      spread_D: over how many codes a soft code spreads; None where none is used.
+    """
+
+    counts_DK: np.ndarray
+    class_counts: list[int] | None
+    unigram_nats_D: np.ndarray
+    spread_D: np.ndarray | None
+
+
 class CodeCounter:
     """The codes of a frozen tokenizer on a data set, batch by batch over the mesh."""
 
-    def __init__(self, tokenizer: nn.Module, variables: Any, mesh: jax.sharding.Mesh):
-        """Args: variables: of the tokenizer, placed on the mesh."""
-        self._tokenizer, self._variables, self._mesh = tokenizer, variables, mesh
+    def __init__(self, tokenizer: nn.Module, variables: Any, mesh: jax.sharding.Mesh, num_steps: int = 1):
+        """Prepare to count.
+
+        Args:
+          tokenizer: an `RQVAE`.
+          variables: its, placed on the mesh.
+          mesh: its data and fsdp devices share a batch.
+          num_steps: micro-batches that a batch is encoded in, a divisor of the images of a device.
+        """
+        self._tokenizer, self._variables, self._mesh, self._num_steps = tokenizer, variables, mesh, num_steps
         self._jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
+
+    def measure(self, data: Splits, temperature: float | None) -> CodeFigures:
+        """All figures of a data set; `temperature` is that of the soft codes, None where none is used."""
+        counts_DK, class_counts = self.count(data.ordered)
+        unigram_nats_D = self.unigram_nats(data.validation, counts_DK)
+        spread_D = None if temperature is None else self.soft_spread(data.validation, temperature)
+        return CodeFigures(counts_DK, class_counts, unigram_nats_D, spread_D)
+
+    def _encode(self, variables: Any, images: jax.Array) -> jax.Array:
+        encode = functools.partial(self._tokenizer.apply, variables, method="encode_to_codes")
+        return sharding.map_micro_batches(encode, images, self._num_steps)
 
     def count(self, dataset: Dataset) -> tuple[np.ndarray, list[int] | None]:
         """How often the data set has each code, and each class.
@@ -42,7 +80,7 @@ class CodeCounter:
 
         @self._jit
         def count(variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-            codes = self._tokenizer.apply(variables, batch["image"], method="encode_to_codes")
+            codes = self._encode(variables, batch["image"])
             # Rows that fill up a batch count as one more code, which is dropped.
             codes = jnp.where(batch["mask"][:, None, None, None], codes, K)
             classes_V = jnp.bincount(batch["cond"][:, 0], batch["mask"].astype(jnp.int32), length=V) if V else None
@@ -66,7 +104,7 @@ class CodeCounter:
 
         @self._jit
         def encode_all(variables: Any, images: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return self._tokenizer.apply(variables, images, method="encode_to_codes"), mask
+            return self._encode(variables, images), mask
 
         total, count, sizes = 0.0, 0, self._tokenizer.codebook_sizes
         for batch in dataset.iterator():
@@ -76,8 +114,8 @@ class CodeCounter:
             count += mask.sum()
         return np.asarray(total) / count
 
-    def report_soft_codes(self, dataset: Dataset, temperature: float) -> None:
-        """Print over how many codes a soft code spreads; warn where the temperature makes noise of them."""
+    def soft_spread(self, dataset: Dataset, temperature: float) -> np.ndarray:
+        """Over how many codes a soft code spreads at each depth (D,), on the first images."""
 
         @self._jit
         def perplexity(variables: Any, images: jax.Array) -> jax.Array:
@@ -86,16 +124,54 @@ class CodeCounter:
             return jnp.exp(entropy.mean((0, 1, 2)))
 
         images = sharding.put_batch(self._mesh, next(dataset.iterator())["image"])
-        spread_D = np.asarray(perplexity(self._variables, images))
-        by_depth = ", ".join(f"{spread:.1f}" for spread in spread_D)
-        print(f"soft codes at temperature {temperature}: each spreads over {by_depth} codes by depth")
-        if spread_D[0] > NOISE_SPREAD * self._tokenizer.codebook_sizes[0]:
-            logger.warning(
-                "SOFT CODES ARE NOISE: at loss.temperature %g those of depth 1 spread over %.0f codes; lower it until "
-                "they spread over a few (squared distances of this tokenizer set its scale)",
-                temperature,
-                spread_D[0],
-            )
+        return np.asarray(perplexity(self._variables, images))
+
+
+def kept_figures(
+    workdir: Path, tokenizer_mark: str, counter: CodeCounter, data: Splits, temperature: float | None
+) -> CodeFigures:
+    """The figures in a run directory if they are of this tokenizer and data, else measured and kept there.
+
+    Args:
+      workdir: of a run that is bound to its data; the first process reads and writes there.
+      tokenizer_mark: fingerprint of the tokenizer.
+      counter, data, temperature: see `CodeCounter.measure`.
+    """
+    path, is_first, made_from = workdir / FIGURES, jax.process_index() == 0, None
+    if is_first:
+        record = read_json(workdir / fingerprint.RECORD)
+        made_from = {"tokenizer": tokenizer_mark, "temperature": temperature, "counted": NUM_COUNTED, "data": record}
+    if kept := hosts.of_first_process(_read_figures(path, made_from) if is_first else ""):
+        figures = json.loads(kept)
+        arrays = {name: None if value is None else np.asarray(value) for name, value in figures.items()}
+        return CodeFigures(**{**arrays, "class_counts": figures["class_counts"]})
+    measured = counter.measure(data, temperature)
+    if is_first:
+        plain = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in measured._asdict().items()}
+        write_json(path, {"made_from": made_from, "figures": plain}, indent=None)
+    return measured
+
+
+def _read_figures(path: Path, made_from: Mapping[str, Any] | None) -> str:
+    """The figures in a file as JSON; "" where there are none, or others than are asked for."""
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no file, or a damaged one: measured again
+        record = read_json(path)
+        if record["made_from"] == made_from and set(record["figures"]) == set(CodeFigures._fields):
+            return json.dumps(record["figures"])
+    return ""
+
+
+def report_soft_codes(spread_D: np.ndarray, codebook_size: int, temperature: float) -> None:
+    """Print over how many codes a soft code spreads; warn where the temperature makes noise of them."""
+    by_depth = ", ".join(f"{spread:.1f}" for spread in spread_D)
+    print(f"soft codes at temperature {temperature}: each spreads over {by_depth} codes by depth")
+    if spread_D[0] > NOISE_SPREAD * codebook_size:
+        logger.warning(
+            "SOFT CODES ARE NOISE: at loss.temperature %g those of depth 1 spread over %.0f codes; lower it until "
+            "they spread over a few (squared distances of this tokenizer set its scale)",
+            temperature,
+            spread_D[0],
+        )
 
 
 def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...], is_shared: bool) -> None:

@@ -14,6 +14,7 @@ from rq_jax.training.settings import memory_remedies
 # A fast core with 512-bit vectors, so that a run takes longer than what is said of it.
 CPU_FLOPS = 1e11
 MAX_CPU_DAYS = 2.0
+MAX_CPU_STEP_SECONDS = 30.0  # a model for accelerators, however short the run
 
 
 def describe_data(settings: Mapping[str, Any], data: Splits) -> str:
@@ -44,12 +45,13 @@ def shortages(recipe: Any, batch_size: int, total_steps: int) -> list[str]:
     """
     lines, device = [], jax.local_devices()[0]  # another process's tells nothing
     if device.platform == "cpu":
-        total = (recipe.flops_per_image or 0.0) * batch_size * total_steps
-        days = total / (CPU_FLOPS * _cores() * jax.process_count()) / 86400
-        if days > MAX_CPU_DAYS:
+        step_seconds = (recipe.flops_per_image or 0.0) * batch_size / (CPU_FLOPS * _cores() * jax.process_count())
+        days = step_seconds * total_steps / 86400
+        if days > MAX_CPU_DAYS or step_seconds > MAX_CPU_STEP_SECONDS:
             lines.append(
-                f"TOO SLOW: JAX has only CPUs here, on which this run takes {days:,.0f} days or more; start it on an "
-                "accelerator (pip install 'jax[cuda13]' or 'jax[tpu]'), or append ,quicktest to the preset"
+                f"TOO SLOW: JAX has only CPUs here, on which a step takes {step_seconds:,.0f} s or more and this run "
+                f"{days:,.1f} days; start it on an accelerator (make setup DEVICE=cuda12, cuda13 or tpu installs its "
+                "jax), or append ,quicktest to the preset"
             )
     if (there := _memory(device)) and (needed := device_bytes(recipe.abstract_state())) > there:
         lines.append(

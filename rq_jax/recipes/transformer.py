@@ -210,7 +210,7 @@ class Transformer:
     # --- state ---
 
     def start(self, workdir: str, data: Splits, is_fresh: bool) -> tuple["Transformer", Splits]:
-        """Bind the tokenizer to the run, count its codes on the training set, and fill the cache of latents.
+        """Bind the tokenizer to the run, count its codes on the training set once, and fill the cache of latents.
 
         Returns:
           The recipe with the mark to beat, class names and class counts; the data, cached where that was asked for.
@@ -219,22 +219,25 @@ class Transformer:
           ValueError: the run was started with another tokenizer or other data.
         """
         bind_data(workdir, data, self.config.get("data") or {}, is_fresh)
-        checkpoint.bind_tokenizer(workdir, self.tokenizer)
+        mark = checkpoint.bind_tokenizer(workdir, self.tokenizer)
         if self.text_tokenizer is not None:  # sampling needs it, and the run directory has to suffice
             self.text_tokenizer.save(Path(workdir) / TEXT_TOKENIZER)
-        counter = frozen_codes.CodeCounter(self.tokenizer.model, self.tokenizer_variables, self.mesh)
-        counts_DK, class_counts = counter.count(data.ordered)
-        frozen_codes.report_usage(counts_DK, self.model.codebook_sizes, self.model.use_shared_codebook)
-        if self.losses.use_soft_labels or self.losses.use_stochastic_codes:
-            counter.report_soft_codes(data.validation, self.losses.temperature)
-        unigram_nats_D = counter.unigram_nats(data.validation, counts_DK)
+        counter = frozen_codes.CodeCounter(
+            self.tokenizer.model, self.tokenizer_variables, self.mesh, self.optimizer.accumulation_steps
+        )
+        uses_soft_codes = self.losses.use_soft_labels or self.losses.use_stochastic_codes
+        temperature = self.losses.temperature if uses_soft_codes else None
+        figures = frozen_codes.kept_figures(Path(workdir), mark, counter, data, temperature)
+        frozen_codes.report_usage(figures.counts_DK, self.model.codebook_sizes, self.model.use_shared_codebook)
+        if figures.spread_D is not None:
+            frozen_codes.report_soft_codes(figures.spread_D, self.model.codebook_sizes[0], self.losses.temperature)
         if self.use_latent_cache:
             data = data._replace(train=frozen_codes.cached_latents(
                 self.tokenizer.model, self.tokenizer_variables, data.ordered, self.config["data"],
                 Path(workdir) / "latents", self.seed,
             ))  # fmt: skip
-        config = {**self.config, "class_names": data.ordered.class_names, "class_counts": class_counts}
-        return dataclasses.replace(self, config=config, unigram_nats_D=unigram_nats_D), data
+        config = {**self.config, "class_names": data.ordered.class_names, "class_counts": figures.class_counts}
+        return dataclasses.replace(self, config=config, unigram_nats_D=figures.unigram_nats_D), data
 
     def _draw(self, rng: jax.Array, codebook: Any) -> TrainState:
         rng_init, rng_train = jax.random.split(rng)
@@ -336,7 +339,8 @@ class Transformer:
 
     @functools.cached_property
     def _measure(self) -> Callable[..., Any]:
-        return likelihood.make_measure(self.model, self.tokenizer.model, self.mesh)
+        num_steps = self.optimizer.accumulation_steps
+        return likelihood.make_measure(self.model, self.tokenizer.model, self.mesh, num_steps)
 
     @functools.cached_property
     def _decode(self) -> Callable[..., jax.Array]:

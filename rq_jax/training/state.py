@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rq_jax.devices import sharding
 from rq_jax.training.optimizer import Optimizer
 
 
@@ -144,9 +145,7 @@ def accumulate_gradients(loss_and_grads: Any, params: Any, batch: Any, num_steps
     """
     if num_steps == 1:
         return loss_and_grads(params, batch, rngs)
-    # Micro-batch i holds every num_steps-th row from row i on. Consecutive rows would lie on few devices of a sharded
-    # batch and move at every step; in this order each device slices the rows it has.
-    micro = jax.tree.map(lambda x: x.reshape(-1, num_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+    micro = sharding.micro_batches(batch, num_steps)
 
     def step(total: Any, inputs: Any) -> tuple[Any, None]:
         index, rows = inputs

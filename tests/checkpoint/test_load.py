@@ -186,6 +186,16 @@ def test_a_step_is_taken_where_it_is_whole(run):
         load_model(run, step=5)
 
 
+@pytest.mark.parametrize("item, averaged, trained", [("training", 5, 5), ("ema_params", 2, 5), ("params", 5, 2)])
+def test_only_what_is_read_has_to_be_whole(run, item, averaged, trained):
+    largest = max((run / "checkpoints" / "5" / item / "d").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[-1] ^= 1
+    largest.write_bytes(content)
+    assert_loaded(load_model(run), model_state_of("rqvae", averaged))
+    assert_loaded(load_model(run, ema=False), model_state_of("rqvae", trained), ema=False)
+
+
 @pytest.mark.parametrize("step", [4, 3])
 def test_a_new_best_replaces_one_that_a_killed_run_left_at_a_later_step(tmp_path, step):
     write_run(tmp_path, [], best=[4])

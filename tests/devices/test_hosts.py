@@ -8,11 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import helpers
 import jax
 import numpy as np
 import pytest
+from jax._src import distributed
+from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 
 from rq_jax import checkpoint
 from rq_jax.checkpoint.saver import steps_of
@@ -25,26 +28,128 @@ ROOT = helpers.ROOT
 # --- who they are -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "environment, many",
-    [
-        ({}, False),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "7"}, False),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": ""}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
-        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
-        ({"JOBSET_NAME": "train"}, True),
-    ],
-)
-def test_others_are_found_in_the_environment(monkeypatch, environment, many):
+SLURM = {
+    "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node[003-004],big", "SLURM_NTASKS": "4", "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
+}  # fmt: skip
+STEP = {**SLURM, "SLURM_STEP_NUM_TASKS": "4"}
+OMPI = {
+    "OMPI_MCA_orte_hnp_uri": "8192.0;tcp://10.0.0.9,10.1.0.9:34911", "OMPI_COMM_WORLD_SIZE": "6", "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}  # fmt: skip
+GKE = {
+    "TPU_WORKER_HOSTNAMES": "a,b,c", "TPU_WORKER_ID": "1", "TPU_SKIP_MDS_QUERY": "true", "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+}  # fmt: skip
+SLICES = {"MEGASCALE_COORDINATOR_ADDRESS": "first", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
+METADATA = {"agent-worker-number": "1", "worker-network-endpoints": "x:0:10.0.0.5,y:1:10.0.0.6", "tpu-env": ""}
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """(address, processes, id, heartbeat) that JAX hands to its distributed runtime, which does not start."""
     calls = []
+
+    def connect(address, process_id, heartbeat_timeout, **_):
+        calls.append((address, state.num_processes, process_id, heartbeat_timeout))
+        return types.SimpleNamespace(connect=lambda: None)
+
+    runtime = types.SimpleNamespace(
+        get_distributed_runtime_service=lambda *_, **__: None,
+        get_distributed_runtime_client=connect,
+        create_preemption_sync_manager=lambda: types.SimpleNamespace(initialize=lambda client: None),
+    )
+    state = distributed.State()
+    monkeypatch.setattr(distributed, "_jax", runtime)
+    monkeypatch.setattr(distributed, "global_state", state)
+    monkeypatch.setattr(distributed, "config", types.SimpleNamespace(update=lambda name, value: None))
+    monkeypatch.setattr(distributed.xla_bridge, "backends_are_initialized", lambda: False)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: pytest.fail(f"asked for {key}"))
+    return calls
+
+
+def enter(monkeypatch, environment, on_tpu=False):
     monkeypatch.setattr(os, "environ", environment)
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **settings: calls.append((args, settings)))
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", on_tpu)
+    monkeypatch.setattr(cluster, "running_in_cloud_tpu_vm", on_tpu)
+    monkeypatch.setattr(cloud_tpu_cluster.socket, "gethostbyname", lambda name: name)
+
+
+@pytest.mark.parametrize(
+    "environment, found",
+    [
+        (STEP, ("node003:61447", 4, 2)),
+        (OMPI, ("10.0.0.9:61442", 6, 5)),
+        ({**SLURM, **OMPI}, ("10.0.0.9:61442", 6, 5)),
+        ({"JAX_COORDINATOR_PORT": "99", **STEP}, ("node003:99", 4, 2)),
+    ],
+    ids=["slurm", "open mpi", "mpirun in slurm", "slurm with a port"],
+)
+def test_the_others_of_a_cluster_are_found(monkeypatch, joined, environment, found):
+    enter(monkeypatch, environment)
     hosts.join(heartbeat_seconds=9)
-    assert calls == ([((), {"heartbeat_timeout_seconds": 9})] if many else [])
+    assert joined == [(*found, 9)]
+
+
+@pytest.mark.parametrize(
+    "environment, metadata, found",
+    [
+        ({}, METADATA, ("10.0.0.5:8482", 2, 1)),
+        (GKE, None, ("a:8482", 3, 1)),
+        ({**GKE, **SLICES}, None, ("first:8482", 6, 4)),
+    ],
+    ids=["metadata", "gke", "gke, two slices"],
+)
+def test_the_others_of_a_tpu_slice_are_found(monkeypatch, joined, environment, metadata, found):
+    enter(monkeypatch, environment, on_tpu=True)
+    monkeypatch.setattr(cloud_tpu_cluster, "get_metadata", lambda key: ((metadata or {"tpu-env": ""})[key], 200))
+    hosts.join(heartbeat_seconds=9)
+    assert joined == [(*found, 9)]
+
+
+def test_the_others_of_an_indexed_job_are_found(monkeypatch, joined):
+    enter(monkeypatch, {**POD, "JOB_COMPLETION_INDEX": "2"})
+    of = types.SimpleNamespace
+    client = of(CoreV1Api=lambda: None, BatchV1Api=lambda: None, exceptions=of(ApiException=Exception))
+    package = of(config=of(load_incluster_config=lambda: None), client=client)
+    monkeypatch.setitem(sys.modules, "kubernetes", package)
+    job = of(metadata=of(name="train", labels={}), spec=of(parallelism=3))
+    for name, value in {"_controller": of(kind="Job"), "_job": job, "_pod": of(spec=of(subdomain="pods"))}.items():
+        monkeypatch.setattr(k8s_cluster.K8sCluster, name, lambda value=value: value)
+    hosts.join(heartbeat_seconds=9)
+    assert joined == [("train-0.pods:55527", 3, 2, 9)]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        SLURM,
+        {**SLURM, "SLURM_STEP_NUM_TASKS": "1"},
+        POD,
+        {"OMPI_COMM_WORLD_SIZE": "1"},
+        {"TPU_WORKER_HOSTNAMES": "a"},
+    ],
+    ids=["laptop", "batch script", "shell", "notebook", "open mpi", "no TPU"],
+)
+def test_a_process_of_its_own_asks_nobody(monkeypatch, joined, environment):
+    enter(monkeypatch, environment)
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    hosts.join()
+    assert joined == []
+
+
+def test_others_that_are_not_found_are_named(monkeypatch, joined):
+    fix = "give --coordinator, --num_processes and --process_id"
+    enter(monkeypatch, {"OMPI_COMM_WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match=f"^cluster: JAX does not find the 2 processes of this Open MPI; {fix}$"):
+        hosts.join()
+    enter(monkeypatch, {"JAX_COORDINATOR_ADDRESS": "a:1"})
+    with pytest.raises(ValueError, match=f"^cluster: Number of processes must be defined.; {fix}$"):
+        hosts.join()
+    enter(monkeypatch, STEP)
+    monkeypatch.setattr(distributed.xla_bridge, "backends_are_initialized", lambda: True)
+    with pytest.raises(ValueError, match=f"^cluster: its processes cannot be joined .*before any JAX calls.*; {fix}$"):
+        hosts.join()
 
 
 def test_others_are_named(monkeypatch):
@@ -91,19 +196,18 @@ def free_port() -> int:
 
 def begin(script, config, workdir, count, *options, devices=1):
     """Start a run as `count` processes of `devices` fake devices each."""
-    address = f"localhost:{free_port()}"
+    line = [script, f"--config={config}", f"--workdir={workdir}", f"--num_processes={count}", *options]
+    line.append(f"--coordinator=localhost:{free_port()}")
+    return [start([*line, f"--process_id={i}"], devices) for i in range(count)]
+
+
+def start(line, devices=1):
     environment = {
         **os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
     }  # fmt: skip
-    line = [sys.executable, script, f"--config={config}", f"--workdir={workdir}", f"--num_processes={count}"]
-    line += [f"--coordinator={address}", *options]
-    return [
-        subprocess.Popen(
-            [*line, f"--process_id={i}"], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        for i in range(count)
-    ]  # fmt: skip
+    options = dict(cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen([sys.executable, *map(str, line)], **options)
 
 
 def end(processes, timeout=900):
@@ -123,7 +227,7 @@ def configs(tmp_path_factory):
     loop = {"loop__total_steps": 6, "loop__evaluate_every_steps": 6, "loop__checkpoint_every_steps": 2}
     loop |= {"loop__log_every_steps": 1, "loop__keep_checkpoints": 9, "data__flip_probability": 0.5}
     made = {
-        "vae": helpers.vae_config(pictures, **loop),
+        "vae": helpers.vae_config(pictures, init_from="", **loop),
         "transformer": helpers.transformer_config(pictures, "class", tokenizer=str(tokenizer), **loop),
     }
     for name, config in made.items():
@@ -163,6 +267,33 @@ def test_many_processes_give_the_numbers_of_one(configs, single, tmp_path, stage
     assert steps_of(tmp_path / "checkpoints") == [2, 4, 6]
     assert (tmp_path / "pictures").is_dir() and checkpoint.load_model(tmp_path).model is not None
     assert "step 6" in outputs[0] and all("step 6" not in output for output in outputs[1:])
+
+
+def test_processes_restore_a_run_onto_their_own_devices(tmp_path):
+    line = [ROOT / "tests" / "restoring_process.py", tmp_path, f"localhost:{free_port()}", 2]
+    codes, outputs = end([start([*line, i]) for i in range(2)])
+    assert codes == [0, 0], "".join(output[-3000:] for output in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_start_from_a_run_of_their_own(configs, tmp_path, count):
+    """Stage 1, stage 2 on its run directory, and stage 1 from its weights, which no process holds as a whole."""
+    short = [f"--config.{name}=1" for name in ("loop.total_steps", "loop.evaluate_every_steps", "mesh.data")]
+    options = [*short, f"--config.mesh.fsdp={count}"]
+
+    def train(stage, name, *more):
+        codes, outputs = end(begin(STAGES[stage], configs / f"{stage}.py", tmp_path / name, count, *options, *more))
+        assert codes == [0] * count, outputs[-1][-3000:]
+        return checkpoint.load_model(tmp_path / name)
+
+    first = train("vae", "first")
+    second = train("transformer", "second", f"--config.tokenizer={tmp_path / 'first'}")
+    helpers.assert_equal(second.tokenizer.variables, first.variables)
+    still = "--config.optim.learning_rate=1e-30"
+    for name, keep in (("third", False), ("fourth", True)):
+        third = train("vae", name, f"--config.init_from={tmp_path / 'first'}", f"--config.keep_optimizer={keep}", still)
+        helpers.assert_close(third.variables["params"], first.variables["params"])
 
 
 @pytest.mark.slow

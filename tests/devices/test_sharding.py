@@ -284,3 +284,24 @@ def test_check_batch_size():
     )
     with pytest.raises(ValueError, match="data.batch_size: 6 is not a multiple of 4 "):
         sharding.check_batch_size(mesh, 6)
+
+
+def test_micro_batches_take_less_memory_and_move_nothing():
+    mesh = sharding.make_mesh(data=4, fsdp=2)
+    x_BE = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
+    weights_EF = np.random.default_rng(1).normal(size=(3, 5000)).astype(np.float32)
+
+    def encode(batch):
+        return {"y": jnp.sin(batch["x"] @ weights_EF).reshape(-1, 50, 100).sum(1)}
+
+    def compiled(num_steps):
+        over = functools.partial(sharding.map_micro_batches, encode, num_steps=num_steps)
+        rows = sharding.batch_sharding(mesh)
+        return jax.jit(over, in_shardings=rows, out_shardings=rows).lower({"x": x_BE}).compile()
+
+    whole, parts = compiled(1), compiled(4)
+    placed = sharding.put_batch(mesh, {"x": x_BE})
+    np.testing.assert_allclose(parts(placed)["y"], whole(placed)["y"], rtol=1e-5)
+    assert not any(name in parts.as_text() for name in ("all-", "collective-permute", "reduce-scatter"))
+    whole, parts = (program.memory_analysis().temp_size_in_bytes for program in (whole, parts))
+    assert parts < whole / 3

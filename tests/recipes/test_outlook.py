@@ -60,28 +60,30 @@ def test_paths_of_a_config_are_whole(tmp_path, monkeypatch):
         recipes.with_whole_paths({"data": {"data_dir": "~nobody-here/x"}})
 
 
+SLOW = "^TOO SLOW: JAX has only CPUs here, on which a step takes {} s or more and this run {} days; start it "
+LARGE = "^TOO LARGE: the state alone takes 0.0 GiB of a device, which has 0.0; try, the cheapest "
+
+
 @pytest.mark.parametrize(
-    "flops, size, memory, expected",
+    "flops, steps, size, memory, expected",
     [
-        (1e3, 3, None, []),
-        (0.0, 3, 4 * 3, []),
-        (1e12, 3, 4 * 3, [r"^TOO SLOW: JAX has only CPUs here, on which this run takes 116 days or more; start it "]),
-        (
-            None,
-            3,
-            4 * 3 - 1,
-            ["^TOO LARGE: the state alone takes 0.0 GiB of a device, which has 0.0; try, the cheapest "],
-        ),
+        (1e3, 250_000, 3, None, []),
+        (0.0, 250_000, 3, 4 * 3, []),
+        (1e12, 250_000, 3, 4 * 3, [SLOW.format(40, "115.7")]),
+        (1e12, 1, 3, None, [SLOW.format(40, "0.0")]),
+        (1e11, 250_000, 3, None, [SLOW.format(4, "11.6")]),
+        (1e11, 1, 3, None, []),
+        (None, 250_000, 3, 4 * 3 - 1, [LARGE]),
     ],
 )
-def test_devices_that_are_too_small_are_told(monkeypatch, flops, size, memory, expected):
+def test_devices_that_are_too_small_are_told(monkeypatch, flops, steps, size, memory, expected):
     monkeypatch.setattr(outlook, "_cores", lambda: 2)
     monkeypatch.setattr(outlook, "_memory", lambda device: memory)
     recipe = SimpleNamespace(
         mesh=sharding.make_mesh(), flops_per_image=flops, model=SimpleNamespace(use_remat=False), accumulates=True,
         optimizer=SimpleNamespace(accumulation_steps=1), abstract_state=lambda: jax.ShapeDtypeStruct((size,), jnp.float32),
     )  # fmt: skip
-    found = outlook.shortages(recipe, batch_size=8, total_steps=250_000)
+    found = outlook.shortages(recipe, batch_size=8, total_steps=steps)
     assert len(found) == len(expected)
     for line, pattern in zip(found, expected, strict=True):
         assert re.search(pattern, line), line

@@ -111,11 +111,42 @@ def test_classes_are_counted_where_all_pictures_are_seen(places, monkeypatch):
     codes, classes = counter.count(data.ordered)
     assert codes.shape == (D, K) and set(codes.sum(-1)) == {data.ordered.num_examples * h * w}
     assert classes == np.bincount(training_labels(places), minlength=5).tolist()
+    in_parts = CodeCounter(recipe.tokenizer.model, recipe.tokenizer_variables, recipe.mesh, num_steps=2)
+    assert in_parts.count(data.ordered)[0].tolist() == codes.tolist()
+    np.testing.assert_allclose(
+        in_parts.unigram_nats(data.validation, codes), counter.unigram_nats(data.validation, codes)
+    )
     assert sum(classes) == data.ordered.num_examples
     monkeypatch.setattr(frozen_codes, "NUM_COUNTED", 1)
     assert data.ordered.batch_size < data.ordered.num_examples and counter.count(data.ordered)[1] is None
     monkeypatch.undo()
     assert counter.count(prepare(places, "unconditional").data.ordered)[1] is None
+
+
+def test_a_run_that_goes_on_counts_no_codes_again(places, whole_run, tmp_path, monkeypatch, capsys):
+    workdir = shutil.copytree(whole_run[0], tmp_path / "run")
+    recipe, data, _ = recipes.prepare(make_config(places, **RUN))
+    measured = []
+
+    def measure(counter, data, temperature):
+        measured.append(temperature)
+        return frozen_codes.CodeFigures(np.ones((D, K), int), [2], np.ones(D), None)
+
+    monkeypatch.setattr(CodeCounter, "measure", measure)
+    found, _ = recipe.start(workdir, data, False)
+    assert (
+        not measured
+        and found.config["class_counts"] == json.loads((workdir / "config.json").read_text())["class_counts"]
+    )
+    logged = helpers.read_metrics(workdir)[4]
+    assert found.unigram_nats_D.tolist() == [logged[f"unigram_nats/depth{d}"] for d in DEPTHS]
+    assert "soft codes at temperature" in capsys.readouterr().out
+    warmer = dataclasses.replace(recipe, losses=dataclasses.replace(recipe.losses, temperature=0.25))
+    starts = [(warmer, None), (recipe, None), (recipe, "{}"), (recipe, '{"made_from": 1')]
+    for number, (other, damage) in enumerate(starts, start=1):
+        if damage is not None:
+            (workdir / "codes.json").write_text(damage)
+        assert other.start(workdir, data, False)[0].config["class_counts"] == [2] and len(measured) == number
 
 
 def test_run_directory_holds_everything(places, whole_run):
@@ -310,7 +341,7 @@ def nothing_compiles(monkeypatch):
         raise AssertionError("settings must be refused before anything compiles")
 
     monkeypatch.setattr(Transformer, "init", fail)
-    for name in ("count", "unigram_nats", "report_soft_codes"):
+    for name in ("count", "unigram_nats", "soft_spread"):
         monkeypatch.setattr(CodeCounter, name, fail)
     monkeypatch.setattr(frozen_codes, "cached_latents", fail)
 
