@@ -74,8 +74,18 @@ def _join_found(heartbeat_seconds: int) -> None:
         if (count := int(os.environ.get("OMPI_COMM_WORLD_SIZE") or 1)) > 1:
             raise ValueError(f"cluster: JAX does not find the {count} processes of this Open MPI; {fix}") from error
     except RuntimeError as error:
+        # Where devices are in use already, JAX complains before it looks whether there is a cluster at all.
+        if not _is_in_cluster():
+            return
         reason = quoted(" ".join(str(error).split()), 300)
         raise ValueError(f"cluster: its processes cannot be joined ({reason}); {fix}") from error
+
+
+def _is_in_cluster() -> bool:
+    """Whether JAX knows the cluster around this process; no public function says so."""
+    from jax._src.clusters import ClusterEnv
+
+    return any(env.is_env_present() for env in ClusterEnv._cluster_types if not env.opt_in_only_method)
 
 
 def _is_alone(environment: Mapping[str, str]) -> bool:

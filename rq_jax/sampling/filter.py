@@ -52,7 +52,7 @@ def filter_logits(
     # there, and passes all filters.
     indices = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     first = jnp.min(indices, -1, keepdims=True, initial=K, where=logits == largest)
-    only_first = jnp.where(indices == first, 0.0, -jnp.inf)
+    only_first = jnp.where(indices == first, jnp.float32(0), -jnp.inf)
     logits = jnp.where(greedy, only_first, logits / jnp.where(greedy, 1.0, temperature))
     cut: Any = False
     if top_k is not None:
