@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import re
 import runpy
@@ -71,6 +72,7 @@ def _parse(monkeypatch: pytest.MonkeyPatch, script: str, arguments: tuple[str, .
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(logging.getLogger("rq_jax.data"), "setLevel", lambda level: None)  # else quiet from here on
     with pytest.raises(_Parsed) as parsed:
         if script.startswith("-m "):
             runpy.run_module(script.removeprefix("-m "), run_name="__main__", alter_sys=True)
