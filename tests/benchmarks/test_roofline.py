@@ -4,13 +4,12 @@ import functools
 import math
 
 import helpers
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import roofline
+from benchmarks import hlo, roofline
 from configs import rqtransformer, rqvae
 from rq_jax import models, quantize, sampling
 from rq_jax.devices.peaks import Peaks, device_peaks

@@ -1,6 +1,5 @@
 """generate() against the model's forward pass, its determinism and compile count; keep_best()."""
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from toy_transformer import CLASS, CONDS, KINDS, SIZES, TEXT, UNEQUAL, B, D, E, K, M, T, U, V, build, h, run, w
 
+from benchmarks import hlo
 from rq_jax.sampling import filter_logits, generate, keep_best, rng_of_seed
 from rq_jax.sampling.generate import _generate
 

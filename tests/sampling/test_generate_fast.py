@@ -5,7 +5,6 @@ import importlib
 import re
 
 import helpers
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from jax.extend.core import jaxprs_in_params
 from toy_transformer import CLASS, CONDS, TEXT, UNEQUAL, B, D, T, build, h, run, w
 
-from benchmarks import roofline
+from benchmarks import hlo, roofline
 from rq_jax import losses
 from rq_jax.nn.attention import InferenceWeight
 from rq_jax.nn.inference_weights import for_inference
