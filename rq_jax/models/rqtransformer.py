@@ -11,7 +11,9 @@ import numpy as np
 from rq_jax import quantize
 from rq_jax.nn import attention
 from rq_jax.nn.attention import BlockSettings, KVCache, LayerNorm, Stack
+from rq_jax.nn.dropout import Dropout
 from rq_jax.nn.inference_weights import for_inference
+from rq_jax.nn.placement import place
 from rq_jax.settings import checks
 
 
@@ -111,7 +113,7 @@ class RQTransformer(nn.Module):
             dtype=self._dtype,
         )
         depth_block = dataclasses.replace(block, num_heads=self._depth_heads, gelu=self.depth_gelu or self.gelu)
-        self.embedding_drop = nn.Dropout(self.embedding_dropout)
+        self.embedding_drop = Dropout(self.embedding_dropout)
         self.spatial_stack = Stack(self.spatial_layers, block, self.use_remat)
         self.depth_stack = Stack(self.depth_layers, depth_block, self.use_remat)
         self.classifier_norm = LayerNorm(self._dtype)
@@ -173,7 +175,7 @@ class RQTransformer(nn.Module):
         if cond is not None:
             embedded = attention.add_bias(self._cast(self.cond_embedding_VM)[cond], self._cast(self.cond_position_UM))
             tokens = jnp.concatenate([embedded, tokens], axis=1)
-        tokens = self.embedding_drop(tokens, deterministic=not train)
+        tokens = self.embedding_drop(place(tokens, "BSM"), deterministic=not train)
         # The contexts are the raw residual stream: no norm stands between the stacks.
         outputs, spatial_cache = self.spatial_stack(tokens, cache and cache.spatial, train)
         cond_logits = None
@@ -182,6 +184,7 @@ class RQTransformer(nn.Module):
             if self.cond_length > 1:
                 normed = self.cond_classifier_norm(cond_outputs)
                 cond_logits = self._project(normed, self.cond_classifier_MV, self.cond_classifier_bias_V)
+                cond_logits = place(cond_logits, "BUV")
         if cache is None:
             return outputs.reshape(*codes.shape[:-1], -1), cond_logits, None
         depth_cache = cache.depth._replace(length=np.int32(0))  # every position starts its own
@@ -225,7 +228,9 @@ class RQTransformer(nn.Module):
             return jnp.stack([self.classify(hidden[..., d, :], d) for d in range(self.code_shape[-1])], axis=-2)
         if not self.use_shared_classifier:
             weight, bias = jax.tree.map(lambda stacked: stacked[depth], (weight, bias))
-        logits = self._project(self.classifier_norm(hidden), weight, bias)
+        inner = "-" * (hidden.ndim - 2)
+        logits = self._project(self.classifier_norm(place(hidden, f"B{inner}M")), weight, bias)
+        logits = place(logits, f"B{inner}K")
         if len(set(self.codebook_sizes)) == 1:
             return logits
         sizes, codes_K = np.array(self.codebook_sizes), np.arange(logits.shape[-1])

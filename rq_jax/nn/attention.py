@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rq_jax.nn.dropout import Dropout
+from rq_jax.nn.placement import place
+
 # kakaobrain/rq-vae-transformer:interfaces.py defines this minGPT-style initialiser and never applies it. Its trainer
 # was not released; this one trains better than torch's default.
 init_weight = nn.initializers.normal(0.02, jnp.float32)
@@ -113,6 +116,11 @@ def project(x: jax.Array, weight: Weight, num_axes: int = 1, dtype: jnp.dtype | 
     return product.reshape(*rows, *weight.shape[num_axes:])
 
 
+def _project_heads(x: jax.Array, weight_M3NA: jax.Array) -> jax.Array:
+    """`project` to (..., 3, N, A) for training: behind the 3, heads that are split over devices would be gathered."""
+    return jnp.swapaxes(project(x, jnp.swapaxes(weight_M3NA, 1, 2)), -3, -2)
+
+
 def _inference_product(x_RL: jax.Array, weight: InferenceWeight) -> jax.Array:
     """Product (R, C) of rows with the transposed matrix (C, L), in float32."""
     R, L = x_RL.shape
@@ -199,16 +207,18 @@ class Block(nn.Module):
         Returns:
           Outputs (B, S, M); the keys and values with those of the new positions where there is a cache, else None.
         """
-        settings = self.settings
+        settings, x_BSM = self.settings, place(x_BSM, "BSM")
         attended, cached = self._attend(LayerNorm(settings.dtype, name="norm1")(x_BSM), cached, length)
         x_BSM = x_BSM + self._drop(settings.residual_dropout, attended)
         hidden = self._mlp(LayerNorm(settings.dtype, name="norm2")(x_BSM))
-        return x_BSM + self._drop(settings.residual_dropout, hidden), cached
+        return place(x_BSM + self._drop(settings.residual_dropout, hidden), "BSM"), cached
 
     def _attend(self, x_BSM, cached, length):
         settings, S, M = self.settings, *x_BSM.shape[1:]
         N, A = settings.num_heads, M // settings.num_heads
-        qkv = project(x_BSM, self._weight("qkv_M3NA", (M, 3, N, A)))
+        weight = self._weight("qkv_M3NA", (M, 3, N, A))
+        in_place = cached is not None or isinstance(weight, InferenceWeight)  # a sampler would copy it at every step
+        qkv = (project if in_place else _project_heads)(x_BSM, weight)
         if settings.use_attention_bias:
             qkv = add_bias(qkv, self._bias("qkv_bias_3NA", (3, N, A)))
         if cached is None and settings.use_flash_attention:
@@ -260,7 +270,7 @@ class Block(nn.Module):
         return self.param(name, init_bias, shape).astype(self.settings.dtype)
 
     def _drop(self, rate, x):
-        return nn.Dropout(rate, deterministic=not self.train)(x)
+        return Dropout(rate)(x, deterministic=not self.train)
 
 
 def _flash_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
@@ -293,14 +303,16 @@ class Stack(nn.Module):
         stored = self.variables.get("params", {}).get("blocks")
         if cache is not None or isinstance(stored, tuple):
             return self._run_unrolled(Block(self.block, train, parent=None), x_BSM, stored, cache)
-        block = nn.remat(Block, prevent_cse=False) if self.use_remat and train else Block
+        use_remat = self.use_remat and train
+        block = nn.remat(Block, prevent_cse=False) if use_remat else Block
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=self.num_layers,
-            unroll=self.num_layers if self.num_layers <= _MAX_UNROLLED else 1,
+            # XLA would join the recomputed copy of an unrolled layer with the first one, and keep its activations.
+            unroll=self.num_layers if self.num_layers <= _MAX_UNROLLED and not use_remat else 1,
         )(self.block, train, name="blocks")
         return layers(x_BSM, None, None)[0], None
 

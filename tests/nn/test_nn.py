@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import helpers
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from rq_jax.nn.attention import Block, BlockSettings, LayerNorm, Stack, empty_cache
 from rq_jax.nn.conv import AttentionBlock, Conv, Downsample, Norm, ResBlock, Upsample
+from rq_jax.nn.dropout import Dropout
 
 
 def normal(*shape, seed=0):
@@ -288,22 +290,34 @@ def test_remat_changes_no_output_and_no_gradient():
     def loss(variables, module):
         return (run(module, variables, X, train=True)[0] ** 2).sum()
 
-    # Unrolled stacks have the remat in their program; whether a compiler then saves memory is not asserted here.
     assert "remat" in str(jax.make_jaxpr(lambda v: loss(v, remat))(variables))
     for a, b in zip(*(jax.tree.leaves(jax.value_and_grad(loss)(variables, m)) for m in (module, remat)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3)
 
 
+def test_dropout_drops_the_same_of_a_batch_and_of_its_parts():
+    def drop(module, x):
+        return module.apply({}, x, deterministic=False, rngs={"dropout": jax.random.key(1)})
+
+    x_BM = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32)
+    whole = drop(Dropout(0.3), x_BM)
+    np.testing.assert_array_equal(whole, drop(nn.Dropout(0.3), x_BM))
+    assert 0.15 < np.mean(np.asarray(whole) == 0) < 0.45
+    parts = jax.vmap(lambda part: drop(Dropout(0.3), part))(x_BM.reshape(3, 2, 50))
+    np.testing.assert_allclose(parts.reshape(6, 50), whole, rtol=1e-6)
+
+
 @helpers.full_optimization()
-def test_remat_saves_memory_in_a_stack_that_is_scanned():
+@pytest.mark.parametrize("num_layers, share", [(4, 0.5), (9, 0.3)], ids=["unrolled without it", "always scanned"])
+def test_remat_saves_memory_in_a_stack_of_any_depth(num_layers, share):
     def temporaries(use_remat):
-        module, x = Stack(9, BlockSettings(4), use_remat), jax.ShapeDtypeStruct((4, 64, 32), jnp.float32)
+        module, x = Stack(num_layers, BlockSettings(4), use_remat), jax.ShapeDtypeStruct((4, 64, 32), jnp.float32)
         variables = jax.eval_shape(module.init, jax.random.key(0), x)
         gradient = jax.grad(lambda variables, x: module.apply(variables, x, None, True)[0].sum())
         compiled = jax.jit(gradient).lower(variables, x).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert 0 < temporaries(use_remat=True) < 0.3 * temporaries(use_remat=False)
+    assert 0 < temporaries(use_remat=True) < share * temporaries(use_remat=False)
 
 
 @pytest.mark.parametrize("dtype, bound", [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
