@@ -142,6 +142,7 @@ def cross_entropy_by_depth(
     codes: jax.Array,
     residuals: jax.Array | None = None,
     soft_labels: Callable[[jax.Array], jax.Array] | None = None,
+    num_devices: int = 1,
 ) -> jax.Array:
     """Cross-entropy in nats of each image at each depth (B, D), mean over positions.
 
@@ -154,6 +155,7 @@ def cross_entropy_by_depth(
       codes: the targets (B, h, w, D).
       residuals: (B, h, w, D, E), where the targets are soft.
       soft_labels: residuals (B, t, D, E) to soft targets (B, t, D, K).
+      num_devices: that share the batch, and so a chunk.
     """
     B, h, w, D = codes.shape
     arrays = (hidden, codes) if residuals is None else (hidden, residuals)
@@ -165,7 +167,7 @@ def cross_entropy_by_depth(
             return cross_entropy(logits, chunk[1]).sum(1)
         return soft_cross_entropy(logits, soft_labels(chunk[1])).sum(1)
 
-    limit = CHUNK_ELEMENTS * jax.device_count()  # the devices of the mesh share a chunk
+    limit = CHUNK_ELEMENTS * num_devices
     return sum_over_chunks(chunk_sums, arrays, num_loss_chunks(B, h * w, D, num_codes, limit)) / (h * w)
 
 

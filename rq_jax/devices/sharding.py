@@ -1,25 +1,31 @@
 """Meshes and shardings; no other module names a mesh axis.
 
 The logical axes of a parameter are the letters at the end of its name ("up_MF" has M and F); a leading axis beyond them
-is the layer axis of a scan. `RULES` maps letters to mesh axes; an axis without a rule is replicated.
+is the layer axis of a scan. Those of an activation are named by the network (`nn.placement`). `RULES` maps letters to
+mesh axes; an axis without a rule is replicated.
 """
 
+import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from rq_jax.nn import placement
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-# Logical axis -> mesh axes, as many as divide it: widths are split by fsdp; heads, MLP width and vocabulary by tensor.
+# Logical axis -> mesh axes, as many as divide it: batches are split by data and fsdp; widths by fsdp, which leaves them
+# whole in an activation, where the batch has used it; heads, MLP width and vocabulary by tensor.
 # Kernels of convolutions (I inputs, O outputs) are split along their outputs only: on a mesh of all three axes XLA's
 # partitioner (jax 0.10) gives wrong gradients for two convolutions in a row whose kernels are split along both.
 RULES = {
+    "B": BATCH_AXES,
     "M": ("fsdp",),
     "N": ("tensor",),
     "F": ("tensor",),
@@ -61,13 +67,12 @@ def logical_axes(path: Any, ndim: int) -> str:
     return letters[-ndim:].rjust(ndim, "-") if ndim else ""
 
 
-def state_shardings(mesh: Mesh, tree: Any, without: tuple[str, ...] = ()) -> Any:
+def state_shardings(mesh: Mesh, tree: Any) -> Any:
     """Shard every leaf of a tree of arrays or shapes by `RULES`; codebooks are replicated.
 
     Args:
       mesh: from `make_mesh`.
       tree: of arrays or shapes.
-      without: mesh axes to leave out.
 
     Returns:
       The tree with a `NamedSharding` in place of each leaf.
@@ -75,39 +80,116 @@ def state_shardings(mesh: Mesh, tree: Any, without: tuple[str, ...] = ()) -> Any
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         names = {str(getattr(key, "key", getattr(key, "name", key))) for key in path}
-        used: set[str] = set()
-        spec = []
-        for letter, size in zip(logical_axes(path, leaf.ndim), leaf.shape, strict=True):
-            rule = () if "codebook" in names else RULES.get(letter, ())
-            axes = _dividing(mesh, [axis for axis in rule if axis not in used and axis not in without], size)
-            spec.append(axes if len(axes) > 1 else axes[0] if axes else None)
-            used.update(axes)
-        return NamedSharding(mesh, PartitionSpec(*spec))
+        letters = "-" * leaf.ndim if "codebook" in names else logical_axes(path, leaf.ndim)
+        return NamedSharding(mesh, _spec(mesh, letters, leaf.shape))
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _dividing(mesh: Mesh, axes: list[str], size: int) -> tuple[str, ...]:
-    """The mesh axes of more than one device if their product divides `size`, else the first that divides it alone."""
+def _spec(mesh: Mesh, letters: str, shape: tuple[int, ...], without: tuple[str, ...] = ()) -> PartitionSpec:
+    """Mesh axes of each axis of an array by `RULES`, each of them used once."""
+    used: set[str] = set()
+    spec = []
+    for letter, size in zip(letters, shape, strict=True):
+        axes = [axis for axis in RULES.get(letter, ()) if axis not in used and axis not in without]
+        some = _dividing(mesh, axes, size)
+        spec.append(some if len(some) > 1 else some[0] if some else None)
+        used.update(some)
+    return PartitionSpec(*spec)
+
+
+def _dividing(mesh: Mesh, axes: Sequence[str], size: int) -> tuple[str, ...]:
+    """The longest beginning of the mesh axes whose devices divide `size`, else the first axis that divides it alone."""
     axes = [axis for axis in axes if mesh.shape[axis] > 1]
-    for some in (axes, *([axis] for axis in axes)):
-        if some and size % math.prod(mesh.shape[axis] for axis in some) == 0:
+    for some in (*(axes[:count] for count in range(len(axes), 0, -1)), *([axis] for axis in axes)):
+        if size % math.prod(mesh.shape[axis] for axis in some) == 0:
             return tuple(some)
     return ()
 
 
-def gathered(mesh: Mesh, params: Any) -> Any:
-    """Gather convolution kernels along `fsdp` before their use.
+@contextlib.contextmanager
+def activations(mesh: Mesh, without: tuple[str, ...] = ()) -> Iterator[None]:
+    """While it lasts, networks that are traced lay their activations over the mesh by `RULES`.
 
-    The axis splits both the batch and the kernels. To multiply them, one has to be gathered: without this constraint
-    XLA chooses the activations, which are far larger.
+    Without it XLA is free to split them along their width, as the parameters of `fsdp` are, and to have every device
+    hold the whole batch.
+
+    Args:
+      mesh: from `make_mesh`.
+      without: mesh axes to leave out.
     """
 
-    def gather(path: Any, leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
-        is_kernel = logical_axes(path, leaf.ndim).endswith("IO")
-        return jax.lax.with_sharding_constraint(leaf, sharding) if is_kernel else leaf
+    def constrain(x: jax.Array, letters: str) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, _spec(mesh, letters, x.shape, without)))
 
-    return jax.tree_util.tree_map_with_path(gather, params, state_shardings(mesh, params, without=("fsdp",)))
+    with placement.placing(constrain) if mesh.size > 1 else contextlib.nullcontext():
+        yield
+
+
+def split_batch(mesh: Mesh, tree: Any, axes: tuple[str, ...] = BATCH_AXES) -> Any:
+    """Lay the first axis of arrays in a program over the mesh axes, as many of them as divide it.
+
+    Args:
+      mesh: from `make_mesh`.
+      tree: of arrays (B, ...).
+      axes: with all of `AXES` devices along tensor share a batch too, for networks that are not split along it; with
+        none each device holds the whole array.
+    """
+    if mesh.size == 1:
+        return tree
+
+    def constrain(x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(_dividing(mesh, axes, len(x)))))
+
+    return jax.tree.map(constrain, tree)
+
+
+def num_parts(mesh: Mesh) -> int:
+    """Parts of a batch in `over_parts`: the devices that it is split over."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def over_parts(mesh: Mesh, function: Callable[[Any], Any], batch: Any) -> Any:
+    """Results of a function for each device's part of a batch, stacked along a first axis and left where they are made.
+
+    The gradient of a whole batch is summed over the devices at once. Those of parts are added up micro-batch by
+    micro-batch on their devices, and `mean_over_parts` sums them over devices once an update. Until then each device
+    holds a whole gradient, also along fsdp.
+
+    Args:
+      mesh: from `make_mesh`.
+      function: takes a tree like `batch`, with the rows of one part.
+      batch: a tree of arrays (B, ...).
+    """
+    parts = jax.tree.map(lambda x: x.reshape(num_parts(mesh), -1, *x.shape[1:]), batch)
+    with activations(mesh, without=BATCH_AXES):
+        results = jax.vmap(function, spmd_axis_name=BATCH_AXES)(parts)
+
+    def lay(path: Any, leaf: jax.Array) -> jax.Array:
+        inner = _spec(mesh, logical_axes(path, leaf.ndim - 1), leaf.shape[1:], without=BATCH_AXES)
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *inner)))
+
+    return jax.tree_util.tree_map_with_path(lay, results)
+
+
+def mean_over_parts(mesh: Mesh, tree: Any) -> Any:
+    """Mean over the first axis of results of `over_parts`, laid over the mesh as `state_shardings` says."""
+    means = jax.tree.map(lambda x: x.mean(0), tree)
+    return jax.lax.with_sharding_constraint(means, state_shardings(mesh, means))
+
+
+def gathered(mesh: Mesh, params: Any) -> Any:
+    """Gather convolution kernels before their use, by devices that share a batch along all `AXES`.
+
+    To multiply images with kernels that are split along the same axis, one of them has to be gathered: without this
+    constraint XLA chooses the images, which are far larger.
+    """
+
+    def gather(path: Any, leaf: jax.Array) -> jax.Array:
+        is_kernel = logical_axes(path, leaf.ndim).endswith("IO")
+        return jax.lax.with_sharding_constraint(leaf, replicated(mesh)) if is_kernel else leaf
+
+    return jax.tree_util.tree_map_with_path(gather, params)
 
 
 def sharded_shapes(mesh: Mesh, function: Any, *args: Any) -> Any:
@@ -162,7 +244,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -
     Raises:
       ValueError: naming batch size, devices and accumulation.
     """
-    parts = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES])) * accumulation_steps
+    parts = num_parts(mesh) * accumulation_steps
     if batch_size % parts:
         raise ValueError(
             f"data.batch_size: {batch_size} is not a multiple of {parts} "

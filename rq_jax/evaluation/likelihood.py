@@ -17,7 +17,7 @@ from rq_jax.losses import cross_entropy_by_depth
 from rq_jax.report.progress import Progress
 
 
-def code_nats(model: Any, variables: Any, codes: jax.Array, cond: jax.Array | None) -> jax.Array:
+def code_nats(model: Any, variables: Any, codes: jax.Array, cond: jax.Array | None, num_devices: int = 1) -> jax.Array:
     """Nats per code of each image at each depth, mean over positions.
 
     Args:
@@ -25,6 +25,7 @@ def code_nats(model: Any, variables: Any, codes: jax.Array, cond: jax.Array | No
       variables: its variables.
       codes: (B, h, w, D).
       cond: (B, U) int32, None for an unconditional model.
+      num_devices: that share the batch.
 
     Returns:
       (B, D).
@@ -32,7 +33,7 @@ def code_nats(model: Any, variables: Any, codes: jax.Array, cond: jax.Array | No
     context, _, _ = model.apply(variables, codes, cond, method="spatial")
     hidden, _ = model.apply(variables, context, codes, method="depth")
     classify = functools.partial(model.apply, variables, method="classify")
-    return cross_entropy_by_depth(classify, max(model.codebook_sizes), hidden, codes)
+    return cross_entropy_by_depth(classify, max(model.codebook_sizes), hidden, codes, num_devices=num_devices)
 
 
 def make_measure(
@@ -55,10 +56,13 @@ def make_measure(
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def sum_nats(variables, tokenizer_variables, batch):
         def measure_part(part):
-            codes = tokenizer.apply(tokenizer_variables, part["image"], method="encode_to_codes")
-            return code_nats(model, variables, codes, part.get("cond"))
+            images = sharding.split_batch(mesh, part["image"], sharding.AXES)
+            codes = tokenizer.apply(tokenizer_variables, images, method="encode_to_codes")
+            codes = sharding.split_batch(mesh, codes)
+            return code_nats(model, variables, codes, part.get("cond"), mesh.size)
 
-        nats_BD = sharding.map_micro_batches(measure_part, batch, num_steps)
+        with sharding.activations(mesh):
+            nats_BD = sharding.map_micro_batches(measure_part, batch, num_steps)
         return {
             "nats": jnp.sum(nats_BD * batch["mask"].astype(jnp.float32)[:, None], axis=0),
             "count": batch["mask"].sum(),

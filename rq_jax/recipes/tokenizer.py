@@ -305,7 +305,8 @@ class Tokenizer:
         Returns:
           The next state and the step's metrics, all scalars but "code_counts" (D, K).
         """
-        images, rngs = batch["image"], state.rng_of_step("restart", "dropout")
+        images = sharding.split_batch(self.mesh, batch["image"], sharding.AXES)
+        rngs = state.rng_of_step("restart", "dropout")
 
         def autoencode(params: Any) -> tuple[RQVAEOutput, Any]:
             variables = {"params": sharding.gathered(self.mesh, params), **state.model_state}

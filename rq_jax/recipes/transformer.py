@@ -77,15 +77,22 @@ class Losses:
         rng = rng if self.use_stochastic_codes else None
         return quantize.draw_codes(vectors, codebook, D, self.temperature, rng)
 
-    def code_nats(self, model, variables, hidden, codes, residuals, codebook) -> jax.Array:
-        """Cross-entropy in nats of each image at each depth (B, D), mean over positions."""
+    def code_nats(self, model, variables, hidden, codes, residuals, codebook, num_devices: int = 1) -> jax.Array:
+        """Cross-entropy in nats of each image at each depth (B, D), mean over positions; devices share the batch."""
         classify = functools.partial(model.apply, variables, method="classify")
         soft = (residuals, lambda chunk: quantize.soft_labels(chunk, codebook, self.temperature))
         targets = soft if self.use_soft_labels else ()
-        return losses.cross_entropy_by_depth(classify, max(model.codebook_sizes), hidden, codes, *targets)
+        return losses.cross_entropy_by_depth(
+            classify, max(model.codebook_sizes), hidden, codes, *targets, num_devices=num_devices
+        )
 
     def terms(
-        self, nats_BD: jax.Array, cond: jax.Array | None, cond_logits: jax.Array | None, dropped: jax.Array | None
+        self,
+        nats_BD: jax.Array,
+        cond: jax.Array | None,
+        cond_logits: jax.Array | None,
+        dropped: jax.Array | None,
+        kept_share: jax.Array | None,
     ) -> dict[str, tuple[float, jax.Array]]:
         """Name -> (weight, value) of every term; a value by depth counts with its mean. A new term is added here.
 
@@ -94,12 +101,13 @@ class Losses:
           cond: condition (B, U), before any of it was dropped.
           cond_logits: of the tokens 1..U-1 of a text (B, U-1, V).
           dropped: (B, 1), the examples whose condition was left out; None: none were.
+          kept_share: share of the others in the whole batch, of which this may be a part.
         """
         terms = {"code_loss": (self.image_weight, nats_BD.mean(0))}
         if self.text_weight:
             text_loss_BU = losses.cross_entropy(cond_logits, cond[:, 1:])
             if dropped is not None:  # a caption that was left out teaches nothing
-                text_loss_BU = jnp.where(dropped, 0.0, text_loss_BU) / jnp.maximum(jnp.mean(~dropped), 1e-9)
+                text_loss_BU = jnp.where(dropped, 0.0, text_loss_BU) / jnp.maximum(kept_share, 1e-9)
             terms["text_loss"] = (self.text_weight, text_loss_BU.mean())
         return terms
 
@@ -301,34 +309,58 @@ class Transformer:
         """
         rngs = state.rng_of_step("codes", "dropout", "cond")
         compute = functools.partial(self._loss_and_grads, model_state=state.model_state, frozen=frozen)
-        means, grads = accumulate_gradients(compute, state.params, batch, self.optimizer.accumulation_steps, rngs)
+        with sharding.activations(self.mesh):
+            means, grads = accumulate_gradients(compute, state.params, batch, self.optimizer.accumulation_steps, rngs)
+        if self._num_parts > 1:
+            means, grads = sharding.mean_over_parts(self.mesh, (means, grads))
         state, update = apply_gradients(state, self.optimizer, grads, means["loss"], state.model_state, self.ema_decay)
         return state, {**means, **update}
 
     def _loss_and_grads(self, params, batch, rngs, model_state, frozen):
         codebook = _as_tuple(frozen["codebook"]["codebook_KE"])
-        latents = batch.get("latents")
-        if latents is None:
-            latents = frozen_codes.encode(self.tokenizer.model, frozen, batch["image"])
-        codes, residuals = jax.lax.stop_gradient(self.losses.draw(latents, self.model, codebook, rngs["codes"]))
-        cond, dropped = batch.get("cond"), None
+        codes, residuals = self._draw_codes(batch, rngs["codes"], frozen, codebook)
+        cond, dropped, kept_share = batch.get("cond"), None, None
+        read = {"codes": codes, "residuals": residuals, "cond": cond, "target_cond": cond}
         if self.losses.cond_dropout:
             dropped = jax.random.bernoulli(rngs["cond"], jnp.float32(self.losses.cond_dropout), (cond.shape[0], 1))
-            cond = jnp.where(dropped, self.model.cond_vocab_size, cond)
+            read |= {"cond": jnp.where(dropped, self.model.cond_vocab_size, cond), "dropped": dropped}
+            kept_share = jnp.mean(~dropped)
 
-        def objective(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-            variables = {"params": params, **model_state}
+        def objective(params: Any, read: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            variables, codes = {"params": params, **model_state}, read["codes"]
             rng_spatial, rng_depth = jax.random.split(rngs["dropout"])
             apply = functools.partial(self.model.apply, variables, train=True)
-            context, cond_logits, _ = apply(codes, cond, rngs={"dropout": rng_spatial}, method="spatial")
+            context, cond_logits, _ = apply(codes, read["cond"], rngs={"dropout": rng_spatial}, method="spatial")
             hidden, _ = apply(context, codes, rngs={"dropout": rng_depth}, method="depth")
-            nats_BD = self.losses.code_nats(self.model, variables, hidden, codes, residuals, codebook)
-            terms = self.losses.terms(nats_BD, batch.get("cond"), cond_logits, dropped)
+            num_devices = self.mesh.size // self._num_parts
+            nats_BD = self.losses.code_nats(
+                self.model, variables, hidden, codes, read["residuals"], codebook, num_devices
+            )
+            terms = self.losses.terms(nats_BD, read["target_cond"], cond_logits, read.get("dropped"), kept_share)
             total = sum(weight * value.mean() for weight, value in terms.values())
             return total, {name: value for name, (_, value) in terms.items()}
 
-        (total, parts), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        differentiate = functools.partial(jax.value_and_grad(objective, has_aux=True), params)
+        run = functools.partial(sharding.over_parts, self.mesh) if self._num_parts > 1 else lambda f, x: f(x)
+        (total, parts), grads = run(differentiate, read)
         return {"loss": total, **parts}, grads
+
+    def _draw_codes(self, batch, rng, frozen, codebook):
+        # Devices along tensor hold the same tokenizer and codebook: they share the batch.
+        latents = batch.get("latents")
+        if latents is None:
+            images = sharding.split_batch(self.mesh, batch["image"], sharding.AXES)
+            latents = frozen_codes.encode(self.tokenizer.model, frozen, images)
+        latents = sharding.split_batch(self.mesh, latents, sharding.AXES)
+        # Whole, or XLA splits it as soft labels are, and gathers it again for every block of the search.
+        codebook = sharding.split_batch(self.mesh, codebook, axes=())
+        drawn = self.losses.draw(latents, self.model, codebook, rng)
+        return sharding.split_batch(self.mesh, jax.lax.stop_gradient(drawn))
+
+    @property
+    def _num_parts(self) -> int:
+        """Parts of a micro-batch whose gradients are added up apart."""
+        return sharding.num_parts(self.mesh) if self.optimizer.accumulation_steps > 1 else 1
 
     def summarize(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Logged scalars from the means of the step's metrics."""

@@ -10,8 +10,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
+from benchmarks import hlo
 from rq_jax import models
 from rq_jax.devices import sharding
+from rq_jax.nn.placement import place
 from rq_jax.training.optimizer import make_optimizer
 from rq_jax.training.state import apply_gradients, create_state
 
@@ -284,6 +286,45 @@ def test_check_batch_size():
     )
     with pytest.raises(ValueError, match="data.batch_size: 6 is not a multiple of 4 "):
         sharding.check_batch_size(mesh, 6)
+
+
+def test_activations_lie_as_their_letters_say():
+    mesh, x = sharding.make_mesh(data=2, fsdp=2, tensor=2), jnp.zeros((8, 6, 4))
+
+    def spec(letters, without=()):
+        with sharding.activations(mesh, without):
+            return jax.jit(lambda x: place(x, letters))(x).sharding.spec
+
+    assert spec("BSM") == P(("data", "fsdp"))  # fsdp is used up
+    assert spec("-SM") == P(None, None, "fsdp")
+    assert spec("B-K") == P(("data", "fsdp"), None, "tensor")
+    assert spec("BSM", without=("data", "fsdp")) == P()
+    assert place(x, "BSM") is x  # outside
+
+
+def test_gradients_of_parts_are_summed_over_devices_once():
+    """Those of two micro-batches: two sums over devices otherwise."""
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    weights = {"up_MF": np.random.default_rng(0).normal(size=(6, 10)).astype(np.float32)}
+    x_BM = np.random.default_rng(1).normal(size=(16, 6)).astype(np.float32)
+
+    def gradient(weights, x_BM):
+        return jax.grad(lambda w: jnp.mean(jnp.sin(x_BM @ w["up_MF"]) ** 2))(weights)
+
+    @jax.jit
+    def in_parts(weights, x_BM):
+        gradients = [
+            sharding.over_parts(mesh, functools.partial(gradient, weights), part) for part in (x_BM[::2], x_BM[1::2])
+        ]
+        assert gradients[0]["up_MF"].shape == (4, 6, 10)
+        return sharding.mean_over_parts(mesh, jax.tree.map(lambda a, b: (a + b) / 2, *gradients))
+
+    program = in_parts.lower(jax.device_put(weights, sharding.state_shardings(mesh, weights)), x_BM).compile()
+    found = program(jax.device_put(weights, sharding.state_shardings(mesh, weights)), x_BM)["up_MF"]
+    assert found.sharding.spec == P("fsdp", "tensor")
+    np.testing.assert_allclose(found, gradient(weights, x_BM)["up_MF"], rtol=1e-5, atol=1e-7)
+    sums = [each for each in hlo.collectives(program.as_text()) if each.opcode in ("all-reduce", "reduce-scatter")]
+    assert len(sums) == 1 and sums[0].group_size == 4
 
 
 def test_micro_batches_take_less_memory_and_move_nothing():
