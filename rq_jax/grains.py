@@ -1,8 +1,8 @@
-"""Variable-length coding: grains of regions, and the sequence of tokens that a picture becomes (DQ-VAE, Huang et al., CVPR 2023).
+"""Variable-length coding: grains of regions, and tokens of pictures (DQ-VAE, Huang et al., CVPR 2023, section 3).
 
-A *region* has a *grain* g, from 0 (coarse: one code) to G - 1 (finest: 2^(G-1) x 2^(G-1) codes). Codes are kept dense on the
-grid of the finest grain (h, w), where a coarser code is repeated over its cells; grains on the grid of regions (u, v). A
-*cell* of grain g is one code of that grain, numbered in raster order of the grain's own grid.
+A *region* has a *grain* g, from 0 (coarse: one code) to G - 1 (finest: 2^(G-1) x 2^(G-1) codes). Codes are kept dense
+on the grid of the finest grain (h, w), where a coarser code is repeated over its cells; grains on the grid of regions
+(u, v). A *cell* of grain g is one code of that grain, numbered in raster order of the grain's own grid.
 
 Letters besides those of the package: N candidates for tokens, of which a picture keeps some.
 
@@ -19,6 +19,7 @@ True
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,8 +45,8 @@ class GrainedCodes(NamedTuple):
 class PackedCodes(NamedTuple):
     """A sequence of tokens for each picture.
 
-    content: ids of codes and special tokens (B, P, D) int32. position: ids of cells and special tokens in the vocabulary
-    of the token's grain (B, P) int32. grain: (B, P) int32. length: tokens of each picture before the pads (B,) int32.
+    content: ids of codes and special tokens (B, P, D) int32. position: ids of cells and special tokens in the
+    vocabulary of the token's grain (B, P) int32. grain: (B, P) int32. length: tokens before the pads (B,) int32.
     """
 
     content: jax.Array
@@ -85,8 +86,8 @@ class GrainLayout:
 
     def __post_init__(self):
         object.__setattr__(self, "region_grid", tuple(self.region_grid))
-        checks.shape("region_grid", self.region_grid, (2,))
-        for name in ("num_grains", "codebook_size", "num_classes"):
+        checks.shape("region_grid", np.shape(self.region_grid), (2,))
+        for name in ("region_grid", "num_grains", "codebook_size", "num_classes"):
             checks.at_least(name, getattr(self, name), 1)
         checks.one_of("order", self.order, ORDERS)
 
@@ -97,8 +98,7 @@ class GrainLayout:
 
     def cells(self, g: int) -> int:
         """How many cells grain g has: u v 4^g."""
-        rows, columns = self.grid(g)
-        return rows * columns
+        return math.prod(self.grid(g))
 
     def cell_order(self, g: int) -> np.ndarray:
         """The cells of grain g in the order of their tokens, (cells,) int32."""
@@ -283,10 +283,6 @@ def pack(codes: GrainedCodes, layout: GrainLayout, tokens: int | None = None) ->
     Raises:
       ValueError: codes or grains of another shape or out of range, or a picture of more than P tokens (inside a program
         only shapes are known).
-
-    >>> layout = GrainLayout((1, 1), num_grains=2, codebook_size=5)
-    >>> pack(GrainedCodes(jnp.full((1, 2, 2, 1), 3), jnp.zeros((1, 1, 1), int)), layout, tokens=6).grain.tolist()
-    [[0, 0, 0, 1, 1, 1]]
     """
     P, G = layout.max_tokens if tokens is None else tokens, layout.num_grains
     checks.at_least("tokens", P, 1)
@@ -294,7 +290,9 @@ def pack(codes: GrainedCodes, layout: GrainLayout, tokens: int | None = None) ->
     check_grains("grains", codes.grains, G, layout.region_grid)
     _check_ids("codes", codes.codes, layout.codebook_size, "the codebook")
     length_B = num_codes(codes.grains, G) + 2 * G
-    _check_lengths(length_B, P)
+    if not isinstance(length_B, jax.core.Tracer) and np.any(too_long := np.asarray(length_B) > P):
+        image = int(np.argmax(too_long))
+        raise ValueError(f"tokens: {P} do not hold picture {image}, which has {length_B[image]}; give more, or None")
     blocks = [_candidates(codes, layout, g) for g in range(G)]
     content_BND, kept_BN = (jnp.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True))
     positions_N, grains_N = _candidate_ids(layout)
@@ -384,15 +382,11 @@ def _slots_of_cells(packed: PackedCodes, layout: GrainLayout, g: int) -> jax.Arr
     return jax.vmap(last_slot)(cell_BP)
 
 
-# --- bad input: one line, where the values are known ---
+# --- bad input: a ValueError of one line ---
 
 
 def check_ratios(name: str, ratios: float | Sequence[float], num_grains: int | None = None) -> tuple[float, ...]:
-    """Shares of the grains 1 .. G-1 as a tuple; one number stands for one grain.
-
-    Raises:
-      ValueError: not G - 1 of them, one outside (0, 1), or more than 1 together.
-    """
+    """Shares of the grains 1 .. G-1 as a tuple: G - 1 of them, each in (0, 1), at most 1 together."""
     given = tuple(float(ratio) for ratio in np.atleast_1d(ratios))
     if not given or (num_grains is not None and len(given) != num_grains - 1):
         count = "at least one" if num_grains is None else num_grains - 1
@@ -406,11 +400,7 @@ def check_ratios(name: str, ratios: float | Sequence[float], num_grains: int | N
 
 
 def check_thresholds(name: str, thresholds: Any, num_grains: int | None = None) -> None:
-    """Check concrete thresholds (G - 1,).
-
-    Raises:
-      ValueError: not G - 1 of them, or not increasing.
-    """
+    """G - 1 thresholds, increasing where their values are known."""
     checks.shape(name, np.shape(thresholds), ("G - 1" if num_grains is None else num_grains - 1,))
     if not isinstance(thresholds, jax.core.Tracer):
         values = np.asarray(thresholds)
@@ -418,22 +408,14 @@ def check_thresholds(name: str, thresholds: Any, num_grains: int | None = None) 
             raise ValueError(f"{name}: {values.tolist()} must be finite and increasing, from grain 1 on")
 
 
-def check_grains(name: str, grains: Any, num_grains: int, region_grid: Sequence[int] = ("u", "v")) -> None:
-    """Check a grain map (B, u, v), its values where they are known.
-
-    Raises:
-      ValueError: another shape, no integers, or values outside 0 .. G-1.
-    """
+def check_grains(name: str, grains: Any, num_grains: int, region_grid: Sequence[int | str] = ("u", "v")) -> None:
+    """A grain map (B, u, v) of integers, in 0 .. G-1 where their values are known."""
     checks.shape(name, np.shape(grains), ("B", *region_grid))
     _check_ids(name, grains, num_grains, "the grains")
 
 
 def check_packed(name: str, packed: PackedCodes, layout: GrainLayout) -> None:
-    """Check the shapes of tokens, and their ids where they are known.
-
-    Raises:
-      ValueError: naming the first id outside its vocabulary, its place and the vocabulary.
-    """
+    """Tokens of shapes that fit one another and, where they are known, ids inside their vocabularies."""
     B, P = packed.position.shape
     checks.shape(f"{name}.content", packed.content.shape, (B, P, "D"))
     checks.shape(f"{name}.grain", packed.grain.shape, (B, P))
@@ -455,12 +437,3 @@ def _check_ids(name: str, ids: Any, bound: int, meaning: str) -> None:
     if len(bad := np.argwhere((values < 0) | (values >= bound))):
         place = tuple(map(int, bad[0]))
         raise ValueError(f"{name}: {values[place]} at {place} is outside 0..{bound - 1}, {meaning}")
-
-
-def _check_lengths(length_B: Any, P: int) -> None:
-    if isinstance(length_B, jax.core.Tracer):
-        return
-    lengths = np.asarray(length_B)
-    if np.any(lengths > P):
-        image = int(np.argmax(lengths > P))
-        raise ValueError(f"tokens: {P} do not hold picture {image}, which has {lengths[image]}; give more, or None")
