@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rq_jax.quantize.codes import ResidualCodes, finite_vectors, nearest_codes, quantize_once
 from rq_jax.settings import checks
@@ -55,15 +56,15 @@ def ema_update(
       codes_N: their codes (N,). A vector whose code is outside [0, K), such as padding, counts nothing.
       decay: weight of the old averages, in [0, 1]; 1 freezes the codebook, restarts included.
       candidates_KE: given, every code whose average count is below 1 restarts from its row here with count 1.
-      weights_N: weight of each vector (N,) in counts and sums, at least 0; None is 1. A vector whose weight is not
-        finite counts nothing.
+      weights_N: weight of each vector (N,) in counts and sums, at least 0; None is 1. Inside a program a
+        vector whose weight is not finite counts nothing.
 
     Returns:
       The new state. Its codebook is sums / counts with Laplace-smoothed counts; a code without any count keeps its
       vector. Where no vector counts, it is the old state.
 
     Raises:
-      ValueError: weights of another shape than the codes.
+      ValueError: weights of another shape than the codes, or below 0.
     """
     check_weights(weights_N, jnp.shape(codes_N))
     restarts_K = True if candidates_KE is None else finite_vectors(candidates_KE)
@@ -76,7 +77,7 @@ def check_weights(weights: Any, shape: Sequence[int]) -> None:
     if weights is not None:
         checks.shape("weights", jnp.shape(weights), shape)
         if not isinstance(weights, jax.core.Tracer):
-            checks.at_least("weights", weights, 0)
+            checks.at_least("weights", np.min(weights, initial=0), 0)
 
 
 def _where(condition: jax.Array, new: CodebookState, old: CodebookState) -> CodebookState:
