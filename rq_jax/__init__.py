@@ -5,6 +5,7 @@ quantize         codebook search, residual quantization, moving average, the Fla
 nn               convolution blocks, causal attention and its cache, weights for inference
 models           RQ-VAE, RQ-Transformer, discriminator; their cost in FLOPs
 sampling         logit filter, the sampling loop, rejection sampling
+grains           grains of regions, routing by entropy, codes to tokens and back (DQ-VAE)
 losses, metrics  arrays of losses; PSNR, SSIM, code usage, kernel distance
 settings         checks of settings, construction from a config section
 data             datasets, grain pipelines, transforms, captions, latent cache
@@ -28,6 +29,8 @@ E       length of a code vector               N       heads (`quantize`: vectors
 D       code depth, never model width         A       width of a head
 K       codes in a codebook                   L       layers
 T       positions in raster order, h * w      S       cached keys
+u v     grid of regions                       G       grains, 0 is coarse
+P       packed length
 ======  ====================================  ======  ==============================================
 """
 

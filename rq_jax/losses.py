@@ -26,7 +26,7 @@ def reconstruction_loss(images: jax.Array, reconstruction: jax.Array, kind: str 
     return jnp.mean(difference**2 if kind == "mse" else jnp.abs(difference))
 
 
-def commitment_loss(latents: jax.Array, partial_sums: jax.Array) -> jax.Array:
+def commitment_loss(latents: jax.Array, partial_sums: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Mean over depths of the mean squared distance of the latents to each partial sum (paper, equation 7).
 
     As kakaobrain/rq-vae-transformer:RQBottleneck.compute_commitment_loss the mean runs over channels and depths, where
@@ -35,15 +35,22 @@ def commitment_loss(latents: jax.Array, partial_sums: jax.Array) -> jax.Array:
     Args:
       latents: vectors (..., E), or (B, H, W, C) on a latent grid finer than the code grid.
       partial_sums: (..., D, E), or (B, h, w, D, E) on the code grid; no gradient passes to them.
+      weights: of each cell (...), or (B, h, w); None is 1. The mean still runs over all elements alike, as
+        CrossmodalGroup/DynamicVectorQuantization:VectorQuantize2: with `grains.cell_weights` every code counts once.
 
     Raises:
-      ValueError: latents that neither are the vectors of the partial sums nor fold into them.
+      ValueError: latents that neither are the vectors of the partial sums nor fold into them, or weights of another
+        shape than the cells.
     """
     latents = latents.astype(jnp.float32)
     if latents.ndim == 4 and latents.shape[:-1] != partial_sums.shape[:-2]:
         latents = _fold(latents, partial_sums.shape)
     checks.shape("latents", latents.shape, (*partial_sums.shape[:-2], partial_sums.shape[-1]))
-    return jnp.mean((latents[..., None, :] - jax.lax.stop_gradient(partial_sums)) ** 2)
+    squares = (latents[..., None, :] - jax.lax.stop_gradient(partial_sums)) ** 2
+    if weights is not None:
+        checks.shape("weights", weights.shape, partial_sums.shape[:-2])
+        squares = weights.astype(jnp.float32)[..., None, None] * squares
+    return jnp.mean(squares)
 
 
 def _fold(latents: jax.Array, sums_shape: Sequence[int]) -> jax.Array:

@@ -1,6 +1,7 @@
 """Figures of merit: arrays in, numbers out."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,16 +79,24 @@ def laplacian_energy(images: jax.Array) -> jax.Array:
     return jnp.mean((neighbours - 4 * inner) ** 2, axis=(-3, -2, -1))
 
 
-def code_counts(codes: jax.Array, codebook_size: int) -> jax.Array:
+def code_counts(codes: jax.Array, codebook_size: int, weights: jax.Array | None = None) -> jax.Array:
     """How often each code occurs at each depth: codes (..., D) to counts (D, K), float32.
 
-    Codes outside [0, K), such as padding, are not counted.
+    Codes outside [0, K), such as padding, are not counted. `weights` (...) are what the codes at a position count, at
+    every depth; None is 1. With `grains.cell_weights` each code of a coarse region counts once.
+
+    Raises:
+      ValueError: weights of another shape than the positions.
     """
     D = codes.shape[-1]
     flat_ND = codes.reshape(-1, D)
     counts_DK = jnp.zeros((D, codebook_size), jnp.float32)
     places = jnp.arange(D, dtype=jnp.int32)[None], flat_ND
-    return counts_DK.at[places].add(1.0, mode="drop", wrap_negative_indices=False)
+    count: Any = 1.0
+    if weights is not None:
+        checks.shape("weights", weights.shape, codes.shape[:-1])
+        count = jnp.broadcast_to(weights.astype(jnp.float32).reshape(-1, 1), flat_ND.shape)
+    return counts_DK.at[places].add(count, mode="drop", wrap_negative_indices=False)
 
 
 def overall_code_usage(counts_DK: np.ndarray, sizes: Sequence[int], shared: bool) -> float:

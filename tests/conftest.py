@@ -1,7 +1,7 @@
 """Settings that hold for every test: eight fake CPU devices, true float32 products, the golden vectors.
 
 --reliability=FILE writes a table of the faults that the tests marked `fault` put in. RQ_JAX_TEST_GPU=1 leaves the choice of platform to JAX;
-RQ_JAX_TEST_OPTIMIZED=1 compiles as a user does, which takes longer; RQ_JAX_GOLDENS names the directory of golden vectors.
+RQ_JAX_TEST_OPTIMIZED=1 compiles as a user does, which takes longer; RQ_JAX_GOLDENS and RQ_JAX_DQ_GOLDENS name the directories of golden vectors.
 """
 
 import gc
@@ -88,12 +88,23 @@ def _few_programs() -> Iterator[None]:
         gc.collect()
 
 
+def directory_of_goldens(variable: str) -> Path:
+    """The directory that an environment variable names; a test that asks for it is skipped where none is named."""
+    directory = os.environ.get(variable)
+    if not directory:
+        pytest.skip(f"{variable} names no directory of golden vectors")
+    if not Path(directory).is_dir():
+        raise FileNotFoundError(f"{variable}={directory} is no directory; name one or unset it")
+    return Path(directory)
+
+
 @pytest.fixture(scope="session")
 def goldens() -> Path:
-    """Directory of the golden vectors; a test that asks for it is skipped where none is named."""
-    directory = os.environ.get("RQ_JAX_GOLDENS")
-    if not directory:
-        pytest.skip("RQ_JAX_GOLDENS names no directory of golden vectors")
-    if not Path(directory).is_dir():
-        raise FileNotFoundError(f"RQ_JAX_GOLDENS={directory} is no directory; name one or unset it")
-    return Path(directory)
+    """Golden vectors of RQ-VAE and RQ-Transformer."""
+    return directory_of_goldens("RQ_JAX_GOLDENS")
+
+
+@pytest.fixture(scope="session")
+def dq_goldens() -> Path:
+    """Golden vectors of DQ-VAE and DQ-Transformer."""
+    return directory_of_goldens("RQ_JAX_DQ_GOLDENS")

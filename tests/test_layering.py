@@ -328,7 +328,7 @@ def loaded_by(modules: list[str]) -> set[str]:
 def test_the_core_loads_nothing_that_only_some_users_need():
     heavy = {"clu", "grain", "matplotlib", "ml_collections", "PIL", "tensorboardX", "tensorflow"}
     heavy |= {"tensorflow_datasets", "tokenizers", "torch"}
-    rooms = ("models", "quantize", "losses", "sampling", "metrics")
+    rooms = ("models", "quantize", "grains", "losses", "sampling", "metrics")
     ours = loaded_by([f"rq_jax.{room}" for room in rooms])
     assert "rq_jax" in ours
     assert ours & heavy <= loaded_by(["jax", "flax.linen", "optax", "einops", "numpy"])

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rq_jax.quantize.codes import ResidualCodes, finite_vectors, nearest_codes, quantize_once
+from rq_jax.settings import checks
 
 # Laplace smoothing of the counts and noise on tiled restart candidates, as kakaobrain/rq-vae-transformer:VQEmbedding.
 _COUNT_EPSILON = 1e-5
@@ -44,6 +46,7 @@ def ema_update(
     codes_N: jax.Array,
     decay: float,
     candidates_KE: jax.Array | None = None,
+    weights_N: jax.Array | None = None,
 ) -> CodebookState:
     """One exponential-moving-average update of a codebook from the vectors assigned to it.
 
@@ -53,14 +56,28 @@ def ema_update(
       codes_N: their codes (N,). A vector whose code is outside [0, K), such as padding, counts nothing.
       decay: weight of the old averages, in [0, 1]; 1 freezes the codebook, restarts included.
       candidates_KE: given, every code whose average count is below 1 restarts from its row here with count 1.
+      weights_N: weight of each vector (N,) in counts and sums, at least 0; None is 1. Inside a program a
+        vector whose weight is not finite counts nothing.
 
     Returns:
       The new state. Its codebook is sums / counts with Laplace-smoothed counts; a code without any count keeps its
       vector. Where no vector counts, it is the old state.
+
+    Raises:
+      ValueError: weights of another shape than the codes, or below 0.
     """
+    check_weights(weights_N, jnp.shape(codes_N))
     restarts_K = True if candidates_KE is None else finite_vectors(candidates_KE)
-    new, learns = _update(state, x_NE, codes_N, decay, candidates_KE, restarts_K)
+    new, learns = _update(state, x_NE, codes_N, decay, candidates_KE, restarts_K, weights_N)
     return _where(learns, new, state)
+
+
+def check_weights(weights: Any, shape: Sequence[int]) -> None:
+    """Weights have the shape (...) of the vectors' codes and, where their values are known, none is below 0."""
+    if weights is not None:
+        checks.shape("weights", jnp.shape(weights), shape)
+        if not isinstance(weights, jax.core.Tracer):
+            checks.at_least("weights", np.min(weights, initial=0), 0)
 
 
 def _where(condition: jax.Array, new: CodebookState, old: CodebookState) -> CodebookState:
@@ -74,6 +91,7 @@ def _update(
     decay: float,
     candidates_KE: jax.Array | None,
     restarts_K: Any = True,
+    weights_N: jax.Array | None = None,
 ) -> tuple[CodebookState, jax.Array]:
     """`ema_update` of a batch with vectors that count, and whether it was one: else only the codebook stays.
 
@@ -82,7 +100,7 @@ def _update(
     """
     K = state.counts_K.shape[0]
     x_NE = x_NE.astype(jnp.float32)
-    batch_counts_K, batch_sums_KE = _assigned(x_NE, codes_N, finite_vectors(x_NE), K)
+    batch_counts_K, batch_sums_KE = _assigned(x_NE, codes_N, finite_vectors(x_NE), K, weights_N)
     learns = jnp.any(batch_counts_K > 0) & (decay < 1)
     # In this order of operations the count of a code used exactly once per update stays exactly 1, which the test below
     # counts as used.
@@ -99,14 +117,21 @@ def _update(
     return CodebookState(codebook_KE, counts_K, sums_KE), learns
 
 
-def _assigned(x_NE: jax.Array, codes_N: jax.Array, counts_N: jax.Array, K: int) -> tuple[jax.Array, jax.Array]:
-    """Number (K,) and sum (K, E) of the vectors with each code, of those that `counts_N` lets count."""
+def _assigned(
+    x_NE: jax.Array, codes_N: jax.Array, counts_N: jax.Array, K: int, weights_N: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Number (K,) and sum (K, E) of the vectors with each code, weighted, of those that `counts_N` lets count."""
+    weight: Any = 1.0
+    if weights_N is not None:
+        weight = jnp.asarray(weights_N, jnp.float32)
+        counts_N = counts_N & jnp.isfinite(weight)
+        x_NE = x_NE * weight[:, None]
     codes_N = jnp.where(counts_N, codes_N, K)
 
     def scatter(zeros: jax.Array, values: Any) -> jax.Array:
         return zeros.at[codes_N].add(values, mode="drop", wrap_negative_indices=False)
 
-    return scatter(jnp.zeros(K, jnp.float32), 1.0), scatter(jnp.zeros((K, x_NE.shape[1]), jnp.float32), x_NE)
+    return scatter(jnp.zeros(K, jnp.float32), weight), scatter(jnp.zeros((K, x_NE.shape[1]), jnp.float32), x_NE)
 
 
 def restart_candidates(rng: jax.Array, x_NE: jax.Array, K: int) -> jax.Array:
@@ -176,6 +201,7 @@ def quantize_and_update(
     codebook_update: str = "sequential",
     candidates: Candidates | None = None,
     mask: jax.Array | None = None,
+    weights: jax.Array | None = None,
 ) -> tuple[ResidualCodes, list[CodebookState]]:
     """Quantise a training batch and update the codebooks with it.
 
@@ -192,16 +218,22 @@ def quantize_and_update(
       candidates: `(depth index, vectors (N, E), K) -> (K, E)` finite replacements of unused codes; None: no restart.
       mask: bool (...), False for vectors that get codes and change no codebook, such as padding; `candidates` sees
         infinity in their place.
+      weights: (...), see `ema_update`; the weight of a vector is that of its residuals at all depths.
 
     Returns:
       `ResidualCodes` looked up in the tables from before each depth's own update, and the new states.
+
+    Raises:
+      ValueError: weights of another shape than the codes.
     """
+    check_weights(weights, x.shape[:-1])
+    weights_N = None if weights is None else jnp.ravel(weights)
     new, shared = list(states), len(states) == 1
     has_learned: list[Any] = [False] * len(new)
 
-    def update(index: int, d: int, x_NE: jax.Array, codes_N: jax.Array) -> None:
+    def update(index: int, d: int, x_NE: jax.Array, codes_N: jax.Array, weights_N: jax.Array | None) -> None:
         rows_KE = candidates(d, x_NE, new[index].counts_K.shape[0]) if candidates else None
-        new[index], learns = _update(new[index], x_NE, codes_N, decays[index], rows_KE)
+        new[index], learns = _update(new[index], x_NE, codes_N, decays[index], rows_KE, weights_N=weights_N)
         has_learned[index] |= learns
 
     residual: jax.Array = x.astype(jnp.float32)
@@ -217,13 +249,14 @@ def quantize_and_update(
         residual, total = residual - vector, total + vector
         sums.append(total)
         if codebook_update == "sequential":
-            update(index, d, inputs[-1], code.reshape(-1))
+            update(index, d, inputs[-1], code.reshape(-1), weights_N)
     if codebook_update == "pooled":
         if shared:
-            update(0, 0, jnp.concatenate(inputs), jnp.concatenate([code.reshape(-1) for code in codes]))
+            weights_N = None if weights_N is None else jnp.tile(weights_N, depth)
+            update(0, 0, jnp.concatenate(inputs), jnp.concatenate([code.reshape(-1) for code in codes]), weights_N)
         else:
             for d in range(depth):
-                update(d, d, inputs[d], codes[d].reshape(-1))
+                update(d, d, inputs[d], codes[d].reshape(-1), weights_N)
     new = [_where(*choice) for choice in zip(has_learned, new, states, strict=True)]
     return ResidualCodes(jnp.stack(codes, -1), jnp.stack(sums, -2), total), new
 

@@ -9,8 +9,21 @@ import jax
 import jax.numpy as jnp
 
 from rq_jax.quantize.codes import Codebook, ResidualCodes, finite_vectors, quantize_once, residual_quantize
-from rq_jax.quantize.ema import CodebookState, kmeans, left_out, quantize_and_update, restart_candidates
+from rq_jax.quantize.ema import (
+    CodebookState,
+    check_weights,
+    kmeans,
+    left_out,
+    quantize_and_update,
+    restart_candidates,
+)
 from rq_jax.settings import checks
+
+# Tables (K, E) of a fresh codebook.
+_INITS: dict[str, Callable[[jax.Array, tuple[int, int]], jax.Array]] = {
+    "normal": nn.initializers.normal(1.0),
+    "uniform": lambda rng, shape: jax.random.uniform(rng, shape, minval=-1 / shape[0], maxval=1 / shape[0]),
+}
 
 
 class ResidualQuantizer(nn.Module):
@@ -35,6 +48,9 @@ class ResidualQuantizer(nn.Module):
       use_restart: unused codes restart from random vectors of the batch.
       codebook_update: "sequential" or "pooled", see `quantize_and_update`.
       use_kmeans_init: the first training call places the codes by k-means.
+      codebook_init: a fresh codebook's distribution: "normal", of variance 1, or "uniform" in [-1/K, 1/K), that of
+        DQ-VAE. The moving averages start from the same table (differs from
+        CrossmodalGroup/DynamicVectorQuantization:VQEmbedding, which leaves them at another draw).
     """
 
     codebook_size: int | tuple[int, ...]
@@ -45,16 +61,17 @@ class ResidualQuantizer(nn.Module):
     use_restart: bool = True
     codebook_update: str = "sequential"
     use_kmeans_init: bool = False
+    codebook_init: str = "normal"
 
     def setup(self):
         check_settings(self)
         num_tables = 1 if self.use_shared_codebook else self.depth
         sizes, self.decays = per_depth(self.codebook_size, num_tables), per_depth(self.decay, num_tables)
-        init = nn.initializers.normal(1.0)
+        draw_table = _INITS[self.codebook_init]
 
         def draw(rng: jax.Array) -> list[jax.Array]:
             keys = jax.random.split(rng, len(sizes))
-            return [init(key, (size, self.code_dim), jnp.float32) for key, size in zip(keys, sizes, strict=True)]
+            return [draw_table(key, (size, self.code_dim)) for key, size in zip(keys, sizes, strict=True)]
 
         def tables():
             return self._join(draw(self.make_rng("params")))
@@ -65,26 +82,35 @@ class ResidualQuantizer(nn.Module):
         )
         self.sums_KE = self.variable("codebook", "sums_KE", lambda: self.codebook_KE.value)
 
-    def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> ResidualCodes:
+    def __call__(
+        self,
+        x: jax.Array,
+        train: bool = False,
+        mask: jax.Array | None = None,
+        weights: jax.Array | None = None,
+    ) -> ResidualCodes:
         """Quantise vectors (..., E); in training also update the codebook.
 
         Args:
           x: vectors (..., E).
           train: whether the codebook learns from them.
           mask: bool (...), False for vectors that it does not learn from, such as padding; they get codes all the same.
+          weights: (...), at least 0: of each vector in the moving average, see `ema_update`. Restart and k-means draw
+            from all vectors alike.
 
         Returns:
           `ResidualCodes`; the gradient of `quantized` passes straight through to `x`.
 
         Raises:
-          ValueError: a mask of another shape than the vectors.
+          ValueError: a mask or weights of another shape than the vectors.
         """
+        check_weights(weights, x.shape[:-1])
         if mask is not None:
             checks.shape("mask", mask.shape, x.shape[:-1])
         x = x.astype(jnp.float32)
         detached = jax.lax.stop_gradient(x)
         if train and not self.is_initializing():
-            result, states = self._train(detached, mask)
+            result, states = self._train(detached, mask, weights)
             self._count_not_finite(detached, result.partial_sums, mask)
             for variable, values in zip(self._variables, zip(*states, strict=True), strict=True):
                 variable.value = self._join(list(values))
@@ -112,7 +138,9 @@ class ResidualQuantizer(nn.Module):
             is_bad &= mask[..., None]
         self.sow("intermediates", "num_not_finite", is_bad.reshape(-1, self.depth).sum(0, dtype=jnp.int32))
 
-    def _train(self, x: jax.Array, mask: jax.Array | None) -> tuple[ResidualCodes, list[CodebookState]]:
+    def _train(
+        self, x: jax.Array, mask: jax.Array | None, weights: jax.Array | None
+    ) -> tuple[ResidualCodes, list[CodebookState]]:
         split = [[v.value] if self.use_shared_codebook else list(v.value) for v in self._variables]
         states = [CodebookState(*arrays) for arrays in zip(*split, strict=True)]
         candidates = None
@@ -128,7 +156,8 @@ class ResidualQuantizer(nn.Module):
                 states = self._place_codes(rng_kmeans, left_out(x, mask), states)
         else:
             self._warn_without_stream()
-        return quantize_and_update(x, states, self.depth, self.decays, self.codebook_update, candidates, mask)
+        how = self.depth, self.decays, self.codebook_update, candidates, mask, weights
+        return quantize_and_update(x, states, *how)
 
     def _warn_without_stream(self) -> None:
         for name in ("use_restart", "use_kmeans_init"):
@@ -188,6 +217,7 @@ def check_settings(quantizer: Any, name_of: Callable[[str], str] = str) -> None:
         checks.at_least(name_of(name), getattr(quantizer, name), 1)
     checks.within(name_of("decay"), quantizer.decay, 0, 1)
     checks.one_of(name_of("codebook_update"), quantizer.codebook_update, ("sequential", "pooled"))
+    checks.one_of(name_of("codebook_init"), quantizer.codebook_init, _INITS)
 
 
 def per_depth(value: Any, depth: int) -> tuple[Any, ...]:
