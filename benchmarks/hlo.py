@@ -240,8 +240,9 @@ def _group_size(rest: str) -> int:
 def _whole_arrays(opcode: str, line: Instruction, size: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """What a collective works on; the text shows its results, and behind "-start" its operands before them."""
     arrays = line.arrays
-    if line.opcode.endswith("-start") and opcode in ("all-gather", "collective-permute"):
-        arrays = arrays[len(arrays) // 2 :] if opcode == "all-gather" else arrays[1:2]
+    if line.opcode.endswith("-start") and opcode in ("all-gather", "reduce-scatter", "collective-permute"):
+        half = len(arrays) // 2
+        arrays = {"all-gather": arrays[half:], "reduce-scatter": arrays[:half]}.get(opcode, arrays[1:2])
     if line.opcode == "reduce-scatter":
         return tuple((dtype, (size * shape[0], *shape[1:]) if shape else shape) for dtype, shape in arrays)
     return arrays

@@ -242,14 +242,24 @@ def bytes_of_batch(collective: hlo.Collective, planned: Plan) -> int:
     """Bytes of a collective that are activations of all images, which should stay where they are.
 
     By their shape: the first axis counts the images of the global batch, or their tokens, and no parameter has that
-    shape.
+    shape, be it with some of its axes joined.
     """
 
     def is_of_batch(shape: tuple[int, ...]) -> bool:
         axes = _axes(shape)
-        return len(axes) > 1 and shape[0] % planned.global_batch == 0 and axes not in planned.parameters
+        if len(axes) < 2 or shape[0] % planned.global_batch:
+            return False
+        return not any(_is_flattened(axes, parameter) for parameter in planned.parameters)
 
     return collective._replace(arrays=tuple(each for each in collective.arrays if is_of_batch(each[1]))).bytes
+
+
+def _is_flattened(axes: Sequence[int], of: Sequence[int]) -> bool:
+    """Whether axes can be those of an array, some of them joined."""
+    if math.prod(axes) != math.prod(of):
+        return False
+    subsets = itertools.chain.from_iterable(itertools.combinations(of, count) for count in range(1, len(of) + 1))
+    return set(axes) <= {math.prod(subset) for subset in subsets}
 
 
 # --- the fastest that fits ---

@@ -94,6 +94,12 @@ def test_the_text_of_a_gpu():
     assert hlo.count_compiled(GPU).unknown_loops == 0
 
 
+def test_a_collective_in_two_halves_counts_once():
+    """Its type names operands and results."""
+    started = GPU.replace("f32[8,16]{1,0} reduce-scatter(", "((f32[32,16]), f32[8,16]) reduce-scatter-start(")
+    assert started != GPU and hlo.collectives(started) == hlo.collectives(GPU)
+
+
 def test_the_text_of_a_tpu():
     """Its loops have a counter and a bound; a reduce-scatter is an all-reduce in a computation of that name."""
     assert hlo.collectives(TPU) == [hlo.Collective("reduce-scatter", (("bf16", (64, 4)),), 6, 8)]

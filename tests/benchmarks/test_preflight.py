@@ -126,13 +126,20 @@ def test_the_fewest_micro_batches_that_fit_are_found(monkeypatch):
 
 
 def test_what_of_a_collective_is_of_the_batch():
-    planned = preflight.Plan(None, {}, {}, 0.0, frozenset({(24, 48)}), 16, 16)
-    shapes = {"tokens": (64, 24), "statistics": (16, 4), "weight": (48, 24), "its part": (8, 24), "sum": (48,)}
+    planned = preflight.Plan(None, {}, {}, 0.0, frozenset({(24, 48), (3, 4, 16, 64)}), 16, 16)
+    shapes = {
+        "tokens": (64, 24),
+        "statistics": (16, 4),
+        "weight": (48, 24),
+        "its part": (8, 24),
+        "sum": (48,),
+        "joined": (192, 64),
+    }
     moved = {
         name: preflight.bytes_of_batch(hlo.Collective("all-reduce", (("f32", shape),), 1, 8), planned)
         for name, shape in shapes.items()
     }
-    assert moved == {"tokens": 4 * 64 * 24, "statistics": 4 * 64, "weight": 0, "its part": 0, "sum": 0}
+    assert moved == {"tokens": 4 * 64 * 24, "statistics": 4 * 64, "weight": 0, "its part": 0, "sum": 0, "joined": 0}
 
 
 @pytest.mark.parametrize("kind", targets._GPUS)
