@@ -1,6 +1,7 @@
 """The networks, built by name: `create("rqvae" | "rqtransformer" | "discriminator", **settings)`."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -44,6 +45,16 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
 
 def abstract_variables(model: nn.Module) -> dict[str, Any]:
     """Shapes and dtypes of the model's variables, without computing them."""
+    try:
+        hash(model)
+    except TypeError:  # made by hand, with a list among its settings
+        return _trace_variables.__wrapped__(model)
+    return jax.tree.map(lambda leaf: leaf, _trace_variables(model))  # a dict of the caller's own
+
+
+# Tracing the networks takes seconds where they are large, and a process asks for the same ones again.
+@functools.lru_cache(maxsize=16)
+def _trace_variables(model: nn.Module) -> dict[str, Any]:
     return jax.eval_shape(lambda rng: init_variables(model, rng), jax.random.key(0))
 
 

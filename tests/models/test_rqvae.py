@@ -90,6 +90,14 @@ def test_a_square_image_size_may_be_one_number():
     assert model.image_shape == (6, 6) and model.latent_grid == (3, 3)
 
 
+def test_shapes_of_variables_belong_to_the_caller():
+    model = create("rqvae", **BASE)
+    first = abstract_variables(model)
+    first.pop("params")
+    assert abstract_variables(model).keys() == {"params", "codebook"}
+    assert abstract_variables(model.clone(width_multipliers=[1, 1])).keys() == {"params", "codebook"}
+
+
 def test_fresh_variables():
     model = create("rqvae", **{**BASE, "image_size": (h, w), "width_multipliers": (1,)})
     variables = init_variables(model, jax.random.key(0))

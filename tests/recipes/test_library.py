@@ -112,14 +112,15 @@ def test_a_signal_during_the_start_ends_it_at_once(interrupted_start, trained_tr
     assert list(helpers.read_metrics(trained_transformer[0])) == [3]
 
 
-def test_a_run_goes_on_with_its_own_data_alone(trained_tokenizer, trained_transformer):
+@pytest.mark.parametrize("stage", ["tokenizer", pytest.param("transformer", marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_its_own_data_alone(request, stage):
+    workdir, recipe, _ = request.getfixturevalue(f"trained_{stage}")
     images, classes = np.zeros((12, 16, 16, 3), np.uint8), np.arange(12) % 4
     other = data.from_arrays(images, images[:6], classes, classes[:6], batch_size=4)
-    for workdir, recipe, _ in (trained_tokenizer, trained_transformer):
-        with pytest.raises(
-            ValueError, match="^data: train: there are 4 classes, and were 3 when the run in '.*' was start"
-        ):
-            run(recipe, other, settings(20), workdir)
+    with pytest.raises(
+        ValueError, match="^data: train: there are 4 classes, and were 3 when the run in '.*' was start"
+    ):
+        run(recipe, other, settings(20), workdir)
 
 
 def test_settings_of_a_model_make_the_model():

@@ -145,7 +145,7 @@ def test_the_filter_is_that_of_sorting(seed, kind):
 
 @given(st.integers(0, 10_000))
 @settings(max_examples=60, deadline=None)
-def test_every_number_of_bits_a_round_finds_the_threshold(seed):
+def test_one_and_three_bits_a_round_find_the_threshold(seed):
     """A CPU searches one bit a round and accelerators three; weights of whole numbers leave nothing to rounding."""
     rng = np.random.default_rng(seed)
     values = (rng.integers(-5, 6, 150) * 10.0 ** rng.integers(-20, 20)).astype(np.float32)
@@ -154,7 +154,7 @@ def test_every_number_of_bits_a_round_finds_the_threshold(seed):
     sums = np.array([weights[values >= value].sum() for value in values])
     target = rng.integers(1, sums.max() + 1)
     expected = values[sums >= target].max()
-    for bits in (1, 3, 4, 5):
+    for bits in (1, 3):
         found = compiled_search(bits)(values[None], jnp.full((1, 1), target, jnp.float32))
         assert values[np.asarray(_ordered(values) >= found[0])].min() == expected, bits
         nothing = compiled_search(bits)(values[None], jnp.full((1, 1), jnp.inf))
@@ -217,7 +217,7 @@ def names(jaxpr):
 # --- the growing cache ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["none", "text"])
+@pytest.mark.parametrize("kind", ["none", pytest.param("text", marks=pytest.mark.slow)])
 def test_a_cache_that_grows_in_stretches_changes_no_code(kind, monkeypatch):
     model, variables = build(**({} if kind == "none" else TEXT))
     monkeypatch.setattr(loop, "_MIN_STRETCH", 100)
