@@ -64,6 +64,7 @@ def base() -> ConfigDict:
                 "learning_rate": 4e-5,
                 "b1": 0.5,
                 "b2": 0.9,
+                "mu_dtype": placeholder(str),  # of the first moments
                 "weight_decay": 0.0,
                 "schedule": "constant",
                 "warmup_steps": placeholder(int),

@@ -32,6 +32,7 @@ def make_optimizer(
     total_steps: int,
     b1: float = 0.9,
     b2: float = 0.999,
+    mu_dtype: str | None = None,
     momentum: float = 0.0,
     weight_decay: float = 0.0,
     schedule: str = "cosine",
@@ -46,11 +47,13 @@ def make_optimizer(
 
     Args:
       section: name of that section, for messages.
-      name: "adam", "adamw" (decoupled decay of matrices and kernels only) or "sgd".
+      name: "adam", "adamw" (decoupled decay of matrices and kernels only), "adafactor" (as "adamw", but of the second
+        moments of a matrix with sides of 128 and more only means over rows and columns are kept) or "sgd".
       learning_rate: the highest rate, reached after the warm-up.
       total_steps: length of the run, in updates.
-      b1, b2: of Adam; momentum: of SGD.
-      weight_decay: of AdamW.
+      b1: of Adam and Adafactor; b2: of Adam; momentum: of SGD.
+      mu_dtype: of the first moments of Adam and Adafactor, "float32" or "bfloat16"; None: as the parameters.
+      weight_decay: of AdamW and Adafactor.
       schedule: after warm-up and hold "cosine" down to `final_learning_rate` at `total_steps`, or "constant".
       warmup_steps: linear from `initial_learning_rate`, which is the rate of the first update, as in the original.
       hold_steps: at the highest rate between the warm-up and the cosine (the original's buffer).
@@ -60,8 +63,13 @@ def make_optimizer(
     Raises:
       ValueError: a name or value that is not allowed.
     """
-    checks.one_of(f"{section}.name", name, ("adam", "adamw", "sgd"))
-    checks.unread(f"{section}.weight_decay", weight_decay, "adamw", name)
+    checks.one_of(f"{section}.name", name, ("adam", "adamw", "adafactor", "sgd"))
+    if name != "adafactor":
+        checks.unread(f"{section}.weight_decay", weight_decay, "adamw", name)
+    if mu_dtype is not None:
+        checks.one_of(f"{section}.mu_dtype", mu_dtype, ("float32", "bfloat16"))
+        if name == "sgd":
+            raise ValueError(f"{section}.mu_dtype: {mu_dtype} is of first moments, and 'sgd' has none; leave it out")
     checks.unread(f"{section}.momentum", momentum, "sgd", name)
     if clip_norm is not None:
         checks.above(f"{section}.clip_norm", clip_norm, 0, fix="None clips nothing")
@@ -71,15 +79,33 @@ def make_optimizer(
         float(learning_rate), initial_learning_rate, final_learning_rate,
     )  # fmt: skip
     if name == "adam":
-        base = optax.adam(rate, b1, b2)
+        base = optax.adam(rate, b1, b2, mu_dtype=mu_dtype)
     elif name == "adamw":
-        base = optax.adamw(rate, b1, b2, weight_decay=weight_decay, mask=decay_mask)
+        base = optax.adamw(rate, b1, b2, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=decay_mask)
+    elif name == "adafactor":
+        base = _adafactor(rate, b1, mu_dtype, weight_decay)
     else:
         base = optax.sgd(rate, momentum or None)
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm is not None else []
     transform = optax.chain(*clip, base)
     transform = optax.GradientTransformation(transform.init, _with_standard_promotion(transform.update))
     return Optimizer(transform, _with_standard_promotion(rate), accumulation_steps)
+
+
+def _adafactor(
+    rate: optax.Schedule, b1: float, mu_dtype: str | None, weight_decay: float
+) -> optax.GradientTransformation:
+    """Adafactor in the place of AdamW: no scaling by the parameters, momentum, decay by the learning rate.
+
+    So learning rates of AdamW fit it (Zhai et al., "Scaling Vision Transformers", section 3.4).
+    """
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(b1, debias=False, accumulator_dtype=mu_dtype),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(rate),
+    )
 
 
 def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -114,6 +114,45 @@ def test_adam_and_adamw_follow_their_formula(name):
     np.testing.assert_allclose(updates["bias_O"], expected["bias_O"], rtol=1e-5)  # spared by the decay
 
 
+def test_adafactor_follows_its_formula():
+    """Shazeer and Stern, algorithm 4, with momentum and the decay of AdamW, and without scaling by the parameters."""
+    params = {"w_IO": normal(128, 130), "bias_O": normal(130, seed=1)}
+    grads = [jax.tree.map(lambda x, seed=seed: normal(*x.shape, seed=seed), params) for seed in (2, 3)]
+    settings = {"learning_rate": 0.1, "total_steps": 9, "schedule": "constant", "b1": 0.5, "weight_decay": 0.3}
+    updates = updates_of(make_optimizer(name="adafactor", **settings), params, grads)
+    rows, columns, second, mean = 0.0, 0.0, 0.0, {"w_IO": 0.0, "bias_O": 0.0}
+    for step, grad in enumerate(grads, start=1):
+        decay = 1 - step**-0.8
+        squared = jax.tree.map(lambda g: g**2 + 1e-30, grad)
+        rows = decay * rows + (1 - decay) * squared["w_IO"].mean(1, keepdims=True)
+        columns = decay * columns + (1 - decay) * squared["w_IO"].mean(0, keepdims=True)
+        second = decay * second + (1 - decay) * squared["bias_O"]
+        scaled = {
+            "w_IO": grad["w_IO"] / np.sqrt(rows * columns / rows.mean()),
+            "bias_O": grad["bias_O"] / np.sqrt(second),
+        }
+        scaled = {name: x / max(1.0, np.sqrt((x**2).mean())) for name, x in scaled.items()}
+        mean = {name: 0.5 * mean[name] + 0.5 * x for name, x in scaled.items()}
+    np.testing.assert_allclose(updates["w_IO"], -0.1 * (mean["w_IO"] + 0.3 * params["w_IO"]), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(updates["bias_O"], -0.1 * mean["bias_O"], rtol=1e-4, atol=1e-6)  # spared by the decay
+
+
+@pytest.mark.parametrize(
+    "settings, bytes_a_parameter",
+    [
+        ({"name": "adamw"}, 8),
+        ({"name": "adam", "mu_dtype": "bfloat16"}, 6),
+        ({"name": "adafactor"}, 4),
+        ({"name": "adafactor", "mu_dtype": "bfloat16"}, 2),
+    ],
+)
+def test_what_the_moments_of_a_matrix_take(settings, bytes_a_parameter):
+    params = {"w_IO": jax.ShapeDtypeStruct((2, 1024, 1024), jnp.float32)}
+    state = jax.eval_shape(make_optimizer(learning_rate=0.1, total_steps=9, **settings).transform.init, params)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert size / 2**21 == pytest.approx(bytes_a_parameter, rel=0.01)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_sgd_follows_its_formula(momentum):
     params, grads = {"w_IO": normal(I, O)}, [{"w_IO": normal(I, O, seed=seed)} for seed in (2, 3)]
@@ -141,7 +180,12 @@ def test_clipping_acts_only_above_the_norm():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"name": "lion"}, "optim.name: 'lion' is unknown; allowed are 'adam', 'adamw' and 'sgd'"),
+        ({"name": "lion"}, "optim.name: 'lion' is unknown; allowed are 'adam', 'adamw', 'adafactor' and 'sgd'"),
+        ({"mu_dtype": "float16"}, "optim.mu_dtype: 'float16' is unknown; allowed are 'float32' and 'bfloat16'"),
+        (
+            {"name": "sgd", "mu_dtype": "bfloat16"},
+            "optim.mu_dtype: bfloat16 is of first moments, and 'sgd' has none; leave it out",
+        ),
         ({"schedule": "step"}, "optim.schedule: 'step' is unknown; allowed are 'cosine' and 'constant'"),
         ({"weight_decay": 0.1}, "optim.weight_decay: 0.1 is read by 'adamw' only, not by 'adam'; set it to 0"),
         ({"momentum": 0.9}, "optim.momentum: 0.9 is read by 'sgd' only, not by 'adam'; set it to 0"),
