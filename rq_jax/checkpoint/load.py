@@ -70,27 +70,38 @@ def ship(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
             write_atomic(target / _LOG, (source / _LOG).read_bytes())
 
 
-def load_model(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
+def load_model(
+    directory: str | os.PathLike,
+    step: int | None = None,
+    ema: bool = True,
+    device: jax.Device | jax.sharding.Sharding | None = None,
+) -> LoadedModel:
     """Load a model for evaluation, sampling or stage 2.
 
     Args:
       directory: of a training run or a model directory.
       step: of a checkpoint; None takes the best if the run has one, else the newest.
       ema: take the averaged weights, if the run keeps an average.
+      device: a device or a sharding to put the variables on, the tokenizer's too; None leaves them on the host, from
+        where each call uploads them.
 
     Returns:
-      The model; its variables are NumPy arrays in float32, as saved.
+      The model; its variables are float32, as saved: NumPy arrays where no device is given.
 
     Raises:
       FileNotFoundError: no such directory, or no checkpoint (of that step) in it.
     """
     directory = local_path(directory).absolute()
     loaded = _load_one(directory, read_config(directory), step, ema)
-    if not (directory / _TOKENIZER).is_dir():
-        return loaded
-    # A tokenizer has none: a link from the directory to itself leads nowhere.
-    config = read_tokenizer_config(directory / _TOKENIZER)
-    return loaded._replace(tokenizer=_load_one(directory / _TOKENIZER, config))
+    if (directory / _TOKENIZER).is_dir():
+        # A tokenizer has none: a link from the directory to itself leads nowhere.
+        config = read_tokenizer_config(directory / _TOKENIZER)
+        loaded = loaded._replace(tokenizer=_put(_load_one(directory / _TOKENIZER, config), device))
+    return _put(loaded, device)
+
+
+def _put(loaded: LoadedModel, device: jax.Device | jax.sharding.Sharding | None) -> LoadedModel:
+    return loaded if device is None else loaded._replace(variables=jax.device_put(loaded.variables, device))
 
 
 def _load_one(directory: Path, config: dict[str, Any], step: int | None = None, ema: bool = True) -> LoadedModel:
@@ -104,7 +115,12 @@ def _load_one(directory: Path, config: dict[str, Any], step: int | None = None, 
     return LoadedModel(model, _read_variables(directory, template, step, ema), config, None)
 
 
-def load_tokenizer(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> LoadedModel:
+def load_tokenizer(
+    directory: str | os.PathLike,
+    step: int | None = None,
+    ema: bool = True,
+    device: jax.Device | jax.sharding.Sharding | None = None,
+) -> LoadedModel:
     """Load a stage-1 model; arguments as for `load_model`.
 
     Raises:
@@ -112,7 +128,7 @@ def load_tokenizer(directory: str | os.PathLike, step: int | None = None, ema: b
       ValueError: the directory holds another kind of model.
     """
     read_tokenizer_config(directory)
-    return load_model(directory, step, ema)
+    return load_model(directory, step, ema, device)
 
 
 def read_tokenizer_config(directory: str | os.PathLike) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,6 +165,19 @@ def test_load_model_takes_the_newest_and_the_average(run):
     assert_loaded(load_model(run), model_state_of("rqvae", 5))
     assert_loaded(load_model(str(run), ema=False), model_state_of("rqvae", 5), ema=False)
     assert_loaded(load_model(run, step=2), model_state_of("rqvae", 2))
+
+
+def test_load_model_puts_weights_where_they_are_used(tmp_path):
+    variables = model_state_of("rqvae", 3).ema_variables
+    for directory in (tmp_path, tmp_path / "tokenizer"):
+        checkpoint.save_model(directory, {"model": RQVAE}, variables)
+    spread = sharding.replicated(helpers.make_mesh(2))
+    for device, where in ((jax.devices()[1], {jax.devices()[1]}), (spread, spread.device_set)):
+        loaded = load_model(tmp_path, device=device)
+        for part in (loaded, loaded.tokenizer):
+            assert_equal(part.variables, jax.tree.map(np.asarray, variables))
+            assert all(leaf.sharding.device_set == where for leaf in jax.tree.leaves(part.variables))
+    assert type(jax.tree.leaves(load_model(tmp_path).tokenizer.variables)[0]) is np.ndarray
 
 
 def test_load_model_prefers_the_best(run):
