@@ -61,6 +61,30 @@ def _fold(latents: jax.Array, sums_shape: Sequence[int]) -> jax.Array:
     return rearrange(latents, "b (h r) (w s) c -> b h w (r s c)", h=grid[0], w=grid[1])
 
 
+def budget_loss(gates: jax.Array, targets: Sequence[float], weights: Sequence[float]) -> jax.Array:
+    """Squared distance of the shares of the grains from those asked for (DQ-VAE, section 3.2).
+
+    The original writes it by numbers of codes, normalised to [0, 1], which are these shares. Its settings are target .5
+    and weight 20 for two grains, and targets (.3, .3) and weights (1, 1) for three.
+
+    Args:
+      gates: one-hot (B, u, v, G) with the gradient of the router; shares are means over all regions of the batch.
+      targets: shares of the grains 1 .. G-1.
+      weights: of the same grains.
+
+    Returns:
+      The sum over these grains of weight * (share - target)^2.
+
+    Raises:
+      ValueError: targets or weights that are not G - 1.
+    """
+    G = gates.shape[-1]
+    for name, values in (("targets", targets), ("weights", weights)):
+        checks.shape(name, (len(values),), (G - 1,))
+    shares = jnp.mean(gates.astype(jnp.float32).reshape(-1, G), axis=0)[1:]
+    return jnp.sum(jnp.asarray(weights, jnp.float32) * (shares - jnp.asarray(targets, jnp.float32)) ** 2)
+
+
 def cross_entropy(logits: jax.Array, codes: jax.Array) -> jax.Array:
     """Cross-entropy (...) in nats of codes (...) under logits (..., K)."""
     logits = logits.astype(jnp.float32)

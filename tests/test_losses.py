@@ -76,6 +76,59 @@ def test_commitment_loss_has_a_gradient_in_the_latents_only():
     assert not to_sums.any()
 
 
+# --- 4: the budget of the grains ---
+
+DUAL, TRIPLE = ((0.5,), (20.0,)), ((0.3, 0.3), (1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("num_grains", "settings", "form"),
+    [
+        (2, DUAL, lambda shares: 20 * (shares[1] - 0.5) ** 2),
+        (3, TRIPLE, lambda shares: (shares[1] - 0.3) ** 2 + (shares[2] - 0.3) ** 2),
+        (3, ((0.2, 0.5), (2.0, 3.0)), lambda shares: 2 * (shares[1] - 0.2) ** 2 + 3 * (shares[2] - 0.5) ** 2),
+    ],
+)
+def test_4_the_budget_loss_in_closed_form(num_grains, settings, form):
+    grains = np.random.default_rng(0).integers(0, num_grains, (2, 3, 5))
+    gates = jnp.eye(num_grains, dtype=jnp.bfloat16)[grains]
+    loss = losses.budget_loss(gates, *settings)
+    assert loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, form([np.mean(grains == g) for g in range(num_grains)]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [DUAL, TRIPLE], ids=["dual", "triple"])
+@pytest.mark.parametrize("start", [-2.0, 2.0])
+def test_4_a_router_with_gumbel_noise_comes_to_its_target(settings, start):
+    G, target = len(settings[0]) + 1, settings[0]
+
+    def gates(logits_G, rng):
+        noise = jax.random.gumbel(rng, (16, 32, 32, G))
+        soft = jax.nn.softmax(jnp.broadcast_to(logits_G, noise.shape) + noise)
+        return soft + jax.lax.stop_gradient(jax.nn.one_hot(soft.argmax(-1), G) - soft)
+
+    @jax.jit
+    def step(logits_G, rng):
+        gradient = jax.grad(lambda logits_G: losses.budget_loss(gates(logits_G, rng), *settings))(logits_G)
+        return logits_G - 5 / settings[1][0] * gradient
+
+    logits_G = jnp.zeros(G).at[0].set(start)
+    assert np.sign(step(logits_G, jax.random.key(0))[0] - start) == -np.sign(start)
+    for rng in jax.random.split(jax.random.key(1), 60):
+        logits_G = step(logits_G, rng)
+    shares = gates(logits_G, jax.random.key(2)).mean((0, 1, 2))
+    np.testing.assert_allclose(shares[1:], target, atol=0.02)
+
+
+@pytest.mark.parametrize(("targets", "weights"), [((0.5,), (1.0, 1.0)), ((0.3, 0.3), (1.0,)), ((), ())])
+def test_4_a_budget_for_another_number_of_grains_is_refused(targets, weights):
+    with pytest.raises(ValueError, match=r"(targets|weights): shape \(\d,\) does not fit; allowed is \(2,\)"):
+        losses.budget_loss(jnp.ones((1, 2, 2, 3)), targets, weights)
+
+
+# --- cross-entropy ---
+
+
 def test_cross_entropy():
     logits, codes = 3 * normal(B, T, D, K), np.random.default_rng(0).integers(0, K, (B, T, D))
     expected = -np.log(np.take_along_axis(softmax(logits), codes[..., None], -1)[..., 0])

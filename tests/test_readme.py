@@ -140,7 +140,9 @@ def test_flags_between_backticks_exist(monkeypatch):
     named = {flag for code in INLINE if not code.startswith("pip ") for flag in re.findall(r"--\w+", code)}
     known = {f"--{name}" for name in TRAINING_FLAGS} | {"--signal"}  # of Slurm
     example = {"benchmark.py": ("quantize",), "convert_torch.py": ("--export=a", "--out=b")}
-    for script in ("sample.py", "evaluate.py", "convert_torch.py", "benchmark.py", "-m rq_jax.data.prepare"):
+    example["-m rq_jax.data.entropy"] = ("--out=a", "--name=b")
+    modules = ("-m rq_jax.data.prepare", "-m rq_jax.data.entropy")
+    for script in ("sample.py", "evaluate.py", "convert_torch.py", "benchmark.py", *modules):
         arguments = ("folder",) if script.startswith("-m") else ("--out=a", "--checkpoint=b")
         with monkeypatch.context() as patch:
             parser = _parse(patch, script, example.get(script, arguments))
