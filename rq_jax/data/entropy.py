@@ -46,7 +46,7 @@ class Calibration:
       data: name of the dataset, as `data.name`.
       split: its split; of a list of names the file name counts.
       transform: of the images, a name in `transforms.DETERMINISTIC`.
-      image_size: (height, width) in pixels; a number stands for both.
+      image_size: (height, width) in pixels, or the side of a square.
       images: examples of the split.
       patch_size: pixels on a side of a region.
       bins, num_bins, sigma: as `grains.patch_entropy`.
@@ -59,7 +59,7 @@ class Calibration:
     data: str
     split: str
     transform: str
-    image_size: tuple[int, int]
+    image_size: int | tuple[int, int]
     images: int
     patch_size: int = 16
     bins: str = "full"
@@ -71,7 +71,7 @@ class Calibration:
         checks.shape("image_size", sizes.shape, (range(1, 3),))
         checks.at_least("image_size", sizes.tolist(), 1)
         height, width = np.broadcast_to(sizes, 2).tolist()
-        object.__setattr__(self, "image_size", (height, width))
+        object.__setattr__(self, "image_size", height if height == width else (height, width))
         if self.split.endswith(".txt"):
             object.__setattr__(self, "split", Path(self.split).name)
         checks.one_of("transform", self.transform, DETERMINISTIC)
@@ -207,7 +207,8 @@ def measure_thresholds(
 
     Args:
       out: the thresholds file, JSON.
-      dataset: the split, once through in order; padding and damaged images do not count.
+      dataset: of the split. All of it is read once in order with the evaluation transform, by this process alone
+        where others have shards of it; damaged images do not count.
       calibration: what `dataset` is made of, and how to measure it.
       ratios: shares of the grains, for which the file shall have thresholds beside those of `SHARES`.
       save_seconds: between two writes of what was counted.
@@ -217,7 +218,7 @@ def measure_thresholds(
       OSError: `out` cannot be written, which is told at the start.
     """
     shares = sorted({*SHARES, *(share for one in ratios for share in shares_above(one))})
-    out = local_path(out)
+    out, dataset = local_path(out), dataset.in_order(sharded=False)
     made_from = {**calibration.record(), "batch size": dataset.batch_size, **fingerprint.of_dataset(dataset)}
     partial = _Partial(out.with_name(f"{out.name}.partial"), made_from)
     counts, next_batch = partial.read()
@@ -366,7 +367,7 @@ def _measure(options: argparse.Namespace) -> None:
     calibration = dataclasses.replace(calibration, images=dataset.num_examples)
     histogram = measure_thresholds(options.out, dataset, calibration, asked)
     side, seen = options.patch_size, histogram.edges[np.flatnonzero(histogram.counts)]
-    num_read = histogram.num_regions * side**2 // math.prod(calibration.image_size)
+    num_read = histogram.num_regions * side**2 // math.prod(np.broadcast_to(calibration.image_size, 2).tolist())
     damaged = f" ({dataset.num_examples - num_read} damaged)" * (num_read < dataset.num_examples)
     print(
         f"{dataset.num_examples} images{damaged}, {histogram.num_regions} regions of {side} x {side} pixels: entropy "

@@ -86,10 +86,16 @@ class Dataset:
         """A new iterator from the start; every array leads with batch_size // shard_count."""
         return BatchIterator(self._training_batches() if self.train else self._evaluation_batches(), self._prefetched)
 
-    def in_order(self) -> "Dataset":
-        """The same examples once through in order, with the evaluation transform; shares the source."""
+    def in_order(self, sharded: bool = True) -> "Dataset":
+        """The same examples once through in order, with the evaluation transform; shares the source.
+
+        Args:
+          sharded: this shard's part of every batch; False: whole batches, for one process that reads everything.
+        """
         dataset = copy.copy(self)
         dataset.train = False
+        if not sharded:
+            dataset._shard_index, dataset._shard_count = 0, 1
         return dataset
 
     def examples(self, indices: Sequence[int]) -> Batch:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rq_jax.data import entropy, make_dataset
+from rq_jax.data import entropy, from_arrays, make_dataset
 from rq_jax.data.entropy import Calibration, EntropyHistogram, load_thresholds, shares_above
 from rq_jax.grains import entropy_thresholds, route_by_entropy
 
@@ -150,6 +150,20 @@ def test_bad_settings_are_one_line(pictures, tmp_path, capsys, given, message):
     assert not list(tmp_path.glob("thresholds*"))
 
 
+def test_any_view_of_a_split_gives_the_same_thresholds(tmp_path):
+    images = np.random.default_rng(5).integers(0, 256, (7, *SIZE, 1), np.uint8)
+    views = [from_arrays(images, images, batch_size=2)]
+    views += [from_arrays(images, images, batch_size=4, shard_index=i, shard_count=2) for i in range(2)]
+    calibration = Calibration("arrays", "train", "squash", SIZE, len(images), PATCH)
+    files = []
+    for view in (views[0].train, views[0].ordered, views[1].train, views[2].ordered):
+        entropy.measure_thresholds(tmp_path / "thresholds.json", view, calibration)
+        files.append((tmp_path / "thresholds.json").read_bytes())
+    assert set(files) == {files[0]}
+    thresholds = load_thresholds(tmp_path / "thresholds.json", 0.4, calibration)
+    assert np.mean(np.asarray(calibration.entropy(images / np.float32(127.5) - 1)) > thresholds) == 0.4
+
+
 def test_one_region_has_no_quantiles(tmp_path, capsys):
     (tmp_path / "train").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "0.png")
@@ -174,6 +188,8 @@ def test_thresholds_are_looked_up_by_the_shares_above_them(tmp_path):
     thresholds = load_thresholds(write(tmp_path / "t.json"), (0.3, 0.3), MEASURED, num_grains=3)
     assert thresholds.dtype == np.float32 and thresholds.tolist() == [1.5, 2.5]
     assert load_thresholds(tmp_path / "t.json", 0.5, MEASURED).tolist() == [2.0]
+    assert json.loads((tmp_path / "t.json").read_text())["image_size"] == 64
+    assert dataclasses.replace(MEASURED, image_size=(64, 64)) == MEASURED
 
 
 def test_a_file_of_other_data_is_refused_and_the_fields_named(tmp_path):
@@ -185,7 +201,7 @@ def test_a_file_of_other_data_is_refused_and_the_fields_named(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             load_thresholds(path, 0.5, dataclasses.replace(MEASURED, **{name: value}))
         assert str(error.value).count("in place of") == 1
-    both = r"data: split 'train.txt' in place of 'validation', image_size \[64, 64\] in place of \[32, 32\]; measure"
+    both = r"data: split 'train.txt' in place of 'validation', image_size 64 in place of 32; measure"
     with pytest.raises(ValueError, match=both):
         load_thresholds(path, 0.5, dataclasses.replace(MEASURED, split="validation", image_size=32))
 
