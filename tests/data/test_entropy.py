@@ -104,25 +104,35 @@ def test_an_interrupted_measurement_goes_on_and_gives_the_same_file(pictures, tm
     assert out.read_bytes() == whole.read_bytes()
 
 
-def test_a_measurement_of_something_else_is_not_gone_on_with(pictures, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "thresholds.json"
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("settings", "bins is 'legacy', and was 'full' when the measurement in '{}' was begun; give that, or delete"),
+        ("batches", "batch size is 5, and was 3 when the measurement"),
+        ("pictures", "images is 10, and was 11 when the measurement"),
+        ("half of it", "'{}' is no measurement to go on with; delete '{}' to begin anew"),
+        ("all of it", "'{}' is no measurement to go on with"),
+    ],
+)
+def test_a_measurement_of_something_else_is_not_gone_on_with(pictures, tmp_path, monkeypatch, capsys, changed, message):
+    out, partial = tmp_path / "thresholds.json", tmp_path / "thresholds.json.partial"
     with monkeypatch.context() as patch:
         patch.setattr(EntropyHistogram, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(SystemExit):
             entropy.main(command(pictures, out))
     assert "interrupted; the same command goes on" in capsys.readouterr().err
-    partial = tmp_path / "thresholds.json.partial"
-    for damage, message in (
-        (None, f"bins is 'legacy', and was 'full' when the measurement in '{partial}' was begun"),
-        (partial.read_bytes()[:99], f"'{partial}' is no measurement to go on with; delete '{partial}' to begin anew"),
-        (b"", f"'{partial}' is no measurement to go on with"),
-    ):
-        if damage is not None:
-            partial.write_bytes(damage)
-        with pytest.raises(SystemExit):
-            entropy.main(command(pictures, out, "--bins=legacy"))
-        assert message in capsys.readouterr().err
-    assert not out.exists()
+    match changed:
+        case "batches":
+            monkeypatch.setattr(entropy, "_BATCH_SIZE", 5)
+        case "pictures":
+            (pictures / "train" / "00.png").unlink()
+        case "half of it" | "all of it":
+            partial.write_bytes(partial.read_bytes()[: 99 * (changed == "half of it")])
+    begun = partial.read_bytes()
+    with pytest.raises(SystemExit):
+        entropy.main(command(pictures, out, *["--bins=legacy"] * (changed == "settings")))
+    assert message.format(partial, partial) in capsys.readouterr().err.splitlines()[-1]
+    assert partial.read_bytes() == begun and not out.exists()
 
 
 @pytest.mark.parametrize(
