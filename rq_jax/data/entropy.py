@@ -153,7 +153,11 @@ def describe(histogram: EntropyHistogram, ratios: Ratios) -> Iterator[str]:
     if any(abs(ratio - share) > tolerance for ratio, share in zip(asked, given, strict=True)):
         tie = np.argmax(histogram.counts)
         share = histogram.counts[tie] / histogram.num_regions
-        shown = [f"{low:.3f} to {high:.3f}" for low, high in histogram.attainable_shares() if high - low > MOVED]
+        shown = [  # rounded inwards, so that what is shown can be asked for
+            f"{math.ceil(low * 1000) / 1000:.3f} to {math.floor(high * 1000) / 1000:.3f}"
+            for low, high in histogram.attainable_shares()
+            if high - low > MOVED
+        ]
         what = "ratios" if len(asked) == 1 else "sums of the ratios from a grain on"
         yield (
             f"ties: {share:.3f} of the regions have entropy {histogram.edges[tie]:.3f}, and equal regions get equal "

@@ -264,3 +264,16 @@ def test_shares_that_can_be_had_leave_out_ties():
     assert histogram.attainable_shares() == [(0, 0), (0.5, 0.5), (0.7, 0.7), (1, 1)]
     histogram.add(np.linspace(1.001, 1.999, 100))
     np.testing.assert_allclose(histogram.attainable_shares(), [(0, 0), (0.25, 0.75), (0.85, 0.85), (1, 1)], atol=1e-12)
+
+
+def test_what_is_said_can_be_had_is_had():
+    histogram, random = EntropyHistogram(32), np.random.default_rng(7)
+    histogram.add(random.uniform(0.1, 3.4, 700))
+    for tie, count in ((0.0, 203), (0.69, 77), (1.7, 41), (2.9, 19)):
+        histogram.add(np.repeat(tie, count))
+    *_, told = entropy.describe(histogram, 0.95)
+    numbers = [float(number) for number in re.findall(r"[01]\.\d+", told.partition("had: ")[2])]
+    assert len(numbers) == 8 and numbers == sorted(numbers)
+    for number in numbers[1:]:
+        (line,) = entropy.describe(histogram, number)
+        assert float(line.split()[4]) == pytest.approx(number, abs=0.0015), line
