@@ -4,7 +4,7 @@ python benchmark.py sample --model=huge --batch=1,100,200 --against=16x16x1
 python benchmark.py train --stage=2 --preset=imagenet256_480m
 python benchmark.py compile --target=h100:8 --stage=2 --preset=imagenet256_1400m --mesh=1x8x1
 
-A list on any axis makes a sweep.
+A list of batches, presets, meshes and the like makes a sweep.
 """
 
 import argparse
@@ -155,7 +155,7 @@ def add_compile(add: Callable[..., Any]) -> None:
     add("--batch", type=_list(_count), help="images over all devices (default: the preset's; 100 of sample and decode)")
     add("--accumulation_steps", type=_count, help="micro-batches of stage 2 (default: the preset's)")
     add("--remat", type=_one_of("on", "off"), help="recomputation of activations (default: the preset's)")
-    add("--weights", type=_one_of(*roofline.BYTES), default="bfloat16", help="weights at rest, of the sampler")
+    add("--weights", type=_one_of(*roofline.BYTES), help="weights at rest, of the sampler (default: bfloat16)")
     add(
         "--fits",
         action="store_true",

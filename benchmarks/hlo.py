@@ -1,6 +1,7 @@
 """Counts of compiled programs, from the text of their optimised HLO: of CPUs, of GPUs, of TPUs."""
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,13 +50,18 @@ class Collective(NamedTuple):
       opcode: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "collective-permute".
       arrays: (dtype, shape) of what it works on: of the whole, where devices hold parts before or after.
       times: it is run.
-      group_size: devices that take part.
+      group: numbers of devices that take part together, those of one group.
     """
 
     opcode: str
     arrays: tuple[tuple[str, tuple[int, ...]], ...]
     times: int
-    group_size: int
+    group: tuple[int, ...]
+
+    @property
+    def group_size(self) -> int:
+        """Devices that take part together."""
+        return len(self.group)
 
     @property
     def bytes(self) -> int:
@@ -147,6 +153,7 @@ def collectives(text: str) -> list[Collective]:
       ValueError: the text is no optimised HLO module.
     """
     module, found = parse(text), {}
+    devices = re.search(r"num_partitions=(\d+)", text)
     # A TPU's compiler writes a reduce-scatter as a computation of an all-reduce and a slice.
     scattered = {
         line.name
@@ -160,14 +167,14 @@ def collectives(text: str) -> list[Collective]:
             continue
         if opcode == "all-reduce" and line.name in scattered:
             opcode = "reduce-scatter"
-        size = _group_size(line.rest)
-        arrays = _whole_arrays(opcode, line, size)
+        group = _group(line.rest, int(devices[1]) if devices else 1)
+        arrays = _whole_arrays(opcode, line, len(group))
         # A collective that is spread over other computations stands in each of them, under one number.
         channel = re.search(r"channel_id=(\d+)", line.rest)
         key = (opcode, channel[1]) if channel else (opcode, line.name)
         before = found.get(key)
         if before is None or times > before.times:
-            found[key] = Collective(opcode, arrays, times, size)
+            found[key] = Collective(opcode, arrays, times, group)
     return list(found.values())
 
 
@@ -196,8 +203,13 @@ def _executed(
         if into is not None and line.opcode not in into:
             continue
         trips = trip_count(module, line) or 1
-        for called in _called(line):
-            yield from _executed(module, into, called, times * trips, depth + (line.opcode == "while"))
+        parts = [
+            list(_executed(module, into, called, times * trips, depth + (line.opcode == "while")))
+            for called in _called(line)
+        ]
+        if line.opcode == "conditional":  # one branch runs, at most the longest
+            parts = [max(parts, key=len)]
+        yield from itertools.chain.from_iterable(parts)
 
 
 def _called(line: Instruction) -> list[str]:
@@ -226,15 +238,28 @@ def _operands(line: Instruction) -> list[str]:
     return re.findall(r"%([\w.\-]+)", line.rest.partition(")")[0])
 
 
-def _group_size(rest: str) -> int:
-    """Devices of a group, which the text names one by one, as rows of a table, or as axes of a mesh."""
+def _group(rest: str, count: int) -> tuple[int, ...]:
+    """One group of devices, which the text names one by one, as rows of a table, or as axes of a mesh.
+
+    Args:
+      rest: of the instruction.
+      count: all devices, which take part where the text names none.
+    """
+    if pair := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
+        return int(pair[1]), int(pair[2])
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh[2]))
-    if table := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-        return int(table[1])
-    groups = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
-    return groups[1].count(",") + 1 if groups and groups[1] else 1
+        axes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
+        devices = np.arange(math.prod(int(size) for _, size in axes)).reshape([int(size) for _, size in axes])
+        joined = re.findall(r"'(\w+)'", mesh[2])
+        return tuple(devices[tuple(slice(None) if axis in joined else 0 for axis, _ in axes)].flatten().tolist())
+    if table := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        shape = [int(size) for size in table[3].split(",")]
+        devices = np.arange(math.prod(shape)).reshape(shape)
+        if table[4]:
+            devices = devices.transpose([int(axis) for axis in table[4].split(",")])
+        return tuple(devices.reshape(int(table[1]), int(table[2]))[0].tolist())
+    groups = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    return tuple(int(device) for device in groups[1].split(",")) if groups else tuple(range(count))
 
 
 def _whole_arrays(opcode: str, line: Instruction, size: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -244,7 +269,8 @@ def _whole_arrays(opcode: str, line: Instruction, size: int) -> tuple[tuple[str,
         half = len(arrays) // 2
         arrays = {"all-gather": arrays[half:], "reduce-scatter": arrays[:half]}.get(opcode, arrays[1:2])
     if line.opcode == "reduce-scatter":
-        return tuple((dtype, (size * shape[0], *shape[1:]) if shape else shape) for dtype, shape in arrays)
+        axis = int(re.search(r"dimensions=\{(\d+)", line.rest)[1])
+        return tuple((d, (*s[:axis], size * s[axis], *s[axis + 1 :])) for d, s in arrays)
     return arrays
 
 

@@ -31,7 +31,7 @@ GIB = 2**30
 STAGES = ("1", "2", "sample", "decode")
 LAUNCH_SECONDS = 3e-6  # of a kernel on a GPU, where none is waited for
 
-COLUMNS = ("parameters", "optimizer", "average", "frozen", "temporaries", "peak", "device")
+COLUMNS = ("parameters", "optimizer", "average", "other state", "frozen", "batch", "temporaries", "peak", "device")
 
 Config = dict[str, Any]
 
@@ -71,12 +71,8 @@ def configs(args: argparse.Namespace, target: targets.Target) -> list[Config]:
     Raises:
       ValueError: settings that do not fit together.
     """
+    _check(args, target)
     training = args.stage in ("1", "2")
-    if args.fits and not training:
-        raise ValueError(f"--fits: is for training, not for --stage={args.stage}; leave it out")
-    for name in ("mesh", "accumulation_steps", "remat"):
-        if getattr(args, name) and not training:
-            raise ValueError(f"--{name}: is for training, not for --stage={args.stage}, which takes one device")
     count = len(target.devices)
     meshes = args.mesh or [(count, 1, 1)]
     if args.fits and not args.mesh:
@@ -85,8 +81,40 @@ def configs(args: argparse.Namespace, target: targets.Target) -> list[Config]:
     for preset, sizes, batch in itertools.product(args.preset, meshes if training else [None], args.batch or [None]):
         config = {"target": target.name, "stage": args.stage, "preset": preset, "quicktest": args.quicktest}
         config |= {"mesh": sizes, "batch": batch, "accumulation_steps": args.accumulation_steps, "remat": args.remat}
-        made.append({**config, "weights": args.weights} if not training else config)
-    return made
+        made.append({**config, "weights": args.weights or "bfloat16"} if args.stage == "sample" else config)
+    if not args.fits:
+        return made
+    divided = [config for config in made if _batch_size(config) % math.prod(config["mesh"][:2]) == 0]
+    if len(divided) < len(made) and (args.mesh or not divided):
+        config = next(config for config in made if config not in divided)
+        sharding.check_batch_size(target.make_mesh(config["mesh"]), _batch_size(config))
+    return divided
+
+
+def _check(args: argparse.Namespace, target: targets.Target) -> None:
+    """Refuse options that do not fit together."""
+    training = args.stage in ("1", "2")
+    if args.fits and not training:
+        raise ValueError(f"--fits: is for training, not for --stage={args.stage}; leave it out")
+    for name in ("mesh", "accumulation_steps", "remat"):
+        if getattr(args, name) and not training:
+            raise ValueError(f"--{name}: is for training, not for --stage={args.stage}, which takes one device")
+    if args.accumulation_steps and args.stage == "1":
+        raise ValueError(f"--accumulation_steps: {args.accumulation_steps} is for stage 2; leave it out")
+    if args.accumulation_steps and args.fits:
+        raise ValueError(f"--accumulation_steps: {args.accumulation_steps} is what --fits looks for; leave one out")
+    if args.weights and args.stage != "sample":
+        raise ValueError(f"--weights: {args.weights} is for --stage=sample, not for --stage={args.stage}; leave it out")
+    if args.fits and target.chip is None:
+        raise ValueError(f"--fits: {target.name} has no memory to fit; give an accelerator as --target")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).parent.is_dir()):
+        raise ValueError(
+            f"--out: '{args.out}' is no file that can be written; give a file in a directory that is there"
+        )
+
+
+def _batch_size(config: Config) -> int:
+    return int(train.load_settings({**config, "stage": int(config["stage"])})["data"]["batch_size"])
 
 
 def plan(config: Config, target: targets.Target) -> Plan:
@@ -234,7 +262,7 @@ def _collectives(found: Sequence[hlo.Collective], planned: Plan, target: targets
         row["runs"] += each.times
         row["mib"] += each.times * each.bytes / 2**20
         row["mib_of_batch"] += each.times * bytes_of_batch(each, planned) / 2**20
-        row["seconds"] += each.times * each.bytes_sent / target.link(each.group_size)
+        row["seconds"] += each.times * each.bytes_sent / target.link(each.group)
     return sorted(rows.values(), key=lambda row: -row["mib"])
 
 
@@ -242,12 +270,12 @@ def bytes_of_batch(collective: hlo.Collective, planned: Plan) -> int:
     """Bytes of a collective that are activations of all images, which should stay where they are.
 
     By their shape: the first axis counts the images of the global batch, or their tokens, and no parameter has that
-    shape, be it with some of its axes joined.
+    shape, be it with some of its axes joined. Activations of the sizes of a parameter are taken for one.
     """
 
     def is_of_batch(shape: tuple[int, ...]) -> bool:
         axes = _axes(shape)
-        if len(axes) < 2 or shape[0] % planned.global_batch:
+        if len(axes) < 2 or planned.global_batch == 1 or shape[0] % planned.global_batch:
             return False
         return not any(_is_flattened(axes, parameter) for parameter in planned.parameters)
 
@@ -268,21 +296,25 @@ def _is_flattened(axes: Sequence[int], of: Sequence[int]) -> bool:
 def fastest(config: Config, target: targets.Target, tell: Callable[[dict[str, Any]], None]) -> Iterator[dict[str, Any]]:
     """Results for one mesh, without and with recomputation: each with the fewest micro-batches that fit the device.
 
-    More micro-batches need less memory and more time, so that their number is found by bisection.
+    Several micro-batches add up gradients, which one has no need of: one is tried first. Beyond it more of them need
+    less memory and more time, so that their number is found by bisection.
     """
-    settings = train.load_settings({**config, "stage": int(config["stage"])})
-    shards = math.prod(config["mesh"][:2])
-    images = settings["data"]["batch_size"] // shards
-    divisors = [steps for steps in range(1, images + 1) if images % steps == 0]
+    images = _batch_size(config) // math.prod(config["mesh"][:2])
+    divisors = [steps for steps in range(2, images + 1) if images % steps == 0]
     if config["stage"] == "1":
-        divisors = [1]  # it has no micro-batches
+        divisors = []  # it has no micro-batches
     for remat in [config["remat"]] if config["remat"] else ["off", "on"]:
-        low, high, best = 0, len(divisors) - 1, None
+
+        def attempt(steps: int, remat: str = remat) -> dict[str, Any] | None:
+            result = measure({**config, "accumulation_steps": steps, "remat": remat}, target)
+            tell(result)
+            return result if result["gib_per_device"]["fits"] else None
+
+        best = attempt(1)
+        low, high = 0, len(divisors) - 1 if best is None else -1
         while low <= high:
             middle = (low + high) // 2
-            result = measure({**config, "accumulation_steps": divisors[middle], "remat": remat}, target)
-            tell(result)
-            if result["gib_per_device"]["fits"]:
+            if result := attempt(divisors[middle]):
                 best, high = result, middle - 1
             else:
                 low = middle + 1
@@ -334,8 +366,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """
     target = targets.find(args.target)
     made = configs(args, target)
-    if args.fits and target.chip is None:
-        raise ValueError(f"--fits: {target.name} has no memory to fit; give an accelerator as --target")
     results, tried = [], []
     with Progress(None if args.fits else len(made), unit="program", title="compiling") as progress:
 
@@ -359,9 +389,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         record["tried"] = [each["config"] | {"gib_per_device": each["gib_per_device"]} for each in tried]
     print(show(results[:1] if args.fits else results))
     record["results"] = results
+    print(json.dumps(record))
     if args.out:
         write_json(args.out, record)
-    print(json.dumps(record))
     return record
 
 

@@ -24,7 +24,8 @@ from rq_jax.devices import sharding
 from rq_jax.devices.peaks import Peaks, device_peaks
 
 PACKAGES = Path(__file__).parents[1] / ".aot"
-_HOST_GPUS, _NETWORK = 8, 50e9  # GPUs that NVLink joins; bytes a second of each beyond them, 400 Gbit/s
+_NETWORK = 50e9  # bytes a second of a GPU between hosts, 400 Gbit/s
+_MOST_CPUS, _LONGEST_SIDE = 512, 16  # fake devices; TPUs along one side of a slice
 
 
 class Chip(NamedTuple):
@@ -74,11 +75,13 @@ class Target(NamedTuple):
         """ "cpu", "gpu" or "tpu"."""
         return self.devices[0].platform
 
-    def link(self, group_size: int) -> float:
-        """Bytes a second between devices of a group; infinite on a CPU, of which nothing is known."""
+    def link(self, group: Sequence[int]) -> float:
+        """Bytes a second between devices of these numbers; infinite on a CPU, of which nothing is known."""
         if self.chip is None:
             return float("inf")
-        return _NETWORK if self.platform == "gpu" and group_size > _HOST_GPUS else self.chip.link
+        sizes = self.name.partition(":")[2].split("x")
+        hosts = {device // int(sizes[-1]) for device in group}
+        return _NETWORK if self.platform == "gpu" and len(hosts) > 1 else self.chip.link
 
     def make_mesh(self, sizes: Sequence[int]) -> Mesh:
         """A mesh of data x fsdp x tensor devices.
@@ -100,9 +103,16 @@ def checked_name(name: str) -> str:
       argparse.ArgumentTypeError: no such target.
     """
     kind, _, shape = name.partition(":")
-    if kind not in ("cpu", *CHIPS) or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){0,2}", shape):
+    if kind not in ("cpu", *CHIPS) or not re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5}){0,2}", shape):
         known = ", ".join(f"{chip}:..." for chip in ("cpu", *CHIPS))
         raise argparse.ArgumentTypeError(f"'{name}' is unknown; allowed are {known}, such as h100:8 or v5e:4x4")
+    sizes = [int(size) for size in shape.split("x")]
+    if kind in _GPUS and len(sizes) > 2:
+        raise argparse.ArgumentTypeError(f"'{name}' is no cluster of GPUs; give their number or hosts x GPUs, as 2x8")
+    if kind == "cpu" and np.prod(sizes) > _MOST_CPUS:
+        raise argparse.ArgumentTypeError(f"'{name}' has too many fake devices; give at most {_MOST_CPUS}")
+    if kind not in ("cpu", *_GPUS) and max(sizes) > _LONGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"'{name}' is no slice; its sides are at most {_LONGEST_SIDE}")
     return name
 
 

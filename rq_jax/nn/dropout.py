@@ -36,6 +36,9 @@ def _draw(rng: jax.Array, like: jax.Array, keep: float) -> jax.Array:
 
     @draw.def_vmap
     def _(size: int, batched: list[bool], rng: jax.Array, like: jax.Array) -> tuple[jax.Array, bool]:
+        if batched[0]:  # each has a key of its own
+            shape = like.shape[1:] if batched[1] else like.shape
+            return jax.vmap(lambda rng: jax.random.bernoulli(rng, keep, shape))(rng), True
         whole = like.reshape(-1, *like.shape[2:])  # the batch that the parts are of
         return _draw(rng, whole, keep).reshape(like.shape), True
 

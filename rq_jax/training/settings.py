@@ -120,7 +120,8 @@ def memory_remedies(recipe: Any, batch_size: int) -> list[str]:
     steps = recipe.optimizer.accumulation_steps
     parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     is_divisible = batch_size % (2 * steps * parts) == 0
-    if recipe.accumulates and is_divisible:
+    # Along fsdp a step with micro-batches holds whole gradients, which one without them does not.
+    if recipe.accumulates and is_divisible and (steps > 1 or mesh.shape["fsdp"] == 1):
         remedies.append(f"--config.optim.accumulation_steps={2 * steps}")
     if mesh.shape["fsdp"] < mesh.devices.size:
         remedies.append(f"--config.mesh.data=1 --config.mesh.fsdp={mesh.devices.size}")

@@ -26,7 +26,7 @@ def test_collectives_of_a_product_that_is_split():
         lambda a, b: a @ b, sharded(mesh, (64, 1024), None, "data"), sharded(mesh, (1024, 256), "data")
     )
     (found,) = hlo.collectives(text)
-    assert found == hlo.Collective("all-reduce", (("f32", (64, 256)),), 1, 8)
+    assert found == hlo.Collective("all-reduce", (("f32", (64, 256)),), 1, tuple(range(8)))
     assert found.bytes == 4 * 64 * 256 and found.bytes_sent == 2 * 7 / 8 * found.bytes
     assert hlo.count_compiled(text).flops == 2 * 64 * 256 * 1024 / 8
 
@@ -88,8 +88,8 @@ ENTRY %main (x: bf16[64,4]) -> bf16[64,4] {
 
 def test_the_text_of_a_gpu():
     gathered, scattered = hlo.collectives(GPU)
-    assert gathered == hlo.Collective("all-gather", (("f32", (32, 16)),), 3, 4)
-    assert scattered == hlo.Collective("reduce-scatter", (("f32", (32, 16)),), 3, 4)
+    assert gathered == hlo.Collective("all-gather", (("f32", (32, 16)),), 3, (0, 1, 2, 3))
+    assert scattered == hlo.Collective("reduce-scatter", (("f32", (32, 16)),), 3, (0, 1, 2, 3))
     assert gathered.bytes_sent == 3 / 4 * 4 * 32 * 16
     assert hlo.count_compiled(GPU).unknown_loops == 0
 
@@ -100,9 +100,39 @@ def test_a_collective_in_two_halves_counts_once():
     assert started != GPU and hlo.collectives(started) == hlo.collectives(GPU)
 
 
+def test_the_axis_of_a_reduce_scatter():
+    _, scattered = hlo.collectives(GPU.replace("dimensions={0}", "dimensions={1}"))
+    assert scattered.arrays == (("f32", (8, 64)),)
+
+
+@pytest.mark.parametrize(
+    "text, group",
+    [
+        ("replica_groups={{1,3},{0,2}}", (1, 3)),
+        ("replica_groups=[4,2]<=[8]", (0, 1)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}", (0, 4)),
+        ("replica_groups={}", (0, 1, 2, 3, 4, 5, 6, 7)),
+        ("source_target_pairs={{0,4},{4,0}}", (0, 4)),
+    ],
+)
+def test_who_takes_part(text, group):
+    program = "HloModule m, num_partitions=8\nENTRY %main (x: f32[4]) -> f32[4] {\n"
+    program += f"  ROOT %all-reduce = f32[4]{{0}} all-reduce(%x), channel_id=1, {text}, to_apply=%add\n}}\n"
+    assert [each.group for each in hlo.collectives(program)] == [group]
+
+
+def test_one_branch_of_a_conditional_runs():
+    branch = "%b{0} (x: f32[4]) -> f32[4] {{\n{1}}}\n"
+    line = "  %n{0} = f32[4]{{0}} negate(%x)\n"
+    program = branch.format(0, line.format(0)) + branch.format(1, line.format(1) + line.format(2))
+    program += "ENTRY %main (x: f32[4]) -> f32[4] {\n  ROOT %c = f32[4]{0} conditional(%x), branch_computations={%b0, %b1}\n}\n"
+    assert hlo.kernels(program) == (2, 0)
+
+
 def test_the_text_of_a_tpu():
     """Its loops have a counter and a bound; a reduce-scatter is an all-reduce in a computation of that name."""
-    assert hlo.collectives(TPU) == [hlo.Collective("reduce-scatter", (("bf16", (64, 4)),), 6, 8)]
+    assert hlo.collectives(TPU) == [hlo.Collective("reduce-scatter", (("bf16", (64, 4)),), 6, tuple(range(8)))]
     assert hlo.count_compiled(TPU).unknown_loops == 0
     open_loop = TPU.replace("direction=LT", "direction=NE")
     assert hlo.count_compiled(open_loop).unknown_loops == 1

@@ -110,7 +110,8 @@ def test_the_fewest_micro_batches_that_fit_are_found(monkeypatch):
 
     def measure(config, target):
         tried.append((config["remat"], config["accumulation_steps"]))
-        needed = 40 / config["accumulation_steps"] / (4 if config["remat"] == "on" else 1)
+        steps = config["accumulation_steps"]
+        needed = {"off": 40, "on": 10, "one": 6 if steps == 1 else 999}[config["remat"]] / steps
         return {"config": config, "gib_per_device": {"fits": needed <= 6}}
 
     monkeypatch.setattr(preflight, "measure", measure)
@@ -121,8 +122,26 @@ def test_the_fewest_micro_batches_that_fit_are_found(monkeypatch):
         ("off", 8),
         ("on", 2),
     ]
-    assert len(tried) <= 6
+    assert len(tried) <= 8
     assert len(list(preflight.fastest({**config, "remat": "on"}, None, lambda result: None))) == 1
+    # One has no gradients to add up, and may fit where several do not.
+    (found,) = preflight.fastest({**config, "remat": "one"}, None, lambda result: None)
+    assert found["config"]["accumulation_steps"] == 1
+
+
+def test_meshes_that_do_not_divide_the_batch_are_left_out():
+    target = targets.Target("h100:8", (None,) * 8, targets.CHIPS["h100"], None)
+    args = benchmark.parse_args(["compile", "--target=h100:8", "--preset=demo", "--fits", "--batch=12"])
+    assert [config["mesh"] for config in preflight.configs(args, target)] == [(1, 4, 2)]
+
+
+def test_links_between_hosts_are_slower():
+    target = targets.Target("a100:2x8", (), targets.CHIPS["a100"], None)
+    device = lambda: None  # noqa: E731
+    device.platform = "gpu"
+    target = target._replace(devices=(device,) * 16)
+    assert target.link((0, 7)) == target.link((8, 15)) == 300e9
+    assert target.link((0, 8)) == target.link(tuple(range(16))) == 50e9
 
 
 def test_what_of_a_collective_is_of_the_batch():
@@ -136,7 +155,7 @@ def test_what_of_a_collective_is_of_the_batch():
         "joined": (192, 64),
     }
     moved = {
-        name: preflight.bytes_of_batch(hlo.Collective("all-reduce", (("f32", shape),), 1, 8), planned)
+        name: preflight.bytes_of_batch(hlo.Collective("all-reduce", (("f32", shape),), 1, tuple(range(8))), planned)
         for name, shape in shapes.items()
     }
     assert moved == {"tokens": 4 * 64 * 24, "statistics": 4 * 64, "weight": 0, "its part": 0, "sum": 0, "joined": 0}
@@ -161,7 +180,14 @@ def test_a_gpu_is_described_to_its_compiler(kind):
         (["--stage=sample", "--mesh=8x1x1"], "--mesh: is for training, not for --stage=sample, which takes one device"),
         (["--stage=decode", "--fits"], "--fits: is for training, not for --stage=decode; leave it out"),
         (["--fits"], "--fits: cpu:8 has no memory to fit; give an accelerator as --target"),
-        (["--preset=big"], "big"),
+        (["--preset=big"], "preset 'big' is unknown; allowed are"),
+        (["--stage=1", "--accumulation_steps=4"], "--accumulation_steps: 4 is for stage 2; leave it out"),
+        (["--fits", "--accumulation_steps=2"], "--accumulation_steps: 2 is what --fits looks for; leave one out"),
+        (["--stage=decode", "--weights=int8"], "--weights: int8 is for --stage=sample, not for --stage=decode"),
+        (["--out=/"], "--out: '/' is no file that can be written; give a file in a directory that is there"),
+        (["--target=h100:1x1x8"], "'h100:1x1x8' is no cluster of GPUs; give their number or hosts x GPUs, as 2x8"),
+        (["--target=v5e:512x512"], "'v5e:512x512' is no slice; its sides are at most 16"),
+        (["--target=cpu:1000"], "'cpu:1000' has too many fake devices; give at most 512"),
     ],
 )
 def test_refused(monkeypatch, capsys, options, message):

@@ -307,6 +307,22 @@ def test_dropout_drops_the_same_of_a_batch_and_of_its_parts():
     np.testing.assert_allclose(parts.reshape(6, 50), whole, rtol=1e-6)
 
 
+@pytest.mark.parametrize("in_axes", [(0, 0), (None, 0)], ids=["batches", "one batch"])
+def test_dropout_with_a_key_for_each(in_axes):
+    x, rngs = (
+        np.random.default_rng(0).normal(size=(3, 2, 50)).astype(np.float32),
+        jax.random.split(jax.random.key(1), 3),
+    )
+
+    def drop(module):
+        of = x if in_axes[0] == 0 else x[0]
+        return jax.vmap(lambda x, rng: module.apply({}, x, deterministic=False, rngs={"dropout": rng}), in_axes)(
+            of, rngs
+        )
+
+    np.testing.assert_array_equal(drop(Dropout(0.3)), drop(nn.Dropout(0.3)))
+
+
 @helpers.full_optimization()
 @pytest.mark.parametrize("num_layers, share", [(4, 0.5), (9, 0.3)], ids=["unrolled without it", "always scanned"])
 def test_remat_saves_memory_in_a_stack_of_any_depth(num_layers, share):
