@@ -13,7 +13,6 @@ from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import counted
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.pretrained.efficientnet_lite import FeatureNet
-from rq_jax.report.progress import Progress
 
 MAX_SUBSET = 1000  # images behind one kernel distance
 TRAINING = "training pictures"
@@ -35,9 +34,10 @@ class FeatureExtractor:
     """A feature network whose batches are spread over a mesh."""
 
     def __init__(self, net: FeatureNet, mesh: jax.sharding.Mesh):
-        self._mesh = mesh
-        self._features = jax.jit(net.features)
-        self._variables = jax.device_put(net.variables, sharding.replicated(mesh))
+        self._mesh, everywhere = mesh, sharding.replicated(mesh)
+        self._variables = jax.device_put(net.variables, everywhere)
+        self._features = jax.jit(net.features, out_shardings=everywhere)
+        self._gather = jax.jit(lambda tree: tree, out_shardings=everywhere)  # from the devices of other processes, too
 
     def __call__(
         self, batches: Iterable[dict[str, np.ndarray]], rebuild: Callable[[jax.Array], jax.Array] | None = None
@@ -45,24 +45,28 @@ class FeatureExtractor:
         """Features of the images that the masks count.
 
         Args:
-          batches: of "image" (B, H, W, C) in [-1, 1], "mask" (B,) and "index" (B,).
+          batches: "image" (B, H, W, C) in [-1, 1], "mask" (B,) and "index" (B,) int32, or of these this process's part.
           rebuild: images to reconstructions (D, B, H, W, C), whose features are taken in place of the images'.
         """
         vectors, positions = [], []
         for batch in batches:
-            images, mask = sharding.put_batch(self._mesh, batch["image"]), batch["mask"]
+            placed = sharding.put_batch(self._mesh, {name: batch[name] for name in ("image", "mask", "index")})
+            images = placed.pop("image")
             measured = [images] if rebuild is None else rebuild(images)
-            by_depth = [np.asarray(self._features(self._variables, one))[mask] for one in measured]
-            vectors.append(by_depth[0] if rebuild is None else np.stack(by_depth))
-            positions.append(batch["index"][mask])
+            by_depth = [self._features(self._variables, one) for one in measured]
+            by_depth, mask, index = jax.device_get((by_depth, *self._gather((placed["mask"], placed["index"]))))
+            vectors.append(by_depth[0][mask] if rebuild is None else np.stack(by_depth)[:, mask])
+            positions.append(index[mask])
         return Features(np.concatenate(vectors, axis=-2), np.concatenate(positions))
 
 
-def batches_of(images: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Images (N, H, W, C) in batches of one size, as a data set gives them."""
-    for start in range(0, len(images), batch_size):
-        index = np.arange(start, start + batch_size)
-        yield {"image": images[np.minimum(index, len(images) - 1)], "mask": index < len(images), "index": index}
+def batches_of(images: np.ndarray, batch_size: int, part: tuple[int, int] = (0, 1)) -> Iterator[dict[str, np.ndarray]]:
+    """Images (N, H, W, C) in batches of one size, as a data set gives them: of each the part (index, count)."""
+    (shard, count), last = part, len(images) - 1
+    size = batch_size // count
+    for start in range(shard * size, len(images) + shard * size, batch_size):
+        index = np.arange(start, start + size, dtype=np.int32)
+        yield {"image": images[np.minimum(index, last)], "mask": index <= last, "index": index}
 
 
 def extract_all(
@@ -81,15 +85,14 @@ def extract_all(
     """
 
     def extract(title: str, batches: Iterable, count: int, **rebuild: Any) -> Features:
-        with Progress(count, unit="image", title=title) as progress:
-            return extractor(counted(batches, progress), **rebuild)
+        return extractor(counted(batches, count, data.batch_size, title), **rebuild)
 
     def extract_split(title: str, dataset: Any, **rebuild: Any) -> Features:
         return extract(title, dataset.iterator(), dataset.num_examples, **rebuild)
 
     sets = {}
     for directory, images in samples.items():
-        batches = batches_of(images, data.batch_size)
+        batches = batches_of(images, data.batch_size, data.part)
         sets[f"samples {directory}"] = extract("features of samples", batches, len(images))
     sets[TRAINING] = extract_split("features of training images", data.training())
     for directory, rebuild in reconstruct.items():

