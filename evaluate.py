@@ -62,6 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--subset_size", type=int, help=subset)
     add("--num_subsets", type=int, default=100, help="random subsets that its spread is taken over")
     add("--no_perceptual", action="store_true", help="leave the perceptual distance out")
+    cli.add_process_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -75,6 +76,8 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> Record:
     """Measures what is asked for, writes images and `evaluation.json`, prints a table and the JSON.
+
+    Several processes measure together, and the first writes and prints.
 
     Raises:
       ValueError, FileNotFoundError: bad arguments, checkpoint, samples or data.
@@ -90,18 +93,25 @@ def run(args: argparse.Namespace) -> Record:
     if args.checkpoint or args.samples:
         record |= measure_images(args, mesh)
     if transformer:
-        data = EvaluationData(settings, args.split, args.batch_size)
+        data = EvaluationData(settings, args.split, args.batch_size, sharding.batch_part(mesh))
         record["likelihood"] = {split: likelihood(transformer, data, split, mesh) for split in ("train", args.split)}
-    write_json(Path(args.out) / "evaluation.json", record)
-    print(json.dumps(record))
+    if jax.process_index() == 0:
+        write_json(Path(args.out) / "evaluation.json", record)
+    tell(json.dumps(record))
     return record
+
+
+def tell(text: str) -> None:
+    """Prints a line, once for all processes."""
+    if jax.process_index() == 0:
+        print(text)
 
 
 def likelihood(transformer: checkpoint.LoadedModel, data: EvaluationData, split: str, mesh: Any) -> Record:
     """Nats per code of the images of a split, printed."""
     figures = measure_likelihood(transformer, data, split, mesh)
     by_depth = ", ".join(f"{nats:.4g}" for nats in figures["nats"])
-    print(f"nats per code, {split}: {figures['mean']:.4g}, by depth {by_depth}")
+    tell(f"nats per code, {split}: {figures['mean']:.4g}, by depth {by_depth}")
     return figures
 
 
@@ -112,10 +122,11 @@ def measure_images(args: argparse.Namespace, mesh: Any) -> Record:
     }
     samples = {directory: read_images(directory) for directory in args.samples}
     given = (args.data_name, args.data_dir)
-    data = EvaluationData(protocol.shared_settings(tokenizers, samples, *given), args.split, args.batch_size)
+    settings = protocol.shared_settings(tokenizers, samples, *given)
+    data = EvaluationData(settings, args.split, args.batch_size, sharding.batch_part(mesh))
     for directory, loaded in tokenizers.items():
         if others := protocol.trained_elsewhere(loaded.config, data.settings):
-            print(f"{directory}: trained on other images ({others}) than those that it is measured on")
+            tell(f"{directory}: trained on other images ({others}) than those that it is measured on")
     wants_distances = bool(args.kernel_distance or samples)
     if wants_distances:  # before anything is measured, as every other mistake
         subset_size = features.choose_subset_size(args.subset_size, data, samples, bool(tokenizers))
@@ -130,13 +141,13 @@ def measure_images(args: argparse.Namespace, mesh: Any) -> Record:
         distances = features.kernel_distances(held_out, sets, subset_size, args.num_subsets, data.split)
         for name, found in distances.items():
             mean, std = (np.atleast_1d(found[key])[-1] for key in ("mean", "std"))
-            print(f"kernel distance of {name}: {mean:.4g} +- {std:.2g}")
+            tell(f"kernel distance of {name}: {mean:.4g} +- {std:.2g}")
         sizes = {"subset_size": subset_size, "num_subsets": args.num_subsets}
         record["kernel_distance"] = {"features": net.name, **sizes, "of": distances}
         if samples:
             record["samples"], sheets = neighbours.find_neighbours(args.out, samples, data, held_out, sets)
             for directory, path in sheets.items():
-                print(f"nearest training images of samples {directory}: {path}")
+                tell(f"nearest training images of samples {directory}: {path}")
     return record
 
 
@@ -149,10 +160,11 @@ def measure_tokenizers(args: argparse.Namespace, tokenizers: dict[str, Any], dat
     results, rows = compare_tokenizers(tokenizers, data, mesh, perceptual)
     for directory, figures in results.items():
         shown = ", ".join(f"{name} {figures[name][-1]:.4g}" for name in FIGURES if name in figures)
-        print(f"{directory}: {shown} over {figures['images']} images")
+        tell(f"{directory}: {shown} over {figures['images']} images")
     path = Path(args.out) / "reconstructions.png"
-    grids.save_png(path, grids.labelled_grid(rows, scale=max(1, SHOWN_SIZE // data.settings["image_size"][0])))
-    print(f"images: {path}")
+    if jax.process_index() == 0:
+        grids.save_png(path, grids.labelled_grid(rows, scale=max(1, SHOWN_SIZE // data.settings["image_size"][0])))
+    tell(f"images: {path}")
     return {"protocol": PROTOCOL, "distance": perceptual.name if perceptual else None, "results": results}
 
 
@@ -160,6 +172,7 @@ def main() -> None:
     """Command line."""
     with cli.one_line_errors():
         args = parse_args()
+        cli.join(args)
         cli.start()
         run(args)
 

@@ -5,12 +5,16 @@ python sample.py --out=samples [--checkpoint=runs/rqtransformer] --num_images=36
 
 import argparse
 import functools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from rq_jax import checkpoint
+from rq_jax.devices import hosts, sharding
 from rq_jax.evaluation import neighbours
 from rq_jax.evaluation.conditions import choose_conditions, class_names
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, trained_on
@@ -18,13 +22,14 @@ from rq_jax.evaluation.samples import read_codes
 from rq_jax.files import atomic_path, write_json
 from rq_jax.report import grids
 from rq_jax.report.progress import Progress
-from rq_jax.sampling.images import draw, draw_settings
+from rq_jax.sampling.images import DECODED_PER_DEVICE, draw, draw_settings
 from rq_jax.settings import checks
 from rq_jax.settings.text import quoted
 from rq_jax.training import cli
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
 NUM_IN_GRID = 100
+UNRECORDED = ("list_classes", "coordinator", "num_processes", "process_id")  # flags that change no image
 LAST_ID = 2**62
 
 
@@ -42,8 +47,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--step", type=int, help="checkpoint to load (default: the best where one was kept, else the newest)")
     add("--no_ema", action="store_true", help="weights as trained, not their average")
     add("--num_images", type=int, default=36)
-    add("--batch_size", type=int, default=36, help="images of one compiled program")
-    add("--first_index", type=int, default=0, help="id of the first image; several hosts take slices of one run")
+    size = "images drawn at a time by the devices of a process, which share them evenly: rounded up to a multiple"
+    add("--batch_size", type=int, default=36, help=size)
+    add("--decode_batch_size", type=int, help=f"images decoded at a time (default: {DECODED_PER_DEVICE} a device)")
+    add("--first_index", type=int, default=0, help="id of the first image: a run may be drawn in slices")
     add("--seed", type=int, default=0, help="an image depends on the seed and its id alone")
     classes = (
         "names or numbers, separated by commas; image i takes the i-th in turn. A name goes before a number, and "
@@ -64,6 +71,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     weights = "of the transformer, in memory (default: bfloat16 on an accelerator, float32 on CPU)"
     add("--weights", choices=("float32", "bfloat16", "int8"), help=weights)
     add("--neighbours", type=int, default=0, help="also show this many nearest training images beside 12 samples")
+    cli.add_process_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -79,8 +87,9 @@ def check(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that are missing, out of range, or exclude each other."""
     if not args.out:
         raise ValueError("--out: missing; give the directory of the results")
-    for name in ("num_images", "batch_size"):
-        checks.at_least(f"--{name}", getattr(args, name), 1)
+    for name in ("num_images", "batch_size", "decode_batch_size"):
+        if getattr(args, name) is not None:
+            checks.at_least(f"--{name}", getattr(args, name), 1)
     for name in ("first_index", "seed", "prefix_positions", "neighbours"):
         checks.at_least(f"--{name}", getattr(args, name), 0)
     last, both = args.first_index + args.num_images - 1, "--first_index and --num_images: the last image id"
@@ -118,7 +127,7 @@ def load(args: argparse.Namespace) -> checkpoint.LoadedModel:
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Draws and writes everything.
+    """Draws and writes everything; of several processes each draws a part, and the first writes what is of all.
 
     Returns:
       The labelled grid's path.
@@ -133,29 +142,19 @@ def run(args: argparse.Namespace) -> Path:
     conds, names = conditions(loaded, args, carried)
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance")}
     settings = draw_settings(loaded.model, loaded.config.get("sample") or {}, given)
-    slice_ = {name: getattr(args, name) for name in ("num_images", "batch_size", "first_index", "seed", "weights")}
+    codes, shown = map(hosts.rows_of_all, draw_part(args, loaded, conds=conds, prefix=prefix, **settings))
     out, tag = Path(args.out), f"{args.first_index:06d}"
-    shown, codes = [], []
-    with Progress(args.num_images, unit="image", title="sampling") as progress:
-        compiling = functools.partial(progress.waiting_for, "compiling")
-        models = (loaded.model, loaded.variables, loaded.tokenizer)
-        batches = draw(*models, conds=conds, prefix=prefix, compiling=compiling, **slice_, **settings)
-        for batch_ids, batch_codes, images in batches:
-            for image_id, image in zip(batch_ids, images, strict=True):
-                grids.save_png(out / "images" / f"{image_id:06d}.png", image)
-            shown += list(images[: max(0, NUM_IN_GRID - len(shown))])
-            codes.append(batch_codes)
-            progress.update(len(batch_ids))
-    shown = np.stack(shown)
+    grid = out / f"grid_{tag}.png"
+    if jax.process_index():
+        return grid
     ids = np.arange(args.first_index, args.first_index + args.num_images)
     cond = {} if conds is None else {"cond": conds[ids % len(conds)]}
     with atomic_path(out / f"codes_{tag}.npz") as partial, open(partial, "wb") as file:
-        np.savez(file, codes=np.concatenate(codes), image_ids=ids, **cond)
+        np.savez(file, codes=codes, image_ids=ids, **cond)
     captions = [names[i % len(names)] for i in ids[: len(shown)]]
-    grid = out / f"grid_{tag}.png"
     grids.save_png(grid, grids.captioned_grid(shown, captions, columns=10, scale=max(1, 64 // shown.shape[1])))
     drawn_from = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
-    flags = {name: value for name, value in vars(args).items() if name != "list_classes"}
+    flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
     record = {**flags, **settings, **{name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}}
     write_json(out / f"settings_{tag}.json", record)
     print(f"samples: {grid}")
@@ -165,6 +164,38 @@ def run(args: argparse.Namespace) -> Path:
         grids.save_png(sheet, neighbours.sample_sheet(loaded.config, shown[:num], captions[:num], args.neighbours))
         print(f"nearest training images: {sheet}")
     return grid
+
+
+def draw_part(
+    args: argparse.Namespace, loaded: checkpoint.LoadedModel, **settings: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws this process's part of the images on its devices, and writes each to a file.
+
+    Returns:
+      Their codes (n, h, w, D), and those of the images (m, H, W, C), uint8, that the grid shows.
+    """
+    start, stop = (args.num_images * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))
+    slice_ = {name: getattr(args, name) for name in ("batch_size", "decode_batch_size", "seed", "weights")}
+    slice_ |= {"num_images": stop - start, "first_index": args.first_index + start}
+    tokenizer, folder = loaded.tokenizer.model, Path(args.out) / "images"
+    codes = [np.zeros((0, *loaded.model.code_shape), np.int32)]
+    shown = [np.zeros((0, *tokenizer.image_shape, tokenizer.in_channels), np.uint8)]
+    written: Iterator[None] = iter(())
+    with (
+        Progress(stop - start, unit="image", title="sampling", enabled=jax.process_index() == 0) as progress,
+        ThreadPoolExecutor() as pool,  # the encoder of PNG lets other threads run
+    ):
+        layout = sharding.batch_sharding(sharding.local_mesh())
+        compiling = functools.partial(progress.waiting_for, "compiling")
+        models = (loaded.model, loaded.variables, loaded.tokenizer)
+        for ids, drawn, images in draw(*models, sharding=layout, compiling=compiling, **slice_, **settings):
+            list(written)  # of the batch before: no more than two wait in memory
+            written = pool.map(grids.save_png, [folder / f"{image_id:06d}.png" for image_id in ids], images)
+            codes.append(drawn)
+            shown.append(images[ids < args.first_index + NUM_IN_GRID])
+            progress.update(len(ids))
+        list(written)
+    return np.concatenate(codes), np.concatenate(shown)
 
 
 def list_classes(args: argparse.Namespace) -> None:
@@ -177,6 +208,7 @@ def main() -> None:
     """Command line."""
     with cli.one_line_errors():
         args = parse_args()
+        cli.join(args)
         cli.start()
         list_classes(args) if args.list_classes else run(args)
 

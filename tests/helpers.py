@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AxisType
 from PIL import Image
@@ -150,6 +151,14 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
     shape = (data, fsdp, tensor)
     devices = jax.devices()[: int(np.prod(shape))]
     return jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def assert_same_figures(record: Any, expected: Any) -> None:
+    """Two records agree: fractions to the rounding of other devices, all else exactly."""
+    (values, structure), (wanted, wanted_structure) = (jax.tree.flatten(one) for one in (record, expected))
+    assert structure == wanted_structure
+    for value, one in zip(values, wanted, strict=True):
+        assert value == (pytest.approx(one, rel=1e-4, abs=1e-4) if isinstance(one, float) else one)
 
 
 def assert_close(actual, expected, tolerance: float = 1e-5) -> None:

@@ -18,6 +18,7 @@ import evaluate
 from rq_jax import checkpoint, metrics
 from rq_jax.data import make_dataset
 from rq_jax.data.text import train_tokenizer
+from rq_jax.devices import sharding
 from rq_jax.report import grids
 
 D, K = helpers.CODE_SHAPE[-1], helpers.CODEBOOK_SIZE
@@ -86,6 +87,25 @@ def test_figures_are_means_over_the_images_that_are_there(root, record, training
     np.testing.assert_allclose(found["code_norm"], norms.mean((0, 1, 2)), rtol=1e-4)
     assert found["fingerprint"] == checkpoint.fingerprint(loaded.variables)
     assert "distance" not in found and record["distance"] is None
+
+
+def test_figures_are_those_of_one_device(root, record, monkeypatch):
+    devices, put_batch = [], sharding.put_batch
+
+    def put(mesh, batch):
+        placed = put_batch(mesh, batch)
+        devices.extend(len(array.sharding.device_set) for array in jax.tree.leaves(placed))
+        return placed
+
+    monkeypatch.setattr(sharding, "put_batch", put)
+    monkeypatch.setattr(sharding, "make_mesh", helpers.make_mesh)
+    alone = evaluated(root, "first", "second", out="alone", no_perceptual=True)
+    assert set(devices) == {1}
+    devices.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(sharding, "put_batch", put)
+    helpers.assert_same_figures(evaluated(root, "first", "second", out="out", no_perceptual=True), alone)
+    assert set(devices) == {8}
 
 
 def test_files(root, record):

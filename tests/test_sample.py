@@ -17,6 +17,7 @@ import sample
 from rq_jax import checkpoint
 from rq_jax.data import make_dataset
 from rq_jax.data.text import load_tokenizer, train_tokenizer
+from rq_jax.devices import sharding
 from rq_jax.evaluation import neighbours
 from rq_jax.report import grids
 
@@ -151,16 +152,29 @@ def test_step_and_weights_are_those_asked_for(trained, tmp_path, monkeypatch):
 # --- the same image in any batch ---------------------------------------------------------------------------------------
 
 
-def test_image_depends_on_seed_and_id_alone(trained, tmp_path):
-    whole = draw(trained, tmp_path / "whole", kind="class", num=7, batch=3)
+def test_image_depends_on_seed_and_id_alone(trained, tmp_path, monkeypatch):
+    with monkeypatch.context() as context:
+        context.setattr(sharding, "local_mesh", helpers.make_mesh)  # one device
+        whole = draw(trained, tmp_path / "whole", kind="class", num=7, batch=3)
+        slices = [
+            draw(trained, tmp_path / "one", kind="class", num=7, batch=1),
+            draw(trained, tmp_path / "parts", "--decode_batch_size=2", kind="class", num=7, batch=8),
+            draw(trained, tmp_path / "slice", kind="class", num=2, batch=3, first=2),
+            draw(trained, tmp_path / "slice", kind="class", num=3, batch=1, first=4),
+        ]
     assert len(np.unique(whole.codes.reshape(7, -1), axis=0)) == 7
+    devices, draw_images = [], sample.draw
+    monkeypatch.setattr(
+        sample, "draw", lambda *models, **values: devices.append(values["sharding"]) or draw_images(*models, **values)
+    )
     others = [
-        draw(trained, tmp_path / "one", kind="class", num=7, batch=1),
-        draw(trained, tmp_path / "eight", kind="class", num=7, batch=8),
-        draw(trained, tmp_path / "slice", kind="class", num=2, batch=3, first=2),
-        draw(trained, tmp_path / "slice", kind="class", num=3, batch=1, first=4),
+        *slices,
+        draw(trained, tmp_path / "eight", kind="class", num=7, batch=1),
+        draw(trained, tmp_path / "eight in parts", "--decode_batch_size=9", kind="class", num=7, batch=16),
     ]
-    assert [list(drawn.ids) for drawn in others] == [[*range(7)], [*range(7)], [2, 3], [4, 5, 6]]
+    assert [layout.num_devices for layout in devices] == [8, 8]
+    every = [*range(7)]
+    assert [list(drawn.ids) for drawn in others] == [every, every, [2, 3], [4, 5, 6], every, every]
     for drawn in others:
         np.testing.assert_array_equal(drawn.codes, whole.codes[drawn.ids])
         np.testing.assert_array_equal(drawn.cond, whole.cond[drawn.ids])
@@ -169,6 +183,13 @@ def test_image_depends_on_seed_and_id_alone(trained, tmp_path):
             assert np.abs(difference).max() <= 1
     another = draw(trained, tmp_path / "seed", "--seed=1", kind="class", num=7, batch=3)
     assert all(helpers.differs(another.codes[i], whole.codes[i]) for i in range(7))
+
+
+def test_a_file_that_cannot_be_written_ends_the_draw(trained, tmp_path):
+    (tmp_path / "out" / "images" / "000004.png").mkdir(parents=True)
+    with pytest.raises(OSError, match="000004.png"):
+        draw(trained, tmp_path / "out", num=12, batch=8)
+    assert not (tmp_path / "out" / "codes_000000.npz").exists()
 
 
 # --- settings of the draw ----------------------------------------------------------------------------------------------
@@ -394,7 +415,7 @@ def test_bad_arguments_are_refused_in_one_line(trained, tmp_path, nothing_compil
         ({"codes": np.zeros((2, h * w, D), int)}, 2, r"--prefix: codes of shape \(2, 8, 3\) are not \(n, h, w, D\)"),
         ({"codes": np.zeros((2, h, w, D), int)}, 9, "--prefix_positions: 9 is more than the 8 positions of the codes"),
         ({"codes": np.full((2, h, w, D), K)}, 2, r"prefix: 13 at depth 0 is outside \[0, 13\)"),
-        ({"codes": np.zeros((2, h, w, D + 1), int)}, 2, r"prefix: shape \(36, 2, 4\) does not fit"),
+        ({"codes": np.zeros((2, h, w, D + 1), int)}, 2, r"prefix: shape \(40, 2, 4\) does not fit"),
     ],
 )
 def test_bad_prefixes_are_refused(trained, tmp_path, nothing_compiles, arrays, positions, message):

@@ -56,6 +56,23 @@ def of_first_process(text: str) -> str:
     return np.asarray(multihost_utils.broadcast_one_to_all(np.resize(data, size))).tobytes().decode()
 
 
+def rows_of_all(rows: np.ndarray) -> np.ndarray:
+    """The rows of every process, in the order of the processes, on every process; all of them have to ask.
+
+    Args:
+      rows: of this process, (n, ...); n may differ from one process to another, the rest may not.
+    """
+    if jax.process_count() == 1:
+        return rows
+    from jax.experimental import multihost_utils
+
+    counts = np.asarray(multihost_utils.process_allgather(np.int32(len(rows))))
+    padded = np.zeros((counts.max(), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    every = np.asarray(multihost_utils.process_allgather(padded))
+    return np.concatenate([of_one[:count] for of_one, count in zip(every, counts, strict=True)])
+
+
 def _join_found(heartbeat_seconds: int) -> None:
     """Join the processes of the cluster that JAX finds, if it finds one.
 

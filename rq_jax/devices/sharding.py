@@ -59,6 +59,12 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def local_mesh() -> Mesh:
+    """A mesh of this process's devices alone, all along "data": for work that other processes have no part in."""
+    devices = jax.local_devices()
+    return jax.make_mesh((len(devices), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
 def logical_axes(path: Any, ndim: int) -> str:
     """Letters of a leaf's axes, one for each, "-" for axes without a name."""
     name = str(getattr(path[-1], "key", getattr(path[-1], "name", path[-1]))) if path else ""

@@ -34,8 +34,16 @@ def accumulate(
     return total, shown
 
 
-def counted(batches: Iterable[dict[str, Any]], progress: Progress) -> Iterator[dict[str, Any]]:
-    """The batches, each added to the progress bar by the images that its mask counts."""
-    for batch in batches:
-        yield batch
-        progress.update(int(batch["mask"].sum()))
+def counted(batches: Iterable[Any], num_images: int, batch_size: int, title: str) -> Iterator[Any]:
+    """The batches, each added to a progress bar once the next is asked for; of several processes the first shows it.
+
+    Args:
+      batches: once through, or this process's parts of them.
+      num_images: of the whole set.
+      batch_size: of all processes together.
+      title: of the bar.
+    """
+    with Progress(num_images, unit="image", title=title, enabled=jax.process_index() == 0) as progress:
+        for first, batch in zip(range(0, num_images, batch_size), batches, strict=True):
+            yield batch
+            progress.update(min(batch_size, num_images - first))

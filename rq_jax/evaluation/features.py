@@ -1,7 +1,7 @@
 """Features of image sets under a frozen network, and the kernel distance between sets."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +13,11 @@ from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import counted
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.pretrained.efficientnet_lite import FeatureNet
-from rq_jax.report.progress import Progress
 
 MAX_SUBSET = 1000  # images behind one kernel distance
 TRAINING = "training pictures"
+
+Rebuild = Callable[[jax.Array], Sequence[jax.Array]]
 
 
 class Features(NamedTuple):
@@ -35,41 +36,44 @@ class FeatureExtractor:
     """A feature network whose batches are spread over a mesh."""
 
     def __init__(self, net: FeatureNet, mesh: jax.sharding.Mesh):
-        self._mesh = mesh
-        self._features = jax.jit(net.features)
-        self._variables = jax.device_put(net.variables, sharding.replicated(mesh))
+        self._mesh, everywhere = mesh, sharding.replicated(mesh)
+        self._variables = jax.device_put(net.variables, everywhere)
+        self._features = jax.jit(net.features, out_shardings=everywhere)
+        self._gather = jax.jit(lambda tree: tree, out_shardings=everywhere)  # from the devices of other processes, too
 
-    def __call__(
-        self, batches: Iterable[dict[str, np.ndarray]], rebuild: Callable[[jax.Array], jax.Array] | None = None
-    ) -> Features:
+    def __call__(self, batches: Iterable[dict[str, np.ndarray]], rebuild: Rebuild | None = None) -> Features:
         """Features of the images that the masks count.
 
         Args:
-          batches: of "image" (B, H, W, C) in [-1, 1], "mask" (B,) and "index" (B,).
-          rebuild: images to reconstructions (D, B, H, W, C), whose features are taken in place of the images'.
+          batches: "image" (B, H, W, C) in [-1, 1], "mask" (B,) and "index" (B,) int32, or of these this process's part.
+          rebuild: images to D reconstructions (B, H, W, C), whose features are taken in place of the images'.
         """
         vectors, positions = [], []
         for batch in batches:
-            images, mask = sharding.put_batch(self._mesh, batch["image"]), batch["mask"]
+            placed = sharding.put_batch(self._mesh, {name: batch[name] for name in ("image", "mask", "index")})
+            images = placed.pop("image")
             measured = [images] if rebuild is None else rebuild(images)
-            by_depth = [np.asarray(self._features(self._variables, one))[mask] for one in measured]
-            vectors.append(by_depth[0] if rebuild is None else np.stack(by_depth))
-            positions.append(batch["index"][mask])
+            by_depth = [self._features(self._variables, one) for one in measured]
+            by_depth, mask, index = jax.device_get((by_depth, *self._gather((placed["mask"], placed["index"]))))
+            vectors.append(by_depth[0][mask] if rebuild is None else np.stack(by_depth)[:, mask])
+            positions.append(index[mask])
         return Features(np.concatenate(vectors, axis=-2), np.concatenate(positions))
 
 
-def batches_of(images: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Images (N, H, W, C) in batches of one size, as a data set gives them."""
-    for start in range(0, len(images), batch_size):
-        index = np.arange(start, start + batch_size)
-        yield {"image": images[np.minimum(index, len(images) - 1)], "mask": index < len(images), "index": index}
+def batches_of(images: np.ndarray, batch_size: int, part: tuple[int, int] = (0, 1)) -> Iterator[dict[str, np.ndarray]]:
+    """Images (N, H, W, C) in batches of one size, as a data set gives them: of each the part (index, count)."""
+    (shard, count), last = part, len(images) - 1
+    size = batch_size // count
+    for start in range(shard * size, len(images) + shard * size, batch_size):
+        index = np.arange(start, start + size, dtype=np.int32)
+        yield {"image": images[np.minimum(index, last)], "mask": index <= last, "index": index}
 
 
 def extract_all(
     extractor: FeatureExtractor,
     data: EvaluationData,
     samples: Mapping[str, np.ndarray],
-    reconstruct: Mapping[str, Callable[[jax.Array], jax.Array]],
+    reconstruct: Mapping[str, Rebuild],
 ) -> tuple[Features, dict[str, Features]]:
     """Features of the held-out images, and of every set that is compared with them.
 
@@ -77,19 +81,18 @@ def extract_all(
       extractor: of the features.
       data: training and held-out images.
       samples: directory -> images (N, H, W, C).
-      reconstruct: directory of a tokenizer -> images to reconstructions (D, B, H, W, C), see `make_reconstruct`.
+      reconstruct: directory of a tokenizer -> images to reconstructions, see `make_reconstruct`.
     """
 
     def extract(title: str, batches: Iterable, count: int, **rebuild: Any) -> Features:
-        with Progress(count, unit="image", title=title) as progress:
-            return extractor(counted(batches, progress), **rebuild)
+        return extractor(counted(batches, count, data.batch_size, title), **rebuild)
 
     def extract_split(title: str, dataset: Any, **rebuild: Any) -> Features:
         return extract(title, dataset.iterator(), dataset.num_examples, **rebuild)
 
     sets = {}
     for directory, images in samples.items():
-        batches = batches_of(images, data.batch_size)
+        batches = batches_of(images, data.batch_size, data.part)
         sets[f"samples {directory}"] = extract("features of samples", batches, len(images))
     sets[TRAINING] = extract_split("features of training images", data.training())
     for directory, rebuild in reconstruct.items():
@@ -98,13 +101,13 @@ def extract_all(
     return extract_split("features of held-out images", data.held_out()), sets
 
 
-def make_reconstruct(loaded: LoadedModel, mesh: jax.sharding.Mesh, by_depth: bool) -> Callable[[jax.Array], jax.Array]:
-    """Images (B, H, W, C) to reconstructions: (D, B, H, W, C) by code depth, or (1, B, H, W, C) from all codes."""
+def make_reconstruct(loaded: LoadedModel, mesh: jax.sharding.Mesh, by_depth: bool) -> Rebuild:
+    """Images (B, H, W, C) to reconstructions of that shape: one for each code depth, or only that from all codes."""
     first = 0 if by_depth else -1
 
     @jax.jit
     def reconstruct(variables, images):
-        return loaded.model.apply(variables, images, method="reconstruct_by_depth")[first:]
+        return tuple(loaded.model.apply(variables, images, method="reconstruct_by_depth")[first:])
 
     return functools.partial(reconstruct, jax.device_put(loaded.variables, sharding.replicated(mesh)))
 

@@ -14,7 +14,6 @@ from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import accumulate, counted
 from rq_jax.evaluation.protocol import CONDITION_SETTINGS, EvaluationData, image_settings, trained_on
 from rq_jax.losses import cross_entropy_by_depth
-from rq_jax.report.progress import Progress
 
 
 def code_nats(model: Any, variables: Any, codes: jax.Array, cond: jax.Array | None, num_devices: int = 1) -> jax.Array:
@@ -115,8 +114,8 @@ def measure_likelihood(
     measure = make_measure(loaded.model, loaded.tokenizer.model, mesh)
     variables = jax.device_put((loaded.variables, loaded.tokenizer.variables), sharding.replicated(mesh))
     dataset = data.open(split)
-    with Progress(dataset.num_examples, unit="image", title=f"likelihood of {split}") as progress:
-        sums, _ = accumulate(functools.partial(measure, *variables), counted(dataset.iterator(), progress))
+    batches = counted(dataset.iterator(), dataset.num_examples, data.batch_size, f"likelihood of {split}")
+    sums, _ = accumulate(functools.partial(measure, *variables), batches)
     count = int(sums["count"])
     nats = [float(value) / count for value in sums["nats"]]
     return {"images": count, "nats": nats, "mean": float(np.mean(nats))}

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from rq_jax.evaluation import features
@@ -45,7 +46,9 @@ def pixel_distances(images: np.ndarray, dataset: Any) -> tuple[np.ndarray, np.nd
 def find_neighbours(
     out: str, samples: Mapping[str, np.ndarray], data: EvaluationData, held_out: Features, sets: Mapping[str, Features]
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """How near samples and held-out images lie to training images; writes a sheet of the nearest for each directory.
+    """How near samples and held-out images lie to training images.
+
+    Writes a sheet of the nearest for each directory; of several processes the first writes.
 
     Args:
       out: directory of the sheets.
@@ -61,9 +64,10 @@ def find_neighbours(
     compared["held-out pictures"] = held_out
     distances = {name: feature_distances(one.vectors, training.vectors) for name, one in compared.items()}
     sheets = {directory: Path(out) / f"neighbours{i or ''}.png" for i, directory in enumerate(samples)}
-    for directory, path in sheets.items():
-        shown, nearest = samples[directory][:NUM_SHOWN], distances[f"samples {directory}"][:NUM_SHOWN]
-        grids.save_png(path, draw_sheet(shown, nearest, training.positions, dataset, 3))
+    if jax.process_index() == 0:
+        for directory, path in sheets.items():
+            shown, nearest = samples[directory][:NUM_SHOWN], distances[f"samples {directory}"][:NUM_SHOWN]
+            grids.save_png(path, draw_sheet(shown, nearest, training.positions, dataset, 3))
     median = {name: median_to_nearest(distances_NM) for name, distances_NM in distances.items()}
     record = {
         "images": {directory: len(images) for directory, images in samples.items()},

@@ -31,16 +31,20 @@ class EvaluationData:
     Attributes:
       settings: of `make_dataset`, choosing the data set, as JSON holds them.
       split: of the held-out images: "validation", "train", or a split's own name.
-      batch_size: images of one compiled program.
+      batch_size: images of one compiled program, over all processes.
+      part: (index, count) of the part of every batch that this process reads, as `sharding.batch_part` gives it.
     """
 
     settings: dict[str, Any]
     split: str = "validation"
     batch_size: int = 32
+    part: tuple[int, int] = (0, 1)
 
     def open(self, split: str) -> Dataset:
         """A split, once through and in order."""
-        return make_dataset(**self.settings, split=split, train=False, batch_size=self.batch_size)
+        index, count = self.part
+        shard = {"batch_size": self.batch_size, "shard_index": index, "shard_count": count}
+        return make_dataset(**self.settings, split=split, train=False, **shard)
 
     def held_out(self) -> Dataset:
         """The held-out images."""

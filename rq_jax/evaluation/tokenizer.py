@@ -15,7 +15,6 @@ from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import accumulate, counted
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.pretrained.vgg_lpips import Perceptual
-from rq_jax.report.progress import Progress
 from rq_jax.settings import checks
 
 # What the figures of `measure_tokenizer` are.
@@ -158,15 +157,16 @@ def measure_tokenizer(
       Its figures, as JSON holds them; the first held-out images (n, H, W, C); their reconstructions (D, n, H, W, C).
     """
     measure = make_measure(loaded.model, mesh, perceptual=perceptual, by_depth=True, num_shown=NUM_SHOWN)
-    variables = jax.device_put(loaded.variables, sharding.replicated(mesh))
+    everywhere = sharding.replicated(mesh)
+    variables = jax.device_put(loaded.variables, everywhere)
     dataset = data.held_out()
+    first_of = jax.jit(lambda mask: mask[:NUM_SHOWN], out_shardings=everywhere)
 
     def measure_batch(batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
         sums, shown = measure(variables, batch)
-        return sums, (*shown, batch["mask"][:NUM_SHOWN])
+        return sums, (*shown, first_of(sharding.put_batch(mesh, batch["mask"])))
 
-    with Progress(dataset.num_examples, unit="image", title=title) as progress:
-        sums, shown = accumulate(measure_batch, counted(dataset.iterator(), progress))
+    sums, shown = accumulate(measure_batch, counted(dataset.iterator(), dataset.num_examples, data.batch_size, title))
     images, reconstructions, is_real = map(np.asarray, shown)
     figures = {**_summarize(loaded.model, sums), "fingerprint": fingerprint(loaded.variables)}
     return figures, images[is_real], reconstructions[:, is_real]

@@ -52,6 +52,7 @@ def generate(
     top_p: Any = None,
     guidance: float | None = None,
     prefix: jax.typing.ArrayLike | None = None,
+    sharding: jax.sharding.Sharding | None = None,
 ) -> jax.Array:
     """Draw code grids, as one compiled program a (model, batch shape, prefix length, settings that are not None).
 
@@ -69,6 +70,8 @@ def generate(
       guidance: scale g of classifier-free guidance, for models with `use_null_cond`: the logits are u + g (c - u) of
         those with the condition (c) and with the null condition (u). None: off.
       prefix: codes (n, T0, D) of the first T0 positions in raster order, returned as they are.
+      sharding: of the images over devices, along the first axis, which n divides evenly; `variables` lie on the same
+        devices. None: on the devices of `variables`, each of which draws every image.
 
     Returns:
       Codes (n, h, w, D), int32.
@@ -93,7 +96,10 @@ def generate(
         None if top_p is None else _per_depth("top_p", top_p, D, jnp.float32),
     )
     guidance = None if guidance is None else jnp.float32(guidance)
-    return _generate(model, variables, rng, _words(ids), cond, settings, guidance, prefix)
+    words = _words(ids)
+    if sharding is not None:
+        words, cond, prefix = jax.device_put((words, cond, prefix), sharding)
+    return _generate(model, variables, rng, words, cond, settings, guidance, prefix)
 
 
 def rng_of_seed(seed: int) -> jax.Array:
@@ -123,15 +129,16 @@ def _generate(model, variables, rng, image_ids_2B, cond_BU, settings, guidance, 
     keys_B = jax.vmap(functools.partial(_rng_of_image, rng))(*image_ids_2B)
     # All random numbers at once, two for each code: a generator inside the loop would cost more than the classifier.
     uniforms_TD2B = jnp.moveaxis(jax.vmap(lambda key: jax.random.uniform(key, (T, D, 2), jnp.float32))(keys_B), 0, -1)
-    if guidance is not None:  # one batch of two halves: with the condition, and with the null condition
-        cond_BU = jnp.concatenate([cond_BU, jnp.full_like(cond_BU, model.cond_vocab_size)])
+    if guidance is not None:  # rows 2i and 2i + 1 belong to image i, and so to one device: with its condition, without
+        null_BU = jnp.full_like(cond_BU, model.cond_vocab_size)
+        cond_BU = jnp.stack([cond_BU, null_BU], axis=1).reshape(2 * B, -1)
 
     def apply(method, *args):
         return model.apply(variables, *args, method=method)
 
     def for_all(codes):
-        """The same codes for both halves: they see what was drawn from the guided logits."""
-        return codes if guidance is None else jnp.concatenate([codes, codes])
+        """The same codes for both rows of an image: they see what was drawn from the guided logits."""
+        return codes if guidance is None else jnp.repeat(codes, 2, axis=0)
 
     def draw_position(context, cache, uniforms_D2B):
         """Codes (B, D) of one position: the depth stack, one code after the other."""
@@ -140,7 +147,7 @@ def _generate(model, variables, rng, image_ids_2B, cond_BU, settings, guidance, 
             hidden, cache = apply("depth", context, for_all(codes_Bd), cache)
             logits = apply("classify", hidden, d)
             if guidance is not None:
-                with_cond, without = jnp.split(logits, 2)
+                with_cond, without = jnp.moveaxis(logits.reshape(B, 2, -1), 1, 0)
                 logits = without + guidance * (with_cond - without)
             values: Any = [None if values_D is None else values_D[d] for values_D in settings]
             code_B = _draw(uniforms_D2B[d], filter_logits(logits, *values))

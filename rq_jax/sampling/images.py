@@ -9,10 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rq_jax.sampling.filter import check_filter
 from rq_jax.sampling.generate import check_guidance, generate, rng_of_seed
 from rq_jax.settings import checks
+
+DECODED_PER_DEVICE = 32  # images at a time: one of 256x256 takes some 96 MiB of activations in float32
 
 _FILTER = ("temperature", "top_k", "top_p")
 
@@ -54,6 +57,8 @@ def draw(
     *,
     num_images: int,
     batch_size: int,
+    decode_batch_size: int | None = None,
+    sharding: NamedSharding | None = None,
     first_index: int = 0,
     seed: int = 0,
     weights: str = "float32",
@@ -62,14 +67,17 @@ def draw(
     compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     **settings: Any,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Draws images; while one batch is fetched the next is already being drawn.
+    """Draws images; while one batch is fetched and used the next is already being drawn and decoded.
 
     Args:
       model: an `RQTransformer`.
       variables: its variables, as trained.
       tokenizer: its `model` and `variables`, as in `checkpoint.LoadedModel`.
       num_images: n.
-      batch_size: images of one compiled program; a last batch is filled up, and what fills it dropped.
+      batch_size: images drawn at a time, rounded up so that the devices share it evenly; a last batch is filled up, and
+        what fills it dropped.
+      decode_batch_size: images decoded at a time, of which each device has at least one; default 32 a device.
+      sharding: of a batch over devices of this process, each with a copy of the weights; None: on one device.
       first_index: id of the first image, from 0 to 2^62.
       seed: at least 0; an image depends on the seed and its id alone.
       weights: dtype of the transformer's weights in memory, see `inference_weights.for_inference`.
@@ -84,9 +92,15 @@ def draw(
     Raises:
       ValueError: a first index or a seed out of range.
     """
-    resting, tokenizer_variables = _for_inference(model, variables, weights), jax.device_put(tokenizer.variables)
     checks.within("first_index", first_index, 0, 2**62)
     rng, end, pending = rng_of_seed(seed), first_index + num_images, None
+    num_devices = 1 if sharding is None else sharding.num_devices
+    num_parts = -(-batch_size // max(num_devices, decode_batch_size or DECODED_PER_DEVICE * num_devices))
+    batch_size = -(-batch_size // (num_devices * num_parts)) * num_devices * num_parts
+    everywhere = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+    resting = jax.device_put(_for_inference(model, variables, weights), everywhere)
+    tokenizer_variables = jax.device_put(tokenizer.variables, everywhere)
+    draw_codes = functools.partial(generate, model, resting, rng, batch_size, sharding=sharding, **settings)
 
     def fetch(ids, codes, images):
         is_asked_for = ids < end
@@ -98,17 +112,18 @@ def draw(
         cond = None if conds is None else conds[ids % len(conds)]
         first_codes = None if prefix is None else prefix[ids % len(prefix)]
         with compiling() if pending is None else contextlib.nullcontext():
-            codes = generate(model, resting, rng, batch_size, cond, image_ids=ids, prefix=first_codes, **settings)
-            batch = ids, codes, decode(tokenizer.model, tokenizer_variables, codes)
+            codes = draw_codes(cond=cond, image_ids=ids, prefix=first_codes)
+            images = decode(tokenizer.model, tokenizer_variables, codes, num_parts)
+        jax.tree.map(lambda array: array.copy_to_host_async(), (codes, images))
         if pending is not None:
             yield fetch(*pending)
-        pending = batch
+        pending = ids, codes, images
     if pending is not None:
         yield fetch(*pending)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def decode(tokenizer: Any, variables: Any, codes: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def decode(tokenizer: Any, variables: Any, codes: jax.Array, num_parts: int = 1) -> jax.Array:
     """Images of codes as bytes, compiled once for a tokenizer and shape.
 
     The decoder's own images are nominally in [-1, 1] and overshoot; here they are clipped to it, and NaN is black.
@@ -117,14 +132,24 @@ def decode(tokenizer: Any, variables: Any, codes: jax.Array) -> jax.Array:
       tokenizer: an `RQVAE`.
       variables: its variables.
       codes: (B, h, w, D), int32.
+      num_parts: parts of the batch, equally large, that are decoded one after the other: this needs less memory.
 
     Returns:
       (B, H, W, C), uint8 in [0, 255].
     """
     # Images are rounded to 8 bits: on an accelerator the decoder computes in bfloat16, with a float32 quantizer.
     decoder = tokenizer if jax.default_backend() == "cpu" else tokenizer.clone(dtype="bfloat16")
-    images = decoder.apply(variables, codes, method="decode_codes").astype(jnp.float32)
-    return jnp.nan_to_num(jnp.round(jnp.clip(0.5 * images + 0.5, 0, 1) * 255)).astype(jnp.uint8)
+
+    def decode_part(codes: jax.Array) -> jax.Array:
+        images = decoder.apply(variables, codes, method="decode_codes").astype(jnp.float32)
+        return jnp.nan_to_num(jnp.round(jnp.clip(0.5 * images + 0.5, 0, 1) * 255)).astype(jnp.uint8)
+
+    if num_parts == 1:
+        return decode_part(codes)
+    # Part i has every num_parts-th image from i on: of a batch over devices each decodes the images that it has.
+    parts = codes.reshape(-1, num_parts, *codes.shape[1:]).swapaxes(0, 1)
+    images = jax.lax.map(decode_part, parts).swapaxes(0, 1)
+    return images.reshape(-1, *images.shape[2:])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

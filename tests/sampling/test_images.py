@@ -5,10 +5,13 @@ import re
 from types import SimpleNamespace
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import hlo
+from rq_jax.devices import sharding
 from rq_jax.sampling import images
 
 MODEL = SimpleNamespace(code_shape=(2, 4, 3), use_null_cond=True)
@@ -30,11 +33,55 @@ def test_images_are_clipped_and_never_wrap_around():
     np.testing.assert_array_equal(found, [0, 0, 0, 128, 255, 255, 255, 0])
 
 
+def test_parts_of_a_batch_are_decoded_where_they_lie():
+    codes = np.random.default_rng(0).integers(-12, 13, (48, 3, 2, 1)).astype(np.int32)
+    layout = sharding.batch_sharding(sharding.local_mesh())
+    compiled = images.decode.lower(Decoder(), {}, jax.device_put(codes, layout), 3).compile()
+    counts = hlo.count_compiled(compiled.as_text()).ops
+    assert counts["while"] and not hlo.collectives(compiled.as_text())
+    found = compiled({}, jax.device_put(codes, layout))
+    assert found.sharding.is_equivalent_to(layout, 4)
+    np.testing.assert_array_equal(found, images.decode(Decoder(), {}, codes))
+
+
+@pytest.mark.parametrize(
+    "batch_size, decode_batch_size, devices, drawn, parts",
+    [
+        (36, None, 1, 36, 2),
+        (33, None, 1, 34, 2),
+        (36, None, 8, 40, 1),
+        (500, None, 8, 512, 2),
+        (500, 100, 8, 520, 5),
+        (3, 1, 8, 8, 1),
+        (3, 1, 1, 3, 3),
+    ],
+)
+def test_batches_are_rounded_up_to_what_devices_and_parts_share(
+    monkeypatch, batch_size, decode_batch_size, devices, drawn, parts
+):
+    seen = {}
+    monkeypatch.setattr(images, "_for_inference", lambda *args: {})
+    monkeypatch.setattr(images, "generate", lambda *args, image_ids, **_: jnp.asarray(image_ids))
+
+    def decode(model, variables, codes, num_parts):
+        seen.update(drawn=len(codes), parts=num_parts)
+        return codes
+
+    monkeypatch.setattr(images, "decode", decode)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), "data")
+    sizes = dict(num_images=2, batch_size=batch_size, decode_batch_size=decode_batch_size)
+    sizes["sharding"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    ((ids, _, _),) = images.draw(None, None, SimpleNamespace(model=None, variables={}), **sizes)
+    assert seen == {"drawn": drawn, "parts": parts} and ids.tolist() == [0, 1]
+
+
 def test_only_the_first_batch_is_told_to_compile(monkeypatch):
     events = []
     monkeypatch.setattr(images, "_for_inference", lambda *args: None)
-    monkeypatch.setattr(images, "generate", lambda *args, image_ids, **_: events.append(list(image_ids)) or image_ids)
-    monkeypatch.setattr(images, "decode", lambda model, variables, codes: events.append("decoded") or codes)
+    monkeypatch.setattr(
+        images, "generate", lambda *args, image_ids, **_: events.append(list(image_ids)) or jnp.asarray(image_ids)
+    )
+    monkeypatch.setattr(images, "decode", lambda model, variables, codes, num_parts: events.append("decoded") or codes)
 
     @contextlib.contextmanager
     def compiling():
