@@ -48,7 +48,7 @@ class GrainLayout:
         raster order inside each.
 
     Raises:
-      ValueError: sizes below 1 or an unknown order.
+      ValueError: sizes that are no integers of at least 1, or an unknown order.
     """
 
     region_grid: tuple[int, int]
@@ -58,10 +58,10 @@ class GrainLayout:
     order: str = "row"
 
     def __post_init__(self):
-        object.__setattr__(self, "region_grid", tuple(self.region_grid))
         checks.shape("region_grid", np.shape(self.region_grid), (2,))
+        object.__setattr__(self, "region_grid", tuple(self.region_grid))
         for name in ("region_grid", "num_grains", "codebook_size", "num_classes"):
-            checks.at_least(name, getattr(self, name), 1)
+            checks.integers(name, getattr(self, name), 1)
         checks.one_of("order", self.order, ORDERS)
 
     def grid(self, g: int) -> tuple[int, int]:
@@ -138,27 +138,29 @@ def cell_weights(grains: jax.Array, num_grains: int) -> jax.Array:
     """
     check_grains("grains", grains, num_grains)
     weights_G = 4.0 ** (np.arange(num_grains, dtype=np.float32) - (num_grains - 1))
-    return repeat_cells(jnp.asarray(weights_G)[grains], 1 << (num_grains - 1))
+    return repeat_cells(jnp.asarray(weights_G)[jnp.asarray(grains)], 1 << (num_grains - 1))
 
 
 def num_codes(grains: jax.Array, num_grains: int) -> jax.Array:
     """How many codes each picture has, (B,) int32. Arguments and errors as `cell_weights`."""
     check_grains("grains", grains, num_grains)
-    return jnp.sum(jnp.left_shift(1, 2 * grains.astype(jnp.int32)), axis=(1, 2), dtype=jnp.int32)
+    return jnp.sum(jnp.left_shift(1, 2 * jnp.asarray(grains, jnp.int32)), axis=(1, 2), dtype=jnp.int32)
 
 
-def check_grains(name: str, grains: Any, num_grains: int, region_grid: Sequence[int | str] = ("u", "v")) -> None:
+def check_grains(
+    name: str, grains: Any, num_grains: int, region_grid: Sequence[int | str] = ("u", "v"), batch: int | str = "B"
+) -> None:
     """A grain map (B, u, v) of integers, in 0 .. G-1 where their values are known."""
-    checks.shape(name, np.shape(grains), ("B", *region_grid))
+    checks.shape(name, np.shape(grains), (batch, *region_grid))
     check_ids(name, grains, num_grains, "the grains")
 
 
 def check_ids(name: str, ids: Any, bound: int, meaning: str) -> None:
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{name}: {ids.dtype} is no type of integers; allowed are 0..{bound - 1}, {meaning}")
+    values = ids if isinstance(ids, jax.core.Tracer) else np.asarray(ids)
+    if not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{name}: {values.dtype} is no type of integers; allowed are 0..{bound - 1}, {meaning}")
     if isinstance(ids, jax.core.Tracer):
         return
-    values = np.asarray(ids)
     if len(bad := np.argwhere((values < 0) | (values >= bound))):
         place = tuple(map(int, bad[0]))
         raise ValueError(f"{name}: {values[place]} at {place} is outside 0..{bound - 1}, {meaning}")

@@ -49,10 +49,11 @@ def pack(codes: GrainedCodes, layout: GrainLayout, tokens: int | None = None) ->
         only shapes are known).
     """
     P, G = layout.max_tokens if tokens is None else tokens, layout.num_grains
-    checks.at_least("tokens", P, 1)
-    checks.shape("codes", codes.codes.shape, ("B", *layout.code_grid, "D"))
-    check_grains("grains", codes.grains, G, layout.region_grid)
+    checks.integers("tokens", P, 1)
+    checks.shape("codes", np.shape(codes.codes), ("B", *layout.code_grid, "D"))
+    check_grains("grains", codes.grains, G, layout.region_grid, batch=len(codes.codes))
     check_ids("codes", codes.codes, layout.codebook_size, "the codebook")
+    codes = GrainedCodes(*(jnp.asarray(array, jnp.int32) for array in codes))
     length_B = num_codes(codes.grains, G) + 2 * G
     if not isinstance(length_B, jax.core.Tracer) and np.any(too_long := np.asarray(length_B) > P):
         image = int(np.argmax(too_long))
@@ -70,7 +71,7 @@ def pack(codes: GrainedCodes, layout: GrainLayout, tokens: int | None = None) ->
 def _candidates(codes: GrainedCodes, layout: GrainLayout, g: int) -> tuple[jax.Array, jax.Array]:
     """Content (B, n + 2, D) of sos, all cells of grain g and eos, and which of them a picture keeps (B, n + 2)."""
     stride, order = 1 << (layout.num_grains - 1 - g), layout.cell_order(g)
-    cells_BnD = rearrange(codes.codes[:, ::stride, ::stride], "b h w d -> b (h w) d").astype(jnp.int32)[:, order]
+    cells_BnD = rearrange(codes.codes[:, ::stride, ::stride], "b h w d -> b (h w) d")[:, order]
     kept_Bn = rearrange(repeat_cells(codes.grains == g, 1 << g), "b h w -> b (h w)")[:, order]
     sos, eos = (_special(token, layout, cells_BnD) for token in (layout.content_sos, layout.content_eos))
     return jnp.concatenate([sos, cells_BnD, eos], axis=1), jnp.pad(kept_Bn, ((0, 0), (1, 1)), constant_values=True)
@@ -136,7 +137,7 @@ def _slots_of_cells(packed: PackedCodes, layout: GrainLayout, g: int) -> jax.Arr
     P, cells = packed.position.shape[1], layout.cells(g)
     is_grain = packed.grain == g
     has_ended = jnp.cumsum(is_grain & (packed.position == layout.position_eos(g)), axis=1, dtype=jnp.int32) > 0
-    is_code = jnp.all(packed.content < layout.codebook_size, axis=-1)
+    is_code = jnp.all((packed.content >= 0) & (packed.content < layout.codebook_size), axis=-1)
     cell_BP = jnp.where(is_grain & is_code & ~has_ended, packed.position, cells)
 
     def last_slot(cell_P: jax.Array) -> jax.Array:
@@ -148,6 +149,7 @@ def _slots_of_cells(packed: PackedCodes, layout: GrainLayout, g: int) -> jax.Arr
 
 def check_packed(name: str, packed: PackedCodes, layout: GrainLayout) -> None:
     """Tokens of shapes that fit one another and, where they are known, ids inside their vocabularies."""
+    checks.shape(f"{name}.position", packed.position.shape, ("B", "P"))
     B, P = packed.position.shape
     checks.shape(f"{name}.content", packed.content.shape, (B, P, "D"))
     checks.shape(f"{name}.grain", packed.grain.shape, (B, P))
