@@ -165,6 +165,24 @@ def test_what_unpacking_makes_of_irregular_tokens():
     assert coarse.codes.grains[0].tolist() == [[0, 1, 0]]
 
 
+def test_inside_a_program_content_below_0_is_no_code():
+    layout = GrainLayout((1, 2), 2, 9)
+    unpacked = jax.jit(unpack, static_argnums=1)(tokens((5, 0, 0), (-1, 1, 0), (-1, 0, 1)), layout)
+    assert unpacked.codes.codes[0, ..., 0].tolist() == [[5, 5, 0, 0]] * 2
+    assert unpacked.holes[0].tolist() == [[False, False, True, True]] * 2
+    assert unpacked.codes.grains[0].tolist() == [[0, 1]]
+
+
+def test_grain_maps_may_be_nested_lists():
+    grains = [[[0, 1]], [[1, 1]]]
+    assert module.num_codes(grains, 2).tolist() == [5, 8]
+    np.testing.assert_array_equal(module.cell_weights(grains, 2), module.cell_weights(jnp.array(grains), 2))
+    codes = np.arange(2 * 2 * 4).reshape(2, 2, 4, 1)
+    layout = GrainLayout((1, 2), 2, 16)
+    packed = pack(GrainedCodes(codes.tolist(), grains), layout)
+    jax.tree.map(np.testing.assert_array_equal, packed, pack(GrainedCodes(codes, jnp.array(grains)), layout))
+
+
 def test_cell_weights_count_every_code_once():
     grains = jnp.array([[[0, 1, 2]]])
     weights = module.cell_weights(grains, 3)
@@ -209,6 +227,15 @@ def test_7_flat_and_uniform_patches():
     np.testing.assert_allclose(actual, [0, math.log(2), math.log(32)], atol=1e-5)
 
 
+@pytest.mark.parametrize("num_bins", [2, 3, 5, 8, 32])
+def test_7_no_entropy_is_above_that_of_equal_shares(num_bins):
+    places = np.linspace(-1, 1, num_bins, dtype=np.float32)
+    noise = np.random.default_rng(0).normal(0, 1e-4, (64, num_bins, num_bins, 1))
+    entropy = module.patch_entropy(jnp.asarray(places[:, None] + noise, jnp.float32), num_bins, num_bins=num_bins)
+    most = np.float32(math.log(num_bins))
+    assert most - 1e-3 < entropy.min() and entropy.max() <= most
+
+
 @pytest.mark.parametrize("bins", module.ENTROPY_BINS)
 @pytest.mark.parametrize("value", [-1.0, -0.5, -0.06, 0.0, 1.0, 30.0])
 def test_7_no_patch_has_an_entropy_or_a_gradient_that_is_not_finite(bins, value):
@@ -244,6 +271,17 @@ def test_thresholds_are_exceeded_strictly_and_ties_share_a_grain():
     assert module.route_by_entropy(close[None, None], module.entropy_thresholds(close, 0.5)).tolist() == [[[0, 1]]]
 
 
+@pytest.mark.parametrize("lowest", [0.0, 1.0, -2.0])
+@pytest.mark.parametrize("ratios", [(0.3, 0.3), (0.2, 0.2, 0.3), (0.01, 0.01)])
+def test_ties_leave_the_grain_between_two_thresholds_empty(lowest, ratios):
+    entropies = lowest + jnp.array([0.0] * 8 + [1.0, 2.0])
+    for compute in (module.entropy_thresholds, jax.jit(module.entropy_thresholds, static_argnums=1)):
+        thresholds = compute(entropies, ratios)
+        assert thresholds.shape == (len(ratios),) and np.all(np.diff(thresholds) > 0)
+        grains = module.route_by_entropy(entropies[None, None], thresholds)[0, 0].tolist()
+        assert grains == [0] * (9 if ratios[0] < 0.1 else 8) + [len(ratios)] * (1 if ratios[0] < 0.1 else 2)
+
+
 # --- bad input ---
 
 
@@ -265,8 +303,11 @@ def packed_with(**changes):
             lambda: GrainLayout((2, 3), 2, 7, order="spiral"),
             "order: 'spiral' is unknown; allowed are 'row' and 'region'",
         ),
-        (lambda: GrainLayout((2, 0), 2, 7), "region_grid: (2, 0) must be at least 1"),
-        (lambda: GrainLayout((2, 3), 0, 7), "num_grains: 0 must be at least 1"),
+        (lambda: GrainLayout((2, 0), 2, 7), "region_grid: (2, 0) must be an integer and at least 1"),
+        (lambda: GrainLayout((2.5, 3), 2, 7), "region_grid: (2.5, 3) must be an integer and at least 1"),
+        (lambda: GrainLayout(16, 2, 7), "region_grid: shape () does not fit; allowed is (2,)"),
+        (lambda: GrainLayout((2, 3), 0, 7), "num_grains: 0 must be an integer and at least 1"),
+        (lambda: GrainLayout((2, 3), 1.5, 7), "num_grains: 1.5 must be an integer and at least 1"),
         (
             lambda: pack(GOOD._replace(grains=GOOD.grains * 2), LAYOUT),
             "grains: 2 at (0, 0, 0) is outside 0..1, the grains",
@@ -277,7 +318,15 @@ def packed_with(**changes):
         ),
         (
             lambda: pack(GOOD._replace(grains=GOOD.grains[:, :1]), LAYOUT),
-            "grains: shape (1, 1, 3) does not fit; allowed is (B, 2, 3)",
+            "grains: shape (1, 1, 3) does not fit; allowed is (1, 2, 3)",
+        ),
+        (
+            lambda: pack(GOOD._replace(grains=GOOD.grains[0]), LAYOUT),
+            "grains: shape (2, 3) does not fit; allowed is (1, 2, 3)",
+        ),
+        (
+            lambda: pack(GOOD._replace(codes=jnp.repeat(GOOD.codes, 2, axis=0)), LAYOUT),
+            "grains: shape (1, 2, 3) does not fit; allowed is (2, 2, 3)",
         ),
         (
             lambda: pack(GOOD._replace(codes=GOOD.codes[:, :2]), LAYOUT),
@@ -287,6 +336,7 @@ def packed_with(**changes):
             lambda: pack(GOOD._replace(codes=GOOD.codes + 7), LAYOUT),
             "codes: 7 at (0, 0, 0, 0) is outside 0..6, the codebook",
         ),
+        (lambda: pack(GOOD, LAYOUT, tokens=30.5), "tokens: 30.5 must be an integer and at least 1"),
         (lambda: pack(GOOD, LAYOUT, tokens=27), "tokens: 27 do not hold picture 0, which has 28; give more, or None"),
         (
             lambda: packed_with(content=14),
@@ -298,6 +348,11 @@ def packed_with(**changes):
             "packed.position: 13 at (0, 4) is outside 0..12, the positions of grain 0",
         ),
         (lambda: packed_with(grain=-1), "packed.grain: -1 at (0, 4) is outside 0..1, the grains"),
+        (
+            lambda: unpack(PackedCodes(*(jnp.zeros(4, jnp.int32) for _ in range(4))), LAYOUT),
+            "packed.position: shape (4,) does not fit; allowed is (B, P)",
+        ),
+        (lambda: module.num_codes([[[0, 2]]], 2), "grains: 2 at (0, 0, 1) is outside 0..1, the grains"),
         (lambda: module.cell_weights(GOOD.grains - 2, 2), "grains: -1 at (0, 0, 0) is outside 0..1, the grains"),
         (
             lambda: module.patch_entropy(jnp.zeros((1, 8, 10, 3)), 4),
@@ -305,7 +360,22 @@ def packed_with(**changes):
         ),
         (
             lambda: module.patch_entropy(jnp.zeros((1, 8, 8, 2)), 4),
-            "images: shape (1, 8, 8, 2) does not fit; allowed is (B, H, W, 3)",
+            "images: shape (1, 8, 8, 2) does not fit; allowed is (B, H, W, 1 or 3)",
+        ),
+        (
+            lambda: module.patch_entropy(jnp.zeros(()), 4),
+            "images: shape () does not fit; allowed is (B, H, W, 1 or 3)",
+        ),
+        (
+            lambda: module.patch_entropy(np.zeros((1, 8, 8, 3), np.uint8), 4),
+            "images: dtype uint8 is not floating-point; scale them to [-1, 1]",
+        ),
+        *(
+            (
+                lambda size=size: module.patch_entropy(jnp.zeros((1, 8, 8, 3)), size),
+                f"patch_size: {size} must be an integer and at least 1",
+            )
+            for size in (0, -4, 2.0)
         ),
         (
             lambda: module.patch_entropy(jnp.zeros((1, 8, 8, 3)), 4, "half"),
@@ -318,6 +388,21 @@ def packed_with(**changes):
         (
             lambda: module.entropy_thresholds(jnp.arange(9.0), (0.6, 0.5)),
             "ratios: (0.6, 0.5) add up to 1.1; grain 0 has what they leave of 1",
+        ),
+        *(
+            (
+                lambda value=value: module.entropy_thresholds(jnp.array([0.0, value, 1.0]), 0.5),
+                f"entropies: {value} must be finite",
+            )
+            for value in (math.nan, math.inf)
+        ),
+        (
+            lambda: module.check_ratios("fine_ratio", ()),
+            "fine_ratio: () has 0 entries; give at least one, the shares of the grains above 0",
+        ),
+        (
+            lambda: module.check_ratios("fine_ratio", 0.5, 1),
+            "fine_ratio: (0.5,) has 1 entries; give 0, the shares of the grains above 0",
         ),
         (
             lambda: module.check_ratios("fine_ratio", 0.5, 3),
@@ -333,6 +418,10 @@ def test_bad_input_is_refused_in_one_line(call, message):
     with pytest.raises(ValueError) as error:
         call()
     assert str(error.value) == message
+
+
+def test_one_grain_has_no_ratios():
+    assert module.check_ratios("fine_ratio", (), 1) == ()
 
 
 def test_doctests():

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rq_jax.quantize.codes import ResidualCodes, finite_vectors, nearest_codes, quantize_once
 from rq_jax.settings import checks
@@ -56,15 +55,16 @@ def ema_update(
       codes_N: their codes (N,). A vector whose code is outside [0, K), such as padding, counts nothing.
       decay: weight of the old averages, in [0, 1]; 1 freezes the codebook, restarts included.
       candidates_KE: given, every code whose average count is below 1 restarts from its row here with count 1.
-      weights_N: weight of each vector (N,) in counts and sums, at least 0; None is 1. Inside a program a
-        vector whose weight is not finite counts nothing.
+      weights_N: weight of each vector (N,) in counts and sums, finite and at least 0; None is 1. Inside a program their
+        values are not known: there a vector whose weight is not finite counts nothing, and one whose weight is below 0
+        is subtracted.
 
     Returns:
       The new state. Its codebook is sums / counts with Laplace-smoothed counts; a code without any count keeps its
       vector. Where no vector counts, it is the old state.
 
     Raises:
-      ValueError: weights of another shape than the codes, or below 0.
+      ValueError: weights of another shape than the codes or, outside a program, that are not finite or below 0.
     """
     check_weights(weights_N, jnp.shape(codes_N))
     restarts_K = True if candidates_KE is None else finite_vectors(candidates_KE)
@@ -73,11 +73,19 @@ def ema_update(
 
 
 def check_weights(weights: Any, shape: Sequence[int]) -> None:
-    """Weights have the shape (...) of the vectors' codes and, where their values are known, none is below 0."""
+    """Weights have the shape (...) of the vectors' codes and, where they are known, are finite and at least 0."""
     if weights is not None:
         checks.shape("weights", jnp.shape(weights), shape)
         if not isinstance(weights, jax.core.Tracer):
-            checks.at_least("weights", np.min(weights, initial=0), 0)
+            checks.finite("weights", weights, least=0)
+
+
+def check_mask(mask: Any, shape: Sequence[int]) -> None:
+    """A mask of the shape (...) of the vectors' codes is bool."""
+    if mask is not None:
+        checks.shape("mask", mask.shape, shape)
+        if mask.dtype != bool:
+            raise ValueError(f"mask: dtype {mask.dtype} must be bool; numbers are for `weights`")
 
 
 def _where(condition: jax.Array, new: CodebookState, old: CodebookState) -> CodebookState:
@@ -224,9 +232,10 @@ def quantize_and_update(
       `ResidualCodes` looked up in the tables from before each depth's own update, and the new states.
 
     Raises:
-      ValueError: weights of another shape than the codes.
+      ValueError: weights as in `ema_update`, or a mask of another shape than the codes or not bool.
     """
     check_weights(weights, x.shape[:-1])
+    check_mask(mask, x.shape[:-1])
     weights_N = None if weights is None else jnp.ravel(weights)
     new, shared = list(states), len(states) == 1
     has_learned: list[Any] = [False] * len(new)

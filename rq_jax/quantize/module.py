@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from rq_jax.quantize.codes import Codebook, ResidualCodes, finite_vectors, quantize_once, residual_quantize
 from rq_jax.quantize.ema import (
     CodebookState,
+    check_mask,
     check_weights,
     kmeans,
     left_out,
@@ -86,27 +87,28 @@ class ResidualQuantizer(nn.Module):
         self,
         x: jax.Array,
         train: bool = False,
-        mask: jax.Array | None = None,
         weights: jax.Array | None = None,
+        *,
+        mask: jax.Array | None = None,
     ) -> ResidualCodes:
         """Quantise vectors (..., E); in training also update the codebook.
 
         Args:
           x: vectors (..., E).
           train: whether the codebook learns from them.
-          mask: bool (...), False for vectors that it does not learn from, such as padding; they get codes all the same.
           weights: (...), at least 0: of each vector in the moving average, see `ema_update`. Restart and k-means draw
             from all vectors alike.
+          mask: bool (...), False for vectors that it does not learn from, such as padding; they get codes all the same.
 
         Returns:
           `ResidualCodes`; the gradient of `quantized` passes straight through to `x`.
 
         Raises:
-          ValueError: a mask or weights of another shape than the vectors.
+          ValueError: a mask or weights of another shape than the vectors, a mask that is not bool, or weights that
+            `ema_update` refuses.
         """
         check_weights(weights, x.shape[:-1])
-        if mask is not None:
-            checks.shape("mask", mask.shape, x.shape[:-1])
+        check_mask(mask, x.shape[:-1])
         x = x.astype(jnp.float32)
         detached = jax.lax.stop_gradient(x)
         if train and not self.is_initializing():

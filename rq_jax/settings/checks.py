@@ -7,10 +7,13 @@
 satisfies none.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
+
+Axis = int | str | range | tuple[int, ...]
 
 
 def at_least(setting: str, value: Any, least: float, *, whole: bool = False, fix: str = "") -> None:
@@ -18,6 +21,20 @@ def at_least(setting: str, value: Any, least: float, *, whole: bool = False, fix
     numbers = np.asarray(value)
     if not np.all(numbers >= least) or whole and not np.all(numbers == np.floor(numbers)):
         _refuse(setting, value, f"must be at least {least}" + " and whole" * whole, fix=fix)
+
+
+def integers(setting: str, value: Any, least: int) -> None:
+    """Lower bound, included, of values of an integer type: 2.0 is none."""
+    numbers = np.asarray(value)
+    if not np.issubdtype(numbers.dtype, np.integer) or not np.all(numbers >= least):
+        _refuse(setting, value, f"must be an integer and at least {least}")
+
+
+def finite(setting: str, values: Any, *, least: float = -math.inf) -> None:
+    """Finite numbers, with a lower bound, included; the first that is not is shown."""
+    numbers = np.asarray(values).ravel()
+    if not np.all(good := np.isfinite(numbers) & (numbers >= least)):
+        _refuse(setting, numbers[~good][0], "must be finite" + f" and at least {least}" * (least > -math.inf))
 
 
 def above(setting: str, value: Any, bound: float, *, fix: str = "") -> None:
@@ -79,14 +96,19 @@ def unread(setting: str, value: Any, reader: str, chosen: str) -> None:
         _refuse(setting, value, f"is read by '{reader}' only, not by '{chosen}'", fix="set it to 0")
 
 
-def shape(name: str, actual: Sequence[int], allowed: Sequence[int | str | range]) -> None:
-    """The shape of an array; of the allowed axes a letter stands for any size, a range for its numbers."""
+def shape(name: str, actual: Sequence[int], allowed: Sequence[Axis]) -> None:
+    """The shape of an array; of the allowed axes a letter stands for any size, a range or tuple for its numbers."""
 
-    def fits(size: int, axis: int | str | range) -> bool:
-        return size in axis if isinstance(axis, range) else isinstance(axis, str) or size == axis
+    def fits(size: int, axis: Axis) -> bool:
+        return size in axis if isinstance(axis, range | tuple) else isinstance(axis, str) or size == axis
+
+    def shown_axis(axis: Axis) -> str:
+        if isinstance(axis, range):
+            return f"{axis.start}..{axis.stop - 1}"
+        return " or ".join(map(str, axis)) if isinstance(axis, tuple) else str(axis)
 
     if len(actual) != len(allowed) or not all(map(fits, actual, allowed)):
-        axes = [f"{axis.start}..{axis.stop - 1}" if isinstance(axis, range) else str(axis) for axis in allowed]
+        axes = [shown_axis(axis) for axis in allowed]
         shown = f"({axes[0]},)" if len(axes) == 1 else f"({', '.join(axes)})"
         _refuse(name, f"shape {tuple(actual)}", "does not fit", fix=f"allowed is {shown}")
 

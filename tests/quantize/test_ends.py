@@ -118,7 +118,7 @@ def train(module, codebook, x, mask):
         {"codebook": codebook},
         x,
         True,
-        mask,
+        mask=mask,
         rngs={"restart": jax.random.key(1)},
         mutable=["codebook", "intermediates"],
     )
@@ -181,7 +181,19 @@ def test_a_mask_of_another_shape_is_refused():
     module = module_of()
     variables = module.init(jax.random.key(0), X)
     with pytest.raises(ValueError, match=r"^mask: shape \(11,\) does not fit; allowed is \(12,\)"):
-        module.apply(variables, X, True, EVERY[1:], mutable=["codebook"])
+        module.apply(variables, X, True, mask=EVERY[1:], mutable=["codebook"])
+
+
+def test_a_mask_of_numbers_is_refused():
+    module, mask = module_of(), EVERY.astype(np.float32)
+    states = [CodebookState.from_codebook(normal(K, E, seed=1))]
+    calls = (
+        lambda: module.init_with_output(jax.random.key(0), X, mask=mask),
+        lambda: quantize.quantize_and_update(X, states, D, [0.9], mask=mask),
+    )
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^mask: dtype float32 must be bool; numbers are for `weights`(\n|$)"):
+            call()
 
 
 # --- ends of settings -----------------------------------------------------------------------------

@@ -73,6 +73,12 @@ def test_vectors_of_weight_zero_or_of_none_that_is_finite_change_nothing():
     assert_same(update(fresh_state(), X, CODES, 0.9, None, some), update(fresh_state(), X[:4], CODES[:4], 0.9))
 
 
+def test_inside_a_program_a_weight_below_0_subtracts():
+    weights = np.where(np.arange(N) < 2, -1.0, 2.0).astype(np.float32)
+    actual = jax.jit(quantize.ema_update, static_argnums=3)(fresh_state(), X, CODES, 0.0, None, weights)
+    np.testing.assert_array_equal(actual.counts_K, np.bincount(CODES, weights, K))
+
+
 @pytest.mark.parametrize("codebook_update", ["sequential", "pooled"])
 @pytest.mark.parametrize("shared", [True, False])
 def test_weights_reach_every_depth(codebook_update, shared):
@@ -87,7 +93,7 @@ def test_weights_reach_every_depth(codebook_update, shared):
 
 def apply_training(module, variables, x, weights=None):
     rngs = {"restart": jax.random.key(1)}
-    return module.apply(variables, x, True, weights=weights, rngs=rngs, mutable=["codebook"])
+    return module.apply(variables, x, True, weights, rngs=rngs, mutable=["codebook"])
 
 
 @pytest.mark.parametrize("use_weights", [False, True])
@@ -185,7 +191,15 @@ MISTAKES = {
     ),
     "below 0": (
         lambda w: quantize.ema_update(fresh_state(), X[:8], CODES[:8], 0.9, weights_N=w.ravel() - 2),
-        r"^weights: -1.0 must be at least 0$",
+        r"^weights: -1.0 must be finite and at least 0$",
+    ),
+    "not a number": (
+        lambda w: quantize.ema_update(fresh_state(), X[:8], CODES[:8], 0.9, weights_N=w.ravel() * np.nan),
+        r"^weights: nan must be finite and at least 0$",
+    ),
+    "infinite, of a batch": (
+        lambda w: quantize.quantize_and_update(X[:8], [fresh_state()], 1, [0.9], weights=w.ravel() * np.inf),
+        r"^weights: inf must be finite and at least 0$",
     ),
     "an unknown start": (
         lambda w: ResidualQuantizer(K, E, 1, codebook_init="zeros").init(jax.random.key(0), X),
