@@ -292,5 +292,16 @@ def _instruction_flops(line: Instruction, shapes: Mapping[str, tuple[int, ...]])
         inputs = np.delete(kernel, labels.index("o"))
         dilation = re.search(r"lhs_dilate=([\dx]+)", line.rest)
         zeros = math.prod(map(int, dilation[1].split("x"))) if dilation else 1
-        return 2.0 * math.prod(result) * math.prod(map(int, inputs)) / zeros
+        share = _share_of_taps(line.rest, first, out) if line.opcode == "convolution" and not dilation else 1.0
+        return 2.0 * math.prod(result) * math.prod(map(int, inputs)) / zeros * share
     return 0.0
+
+
+def _share_of_taps(rest: str, first: tuple[int, ...], out: tuple[int, ...]) -> float:
+    """Share of a convolution's taps that meet its input and no padding, at most.
+
+    A TPU's compiler writes a matrix product with several output axes as a convolution whose input is padded from 1.
+    """
+    read, _, written = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", rest).groups()
+    axes = [label for label in read if label.isdigit()]
+    return math.prod(min(1.0, first[read.index(axis)] / out[written.index(axis)]) for axis in axes)

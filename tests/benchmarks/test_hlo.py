@@ -122,6 +122,17 @@ def test_who_takes_part(text, group):
     assert [each.group for each in hlo.collectives(program)] == [group]
 
 
+def test_a_product_that_a_tpu_writes_as_a_convolution():
+    """(2048, 4) x (4, 3 x 2 x 16): of 3 x 2 taps one meets the input, the others padding."""
+    text = """ENTRY %main (x: bf16[512,4,4,1,1], w: bf16[3,2,16,4,1]) -> bf16[512,4,3,2,16] {
+  %x = bf16[512,4,4,1,1]{4,3,2,1,0} parameter(0)
+  %w = bf16[3,2,16,4,1]{4,3,2,1,0} parameter(1)
+  ROOT %y = bf16[512,4,3,2,16]{4,3,2,1,0} convolution(%x, %w), window={size=1x3x2 pad=0_0x2_2x1_1}, dim_labels=b0f12_12oi0->b012f
+}
+"""
+    assert hlo.count_compiled(text).flops == 2 * 2048 * 4 * 3 * 2 * 16
+
+
 def test_one_branch_of_a_conditional_runs():
     branch = "%b{0} (x: f32[4]) -> f32[4] {{\n{1}}}\n"
     line = "  %n{0} = f32[4]{{0}} negate(%x)\n"
