@@ -408,6 +408,14 @@ def test_bad_arguments_are_refused_in_one_line(trained, tmp_path, nothing_compil
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("address", ["leader", ":1234", "leader:port"])
+def test_a_bad_address_is_refused(monkeypatch, capsys, address):
+    monkeypatch.setattr("sys.argv", ["sample.py", "--out=samples", f"--coordinator={address}"])
+    with pytest.raises(SystemExit):
+        sample.main()
+    assert f"--coordinator: '{address}' is no address; give host:port, such as leader:1234" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arrays", "positions", "message"),
     [

@@ -167,9 +167,18 @@ def _missing_name(error: Exception, argv: list[str], file: str) -> str:
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of a command that several processes run as one; see `join`."""
-    parser.add_argument("--coordinator", help="host:port of process 0, where JAX cannot find the other processes")
+    parser.add_argument(
+        "--coordinator", type=_address, help="host:port of process 0, where JAX cannot find the other processes"
+    )
     parser.add_argument("--num_processes", type=int, help="processes of the run; with --coordinator")
     parser.add_argument("--process_id", type=int, help="number of this process; with --coordinator")
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is no address; give host:port, such as leader:1234")
+    return text
 
 
 def join(args: argparse.Namespace) -> None:
