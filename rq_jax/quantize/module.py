@@ -22,8 +22,8 @@ from rq_jax.settings import checks
 
 # Tables (K, E) of a fresh codebook.
 _INITS: dict[str, Callable[[jax.Array, tuple[int, int]], jax.Array]] = {
-    "normal": nn.initializers.normal(1.0),
-    "uniform": lambda rng, shape: jax.random.uniform(rng, shape, minval=-1 / shape[0], maxval=1 / shape[0]),
+    "normal": nn.initializers.normal(1.0, jnp.float32),
+    "uniform": lambda rng, shape: jax.random.uniform(rng, shape, jnp.float32, -1 / shape[0], 1 / shape[0]),
 }
 
 
