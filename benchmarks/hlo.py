@@ -178,6 +178,40 @@ def collectives(text: str) -> list[Collective]:
     return list(found.values())
 
 
+def bytes_of_batch(collective: Collective, global_batch: int, parameters: frozenset[tuple[int, ...]]) -> int:
+    """Bytes of a collective that are activations of all images, which should stay where they are.
+
+    By their shape: the first axis counts the images of the global batch, or their tokens, and no parameter has that
+    shape, be it with some of its axes joined. Activations of the sizes of a parameter are taken for one.
+
+    Args:
+      collective: of a program.
+      global_batch: images of a forward pass over all devices.
+      parameters: `axes` of all of them, whole and as they are split.
+    """
+
+    def is_of_batch(shape: tuple[int, ...]) -> bool:
+        sizes = axes(shape)
+        if len(sizes) < 2 or global_batch == 1 or shape[0] % global_batch:
+            return False
+        return not any(_is_flattened(sizes, parameter) for parameter in parameters)
+
+    return collective._replace(arrays=tuple(each for each in collective.arrays if is_of_batch(each[1]))).bytes
+
+
+def _is_flattened(axes: Sequence[int], of: Sequence[int]) -> bool:
+    """Whether axes can be those of an array, some of them joined."""
+    if math.prod(axes) != math.prod(of):
+        return False
+    subsets = itertools.chain.from_iterable(itertools.combinations(of, count) for count in range(1, len(of) + 1))
+    return set(axes) <= {math.prod(subset) for subset in subsets}
+
+
+def axes(shape: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of the axes that are longer than 1, smallest first."""
+    return tuple(sorted(size for size in shape if size > 1))
+
+
 def trip_count(module: Module, line: Instruction) -> int | None:
     """How often the body of a `while` runs: as the compiler notes it, else by the bound of a counter from 0 on."""
     if line.opcode != "while":

@@ -199,13 +199,9 @@ def _shapes(tree: Any) -> frozenset[tuple[int, ...]]:
     shapes = set()
     for leaf in jax.tree.leaves(tree):
         split = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
-        shapes |= {_axes(shape) for shape in (leaf.shape, split)}
-        shapes |= {_axes(shape[1:]) for shape in (leaf.shape, split)}  # a layer of a stack
+        shapes |= {hlo.axes(shape) for shape in (leaf.shape, split)}
+        shapes |= {hlo.axes(shape[1:]) for shape in (leaf.shape, split)}  # a layer of a stack
     return frozenset(shapes)
-
-
-def _axes(shape: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sorted(size for size in shape if size > 1))
 
 
 def measure(config: Config, target: targets.Target) -> dict[str, Any]:
@@ -261,33 +257,9 @@ def _collectives(found: Sequence[hlo.Collective], planned: Plan, target: targets
         )
         row["runs"] += each.times
         row["mib"] += each.times * each.bytes / 2**20
-        row["mib_of_batch"] += each.times * bytes_of_batch(each, planned) / 2**20
+        row["mib_of_batch"] += each.times * hlo.bytes_of_batch(each, planned.global_batch, planned.parameters) / 2**20
         row["seconds"] += each.times * each.bytes_sent / target.link(each.group)
     return sorted(rows.values(), key=lambda row: -row["mib"])
-
-
-def bytes_of_batch(collective: hlo.Collective, planned: Plan) -> int:
-    """Bytes of a collective that are activations of all images, which should stay where they are.
-
-    By their shape: the first axis counts the images of the global batch, or their tokens, and no parameter has that
-    shape, be it with some of its axes joined. Activations of the sizes of a parameter are taken for one.
-    """
-
-    def is_of_batch(shape: tuple[int, ...]) -> bool:
-        axes = _axes(shape)
-        if len(axes) < 2 or planned.global_batch == 1 or shape[0] % planned.global_batch:
-            return False
-        return not any(_is_flattened(axes, parameter) for parameter in planned.parameters)
-
-    return collective._replace(arrays=tuple(each for each in collective.arrays if is_of_batch(each[1]))).bytes
-
-
-def _is_flattened(axes: Sequence[int], of: Sequence[int]) -> bool:
-    """Whether axes can be those of an array, some of them joined."""
-    if math.prod(axes) != math.prod(of):
-        return False
-    subsets = itertools.chain.from_iterable(itertools.combinations(of, count) for count in range(1, len(of) + 1))
-    return set(axes) <= {math.prod(subset) for subset in subsets}
 
 
 # --- the fastest that fits ---

@@ -103,15 +103,10 @@ class RQTransformer(nn.Module):
         if self.uses_codebook:
             self.codebook_KE = self.variable("codebook", "codebook_KE", self._missing_codebook)
         block = BlockSettings(
-            num_heads=self.num_heads,
-            use_attention_bias=self.use_attention_bias,
-            use_mlp_bias=self.use_mlp_bias,
-            gelu=self.gelu,
-            attention_dropout=self.attention_dropout,
-            residual_dropout=self.residual_dropout,
-            use_flash_attention=self.use_flash_attention,
-            dtype=self._dtype,
-        )
+            num_heads=self.num_heads, use_attention_bias=self.use_attention_bias, use_mlp_bias=self.use_mlp_bias,
+            gelu=self.gelu, attention_dropout=self.attention_dropout, residual_dropout=self.residual_dropout,
+            use_flash_attention=self.use_flash_attention, dtype=self._dtype,
+        )  # fmt: skip
         depth_block = dataclasses.replace(block, num_heads=self._depth_heads, gelu=self.depth_gelu or self.gelu)
         self.embedding_drop = Dropout(self.embedding_dropout)
         self.spatial_stack = Stack(self.spatial_layers, block, self.use_remat)

@@ -1,10 +1,10 @@
-"""Codes of a frozen tokenizer before stage 2: how often each occurs, the unigram mark, cached latents."""
+"""A frozen tokenizer for stage 2: how often each code occurs, the unigram mark, cached latents, codes of a step."""
 
 import contextlib
 import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -250,3 +250,55 @@ def cached_latents(
             logger.warning("'%s': the latents are computed again: %s", directory, what or "an older version made them")
         write_cache(directory, batches(), {"fingerprint": made_from}, ordered.num_examples)
     return CacheDataset(directory, data["batch_size"], True, seed, num_threads=data["num_threads"])
+
+
+def draw(
+    draw_codes: Callable[..., tuple[jax.Array, jax.Array]],
+    tokenizer: nn.Module,
+    variables: Any,
+    batch: Mapping[str, jax.Array],
+    mesh: jax.sharding.Mesh,
+) -> tuple[jax.Array, jax.Array]:
+    """Codes of a batch and the residuals behind them, as a step of stage 2 learns from them; no gradient passes.
+
+    Devices along tensor hold the same tokenizer and codebook: they share the batch.
+
+    Args:
+      draw_codes: latents and codebook to codes and residuals.
+      tokenizer: an `RQVAE`; variables: its.
+      batch: "latents" (B, h', w', E) of the cache, else "image" (B, H, W, C).
+      mesh: that the batch is laid out over.
+    """
+    latents = batch.get("latents")
+    if latents is None:
+        latents = encode(tokenizer, variables, sharding.split_batch(mesh, batch["image"], sharding.AXES))
+    latents = sharding.split_batch(mesh, latents, sharding.AXES)
+    # Whole, or XLA splits it as soft labels are, and gathers it again for every block of the search.
+    codebook = sharding.split_batch(mesh, codebook_of(variables), axes=())
+    return sharding.split_batch(mesh, jax.lax.stop_gradient(draw_codes(latents, codebook=codebook)))
+
+
+def codebook_of(variables: Any) -> Any:
+    """The codebook of a tokenizer's variables, as the functions of `quantize` take it."""
+    return _as_tuple(variables["codebook"]["codebook_KE"])
+
+
+def fill_from_tokenizer(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The stage-2 config with what the tokenizer decides in `model` and `data`; what is set by hand must agree.
+
+    Raises:
+      ValueError: naming the setting, its value and the tokenizer's.
+    """
+    tokenizer, model = tokenizer_config["model"], dict(config["model"])
+    for name in ("codebook_size", "code_shape", "code_dim"):
+        decided, given = (_as_tuple(settings[name]) for settings in (tokenizer, model))
+        if given is not None and given != decided:
+            raise ValueError(f"model.{name}: {given} differs from the tokenizer's {decided}; leave it unset")
+        model[name] = decided
+    model["use_shared_codebook"] = tokenizer["use_shared_codebook"]
+    data = {**config["data"], "image_size": tokenizer["image_size"], "channels": tokenizer["in_channels"]}
+    return {**config, "model": model, "data": data}
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value

@@ -308,13 +308,12 @@ class Tokenizer:
         images = sharding.split_batch(self.mesh, batch["image"], sharding.AXES)
         rngs = state.rng_of_step("restart", "dropout")
 
-        def autoencode(params: Any) -> tuple[RQVAEOutput, Any]:
+        def autoencode(params: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[RQVAEOutput, Any]]:
             variables = {"params": sharding.gathered(self.mesh, params), **state.model_state}
             mutable = ["codebook", "intermediates"]
             output, mutated = self.model.apply(variables, images, train=True, mutable=mutable, rngs=rngs)
             # Codes are integers, and the terms stop the gradient of partial sums: neither has a cotangent.
-            differentiable = output.reconstruction, output.latents
-            return differentiable, (output, mutated)
+            return (output.reconstruction, output.latents), (output, mutated)
 
         outputs, pull_back, (output, mutated) = jax.vjp(autoencode, state.params, has_aux=True)
         distance = functools.partial(self.perceptual.distance, frozen) if phase.perceptual else None

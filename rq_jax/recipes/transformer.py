@@ -19,6 +19,7 @@ from rq_jax.devices import sharding
 from rq_jax.evaluation import likelihood
 from rq_jax.models.flops import transformer_flops
 from rq_jax.recipes import codes as frozen_codes
+from rq_jax.recipes.codes import fill_from_tokenizer
 from rq_jax.report import grids
 from rq_jax.settings import checks
 from rq_jax.settings.construct import construct
@@ -149,6 +150,7 @@ class Transformer:
     title: ClassVar[str] = "stage 2"
     accumulates: ClassVar[bool] = True
     criterion: ClassVar[str] = "validation_loss"
+    curves: ClassVar[Sequence[str]] = ("loss", "validation_loss")
 
     def __post_init__(self):
         checks.within("loop.ema_decay", self.ema_decay, 0, 1, below=True, fix="0 keeps no average")
@@ -317,8 +319,9 @@ class Transformer:
         return state, {**means, **update}
 
     def _loss_and_grads(self, params, batch, rngs, model_state, frozen):
-        codebook = _as_tuple(frozen["codebook"]["codebook_KE"])
-        codes, residuals = self._draw_codes(batch, rngs["codes"], frozen, codebook)
+        codebook = frozen_codes.codebook_of(frozen)
+        draw_codes = functools.partial(self.losses.draw, model=self.model, rng=rngs["codes"])
+        codes, residuals = frozen_codes.draw(draw_codes, self.tokenizer.model, frozen, batch, self.mesh)
         cond, dropped, kept_share = batch.get("cond"), None, None
         read = {"codes": codes, "residuals": residuals, "cond": cond, "target_cond": cond}
         if self.losses.cond_dropout:
@@ -344,18 +347,6 @@ class Transformer:
         run = functools.partial(sharding.over_parts, self.mesh) if self._num_parts > 1 else lambda f, x: f(x)
         (total, parts), grads = run(differentiate, read)
         return {"loss": total, **parts}, grads
-
-    def _draw_codes(self, batch, rng, frozen, codebook):
-        # Devices along tensor hold the same tokenizer and codebook: they share the batch.
-        latents = batch.get("latents")
-        if latents is None:
-            images = sharding.split_batch(self.mesh, batch["image"], sharding.AXES)
-            latents = frozen_codes.encode(self.tokenizer.model, frozen, images)
-        latents = sharding.split_batch(self.mesh, latents, sharding.AXES)
-        # Whole, or XLA splits it as soft labels are, and gathers it again for every block of the search.
-        codebook = sharding.split_batch(self.mesh, codebook, axes=())
-        drawn = self.losses.draw(latents, self.model, codebook, rng)
-        return sharding.split_batch(self.mesh, jax.lax.stop_gradient(drawn))
 
     @property
     def _num_parts(self) -> int:
@@ -405,29 +396,3 @@ class Transformer:
     def flops_per_image(self) -> float:
         """Of the model, forward and backward."""
         return sum(transformer_flops(self.model, train=True).values())
-
-    @property
-    def curves(self) -> Sequence[str]:
-        """Metrics to plot at the end of a run."""
-        return ["loss", "validation_loss"]
-
-
-def fill_from_tokenizer(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The stage-2 config with what the tokenizer decides in `model` and `data`; what is set by hand must agree.
-
-    Raises:
-      ValueError: naming the setting, its value and the tokenizer's.
-    """
-    tokenizer, model = tokenizer_config["model"], dict(config["model"])
-    for name in ("codebook_size", "code_shape", "code_dim"):
-        decided, given = (_as_tuple(settings[name]) for settings in (tokenizer, model))
-        if given is not None and given != decided:
-            raise ValueError(f"model.{name}: {given} differs from the tokenizer's {decided}; leave it unset")
-        model[name] = decided
-    model["use_shared_codebook"] = tokenizer["use_shared_codebook"]
-    data = {**config["data"], "image_size": tokenizer["image_size"], "channels": tokenizer["in_channels"]}
-    return {**config, "model": model, "data": data}
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, (list, tuple)) else value

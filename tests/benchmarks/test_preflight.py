@@ -145,7 +145,7 @@ def test_links_between_hosts_are_slower():
 
 
 def test_what_of_a_collective_is_of_the_batch():
-    planned = preflight.Plan(None, {}, {}, 0.0, frozenset({(24, 48), (3, 4, 16, 64)}), 16, 16)
+    parameters = frozenset({(24, 48), (3, 4, 16, 64)})
     shapes = {
         "tokens": (64, 24),
         "statistics": (16, 4),
@@ -155,7 +155,7 @@ def test_what_of_a_collective_is_of_the_batch():
         "joined": (192, 64),
     }
     moved = {
-        name: preflight.bytes_of_batch(hlo.Collective("all-reduce", (("f32", shape),), 1, tuple(range(8))), planned)
+        name: hlo.bytes_of_batch(hlo.Collective("all-reduce", (("f32", shape),), 1, tuple(range(8))), 16, parameters)
         for name, shape in shapes.items()
     }
     assert moved == {"tokens": 4 * 64 * 24, "statistics": 4 * 64, "weight": 0, "its part": 0, "sum": 0, "joined": 0}
