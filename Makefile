@@ -38,8 +38,11 @@ $(INSTALLED): requirements.lock requirements-weights.lock setup.py
 	touch $@
 
 # Compilers of accelerators for `benchmark.py compile`, beside .venv: jax would look for the devices of what is in it.
-aot: setup
+aot: .aot/installed
+
+.aot/installed: requirements-aot.lock | setup
 	$(PYTHON) -m pip install --quiet --no-deps --require-hashes --upgrade --target .aot -r requirements-aot.lock
+	touch $@
 
 # One command a line: an interrupt then ends make and not only the command. Each one goes on where it stopped.
 # First the pair that ships, then one of its own.

@@ -94,7 +94,8 @@ def run(args: argparse.Namespace) -> Record:
         record |= measure_images(args, mesh)
     if transformer:
         data = EvaluationData(settings, args.split, args.batch_size, sharding.batch_part(mesh))
-        record["likelihood"] = {split: likelihood(transformer, data, split, mesh) for split in ("train", args.split)}
+        splits = dict.fromkeys(("train", args.split))
+        record["likelihood"] = {split: likelihood(transformer, data, split, mesh) for split in splits}
     if jax.process_index() == 0:
         write_json(Path(args.out) / "evaluation.json", record)
     tell(json.dumps(record))

@@ -49,7 +49,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_images", type=int, default=36)
     size = "images drawn at a time by the devices of a process, which share them evenly: rounded up to a multiple"
     add("--batch_size", type=int, default=36, help=size)
-    add("--decode_batch_size", type=int, help=f"images decoded at a time (default: {DECODED_PER_DEVICE} a device)")
+    add(
+        "--decode_batch_size",
+        type=int,
+        help=f"images decoded at a time, at most (default: {DECODED_PER_DEVICE} a device)",
+    )
     add("--first_index", type=int, default=0, help="id of the first image: a run may be drawn in slices")
     add("--seed", type=int, default=0, help="an image depends on the seed and its id alone")
     classes = (
@@ -136,6 +140,10 @@ def run(args: argparse.Namespace) -> Path:
       ValueError, FileNotFoundError: bad arguments or checkpoint, before anything compiles.
     """
     check(args)
+    if args.neighbours and jax.process_count() > 1:  # the others would end while the first compares
+        raise ValueError(
+            f"--neighbours: {args.neighbours} is for one process, not for {jax.process_count()}; leave it out"
+        )
     args.weights = args.weights or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     loaded = load(args)
     prefix, carried = read_codes(args.prefix, args.prefix_positions) if args.prefix else (None, None)

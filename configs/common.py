@@ -63,7 +63,7 @@ def base() -> ConfigDict:
                 "name": "adam",
                 "learning_rate": 4e-5,
                 "b1": 0.5,
-                "b2": 0.9,
+                "b2": 0.9,  # of Adam
                 "mu_dtype": placeholder(str),  # of the first moments
                 "weight_decay": 0.0,
                 "schedule": "constant",

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import helpers
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -408,12 +409,24 @@ def test_bad_arguments_are_refused_in_one_line(trained, tmp_path, nothing_compil
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("address", ["leader", ":1234", "leader:port"])
-def test_a_bad_address_is_refused(monkeypatch, capsys, address):
+def test_neighbours_are_for_one_process(trained, tmp_path, nothing_compiles, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="^--neighbours: 2 is for one process, not for 2; leave it out$"):
+        draw(trained, tmp_path / "a", "--neighbours=2")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        *((address, f"'{address}' has no port") for address in ("leader", ":1234", "leader:port")),
+        ("leader:99999", "'leader:99999' has a port outside 1..65535"),
+    ],
+)
+def test_a_bad_address_is_refused(monkeypatch, capsys, address, message):
     monkeypatch.setattr("sys.argv", ["sample.py", "--out=samples", f"--coordinator={address}"])
     with pytest.raises(SystemExit):
         sample.main()
-    assert f"--coordinator: '{address}' is no address; give host:port, such as leader:1234" in capsys.readouterr().err
+    assert f"--coordinator: {message}; give host:port, the same for every process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

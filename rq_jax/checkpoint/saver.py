@@ -28,6 +28,7 @@ import numpy as np
 
 from rq_jax.checkpoint import manifest
 from rq_jax.checkpoint.items import check_fits, plain_path, reading, shapes_of_items
+from rq_jax.devices import hosts
 from rq_jax.files import read_json, write_atomic, write_json
 
 CHECKPOINTS, BEST, DAMAGED, AMENDED = "checkpoints", "best", "damaged", "amended.json"
@@ -211,7 +212,7 @@ class _Store:
         import orbax.checkpoint as ocp
 
         has_failed = self.has_failed()  # waits for the save before
-        if _of_first_process(step in steps_of(self.directory)):
+        if hosts.of_first_process("saved" if step in steps_of(self.directory) else ""):
             return
         try:
             if has_failed:  # an Orbax manager raises its failure again at the next save
@@ -330,8 +331,8 @@ def newest_whole(
       ValueError: the newest is damaged, and `strict` is set.
     """
     newest = _newest_whole(directory, strict, reads) if jax.process_index() == 0 else None
-    newest = _of_first_process(-1 if newest is None else newest)
-    return None if newest < 0 else newest
+    found = hosts.of_first_process("" if newest is None else str(newest))
+    return int(found) if found else None
 
 
 def _newest_whole(directory: Path, strict: bool, reads: Callable[[Path], Collection[str]] | None) -> int | None:
@@ -346,15 +347,6 @@ def _newest_whole(directory: Path, strict: bool, reads: Callable[[Path], Collect
             raise ValueError(f"{message}; restore it from a copy, or leave out --strict to go on from the one before")
         logger.warning("%s; going on from the checkpoint before", message)
     return None
-
-
-def _of_first_process(value: int) -> int:
-    """Broadcast the value of the first process to every process."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def split(state: Any) -> dict[str, Any]:

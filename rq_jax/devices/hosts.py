@@ -1,12 +1,12 @@
 """Multi-process runs over JAX's distributed runtime."""
 
 import os
-import re
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
+from rq_jax.settings import checks
 from rq_jax.settings.text import quoted
 
 
@@ -38,11 +38,32 @@ def join(
         return
     if missing:
         raise ValueError(f"--{missing[0]}: unset; --coordinator, --num_processes and --process_id belong together")
-    if not re.fullmatch(r".+:\d+", coordinator):
-        raise ValueError(f"--coordinator: '{coordinator}' has no port; give host:port, the same for every process")
-    if num_processes < 1 or not 0 <= process_id < num_processes:
+    try:
+        check_address(coordinator)
+    except ValueError as error:
+        raise ValueError(f"--coordinator: {error}") from None
+    checks.at_least("--num_processes", num_processes, 1)
+    if not 0 <= process_id < num_processes:
         raise ValueError(f"--process_id: {process_id} is outside 0..{num_processes - 1}, the processes of the run")
-    jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds)
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id, heartbeat_timeout_seconds=heartbeat_seconds)
+    except RuntimeError as error:
+        reason = quoted(" ".join(str(error).split()), 300)
+        fix = "give an address of process 0 that the others reach, with a free port"
+        raise ValueError(f"--coordinator: '{coordinator}' cannot be joined ({reason}); {fix}") from error
+
+
+def check_address(address: str) -> None:
+    """An address is "host:port".
+
+    Raises:
+      ValueError: it is not.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"'{address}' has no port; give host:port, the same for every process")
+    if not 0 < int(port) < 2**16:
+        raise ValueError(f"'{address}' has a port outside 1..65535; give host:port, the same for every process")
 
 
 def of_first_process(text: str) -> str:

@@ -154,7 +154,7 @@ def kept_figures(
 
 def _read_figures(path: Path, made_from: Mapping[str, Any] | None) -> str:
     """The figures in a file as JSON; "" where there are none, or others than are asked for."""
-    with contextlib.suppress(OSError, ValueError, KeyError):  # no file, or a damaged one: measured again
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # no file, or a damaged one: measured again
         record = read_json(path)
         if record["made_from"] == made_from and set(record["figures"]) == set(CodeFigures._fields):
             return json.dumps(record["figures"])

@@ -74,9 +74,9 @@ def draw(
       variables: its variables, as trained.
       tokenizer: its `model` and `variables`, as in `checkpoint.LoadedModel`.
       num_images: n.
-      batch_size: images drawn at a time, rounded up so that the devices share it evenly; a last batch is filled up, and
-        what fills it dropped.
-      decode_batch_size: images decoded at a time, of which each device has at least one; default 32 a device.
+      batch_size: images drawn at a time, rounded up to a multiple of the devices; a last batch is filled up, and what
+        fills it dropped.
+      decode_batch_size: images decoded at a time, at most, in equal parts of a batch; default 32 a device.
       sharding: of a batch over devices of this process, each with a copy of the weights; None: on one device.
       first_index: id of the first image, from 0 to 2^62.
       seed: at least 0; an image depends on the seed and its id alone.
@@ -95,8 +95,10 @@ def draw(
     checks.within("first_index", first_index, 0, 2**62)
     rng, end, pending = rng_of_seed(seed), first_index + num_images, None
     num_devices = 1 if sharding is None else sharding.num_devices
-    num_parts = -(-batch_size // max(num_devices, decode_batch_size or DECODED_PER_DEVICE * num_devices))
-    batch_size = -(-batch_size // (num_devices * num_parts)) * num_devices * num_parts
+    share = -(-batch_size // num_devices)
+    batch_size = share * num_devices
+    most = max(1, (decode_batch_size or DECODED_PER_DEVICE * num_devices) // num_devices)
+    num_parts = next(parts for parts in range(-(-share // most), share + 1) if share % parts == 0)
     everywhere = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
     resting = jax.device_put(_for_inference(model, variables, weights), everywhere)
     tokenizer_variables = jax.device_put(tokenizer.variables, everywhere)

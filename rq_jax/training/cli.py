@@ -175,9 +175,10 @@ def add_process_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _address(text: str) -> str:
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdecimal():
-        raise argparse.ArgumentTypeError(f"'{text}' is no address; give host:port, such as leader:1234")
+    try:
+        hosts.check_address(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
     return text
 
 

@@ -48,7 +48,7 @@ def make_optimizer(
     Args:
       section: name of that section, for messages.
       name: "adam", "adamw" (decoupled decay of matrices and kernels only), "adafactor" (as "adamw", but of the second
-        moments of a matrix with sides of 128 and more only means over rows and columns are kept) or "sgd".
+        moments of matrices, at least 32 x 32, only means over rows and columns are kept) or "sgd".
       learning_rate: the highest rate, reached after the warm-up.
       total_steps: length of the run, in updates.
       b1: of Adam and Adafactor; b2: of Adam; momentum: of SGD.
@@ -97,10 +97,10 @@ def _adafactor(
 ) -> optax.GradientTransformation:
     """Adafactor in the place of AdamW: no scaling by the parameters, momentum, decay by the learning rate.
 
-    So learning rates of AdamW fit it (Zhai et al., "Scaling Vision Transformers", section 3.4).
+    Of an array with more axes the two longest are a matrix: M and A of the heads of attention.
     """
     return optax.chain(
-        optax.scale_by_factored_rms(),
+        optax.scale_by_factored_rms(min_dim_size_to_factor=32),
         optax.clip_by_block_rms(1.0),
         optax.ema(b1, debias=False, accumulator_dtype=mu_dtype),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),

@@ -174,6 +174,20 @@ def test_others_are_named(monkeypatch):
             ValueError, match=rf"^--process_id: {process_id} is outside 0\.\.2, the processes of the run$"
         ):
             hosts.join("a:1", 3, process_id)
+    with pytest.raises(ValueError, match="^--coordinator: 'a:65536' has a port outside 1..65535; "):
+        hosts.join("a:65536", 3, 0)
+    with pytest.raises(ValueError, match="^--num_processes: 0 must be at least 1"):
+        hosts.join("a:1", 0, 0)
+
+
+def test_a_port_in_use_is_told(monkeypatch):
+    def fail(*args, **settings):
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Failed to start RPC server\n at a line")
+
+    monkeypatch.setattr(jax.distributed, "initialize", fail)
+    line = r"^--coordinator: 'a:1' cannot be joined \(.*RPC server at a line.*\); give an address of process 0 that .* free port$"
+    with pytest.raises(ValueError, match=line):
+        hosts.join("a:1", 3, 0)
 
 
 def test_several_processes_ask_by_one_count(monkeypatch):

@@ -143,6 +143,8 @@ def test_a_run_that_goes_on_counts_no_codes_again(places, whole_run, tmp_path, m
     assert "soft codes at temperature" in capsys.readouterr().out
     warmer = dataclasses.replace(recipe, losses=dataclasses.replace(recipe.losses, temperature=0.25))
     starts = [(warmer, None), (recipe, None), (recipe, "{}"), (recipe, '{"made_from": 1')]
+    mark = json.loads((workdir / "codes.json").read_text())["made_from"]
+    starts.append((recipe, json.dumps({"made_from": mark, "figures": None})))
     for number, (other, damage) in enumerate(starts, start=1):
         if damage is not None:
             (workdir / "codes.json").write_text(damage)

@@ -48,10 +48,10 @@ def test_parts_of_a_batch_are_decoded_where_they_lie():
     "batch_size, decode_batch_size, devices, drawn, parts",
     [
         (36, None, 1, 36, 2),
-        (33, None, 1, 34, 2),
+        (33, None, 1, 33, 3),
         (36, None, 8, 40, 1),
-        (500, None, 8, 512, 2),
-        (500, 100, 8, 520, 5),
+        (500, None, 8, 504, 3),
+        (500, 100, 8, 504, 7),
         (3, 1, 8, 8, 1),
         (3, 1, 1, 3, 3),
     ],
