@@ -69,14 +69,14 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @settings(max_examples=8, deadline=None)
-@given(seed=st.integers(0, 2**16), extra=st.integers(0, 3))
+@given(seed=st.integers(0, 2**16), extra=st.sampled_from([0, 3]))
 def test_1_packing_agrees_with_loops_and_unpacking_is_its_inverse(layout, seed, extra):
     codes, P = random_codes(np.random.default_rng(seed), layout), layout.max_tokens + extra
-    packed = pack(codes, layout, P)
+    packed = jax.jit(pack, static_argnums=(1, 2))(codes, layout, P)
     for b in range(B):
         for actual, expected in zip(packed, packed_by_loops(codes.codes[b], codes.grains[b], layout, P), strict=True):
             np.testing.assert_array_equal(actual[b], expected)
-    unpacked = unpack(packed, layout)
+    unpacked = jax.jit(unpack, static_argnums=1)(packed, layout)
     np.testing.assert_array_equal(unpacked.codes.codes, codes.codes)
     np.testing.assert_array_equal(unpacked.codes.grains, codes.grains)
     assert not unpacked.holes.any()

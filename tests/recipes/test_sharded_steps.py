@@ -64,8 +64,7 @@ def compiled(stage, sizes, num_steps=1):
     mesh = helpers.make_mesh(*sizes)
     recipe = tokenizer_recipe(mesh) if stage == 1 else transformer_recipe(mesh, num_steps)
     state = recipe.abstract_state()
-    with helpers.full_optimization():
-        program = compile_step(recipe, state, batch_shapes(recipe, B * num_steps))
+    program = compile_step(recipe, state, batch_shapes(recipe, B * num_steps))
     text = program.call.as_text()
     gradients = state.params
     if stage == 1:
