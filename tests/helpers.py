@@ -18,6 +18,7 @@ from PIL import Image
 from configs import rqtransformer, rqvae
 from rq_jax import checkpoint, models, recipes
 from rq_jax.devices import sharding
+from rq_jax.quantize import codes, search
 from rq_jax.recipes.transformer import TEXT_TOKENIZER
 from rq_jax.training.state import TrainState, create_state
 
@@ -41,6 +42,12 @@ def write_pictures(directory: Path, num_train: int = 20, num_validation: int = 5
             caption = f"a {WORDS[i % 3]} {WORDS[i % 5]} {CLASSES[i % 5]}"
             (folder / f"{i:03d}.txt").write_text(caption)
     return directory
+
+
+def forget_searches() -> None:
+    """Of the search's programs, whose blocks and slices are constants: for tests that change these."""
+    for program in (codes._nearest, codes._residual_quantize, codes._draw_codes, search._search_many):
+        program.clear_cache()
 
 
 def override(config, **overrides):

@@ -1,5 +1,6 @@
 """Codes of vectors and vectors of codes: residual quantisation, lookup, soft codes and stochastic draws."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +45,7 @@ def nearest_codes(x_NE: jax.Array, codebook_KE: jax.Array) -> jax.Array:
     [1, 2]
     """
     check_vector_length(x_NE, codebook_KE)
-    return best_codes(x_NE, codebook_KE)
+    return _nearest(x_NE, codebook_KE)
 
 
 def residual_quantize(x: jax.Array, codebook: Codebook, depth: int) -> ResidualCodes:
@@ -62,15 +63,8 @@ def residual_quantize(x: jax.Array, codebook: Codebook, depth: int) -> ResidualC
     Raises:
       ValueError: depth below 1 or unlike the codebook's, or vectors of another length than the codebook's.
     """
-    residual: jax.Array = x.astype(jnp.float32)
-    total: Any = 0.0
-    codes, sums = [], []
-    for table_KE in tables_of(codebook, depth, x):
-        code, vector = quantize_once(residual, table_KE)
-        residual, total = residual - vector, total + vector
-        codes.append(code)
-        sums.append(total)
-    return ResidualCodes(jnp.stack(codes, -1), jnp.stack(sums, -2), total)
+    check_codebook(codebook, depth, x)
+    return _residual_quantize(x, codebook, depth)
 
 
 def lookup(codes: jax.Array, codebook: Codebook) -> jax.Array:
@@ -92,7 +86,7 @@ def lookup(codes: jax.Array, codebook: Codebook) -> jax.Array:
     depth = codes.shape[-1]
     used = codebook if is_shared(codebook) else codebook[:depth]
     check_codes(codes, codebook_sizes(used, depth))
-    return jnp.stack([_take(table_KE, codes[..., d]) for d, table_KE in enumerate(tables_of(used, depth))], -2)
+    return _lookup(codes, used)
 
 
 def check_codes(codes: Any, sizes: Sequence[int], what: str = "codes") -> None:
@@ -113,7 +107,10 @@ def check_codes(codes: Any, sizes: Sequence[int], what: str = "codes") -> None:
 
 def codebook_sizes(codebook: Codebook, depth: int) -> tuple[int, ...]:
     """Number of codes K_d at each of `depth` depths."""
-    return tuple(table_KE.shape[0] for table_KE in tables_of(codebook, depth))
+    check_codebook(codebook, depth)
+    if isinstance(codebook, (tuple, list)):
+        return tuple(len(table_KE) for table_KE in codebook)
+    return (codebook.shape[-2],) * depth
 
 
 def finite_vectors(x: jax.Array) -> jax.Array:
@@ -162,30 +159,14 @@ def draw_codes(
     Raises:
       ValueError: as `residual_quantize`, or a concrete temperature that is not above 0.
     """
-    temperature = _within_floats(temperature)
-    residual = x.astype(jnp.float32)
-    codes, residuals = [], []
-    for d, table_KE in enumerate(tables_of(codebook, depth, x)):
-        # A key per depth: the draws of a depth do not depend on how many depths follow.
-        rng_depth = None if rng is None else jax.random.fold_in(rng, d)
-        code, vector = quantize_once(residual, table_KE, temperature, rng_depth)
-        codes.append(code)
-        residuals.append(residual)
-        residual = residual - vector
-    return jnp.stack(codes, -1), jnp.stack(residuals, -2)
+    check_codebook(codebook, depth, x)
+    return _draw_codes(x, codebook, depth, _within_floats(temperature), rng)
 
 
 def soft_labels(residuals: jax.Array, codebook: Codebook, temperature: float) -> jax.Array:
     """Soft codes (..., D, K) from the residuals (..., D, E) of `draw_codes`; padded with 0 to the largest K."""
-    tables, temperature = tables_of(codebook, residuals.shape[-2]), _within_floats(temperature)
-    largest = max(table_KE.shape[0] for table_KE in tables)
-    soft = []
-    for d, table_KE in enumerate(tables):
-        probabilities = jax.nn.softmax(_scores(residuals[..., d, :], table_KE) / temperature, axis=-1)
-        # Unequal codebooks share one array: codes that a smaller one does not have get probability 0.
-        padding = [(0, 0)] * (probabilities.ndim - 1) + [(0, largest - table_KE.shape[0])]
-        soft.append(jnp.pad(probabilities, padding))
-    return jnp.stack(soft, -2)
+    check_codebook(codebook, residuals.shape[-2], residuals)
+    return _soft_labels(residuals, codebook, _within_floats(temperature))
 
 
 # --- a code grid coarser than the latent grid ---
@@ -202,6 +183,64 @@ def unfold_patches(vectors: jax.Array, grid: tuple[int, int]) -> jax.Array:
     return rearrange(vectors, "b h w (r s c) -> b (h r) (w s) c", r=r, s=s)
 
 
+# --- their programs: outside of any other each call is one, and not one an operation ---
+
+_program = functools.partial(jax.jit, inline=True)
+
+
+@_program
+def _nearest(x_NE: jax.Array, codebook_KE: jax.Array) -> jax.Array:
+    return best_codes(x_NE, codebook_KE)
+
+
+@functools.partial(_program, static_argnames="depth")
+def _residual_quantize(x: jax.Array, codebook: Codebook, depth: int) -> ResidualCodes:
+    residual: jax.Array = x.astype(jnp.float32)
+    total: Any = 0.0
+    codes, sums = [], []
+    for table_KE in tables_of(codebook, depth):
+        code, vector = quantize_once(residual, table_KE)
+        residual, total = residual - vector, total + vector
+        codes.append(code)
+        sums.append(total)
+    return ResidualCodes(jnp.stack(codes, -1), jnp.stack(sums, -2), total)
+
+
+@_program
+def _lookup(codes: jax.Array, codebook: Codebook) -> jax.Array:
+    tables = tables_of(codebook, codes.shape[-1])
+    return jnp.stack([_take(table_KE, codes[..., d]) for d, table_KE in enumerate(tables)], -2)
+
+
+@functools.partial(_program, static_argnames="depth")
+def _draw_codes(
+    x: jax.Array, codebook: Codebook, depth: int, temperature: Any, rng: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    residual = x.astype(jnp.float32)
+    codes, residuals = [], []
+    for d, table_KE in enumerate(tables_of(codebook, depth)):
+        # A key per depth: the draws of a depth do not depend on how many depths follow.
+        rng_depth = None if rng is None else jax.random.fold_in(rng, d)
+        code, vector = quantize_once(residual, table_KE, temperature, rng_depth)
+        codes.append(code)
+        residuals.append(residual)
+        residual = residual - vector
+    return jnp.stack(codes, -1), jnp.stack(residuals, -2)
+
+
+@_program
+def _soft_labels(residuals: jax.Array, codebook: Codebook, temperature: Any) -> jax.Array:
+    tables = tables_of(codebook, residuals.shape[-2])
+    largest = max(table_KE.shape[0] for table_KE in tables)
+    soft = []
+    for d, table_KE in enumerate(tables):
+        probabilities = jax.nn.softmax(_scores(residuals[..., d, :], table_KE) / temperature, axis=-1)
+        # Unequal codebooks share one array: codes that a smaller one does not have get probability 0.
+        padding = [(0, 0)] * (probabilities.ndim - 1) + [(0, largest - table_KE.shape[0])]
+        soft.append(jnp.pad(probabilities, padding))
+    return jnp.stack(soft, -2)
+
+
 # --- inner pieces ---
 
 
@@ -209,21 +248,25 @@ def is_shared(codebook: Codebook) -> bool:
     return not isinstance(codebook, (tuple, list)) and codebook.ndim == 2
 
 
-def tables_of(codebook: Codebook, depth: int, x: jax.Array | None = None) -> list[jax.Array]:
+def tables_of(codebook: Codebook, depth: int) -> list[Any]:
     """One (K_d, E) table per depth."""
+    return [codebook] * depth if is_shared(codebook) else list(codebook)
+
+
+def check_codebook(codebook: Codebook, depth: int, x: jax.Array | None = None) -> None:
+    """There is a table for each depth, of vectors as long as those of x."""
     if depth < 1:
         raise ValueError(f"depth: {depth} must be at least 1")
-    tables: list[Any] = [codebook] * depth if is_shared(codebook) else list(codebook)
-    if len(tables) != depth:
-        raise ValueError(f"depth: {depth} does not match the {len(tables)} codebooks given; they must be as many")
+    if not is_shared(codebook) and len(codebook) != depth:
+        raise ValueError(f"depth: {depth} does not match the {len(codebook)} codebooks given; they must be as many")
     if x is not None:
-        check_vector_length(x, tables[0])
-    return tables
+        check_vector_length(x, codebook)
 
 
-def check_vector_length(x: jax.Array, codebook_KE: jax.Array) -> None:
-    if x.shape[-1] != codebook_KE.shape[-1]:
-        raise ValueError(f"vectors of length {x.shape[-1]} do not fit a codebook of length {codebook_KE.shape[-1]}")
+def check_vector_length(x: jax.Array, codebook: Codebook) -> None:
+    length = (codebook[0] if isinstance(codebook, (tuple, list)) else codebook).shape[-1]
+    if x.shape[-1] != length:
+        raise ValueError(f"vectors of length {x.shape[-1]} do not fit a codebook of length {length}")
 
 
 def quantize_once(

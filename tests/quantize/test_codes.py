@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilation import count_compilations
 from goldens import make_goldens as oracle
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -45,6 +46,9 @@ def codebook(request):
 def small_blocks(monkeypatch):
     """The codebook is read in blocks of 128 codes."""
     monkeypatch.setattr(search, "_SCORES_PER_BLOCK", 1)
+    helpers.forget_searches()
+    yield
+    helpers.forget_searches()
 
 
 # --- search ---------------------------------------------------------------------------------------
@@ -67,11 +71,11 @@ def test_ties_across_blocks_go_to_the_first_index(small_blocks):
     assert quantize.nearest_codes(jnp.full((2, E), 7.0), codebook_KE).tolist() == [5, 5]
 
 
-def test_block_search_equals_single_search(monkeypatch):
+def test_block_search_equals_single_search(request):
     x_NE, codebook_KE = normal(23, E), normal(300, E, seed=1)  # 300 codes are 128 + 128 + 44
     single_N = quantize.nearest_codes(x_NE, codebook_KE)
     assert int(single_N.max()) >= 256, "no vector tests the last block"
-    monkeypatch.setattr(search, "_SCORES_PER_BLOCK", 1)
+    request.getfixturevalue("small_blocks")
     assert "scan" in str(jax.make_jaxpr(quantize.nearest_codes)(x_NE, codebook_KE))
     np.testing.assert_array_equal(quantize.nearest_codes(x_NE, codebook_KE), single_N)
 
@@ -240,6 +244,16 @@ def test_mistakes_get_one_line(mistake):
     call, message = MISTAKES[mistake]
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_call_of_ones_own_is_one_program(codebook):
+    x, rng = normal(3, E, seed=21), jax.random.key(0)  # of a shape that nothing else here has
+    with count_compilations() as compiled:
+        codes, _ = quantize.draw_codes(x, codebook, D, 0.5, rng)
+        quantize.residual_quantize(x, codebook, D)
+        quantize.lookup(codes, codebook)
+        quantize.soft_labels(np.stack([x] * D, 1), codebook, 0.5)
+    assert compiled.count == 4, compiled.names
 
 
 # --- soft codes -----------------------------------------------------------------------------------

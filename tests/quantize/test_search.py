@@ -1,5 +1,6 @@
 """The search in slices of the vectors, which a CPU takes where there are many; blocks of codes are in test_quantize.py."""
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,9 @@ def normal(*shape, seed=0):
 def small_slices(monkeypatch):
     """Vectors are taken in slices of at most 8 on a CPU."""
     monkeypatch.setattr(search, "_VECTORS_PER_SLICE", 8)
+    helpers.forget_searches()
+    yield
+    helpers.forget_searches()
 
 
 @pytest.mark.parametrize("N", [16, 17, 32, 77])
