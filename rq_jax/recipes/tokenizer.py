@@ -16,8 +16,9 @@ from rq_jax import checkpoint, losses, metrics, models
 from rq_jax.data import Splits, bind_data
 from rq_jax.devices import sharding
 from rq_jax.evaluation.tokenizer import Evaluation, make_measure, rows_by_depth
+from rq_jax.models.coder import last_kernel_gradient
 from rq_jax.models.flops import autoencoder_flops
-from rq_jax.models.rqvae import RQVAEOutput, last_kernel_gradient
+from rq_jax.models.rqvae import RQVAEOutput
 from rq_jax.pretrained import vgg_lpips
 from rq_jax.recipes.adversary import Adversary
 from rq_jax.report import grids

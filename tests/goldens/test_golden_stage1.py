@@ -15,7 +15,7 @@ from einops import rearrange
 
 from rq_jax import losses, models, recipes
 from rq_jax.interop import official
-from rq_jax.models import rqvae
+from rq_jax.models import coder
 from rq_jax.recipes.adversary import Adversary
 from rq_jax.recipes.tokenizer import Losses
 from rq_jax.training.optimizer import make_optimizer
@@ -123,7 +123,7 @@ def test_what_the_step_is_made_of(golden, step):
 
         nll = jax.grad(lambda x: losses.reconstruction_loss(images, x))(output.reconstruction)
         generated, fake = jax.grad(generator, has_aux=True)(output.reconstruction)
-        grads = [rqvae.last_kernel_gradient(variables["params"], mutated["intermediates"], g) for g in (nll, generated)]
+        grads = [coder.last_kernel_gradient(variables["params"], mutated["intermediates"], g) for g in (nll, generated)]
         return output, fake, score(images), grads
 
     output, fake, real, grads = parts(before.variables, before.discriminator, images)

@@ -10,7 +10,7 @@ import pytest
 
 from rq_jax import losses, quantize
 from rq_jax.models import abstract_variables, create, init_variables
-from rq_jax.models.rqvae import Decoder, Encoder
+from rq_jax.models.coder import Decoder, Encoder
 
 B, h, w, D, K, E = 2, 3, 5, 4, 7, 6
 H, W, C = 6, 10, 3  # one downsampling
