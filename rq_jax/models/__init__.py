@@ -1,4 +1,4 @@
-"""The networks, built by name: `create("rqvae" | "rqtransformer" | "discriminator", **settings)`."""
+"""The networks, built by name: `create("rqvae" | "dqvae" | "rqtransformer" | "discriminator", **settings)`."""
 
 import dataclasses
 import functools
@@ -7,13 +7,16 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from rq_jax.models.autoencoder import Autoencoder
 from rq_jax.models.discriminator import Discriminator
+from rq_jax.models.dqvae import DQVAE
 from rq_jax.models.rqtransformer import RQTransformer
 from rq_jax.models.rqvae import RQVAE
 from rq_jax.settings import checks
 from rq_jax.settings.construct import construct
 
-MODELS = {"rqvae": RQVAE, "rqtransformer": RQTransformer, "discriminator": Discriminator}
+MODELS = {"rqvae": RQVAE, "dqvae": DQVAE, "rqtransformer": RQTransformer, "discriminator": Discriminator}
+TOKENIZERS = tuple(name for name, kind in MODELS.items() if issubclass(kind, Autoencoder))
 
 
 def create(name: str, **settings: Any) -> nn.Module:

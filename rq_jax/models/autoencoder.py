@@ -162,6 +162,18 @@ class Autoencoder(nn.Module):
         """Arguments of `init`: zeros of the right shape."""
         return (jnp.zeros((batch, *self.image_shape, self.in_channels), jnp.float32),)
 
+    # --- what else a tokenizer may offer ---
+
+    @property
+    def budget_targets(self) -> tuple[float, ...] | None:
+        """Shares of grains that a budget loss holds a trained router to; None without one."""
+        return None
+
+    @property
+    def entropy_settings(self) -> dict[str, Any] | None:
+        """What of `grains.patch_entropy` its thresholds belong to; None where it has none."""
+        return None
+
     # --- checks ---
 
     def check(self) -> None:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from rq_jax.nn.conv import AttentionBlock, Conv, Downsample, Norm, ResBlock, Upsample
 
+POSITION_BIASES = ("fourier+learned", "fourier", "none")
+
 
 class _Coder(nn.Module):
     """Settings, blocks and middle that the encoders and the decoder share."""
@@ -115,7 +117,7 @@ class Decoder(_Coder):
     """Features to images, from the coarsest level to the finest; one more block a level than the encoder.
 
     Attributes:
-      position_bias: "none", "fourier" or "fourier+learned", added to the features, see `PositionBias`.
+      position_bias: one of `POSITION_BIASES`, added to the features, see `PositionBias`.
     """
 
     position_bias: str = "none"

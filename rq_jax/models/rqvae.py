@@ -30,6 +30,7 @@ class RQVAE(Autoencoder, kw_only=True):
     code_shape: tuple[int, int, int]
 
     depth_setting: ClassVar[str] = "code_shape"
+    num_grains: ClassVar[int] = 1
 
     def setup(self):
         self.check()
