@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -167,15 +168,46 @@ def over_parts(mesh: Mesh, function: Callable[[Any], Any], batch: Any) -> Any:
       function: takes a tree like `batch`, with the rows of one part.
       batch: a tree of arrays (B, ...).
     """
-    parts = jax.tree.map(lambda x: x.reshape(num_parts(mesh), -1, *x.shape[1:]), batch)
     with activations(mesh, without=BATCH_AXES):
-        results = jax.vmap(function, spmd_axis_name=BATCH_AXES)(parts)
+        results = jax.vmap(function, spmd_axis_name=BATCH_AXES)(_parts(mesh, batch))
+    return _lay_parts(mesh, results)
+
+
+def with_copies(mesh: Mesh, function: Callable[[Any, Any], Any], weights: Any, batch: Any) -> Any:
+    """`function(weights, batch)`, both trees of arrays (B, ...), with weights of its own on each part's devices.
+
+    For a function that uses its weights many times, chunk by chunk of its batch: each use would sum a gradient over the
+    devices. Those of the copies are added up where they are, and summed over devices once. Until then each device holds
+    a whole gradient of the weights that are used, also along fsdp.
+
+    Args:
+      mesh: from `make_mesh`.
+      function: works on each row of a batch apart; what it uses of its weights is copied.
+      weights: a tree of parameters.
+      batch: a tree of arrays (B, ...).
+    """
+    parts = num_parts(mesh)
+    if parts == 1:
+        return function(weights, batch)
+    copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), weights)
+    with activations(mesh, without=BATCH_AXES):
+        results = jax.vmap(function, spmd_axis_name=BATCH_AXES)(_lay_parts(mesh, copies), _parts(mesh, batch))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+
+def _parts(mesh: Mesh, batch: Any) -> Any:
+    """Arrays (B, ...) as (parts, B / parts, ...)."""
+    return jax.tree.map(lambda x: x.reshape(num_parts(mesh), -1, *x.shape[1:]), batch)
+
+
+def _lay_parts(mesh: Mesh, tree: Any) -> Any:
+    """Arrays (parts, ...), each part laid over its own devices."""
 
     def lay(path: Any, leaf: jax.Array) -> jax.Array:
         inner = _spec(mesh, logical_axes(path, leaf.ndim - 1), leaf.shape[1:], without=BATCH_AXES)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *inner)))
 
-    return jax.tree_util.tree_map_with_path(lay, results)
+    return jax.tree_util.tree_map_with_path(lay, tree)
 
 
 def mean_over_parts(mesh: Mesh, tree: Any) -> Any:

@@ -313,7 +313,7 @@ class Transformer:
         compute = functools.partial(self._loss_and_grads, model_state=state.model_state, frozen=frozen)
         with sharding.activations(self.mesh):
             means, grads = accumulate_gradients(compute, state.params, batch, self.optimizer.accumulation_steps, rngs)
-        if self._num_parts > 1:
+        if self._adds_up_by_part:
             means, grads = sharding.mean_over_parts(self.mesh, (means, grads))
         state, update = apply_gradients(state, self.optimizer, grads, means["loss"], state.model_state, self.ema_decay)
         return state, {**means, **update}
@@ -328,6 +328,11 @@ class Transformer:
             dropped = jax.random.bernoulli(rngs["cond"], jnp.float32(self.losses.cond_dropout), (cond.shape[0], 1))
             read |= {"cond": jnp.where(dropped, self.model.cond_vocab_size, cond), "dropped": dropped}
             kept_share = jnp.mean(~dropped)
+        num_devices = self.mesh.size // sharding.num_parts(self.mesh)  # that share a part of the batch
+        nats = functools.partial(self.losses.code_nats, self.model, codebook=codebook, num_devices=num_devices)
+        # Chunk by chunk the classifier's gradient would be summed over devices; in parts it is not.
+        alone, by_part = lambda f, *args: f(*args), self._adds_up_by_part  # noqa: E731
+        share = alone if by_part else functools.partial(sharding.with_copies, self.mesh)
 
         def objective(params: Any, read: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
             variables, codes = {"params": params, **model_state}, read["codes"]
@@ -335,23 +340,20 @@ class Transformer:
             apply = functools.partial(self.model.apply, variables, train=True)
             context, cond_logits, _ = apply(codes, read["cond"], rngs={"dropout": rng_spatial}, method="spatial")
             hidden, _ = apply(context, codes, rngs={"dropout": rng_depth}, method="depth")
-            num_devices = self.mesh.size // self._num_parts
-            nats_BD = self.losses.code_nats(
-                self.model, variables, hidden, codes, read["residuals"], codebook, num_devices
-            )
+            part = {"hidden": hidden, "codes": codes, "residuals": read["residuals"]}
+            nats_BD = share(lambda params, part: nats({"params": params, **model_state}, **part), params, part)
             terms = self.losses.terms(nats_BD, read["target_cond"], cond_logits, read.get("dropped"), kept_share)
             total = sum(weight * value.mean() for weight, value in terms.values())
             return total, {name: value for name, (_, value) in terms.items()}
 
         differentiate = functools.partial(jax.value_and_grad(objective, has_aux=True), params)
-        run = functools.partial(sharding.over_parts, self.mesh) if self._num_parts > 1 else lambda f, x: f(x)
+        run = functools.partial(sharding.over_parts, self.mesh) if by_part else alone
         (total, parts), grads = run(differentiate, read)
         return {"loss": total, **parts}, grads
 
     @property
-    def _num_parts(self) -> int:
-        """Parts of a micro-batch whose gradients are added up apart."""
-        return sharding.num_parts(self.mesh) if self.optimizer.accumulation_steps > 1 else 1
+    def _adds_up_by_part(self) -> bool:
+        return self.optimizer.accumulation_steps > 1 and sharding.num_parts(self.mesh) > 1
 
     def summarize(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Logged scalars from the means of the step's metrics."""

@@ -327,6 +327,32 @@ def test_gradients_of_parts_are_summed_over_devices_once():
     assert len(sums) == 1 and sums[0].group_size == 4
 
 
+def test_weights_that_every_chunk_uses_have_their_gradient_summed_over_devices_once():
+    mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+    weights = {
+        "up_MF": np.random.default_rng(0).normal(size=(6, 10)).astype(np.float32),
+        "unused_M": np.ones(6, np.float32),
+    }
+    x_BSM = np.random.default_rng(1).normal(size=(8, 5, 6)).astype(np.float32)
+
+    def by_image(weights, x_BSM):
+        """Over positions one after the other, as a loss over chunks."""
+        add = lambda sum_B, x_BM: (sum_B + (jnp.sin(x_BM @ weights["up_MF"]) ** 2).sum(1), None)  # noqa: E731
+        return jax.lax.scan(add, jnp.zeros(len(x_BSM)), x_BSM.swapaxes(0, 1))[0]
+
+    def gradient(run, weights, x_BSM):
+        return jax.grad(lambda weights: run(by_image, weights, x_BSM).mean())(weights)
+
+    run = functools.partial(sharding.with_copies, mesh)
+    placed = jax.device_put(weights, sharding.state_shardings(mesh, weights)), sharding.put_batch(mesh, x_BSM)
+    np.testing.assert_allclose(run(by_image, *placed), by_image(weights, x_BSM), rtol=1e-5)
+    program = jax.jit(functools.partial(gradient, run)).lower(*placed).compile()
+    found, wanted = program(*placed), gradient(lambda f, *args: f(*args), weights, x_BSM)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7), found, wanted)
+    sums = [each for each in hlo.collectives(program.as_text()) if each.opcode in ("all-reduce", "reduce-scatter")]
+    assert [(each.times, each.group_size) for each in sums] == [(1, 4)]
+
+
 def test_micro_batches_take_less_memory_and_move_nothing():
     mesh = sharding.make_mesh(data=4, fsdp=2)
     x_BE = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import hlo
 from benchmarks.train import batch_shapes, compile_step
-from rq_jax import checkpoint, models, recipes
+from rq_jax import checkpoint, losses, models, recipes
 from rq_jax.devices import sharding
 from rq_jax.recipes.adversary import Adversary
 from rq_jax.recipes.tokenizer import Losses as TokenizerLosses
@@ -73,6 +73,14 @@ def compiled(stage, sizes, num_steps=1):
         gradients = state.params, [state.discriminator["params"]] * 2, tables
     size = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(gradients))
     return Compiled(hlo.collectives(text), program.memory["temporaries"], hlo.count_compiled(text).flops, size)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _many_loss_chunks():
+    """One for each position: what a loss reduces in every chunk would show."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "CHUNK_ELEMENTS", 1)
+        yield
 
 
 def axes_of(collective):
