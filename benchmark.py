@@ -154,6 +154,7 @@ def add_compile(add: Callable[..., Any]) -> None:
     )
     add("--batch", type=_list(_count), help="images over all devices (default: the preset's; 100 of sample and decode)")
     add("--accumulation_steps", type=_count, help="micro-batches of stage 2 (default: the preset's)")
+    add("--gradients", type=_one_of("whole", "sharded"), help="of micro-batches, along fsdp (default: the preset's)")
     add("--remat", type=_one_of("on", "off"), help="recomputation of activations (default: the preset's)")
     add("--weights", type=_one_of(*roofline.BYTES), help="weights at rest, of the sampler (default: bfloat16)")
     add(

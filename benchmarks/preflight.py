@@ -80,7 +80,8 @@ def configs(args: argparse.Namespace, target: targets.Target) -> list[Config]:
     made = []
     for preset, sizes, batch in itertools.product(args.preset, meshes if training else [None], args.batch or [None]):
         config = {"target": target.name, "stage": args.stage, "preset": preset, "quicktest": args.quicktest}
-        config |= {"mesh": sizes, "batch": batch, "accumulation_steps": args.accumulation_steps, "remat": args.remat}
+        config |= {"mesh": sizes, "batch": batch, "accumulation_steps": args.accumulation_steps}
+        config |= {"gradients": args.gradients, "remat": args.remat}
         made.append({**config, "weights": args.weights or "bfloat16"} if args.stage == "sample" else config)
     if not args.fits:
         return made
@@ -96,13 +97,15 @@ def _check(args: argparse.Namespace, target: targets.Target) -> None:
     training = args.stage in ("1", "2")
     if args.fits and not training:
         raise ValueError(f"--fits: is for training, not for --stage={args.stage}; leave it out")
-    for name in ("mesh", "accumulation_steps", "remat"):
+    for name in ("mesh", "accumulation_steps", "gradients", "remat"):
         if getattr(args, name) and not training:
             raise ValueError(f"--{name}: is for training, not for --stage={args.stage}, which takes one device")
-    if args.accumulation_steps and args.stage == "1":
-        raise ValueError(f"--accumulation_steps: {args.accumulation_steps} is for stage 2; leave it out")
-    if args.accumulation_steps and args.fits:
-        raise ValueError(f"--accumulation_steps: {args.accumulation_steps} is what --fits looks for; leave one out")
+    for name in ("accumulation_steps", "gradients"):
+        value = getattr(args, name)
+        if value and args.stage == "1":
+            raise ValueError(f"--{name}: {value} is for stage 2; leave it out")
+        if value and args.fits:
+            raise ValueError(f"--{name}: {value} is what --fits looks for; leave one out")
     if args.weights and args.stage != "sample":
         raise ValueError(f"--weights: {args.weights} is for --stage=sample, not for --stage={args.stage}; leave it out")
     if args.fits and target.chip is None:
@@ -135,6 +138,8 @@ def _plan_step(config: Config, target: targets.Target) -> Plan:
     sharding.check_batch_size(mesh, batch_size, steps)
     config |= {"batch": batch_size, "accumulation_steps": steps}
     config["remat"] = "on" if settings["model"]["use_remat"] else "off"
+    if steps > 1:
+        config["gradients"] = "sharded" if settings["optim"]["use_sharded_gradients"] else "whole"
 
     def whole(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding.replicated(mesh))
@@ -269,7 +274,8 @@ def fastest(config: Config, target: targets.Target, tell: Callable[[dict[str, An
     """Results for one mesh, without and with recomputation: each with the fewest micro-batches that fit the device.
 
     Several micro-batches add up gradients, which one has no need of: one is tried first. Beyond it more of them need
-    less memory and more time, so that their number is found by bisection.
+    less memory and more time, so that their number is found by bisection: with whole gradients, which move least, and
+    where none fits with gradients that are split along fsdp.
     """
     images = _batch_size(config) // math.prod(config["mesh"][:2])
     divisors = [steps for steps in range(2, images + 1) if images % steps == 0]
@@ -277,19 +283,21 @@ def fastest(config: Config, target: targets.Target, tell: Callable[[dict[str, An
         divisors = []  # it has no micro-batches
     for remat in [config["remat"]] if config["remat"] else ["off", "on"]:
 
-        def attempt(steps: int, remat: str = remat) -> dict[str, Any] | None:
-            result = measure({**config, "accumulation_steps": steps, "remat": remat}, target)
+        def attempt(steps: int, gradients: str | None, remat: str = remat) -> dict[str, Any] | None:
+            options = {"accumulation_steps": steps, "gradients": gradients, "remat": remat}
+            result = measure({**config, **options}, target)
             tell(result)
             return result if result["gib_per_device"]["fits"] else None
 
-        best = attempt(1)
-        low, high = 0, len(divisors) - 1 if best is None else -1
-        while low <= high:
-            middle = (low + high) // 2
-            if result := attempt(divisors[middle]):
-                best, high = result, middle - 1
-            else:
-                low = middle + 1
+        best = attempt(1, None)
+        for gradients in ("whole", "sharded") if config["mesh"][1] > 1 else ("whole",):
+            low, high = 0, len(divisors) - 1 if best is None else -1
+            while low <= high:
+                middle = (low + high) // 2
+                if result := attempt(divisors[middle], gradients):
+                    best, high = result, middle - 1
+                else:
+                    low = middle + 1
         if best is not None:
             yield best
 

@@ -45,6 +45,8 @@ def load_settings(config: Config) -> Settings:
     settings["model"]["dtype"] = config.get("dtype") or settings["model"]["dtype"]
     if config.get("accumulation_steps"):
         settings["optim"]["accumulation_steps"] = config["accumulation_steps"]
+    if config.get("gradients"):
+        settings["optim"]["use_sharded_gradients"] = config["gradients"] == "sharded"
     if config["stage"] == 2:
         return transformer.fill_from_tokenizer(settings, tokenizer_settings(settings))
     settings["loss"]["perceptual_weight"] *= config.get("perceptual", True)

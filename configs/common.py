@@ -75,6 +75,7 @@ def base() -> ConfigDict:
                 "final_learning_rate": 0.0,
                 "clip_norm": placeholder(float),
                 "accumulation_steps": 1,
+                "use_sharded_gradients": False,  # of micro-batches, along fsdp
             },
             "loop": {
                 "total_steps": placeholder(int),

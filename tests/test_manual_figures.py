@@ -82,6 +82,7 @@ def test_programs_compiled_for_devices_that_are_not_here():
         for result in _read(path)["results"]:
             config, gib = result["config"], result["gib_per_device"]
             stage = {"1": "stage 1", "2": "stage 2"}.get(config["stage"], "sampling")
+            stage += ", gradients split" * (config.get("gradients") == "sharded")
             stage += ", before" * path.stem.startswith("compile-before")
             mesh, batch = config["target"], str(config["batch"])
             if config.get("mesh"):

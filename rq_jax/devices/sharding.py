@@ -151,29 +151,38 @@ def split_batch(mesh: Mesh, tree: Any, axes: tuple[str, ...] = BATCH_AXES) -> An
     return jax.tree.map(constrain, tree)
 
 
-def num_parts(mesh: Mesh) -> int:
+def num_parts(mesh: Mesh, axes: Sequence[str] = BATCH_AXES) -> int:
     """Parts of a batch in `over_parts`: the devices that it is split over."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def over_parts(mesh: Mesh, function: Callable[[Any], Any], batch: Any) -> Any:
+def over_parts(mesh: Mesh, function: Callable[[Any], Any], batch: Any, axes: tuple[str, ...] = BATCH_AXES) -> Any:
     """Results of a function for each device's part of a batch, stacked along a first axis and left where they are made.
 
     The gradient of a whole batch is summed over the devices at once. Those of parts are added up micro-batch by
     micro-batch on their devices, and `mean_over_parts` sums them over devices once an update. Until then each device
-    holds a whole gradient, also along fsdp.
+    holds a whole gradient along `axes`; of an axis of `BATCH_AXES` that is left out it has its share, summed at once.
 
     Args:
       mesh: from `make_mesh`.
       function: takes a tree like `batch`, with the rows of one part.
       batch: a tree of arrays (B, ...).
+      axes: mesh axes whose devices have parts of their own, "data" among them; with none it is `function(batch)`.
     """
-    with activations(mesh, without=BATCH_AXES):
-        results = jax.vmap(function, spmd_axis_name=BATCH_AXES)(_parts(mesh, batch))
-    return _lay_parts(mesh, results)
+    if not axes:
+        return function(batch)
+    with activations(mesh, without=axes):
+        results = jax.vmap(function, spmd_axis_name=axes)(_parts(mesh, batch, axes))
+    return _lay_parts(mesh, results, axes)
 
 
-def with_copies(mesh: Mesh, function: Callable[[Any, Any], Any], weights: Any, batch: Any) -> Any:
+def with_copies(
+    mesh: Mesh,
+    function: Callable[[Any, Any], Any],
+    weights: Any,
+    batch: Any,
+    inside: tuple[str, ...] = (),
+) -> Any:
     """`function(weights, batch)`, both trees of arrays (B, ...), with weights of its own on each part's devices.
 
     For a function that uses its weights many times, chunk by chunk of its batch: each use would sum a gradient over the
@@ -185,33 +194,37 @@ def with_copies(mesh: Mesh, function: Callable[[Any, Any], Any], weights: Any, b
       function: works on each row of a batch apart; what it uses of its weights is copied.
       weights: a tree of parameters.
       batch: a tree of arrays (B, ...).
+      inside: mesh axes of an `over_parts` around it, whose devices have a part of their own already.
     """
-    parts = num_parts(mesh)
+    axes = tuple(axis for axis in BATCH_AXES if axis not in inside)
+    parts = num_parts(mesh, axes)
     if parts == 1:
         return function(weights, batch)
     copies = jax.tree.map(lambda x: jnp.broadcast_to(x, (parts, *x.shape)), weights)
     with activations(mesh, without=BATCH_AXES):
-        results = jax.vmap(function, spmd_axis_name=BATCH_AXES)(_lay_parts(mesh, copies), _parts(mesh, batch))
+        results = jax.vmap(function, spmd_axis_name=axes)(_lay_parts(mesh, copies, axes), _parts(mesh, batch, axes))
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
-def _parts(mesh: Mesh, batch: Any) -> Any:
+def _parts(mesh: Mesh, batch: Any, axes: tuple[str, ...]) -> Any:
     """Arrays (B, ...) as (parts, B / parts, ...)."""
-    return jax.tree.map(lambda x: x.reshape(num_parts(mesh), -1, *x.shape[1:]), batch)
+    return jax.tree.map(lambda x: x.reshape(num_parts(mesh, axes), -1, *x.shape[1:]), batch)
 
 
-def _lay_parts(mesh: Mesh, tree: Any) -> Any:
+def _lay_parts(mesh: Mesh, tree: Any, axes: tuple[str, ...]) -> Any:
     """Arrays (parts, ...), each part laid over its own devices."""
 
     def lay(path: Any, leaf: jax.Array) -> jax.Array:
-        inner = _spec(mesh, logical_axes(path, leaf.ndim - 1), leaf.shape[1:], without=BATCH_AXES)
-        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(BATCH_AXES, *inner)))
+        inner = _spec(mesh, logical_axes(path, leaf.ndim - 1), leaf.shape[1:], without=axes)
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, PartitionSpec(axes, *inner)))
 
     return jax.tree_util.tree_map_with_path(lay, tree)
 
 
-def mean_over_parts(mesh: Mesh, tree: Any) -> Any:
+def mean_over_parts(mesh: Mesh, tree: Any, axes: tuple[str, ...] = BATCH_AXES) -> Any:
     """Mean over the first axis of results of `over_parts`, laid over the mesh as `state_shardings` says."""
+    if not axes:
+        return tree
     means = jax.tree.map(lambda x: x.mean(0), tree)
     return jax.lax.with_sharding_constraint(means, state_shardings(mesh, means))
 

@@ -313,8 +313,7 @@ class Transformer:
         compute = functools.partial(self._loss_and_grads, model_state=state.model_state, frozen=frozen)
         with sharding.activations(self.mesh):
             means, grads = accumulate_gradients(compute, state.params, batch, self.optimizer.accumulation_steps, rngs)
-        if self._adds_up_by_part:
-            means, grads = sharding.mean_over_parts(self.mesh, (means, grads))
+        means, grads = sharding.mean_over_parts(self.mesh, (means, grads), self._part_axes)
         state, update = apply_gradients(state, self.optimizer, grads, means["loss"], state.model_state, self.ema_decay)
         return state, {**means, **update}
 
@@ -328,11 +327,10 @@ class Transformer:
             dropped = jax.random.bernoulli(rngs["cond"], jnp.float32(self.losses.cond_dropout), (cond.shape[0], 1))
             read |= {"cond": jnp.where(dropped, self.model.cond_vocab_size, cond), "dropped": dropped}
             kept_share = jnp.mean(~dropped)
-        num_devices = self.mesh.size // sharding.num_parts(self.mesh)  # that share a part of the batch
+        num_devices = self.mesh.size // sharding.num_parts(self.mesh)  # that share an image
         nats = functools.partial(self.losses.code_nats, self.model, codebook=codebook, num_devices=num_devices)
         # Chunk by chunk the classifier's gradient would be summed over devices; in parts it is not.
-        alone, by_part = lambda f, *args: f(*args), self._adds_up_by_part  # noqa: E731
-        share = alone if by_part else functools.partial(sharding.with_copies, self.mesh)
+        share = functools.partial(sharding.with_copies, self.mesh, inside=self._part_axes)
 
         def objective(params: Any, read: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
             variables, codes = {"params": params, **model_state}, read["codes"]
@@ -347,13 +345,15 @@ class Transformer:
             return total, {name: value for name, (_, value) in terms.items()}
 
         differentiate = functools.partial(jax.value_and_grad(objective, has_aux=True), params)
-        run = functools.partial(sharding.over_parts, self.mesh) if by_part else alone
-        (total, parts), grads = run(differentiate, read)
+        (total, parts), grads = sharding.over_parts(self.mesh, differentiate, read, self._part_axes)
         return {"loss": total, **parts}, grads
 
     @property
-    def _adds_up_by_part(self) -> bool:
-        return self.optimizer.accumulation_steps > 1 and sharding.num_parts(self.mesh) > 1
+    def _part_axes(self) -> tuple[str, ...]:
+        """Mesh axes whose devices add up gradients of their own over micro-batches."""
+        if self.optimizer.accumulation_steps == 1 or sharding.num_parts(self.mesh) == 1:
+            return ()
+        return ("data",) if self.optimizer.use_sharded_gradients else sharding.BATCH_AXES
 
     def summarize(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Logged scalars from the means of the step's metrics."""

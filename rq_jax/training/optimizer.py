@@ -16,11 +16,12 @@ _NO_DECAY = re.compile(r"(bias|scale|embedding|position)")
 
 
 class Optimizer(NamedTuple):
-    """Gradient transformation, learning rate by step, and micro-batches to average before one update."""
+    """Gradient transformation, learning rate by step, micro-batches to average before one update, and how."""
 
     transform: optax.GradientTransformation
     learning_rate: optax.Schedule
     accumulation_steps: int
+    use_sharded_gradients: bool = False
 
 
 def make_optimizer(
@@ -42,6 +43,7 @@ def make_optimizer(
     final_learning_rate: float = 0.0,
     clip_norm: float | None = None,
     accumulation_steps: int = 1,
+    use_sharded_gradients: bool = False,
 ) -> Optimizer:
     """Optimizer of one network; the keywords are a config section.
 
@@ -59,6 +61,8 @@ def make_optimizer(
       hold_steps: at the highest rate between the warm-up and the cosine (the original's buffer).
       clip_norm: largest global gradient norm; None: no clipping.
       accumulation_steps: micro-batches averaged before an update.
+      use_sharded_gradients: sum the gradients of each micro-batch over the devices along fsdp, each of which then adds
+        up its part of them; else each adds up all of its own, which are summed over devices once an update.
 
     Raises:
       ValueError: a name or value that is not allowed.
@@ -74,6 +78,8 @@ def make_optimizer(
     if clip_norm is not None:
         checks.above(f"{section}.clip_norm", clip_norm, 0, fix="None clips nothing")
     checks.at_least(f"{section}.accumulation_steps", accumulation_steps, 1)
+    if use_sharded_gradients and accumulation_steps == 1:
+        raise ValueError(f"{section}.use_sharded_gradients: True is of micro-batches; set accumulation_steps above 1")
     rate = _make_schedule(
         section, schedule, total_steps, warmup_steps, hold_steps,
         float(learning_rate), initial_learning_rate, final_learning_rate,
@@ -89,7 +95,7 @@ def make_optimizer(
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm is not None else []
     transform = optax.chain(*clip, base)
     transform = optax.GradientTransformation(transform.init, _with_standard_promotion(transform.update))
-    return Optimizer(transform, _with_standard_promotion(rate), accumulation_steps)
+    return Optimizer(transform, _with_standard_promotion(rate), accumulation_steps, use_sharded_gradients)
 
 
 def _adafactor(

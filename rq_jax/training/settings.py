@@ -121,6 +121,8 @@ def memory_remedies(recipe: Any, batch_size: int) -> list[str]:
     parts = math.prod(mesh.shape[axis] for axis in sharding.BATCH_AXES)
     is_divisible = batch_size % (2 * steps * parts) == 0
     # Along fsdp a step with micro-batches holds whole gradients, which one without them does not.
+    if steps > 1 and mesh.shape["fsdp"] > 1 and not recipe.optimizer.use_sharded_gradients:
+        remedies.append("--config.optim.use_sharded_gradients=True")
     if recipe.accumulates and is_divisible and (steps > 1 or mesh.shape["fsdp"] == 1):
         remedies.append(f"--config.optim.accumulation_steps={2 * steps}")
     if mesh.shape["fsdp"] < mesh.devices.size:

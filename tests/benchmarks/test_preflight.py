@@ -129,6 +129,18 @@ def test_the_fewest_micro_batches_that_fit_are_found(monkeypatch):
     assert found["config"]["accumulation_steps"] == 1
 
 
+def test_gradients_are_split_where_whole_ones_do_not_fit(monkeypatch):
+    def measure(config, target):
+        needed = {"whole": 8, "sharded": 1, None: 99}[config["gradients"]] + 16 / config["accumulation_steps"]
+        return {"config": config, "gib_per_device": {"fits": needed <= 6}}
+
+    monkeypatch.setattr(preflight, "measure", measure)
+    config = {"stage": "2", "preset": "demo", "batch": 128, "mesh": (1, 8, 1), "remat": "on"}
+    (found,) = preflight.fastest(config, None, lambda result: None)
+    assert (found["config"]["gradients"], found["config"]["accumulation_steps"]) == ("sharded", 4)
+    assert list(preflight.fastest({**config, "mesh": (8, 1, 1)}, None, lambda result: None)) == []  # not along data
+
+
 def test_meshes_that_do_not_divide_the_batch_are_left_out():
     target = targets.Target("h100:8", (None,) * 8, targets.CHIPS["h100"], None)
     args = benchmark.parse_args(["compile", "--target=h100:8", "--preset=demo", "--fits", "--batch=12"])
@@ -182,6 +194,7 @@ def test_a_gpu_is_described_to_its_compiler(kind):
         (["--fits"], "--fits: cpu:8 has no memory to fit; give an accelerator as --target"),
         (["--preset=big"], "preset 'big' is unknown; allowed are"),
         (["--stage=1", "--accumulation_steps=4"], "--accumulation_steps: 4 is for stage 2; leave it out"),
+        (["--gradients=sharded", "--stage=1"], "--gradients: sharded is for stage 2; leave it out"),
         (["--fits", "--accumulation_steps=2"], "--accumulation_steps: 2 is what --fits looks for; leave one out"),
         (["--stage=decode", "--weights=int8"], "--weights: int8 is for --stage=sample, not for --stage=decode"),
         (["--out=/"], "--out: '/' is no file that can be written; give a file in a directory that is there"),

@@ -43,8 +43,9 @@ class Compiled(NamedTuple):
     gradients: int
 
 
-def transformer_recipe(mesh, num_steps):
-    optimizer = make_optimizer(name="adamw", learning_rate=0.1, total_steps=9, accumulation_steps=num_steps)
+def transformer_recipe(mesh, num_steps, **options):
+    options = {"name": "adamw", "learning_rate": 0.1, "total_steps": 9, "accumulation_steps": num_steps, **options}
+    optimizer = make_optimizer(**options)
     whole = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
     variables = jax.tree.map(lambda x: whole(x.shape, x.dtype), models.abstract_variables(TOKENIZER))
     tokenizer = checkpoint.LoadedModel(TOKENIZER, {}, {}, None)
@@ -60,9 +61,9 @@ def tokenizer_recipe(mesh):
 
 
 @functools.cache
-def compiled(stage, sizes, num_steps=1):
+def compiled(stage, sizes, num_steps=1, **options):
     mesh = helpers.make_mesh(*sizes)
-    recipe = tokenizer_recipe(mesh) if stage == 1 else transformer_recipe(mesh, num_steps)
+    recipe = tokenizer_recipe(mesh) if stage == 1 else transformer_recipe(mesh, num_steps, **options)
     state = recipe.abstract_state()
     program = compile_step(recipe, state, batch_shapes(recipe, B * num_steps))
     text = program.call.as_text()
@@ -131,3 +132,17 @@ def test_devices_share_operations_and_memory(stage, mesh, num_steps):
     assert step.flops == pytest.approx(one.flops / 8, rel=0.05)
     # Beside its share of the activations a device holds gradients, and the residual stream along tensor is whole.
     assert step.temporaries < one.temporaries / (8 if mesh in ("data", "fsdp") else 5) + 2.5 * step.gradients
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp", "all"])
+def test_sharded_gradients_take_their_share_of_memory_for_a_sum_a_micro_batch(mesh):
+    num_steps, fsdp, tensor = 4, *MESHES[mesh][1:]
+    whole, step = (compiled(2, MESHES[mesh], num_steps, use_sharded_gradients=use) for use in (False, True))
+    # Two of a gradient's sizes fall by the devices along fsdp.
+    saved = whole.temporaries - step.temporaries
+    assert saved > 1.5 * step.gradients / tensor * (1 - 1 / fsdp)
+    assert [each for each in step.collectives if any(size % B == 0 for size in axes_of(each))] == []
+    # Along fsdp once a micro-batch, the classifier's too, and along data once an update.
+    assert reduced(step) < 1.1 * (num_steps + 1 / fsdp) * step.gradients
+    assert step.flops == pytest.approx(whole.flops, rel=0.05)

@@ -153,8 +153,12 @@ def expected_code_loss(world, step: Step, soft: bool, stochastic: bool, cond=Non
         pytest.param((8, 1, 1), {"optim__learning_rate": 0.1, "optim__clip_norm": 0.1}, marks=pytest.mark.slow),
         ((8, 1, 1), {"optim__name": "adamw", "optim__learning_rate": 1e-3, "optim__accumulation_steps": 2}),
         ((2, 2, 2), {"optim__learning_rate": 0.1, "optim__clip_norm": 0.1}),
+        (
+            (2, 2, 2),
+            {"optim__learning_rate": 0.1, "optim__accumulation_steps": 2, "optim__use_sharded_gradients": True},
+        ),
     ],
-    ids=["sgd", "adam, two micro-batches", "parameters split"],
+    ids=["sgd", "adam, two micro-batches", "parameters split", "gradients split"],
 )
 def test_eight_devices_make_the_step_of_one(world, shape, settings):
     settings = {"model__residual_dropout": 0.1, **settings}

@@ -178,15 +178,19 @@ def test_bytes_are_those_of_one_device():
     [
         (dict(data=8), 2, True, False, 32, ["model.use_remat=True", "optim.accumulation_steps=4", "mesh.data=1 --config.mesh.fsdp=8", "data.batch_size=16"]),
         (dict(data=8), 2, False, True, 32, ["mesh.data=1 --config.mesh.fsdp=8", "data.batch_size=16"]),
-        (dict(data=1, fsdp=8), 2, True, True, 32, ["optim.accumulation_steps=4", "data.batch_size=16"]),
+        (dict(data=1, fsdp=8), 2, True, True, 32, ["optim.use_sharded_gradients=True", "optim.accumulation_steps=4", "data.batch_size=16"]),
         (dict(data=1, fsdp=8), 1, True, True, 32, ["data.batch_size=16"]),
         (dict(data=8), 1, True, True, 32, ["optim.accumulation_steps=2", "mesh.data=1 --config.mesh.fsdp=8", "data.batch_size=16"]),
         (dict(data=8), 2, True, True, 16, ["mesh.data=1 --config.mesh.fsdp=8"]),
-        (dict(data=1, fsdp=8), 2, True, True, 16, None),
+        (dict(data=1, fsdp=8), 2, True, True, 16, ["optim.use_sharded_gradients=True"]),
+        (dict(data=1, fsdp=8), 1, True, True, 8, None),
     ],
 )  # fmt: skip
 def test_remedies_are_settings_that_the_run_would_take(mesh, steps, accumulates, use_remat, batch, expected):
-    model, optimizer = SimpleNamespace(use_remat=use_remat), SimpleNamespace(accumulation_steps=steps)
+    model, optimizer = (
+        SimpleNamespace(use_remat=use_remat),
+        SimpleNamespace(accumulation_steps=steps, use_sharded_gradients=False),
+    )
     recipe = SimpleNamespace(model=model, optimizer=optimizer, mesh=sharding.make_mesh(**mesh), accumulates=accumulates)
     assert memory_remedies(recipe, batch) == (
         ["more devices"] if expected is None else [f"--config.{one}" for one in expected]

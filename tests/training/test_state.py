@@ -220,6 +220,10 @@ def test_clipping_acts_only_above_the_norm():
         ),
         ({"clip_norm": 0.0}, "optim.clip_norm: 0.0 must be above 0; None clips nothing"),
         ({"accumulation_steps": 0}, "optim.accumulation_steps: 0 must be at least 1"),
+        (
+            {"use_sharded_gradients": True},
+            "optim.use_sharded_gradients: True is of micro-batches; set accumulation_steps above 1",
+        ),
     ],
 )
 def test_make_optimizer_refuses(settings, message):
