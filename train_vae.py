@@ -5,9 +5,10 @@ python train_vae.py --config=configs/rqvae.py:demo --workdir=runs/rqvae [--confi
 
 import functools
 
-from configs import rqvae
+from configs import dqvae, rqvae
 from rq_jax import recipes
 from rq_jax.training import cli
 
 if __name__ == "__main__":
-    cli.main(functools.partial(recipes.train, stage=1), {"configs/rqvae.py": rqvae.PRESETS})
+    presets = {"configs/rqvae.py": rqvae.PRESETS, "configs/dqvae.py": dqvae.PRESETS}
+    cli.main(functools.partial(recipes.train, stage=1), presets)

@@ -97,6 +97,49 @@ def base() -> ConfigDict:
     )
 
 
+def tokenizer_base(model: dict[str, Any]) -> ConfigDict:
+    """The sections that all tokenizers have, with the losses of the released RQ-VAEs.
+
+    Args:
+        model: the section `model`.
+
+    Returns:
+        An unlocked config.
+    """
+    config = base()
+    config.model = model
+    # As released: discriminator and perceptual term from the first step, one optimizer setting for both networks.
+    config.discriminator = {"width": 64, "num_layers": 2, "use_actnorm": False, "dtype": "float32"}
+    # What differs from `optim`.
+    config.discriminator_optim = {
+        "learning_rate": placeholder(float),
+        "b1": placeholder(float),
+        "b2": placeholder(float),
+    }
+    config.loss = {
+        "reconstruction": "mse",
+        "commitment_weight": 0.25,
+        "perceptual_weight": 1.0,
+        "perceptual_start_steps": 0,
+        "perceptual_start_epochs": placeholder(float),
+        "adversarial_weight": 0.75,
+        "discriminator_loss": "hinge",
+        "generator_loss": "vanilla",
+        "max_adaptive_weight": 1e4,
+        "adversarial_start_steps": 0,
+        "adversarial_start_epochs": placeholder(float),
+        "adversarial_warmup_steps": 0,
+        "adversarial_warmup_epochs": placeholder(float),
+    }
+    # Files of the perceptual term: torchvision's VGG16 and LPIPS heads; unset: what the installed packages hold.
+    config.perceptual = {"vgg": placeholder(str), "heads": placeholder(str)}
+    config.evaluation = {"use_perceptual": True, "best_by": "auto"}
+    config.init_from = placeholder(str)  # a run or model directory whose weights are the start
+    config.keep_optimizer = False  # with init_from: go on with its optimizers' moments too
+    config.data.image_size = config.model.get_ref("image_size")  # one value: setting either sets both
+    return config
+
+
 def build(
     preset: str,
     config: ConfigDict,
@@ -159,4 +202,33 @@ def quicktest(config: ConfigDict) -> dict[str, Any]:
         "loop.evaluate_every_steps": 2,
         "loop.checkpoint_every_steps": 2,
         "loop.keep_every_steps": 0,
+    }
+
+
+def tokenizer_quicktest(config: ConfigDict) -> dict[str, Any]:
+    """Overrides that shrink a tokenizer to 16x16 images, but for its levels and its code grid.
+
+    Args:
+        config: a finished config of stage 1.
+
+    Returns:
+        Overrides.
+    """
+    return {
+        **quicktest(config),
+        # The perceptual term and the adversary, where there are any, join in the middle of the run.
+        "loss.perceptual_start_steps": 1,
+        "loss.perceptual_start_epochs": None,
+        "loss.adversarial_start_steps": 2,
+        "loss.adversarial_start_epochs": None,
+        "loss.adversarial_warmup_steps": 1,
+        "loss.adversarial_warmup_epochs": None,
+        "discriminator.width": 8,
+        "discriminator.num_layers": min(config.discriminator.num_layers, 2),  # the most that 16 pixels have room for
+        "model.image_size": 16,
+        "model.width": 32,
+        "model.num_res_blocks": 1,
+        "model.z_channels": 16,
+        "model.code_dim": 16,
+        "model.codebook_size": 32,
     }

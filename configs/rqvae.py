@@ -3,7 +3,6 @@
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 from configs import common
 
@@ -157,8 +156,7 @@ def base() -> ConfigDict:
     Returns:
         An unlocked config.
     """
-    config = common.base()
-    config.model = {
+    model = {
         "name": "rqvae",
         "image_size": common.one_or_many(256),  # or (height, width)
         "in_channels": 3,
@@ -182,36 +180,7 @@ def base() -> ConfigDict:
         "use_remat": True,
         "dtype": "float32",
     }
-    # As released: discriminator and perceptual term from the first step, one optimizer setting for both networks.
-    config.discriminator = {"width": 64, "num_layers": 2, "use_actnorm": False, "dtype": "float32"}
-    # What differs from `optim`.
-    config.discriminator_optim = {
-        "learning_rate": placeholder(float),
-        "b1": placeholder(float),
-        "b2": placeholder(float),
-    }
-    config.loss = {
-        "reconstruction": "mse",
-        "commitment_weight": 0.25,
-        "perceptual_weight": 1.0,
-        "perceptual_start_steps": 0,
-        "perceptual_start_epochs": placeholder(float),
-        "adversarial_weight": 0.75,
-        "discriminator_loss": "hinge",
-        "generator_loss": "vanilla",
-        "max_adaptive_weight": 1e4,
-        "adversarial_start_steps": 0,
-        "adversarial_start_epochs": placeholder(float),
-        "adversarial_warmup_steps": 0,
-        "adversarial_warmup_epochs": placeholder(float),
-    }
-    # Files of the perceptual term: torchvision's VGG16 and LPIPS heads; unset: what the installed packages hold.
-    config.perceptual = {"vgg": placeholder(str), "heads": placeholder(str)}
-    config.evaluation = {"use_perceptual": True, "best_by": "auto"}
-    config.init_from = placeholder(str)  # a run or model directory whose weights are the start
-    config.keep_optimizer = False  # with init_from: go on with its optimizers' moments too
-    config.data.image_size = config.model.get_ref("image_size")  # one value: setting either sets both
-    return config
+    return common.tokenizer_base(model)
 
 
 def quicktest(config: ConfigDict) -> dict[str, Any]:
@@ -225,25 +194,11 @@ def quicktest(config: ConfigDict) -> dict[str, Any]:
     """
     height, _, depth = config.model.code_shape
     return {
-        **common.quicktest(config),
-        # The perceptual term and the adversary, where there are any, join in the middle of the run.
-        "loss.perceptual_start_steps": 1,
-        "loss.perceptual_start_epochs": None,
-        "loss.adversarial_start_steps": 2,
-        "loss.adversarial_start_epochs": None,
-        "loss.adversarial_warmup_steps": 1,
-        "loss.adversarial_warmup_epochs": None,
-        "discriminator.width": 8,
-        "model.image_size": 16,
-        "model.width": 32,
+        **common.tokenizer_quicktest(config),
         "model.width_multipliers": (1, 1),
-        "model.num_res_blocks": 1,
         # Attention keeps its level, counted from the code grid.
         "model.attention_resolutions": tuple(8 * r // height for r in config.model.attention_resolutions),
-        "model.z_channels": 16,
-        "model.code_dim": 16,
         "model.code_shape": (8, 8, depth),
-        "model.codebook_size": 32,
     }
 
 

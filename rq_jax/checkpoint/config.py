@@ -17,8 +17,11 @@ CONFIG = "config.json"
 _KINDS = {"model": dict, "data": dict, "sample": dict, "class_names": list, "class_counts": list, "tokenizer": str}
 _SAMPLE = ("temperature", "top_k", "top_p", "guidance")
 # Layers and blocks take time to build; sizes beyond these are mistakes, and would take hours or all memory.
-_MOST_LAYERS = {"num_res_blocks": 100, "num_layers": 100, "spatial_layers": 1000, "depth_layers": 1000}
 _MOST_DEPTH = 256
+_MOST_LAYERS = {
+    "num_res_blocks": 100, "decoder_num_res_blocks": 100, "num_layers": 100, "spatial_layers": 1000,
+    "depth_layers": 1000, "code_depth": _MOST_DEPTH,
+}  # fmt: skip
 _MOST_LEVELS = 16
 _LARGEST = 2**24
 
@@ -96,7 +99,7 @@ def _model_problems(model: Mapping[str, Any]) -> Iterator[str]:
         most = _MOST_LAYERS.get(name, _LARGEST)
         if any(type(each) in (int, float) and not abs(each) <= most for each in values):
             yield f"{quoted(name)} of the model is {quoted(value)}; at most {most} is read"
-        if len(values) > (_MOST_LEVELS if name == "width_multipliers" else _MOST_DEPTH):
+        if len(values) > (_MOST_LEVELS if name.endswith("width_multipliers") else _MOST_DEPTH):
             yield f"{quoted(name)} of the model has {len(values)} entries, which no model has"
         if name == "code_shape" and any(type(depth) is int and depth > _MOST_DEPTH for depth in values[-1:]):
             yield f"'code_shape' of the model has a depth of {quoted(values[-1])}; at most {_MOST_DEPTH} is read"

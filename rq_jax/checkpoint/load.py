@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from rq_jax import models
 from rq_jax.checkpoint import items, manifest
 from rq_jax.checkpoint.config import CONFIG, build_model, read_config
 from rq_jax.checkpoint.model_dir import WEIGHTS, fingerprint, first_difference, read_weights, save_model
@@ -140,9 +141,10 @@ def read_tokenizer_config(directory: str | os.PathLike) -> dict[str, Any]:
     """
     config = read_config(directory)
     name = config["model"]["name"]
-    if name != "rqvae":
+    if name not in models.TOKENIZERS:
+        kinds = " or ".join(f"'{kind}'" for kind in models.TOKENIZERS)
         raise ValueError(
-            f"tokenizer: '{directory}' holds a '{name}', not a stage-1 run ('rqvae'); give the stage-1 --workdir"
+            f"tokenizer: '{directory}' holds a '{name}', not a stage-1 run ({kinds}); give the stage-1 --workdir"
         )
     return config
 

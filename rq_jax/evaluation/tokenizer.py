@@ -13,15 +13,19 @@ from rq_jax import losses, metrics
 from rq_jax.checkpoint import LoadedModel, fingerprint
 from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import accumulate, counted
+from rq_jax.evaluation.grains import count_grains, describe_grains
 from rq_jax.evaluation.protocol import EvaluationData
+from rq_jax.grains import num_codes
 from rq_jax.pretrained.vgg_lpips import Perceptual
+from rq_jax.report import grids
+from rq_jax.report.grain_maps import draw_grains, enlarge
 from rq_jax.settings import checks
 
 # What the figures of `measure_tokenizer` are.
 PROTOCOL = "clipped to [-1, 1]; lists are by code depth 1..D; means over pictures; sharpness: a ratio of two"
 NUM_SHOWN = 8
 
-Measure = Callable[[Any, dict[str, np.ndarray]], tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]]
+Measure = Callable[[Any, dict[str, np.ndarray]], tuple[dict[str, Any], tuple[jax.Array, ...]]]
 
 
 class Evaluation(NamedTuple):
@@ -69,7 +73,7 @@ def make_measure(
     depth; "ssim" (of images no smaller than its window) and "distance/<name>" have one value, of the full depth.
 
     Args:
-      model: an `RQVAE`.
+      model: a tokenizer; of one with grains the sums of `count_grains` come under "grains".
       mesh: its data and fsdp devices share a batch evenly.
       reconstruction: "mse" or "l1", summed as "validation_loss"; None leaves it out.
       perceptual: the distance to measure, with its variables where they are to be read; None leaves it out.
@@ -78,13 +82,15 @@ def make_measure(
       num_shown: how many images of the batch are returned.
 
     Returns:
-      (variables, batch) -> (sums, (images (n, H, W, C), reconstructions (D, n, H, W, C))), replicated. The batch holds
-      this process's "image" (B, H, W, C) in [-1, 1] and "mask" (B,).
+      (variables, batch) -> (sums, (images (n, H, W, C), reconstructions (D, n, H, W, C))), replicated; what is shown
+      ends with grains (n, u, v) where there are any. The batch holds this process's "image" (B, H, W, C) in [-1, 1] and
+      "mask" (B,).
     """
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def sum_figures(variables, images, mask, perceptual_variables):
-        full = model.apply(variables, images).reconstruction
+        output = model.apply(variables, images)
+        full = output.reconstruction
         reconstructions = model.apply(variables, images, method="reconstruct_by_depth")
         measured = reconstructions if by_depth else full
         figures = {"psnr": metrics.psnr(images, reconstructions)}
@@ -98,17 +104,19 @@ def make_measure(
             clipped = jnp.clip(measured, -1.0, 1.0)
             value = jnp.stack([distance(x) for x in clipped]) if by_depth else distance(clipped)
             figures[f"distance/{perceptual.name}"] = value
-        counts = {"count": jnp.sum(mask)}
+        counts: dict[str, Any] = {"count": jnp.sum(mask)}
+        shown = images[:num_shown], reconstructions[:, :num_shown]
         if by_depth:
-            codes = model.apply(variables, images, method="encode_to_codes")
-            figures |= _detail_and_norms(model, variables, images, reconstructions, codes)
-            counts["counts"] = _count_codes(model, codes, mask)
+            figures |= _detail_and_norms(model, variables, images, reconstructions, output.codes)
+            counts["counts"] = _count_codes(model, output, mask)
+        if output.grains is not None:
+            counts["grains"] = count_grains(output.grains, model.num_grains, mask)
+            shown += (output.grains[:num_shown],)
         weights = mask.astype(jnp.float32)
         sums = {
             name: jnp.sum(value * weights.reshape(*[1] * (value.ndim - 1), -1), -1) for name, value in figures.items()
         }
-        # Only what is shown leaves the device.
-        return {**sums, **counts}, (images[:num_shown], reconstructions[:, :num_shown])
+        return {**sums, **counts}, shown  # nothing else leaves the device
 
     def measure(variables, batch):
         placed = sharding.put_batch(mesh, {"image": batch["image"], "mask": batch["mask"]})
@@ -130,11 +138,11 @@ def _detail_and_norms(
     }
 
 
-def _count_codes(model: Any, codes: jax.Array, mask: jax.Array) -> jax.Array:
-    """How often each code occurs at each depth (D, K) in the images that the mask counts."""
+def _count_codes(model: Any, output: Any, mask: jax.Array) -> jax.Array:
+    """How often each code occurs at each depth (D, K) in the images that the mask counts; each of an image once."""
     K = int(np.max(model.codebook_size))
-    counted = jnp.where(mask[:, None, None, None], codes, K)  # code K takes those of the images that only fill up
-    return metrics.code_counts(counted, K + 1)[:, :K]
+    counted = jnp.where(mask[:, None, None, None], output.codes, K)  # code K takes those of images that only fill up
+    return metrics.code_counts(counted, K + 1, output.cell_weights)[:, :K]
 
 
 def measure_tokenizer(
@@ -167,13 +175,16 @@ def measure_tokenizer(
         return sums, (*shown, first_of(sharding.put_batch(mesh, batch["mask"])))
 
     sums, shown = accumulate(measure_batch, counted(dataset.iterator(), dataset.num_examples, data.batch_size, title))
-    images, reconstructions, is_real = map(np.asarray, shown)
+    images, reconstructions, *_, is_real = map(np.asarray, shown)
     figures = {**_summarize(loaded.model, sums), "fingerprint": fingerprint(loaded.variables)}
     return figures, images[is_real], reconstructions[:, is_real]
 
 
 def _summarize(model: Any, sums: dict[str, jax.Array]) -> dict[str, Any]:
-    """Figures by code depth from the sums of a whole data set."""
+    """Figures by code depth from the sums of a whole data set; of a tokenizer with grains also theirs."""
+    sums, grains = dict(sums), {}
+    if "grains" in sums:
+        grains = describe_grains(sums.pop("grains"))
     sums = {name.split("/")[0]: np.asarray(value) for name, value in sums.items()}
     count, counts_DK = int(sums.pop("count")), sums.pop("counts")
     sharpness_D = sums.pop("detail") / sums.pop("detail_of_originals")
@@ -186,6 +197,7 @@ def _summarize(model: Any, sums: dict[str, jax.Array]) -> dict[str, Any]:
         "code_usage": [float(np.mean(counts_DK[d, : sizes[d]] > 0)) for d in range(D)],
         "codes_used": metrics.overall_code_usage(counts_DK, sizes, model.use_shared_codebook),
         "code_perplexity": [float(metrics.code_perplexity(counts_DK[d])) for d in range(D)],
+        **grains,
     }
 
 
@@ -224,3 +236,24 @@ def rows_by_depth(images: np.ndarray, reconstructions: np.ndarray, psnr_D: Any) 
     for d, row in enumerate(reconstructions, start=1):
         rows[f"depth {d}: {psnr_D[d - 1]:.1f} dB"] = row
     return rows
+
+
+def picture(shown: tuple[np.ndarray, ...], psnr_D: Any, num_grains: int) -> np.ndarray:
+    """The grid of an evaluation: originals, their grain maps drawn over them if there are any, reconstructions.
+
+    Args:
+      shown: from `make_measure`.
+      psnr_D: in dB, for the labels.
+      num_grains: G.
+
+    Returns:
+      uint8 HWC.
+    """
+    images, reconstructions, *maps = shown
+    scale = max(1, 96 // images.shape[1])
+    rows = {label: enlarge(row, scale) for label, row in rows_by_depth(images, reconstructions, psnr_D).items()}
+    if maps:
+        drawn = draw_grains(images, maps[0], num_grains, scale)
+        mean = float(np.mean(num_codes(maps[0], num_grains)))
+        rows = {"original": rows.pop("original"), f"grains: {mean:.0f} codes": drawn, **rows}
+    return grids.labelled_grid(rows)

@@ -58,6 +58,8 @@ class DQVAEOutput(NamedTuple):
     scores: jax.Array
     cell_weights: jax.Array
 
+    differentiable = ("reconstruction", "latents", "gates")
+
 
 class DQVAE(Autoencoder):
     """Autoencoder whose regions are coded by one code each (grain 0) up to 2^(G-1) x 2^(G-1) (grain G-1).

@@ -18,6 +18,11 @@ class RQVAEOutput(NamedTuple):
     latents: jax.Array
     partial_sums: jax.Array
 
+    differentiable = ("reconstruction", "latents")
+    # What a tokenizer with grains has besides: here every code counts once.
+    cell_weights = None
+    grains = None
+
 
 class RQVAE(Autoencoder, kw_only=True):
     """Residual-quantised autoencoder. Images are NHWC in [-1, 1]; codes are (B, h, w, D) int32.

@@ -27,11 +27,11 @@ from rq_jax.training.state import TrainState
 
 __all__ = ["RECIPES", "Prepared", "Tokenizer", "Transformer", "prepare", "train"]
 
-RECIPES = {"rqvae": Tokenizer, "rqtransformer": Transformer}
+RECIPES = {"rqvae": Tokenizer, "dqvae": Tokenizer, "rqtransformer": Transformer}
 # Settings that are paths; a split is one where it is a .txt file of names.
 _PATHS = (
-    "tokenizer", "init_from", "data.data_dir", "data.text_tokenizer", "data.train_split", "data.validation_split",
-    "perceptual.vgg", "perceptual.heads",
+    "tokenizer", "init_from", "thresholds", "data.data_dir", "data.text_tokenizer", "data.train_split",
+    "data.validation_split", "perceptual.vgg", "perceptual.heads",
 )  # fmt: skip
 
 logger = logging.getLogger(__name__)

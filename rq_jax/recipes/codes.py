@@ -290,6 +290,11 @@ def fill_from_tokenizer(config: Mapping[str, Any], tokenizer_config: Mapping[str
       ValueError: naming the setting, its value and the tokenizer's.
     """
     tokenizer, model = tokenizer_config["model"], dict(config["model"])
+    if "code_shape" not in tokenizer:
+        raise ValueError(
+            f"tokenizer: '{config['tokenizer']}' holds a '{tokenizer['name']}', whose regions have unlike numbers of "
+            f"codes; an '{model['name']}' takes an 'rqvae'"
+        )
     for name in ("codebook_size", "code_shape", "code_dim"):
         decided, given = (_as_tuple(settings[name]) for settings in (tokenizer, model))
         if given is not None and given != decided:

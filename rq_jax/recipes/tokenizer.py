@@ -1,27 +1,30 @@
-"""Stage 1: a residual-quantised tokenizer, with perceptual and adversarial losses (paper, section 3.1)."""
+"""Stage 1: a tokenizer, with perceptual and adversarial losses (RQ-VAE, section 3.1; DQ-VAE, section 3.2).
+
+Where tokenizers differ, their models and outputs tell: what has a gradient, what counts how often, whether there are
+grains, a router that trains, thresholds to measure.
+"""
 
 import dataclasses
 import functools
-import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, losses, metrics, models
+from rq_jax import checkpoint, models
 from rq_jax.data import Splits, bind_data
+from rq_jax.data.entropy import Calibration
 from rq_jax.devices import sharding
-from rq_jax.evaluation.tokenizer import Evaluation, make_measure, rows_by_depth
+from rq_jax.evaluation.grains import describe_grains
+from rq_jax.evaluation.tokenizer import Evaluation, make_measure, picture
 from rq_jax.models.coder import last_kernel_gradient
 from rq_jax.models.flops import autoencoder_flops
-from rq_jax.models.rqvae import RQVAEOutput
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.recipes import thresholds, usage
 from rq_jax.recipes.adversary import Adversary
-from rq_jax.report import grids
+from rq_jax.recipes.terms import Losses, Phase
 from rq_jax.settings import checks
 from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import Optimizer, make_optimizer
@@ -33,96 +36,6 @@ SECTIONS = (
     "perceptual", "evaluation", "loop", "mesh",
 )  # fmt: skip
 LOSS_DURATIONS = ("perceptual_start", "adversarial_start", "adversarial_warmup")
-COLLAPSED_USAGE = 0.05  # share of a codebook in use below which a depth counts as collapsed
-MIN_VECTORS_PER_CODE = 20  # in a log window, to tell a collapse from too few images or the very first steps
-
-logger = logging.getLogger(__name__)
-
-
-class Phase(NamedTuple):
-    """The terms that have begun: static in the step's program, so that a term costs nothing before its start.
-
-    A `lax.cond` in one program would cost more than both branches on a CPU, where XLA runs them on one core.
-    """
-
-    perceptual: bool = False
-    adversary: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Losses:
-    """The losses of stage 1 and their weights: the config section `loss`.
-
-    Attributes:
-      reconstruction: "mse" or "l1".
-      commitment_weight, perceptual_weight: of the two terms; 0 leaves the perceptual one out.
-      perceptual_start_steps: steps before the perceptual term begins.
-      adversarial_weight: of the generator's term on top of its adaptive weight, and of the discriminator's loss; 0: no
-        adversary.
-      discriminator_loss: "hinge" or "vanilla". generator_loss: "vanilla".
-      max_adaptive_weight: limit of the adaptive weight.
-      adversarial_start_steps: steps before the adversary begins; the discriminator does not learn before either.
-      adversarial_warmup_steps: over which the generator's term rises linearly to its whole weight; the discriminator
-        learns at its own rate from the start.
-    """
-
-    reconstruction: str = "mse"
-    commitment_weight: float = 0.25
-    perceptual_weight: float = 0.0
-    perceptual_start_steps: int = 0
-    adversarial_weight: float = 0.0
-    discriminator_loss: str = "hinge"
-    generator_loss: str = "vanilla"
-    max_adaptive_weight: float = 1e4
-    adversarial_start_steps: int = 0
-    adversarial_warmup_steps: int = 0
-
-    def __post_init__(self):
-        checks.one_of("loss.reconstruction", self.reconstruction, ("mse", "l1"))
-        losses.check_adversarial_losses(self.discriminator_loss, self.generator_loss)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in (int, float) and not 0 <= value < math.inf:
-                raise ValueError(f"loss.{field.name}: {value} must be finite and at least 0")
-
-    def check_starts(self, total_steps: int) -> None:
-        """Every term begins within the run.
-
-        Raises:
-          ValueError: naming the term that does not.
-        """
-        for name in ("perceptual", "adversarial"):
-            start = getattr(self, f"{name}_start_steps")
-            if getattr(self, f"{name}_weight") and start >= total_steps:
-                raise ValueError(
-                    f"loss.{name}_start_steps: {start} must be below the {total_steps} steps of the run; "
-                    f"lower it, or set loss.{name}_weight=0"
-                )
-
-    def phase(self, step: int) -> Phase:
-        """The terms that have begun at a step."""
-        return Phase(
-            perceptual=self.perceptual_weight > 0 and step >= self.perceptual_start_steps,
-            adversary=self.adversarial_weight > 0 and step >= self.adversarial_start_steps,
-        )
-
-    def terms(
-        self, images: jax.Array, output: RQVAEOutput, distance: Callable[..., jax.Array] | None
-    ) -> dict[str, tuple[float, jax.Array]]:
-        """Name -> (weight, value) of every term of the objective but the adversarial one; a new term is added here.
-
-        Args:
-          images: (B, H, W, C) in [-1, 1].
-          output: of the model; its gradient with respect to whatever the terms read is passed on to the parameters.
-          distance: perceptual distance, two batches of images to (B,); None before it begins.
-        """
-        reconstruction = losses.reconstruction_loss(images, output.reconstruction, self.reconstruction)
-        terms = {"reconstruction_loss": (1.0, reconstruction)}
-        if self.perceptual_weight:
-            value = jnp.float32(0) if distance is None else distance(images, output.reconstruction).mean()
-            terms["perceptual_loss"] = (self.perceptual_weight, value)
-        commitment = losses.commitment_loss(output.latents, output.partial_sums)
-        return terms | {"commitment_loss": (self.commitment_weight, commitment)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,6 +55,7 @@ class Tokenizer:
       init_from: directory whose weights a fresh run starts from; keep_optimizer: and its optimizer moments.
       seed: of the initial weights and of all random draws.
       config: resolved config, written into the run directory; None: that of the model alone.
+      calibration: what the thresholds of the model's router are measured on by `start`; None: they are its own.
     """
 
     model: nn.Module
@@ -157,6 +71,7 @@ class Tokenizer:
     keep_optimizer: bool = False
     seed: int = 0
     config: Mapping[str, Any] | None = None
+    calibration: Calibration | None = None
 
     title: ClassVar[str] = "stage 1"
     accumulates: ClassVar[bool] = False
@@ -170,6 +85,7 @@ class Tokenizer:
             )
         if self.keep_optimizer and not self.init_from:
             raise ValueError("keep_optimizer: True needs init_from, a run whose optimizer is kept; set both or neither")
+        self.losses.check_model(self.model)
         _ = self.criterion  # refused before anything compiles
         if self.config is None:
             object.__setattr__(self, "config", {"model": models.settings_of(self.model)})
@@ -181,11 +97,13 @@ class Tokenizer:
         """The config as nested dicts, with its sections checked.
 
         Raises:
-          ValueError: an unknown section, a missing one, or images of another size than the model's.
+          ValueError: an unknown section, a missing one, images of another size than the model's, or thresholds that
+            its router does not read.
         """
         config = plain(config)
-        check_sections(config, SECTIONS)
-        model = models.create(**config["model"])
+        check_sections(config, (*SECTIONS, *{"thresholds"} & config.keys()))
+        model = thresholds.provisional_model(config["model"])
+        thresholds.check(config, model)
         size = config["data"]["image_size"]
         if tuple(np.broadcast_to(size, 2)) != model.image_shape:
             raise ValueError(
@@ -206,7 +124,11 @@ class Tokenizer:
           ValueError, FileNotFoundError: settings that are not allowed, or weights of the perceptual loss that are not
             there; before anything compiles.
         """
-        model = models.create(**config["model"])
+        model, calibration = thresholds.provisional_model(config["model"]), None
+        if model.entropy_settings and config["model"].get("thresholds") is None:
+            calibration = thresholds.calibration_of(config, model, data)
+            if given := config.get("thresholds"):
+                _ = thresholds.read(given, model, calibration)  # raises where it is of other data
         sharding.check_batch_size(mesh, data.train.batch_size)
         with_steps = functools.partial(resolve_durations, steps_per_epoch=data.train.steps_per_epoch)
         terms = construct(Losses, "loss", with_steps(config["loss"], "loss", LOSS_DURATIONS))
@@ -229,17 +151,30 @@ class Tokenizer:
             perceptual=perceptual if terms.perceptual_weight else None,
             judge=perceptual if evaluation.use_perceptual else None, best_by=evaluation.best_by,
             mesh=mesh, ema_decay=config["loop"]["ema_decay"], init_from=config["init_from"],
-            keep_optimizer=config["keep_optimizer"], seed=config["seed"], config=config,
+            keep_optimizer=config["keep_optimizer"], seed=config["seed"], config=config, calibration=calibration,
         )  # fmt: skip
 
     # --- state ---
 
     def start(self, workdir: str, data: Splits, is_fresh: bool) -> tuple["Tokenizer", Splits]:
-        """The recipe of a run, bound to its data: only a fresh one starts from `init_from`."""
+        """The recipe of a run, bound to its data: with thresholds, and only a fresh one starts from `init_from`."""
         bind_data(workdir, data, self.config.get("data") or {}, is_fresh)
+        recipe = self._with_thresholds(workdir, data, is_fresh)
         if self.init_from and not is_fresh:
-            return dataclasses.replace(self, init_from=None, keep_optimizer=False), data
-        return self, data  # itself, with the programs that it has compiled
+            return dataclasses.replace(recipe, init_from=None, keep_optimizer=False), data
+        return recipe, data  # itself where nothing is new, with the programs that it has compiled
+
+    def _with_thresholds(self, workdir: str, data: Splits, is_fresh: bool) -> "Tokenizer":
+        if not self.model.entropy_settings:
+            return self
+        given, recipe = self.config.get("thresholds"), self
+        if self.calibration is not None:
+            values = thresholds.of_run(workdir, given, self.model, self.calibration, data)
+            config = {**self.config, "model": {**self.config["model"], "thresholds": values}}
+            model = self.model.clone(thresholds=values)
+            recipe = dataclasses.replace(self, model=model, config=config, calibration=None)
+        thresholds.bind(workdir, given, recipe.model.thresholds, is_fresh)
+        return recipe
 
     def _draw(self, rng: jax.Array) -> TrainState:
         rng_init, rng_train = jax.random.split(rng)
@@ -259,7 +194,13 @@ class Tokenizer:
         return jax.tree.map(lambda x: x.sharding, self.abstract_state())
 
     def init(self, rng: jax.Array) -> TrainState:
-        """The state before the first step, drawn on the devices where it lives; from `init_from` where that is set."""
+        """The state before the first step, drawn on the devices where it lives; from `init_from` where that is set.
+
+        Raises:
+          ValueError: thresholds that are not measured yet, or as `checkpoint.start_from`.
+        """
+        if self.calibration is not None:
+            raise ValueError("model.thresholds: not measured yet; `start` does that, or set them")
         state = self._jitted_draw(rng)
         return checkpoint.start_from(self.init_from, state, self.keep_optimizer) if self.init_from else state
 
@@ -304,63 +245,52 @@ class Tokenizer:
           phase: static.
 
         Returns:
-          The next state and the step's metrics, all scalars but "code_counts" (D, K).
+          The next state and the step's metrics, scalars and the counts of `usage.count`.
         """
         images = sharding.split_batch(self.mesh, batch["image"], sharding.AXES)
-        rngs = state.rng_of_step("restart", "dropout")
+        rngs = state.rng_of_step("restart", "dropout", "gate")
 
-        def autoencode(params: Any) -> tuple[tuple[jax.Array, jax.Array], tuple[RQVAEOutput, Any]]:
+        def autoencode(params: Any) -> tuple[dict[str, jax.Array], tuple[Any, Any]]:
             variables = {"params": sharding.gathered(self.mesh, params), **state.model_state}
             mutable = ["codebook", "intermediates"]
             output, mutated = self.model.apply(variables, images, train=True, mutable=mutable, rngs=rngs)
-            # Codes are integers, and the terms stop the gradient of partial sums: neither has a cotangent.
-            return (output.reconstruction, output.latents), (output, mutated)
+            # Of what the terms read; codes are integers, and the terms stop the gradient of partial sums.
+            return {name: getattr(output, name) for name in output.differentiable}, (output, mutated)
 
         outputs, pull_back, (output, mutated) = jax.vjp(autoencode, state.params, has_aux=True)
         distance = functools.partial(self.perceptual.distance, frozen) if phase.perceptual else None
 
-        def objective(outputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-            reconstruction, latents = outputs
-            terms = self.losses.terms(images, output._replace(reconstruction=reconstruction, latents=latents), distance)
+        def objective(outputs: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            terms = self.losses.terms(images, output._replace(**outputs), distance, self.model.budget_targets)
             total = sum(weight * value for weight, value in terms.values())
             return total, {name: value for name, (_, value) in terms.items()}
 
-        (total, parts), (image_gradient, latent_gradient) = jax.value_and_grad(objective, has_aux=True)(outputs)
+        (total, parts), gradients = jax.value_and_grad(objective, has_aux=True)(outputs)
         updated: dict[str, Any] = {}
         if self.adversary is not None:
             adversarial = self.adversary.idle()
             if phase.adversary:
                 kernel_gradient = functools.partial(last_kernel_gradient, state.params, mutated["intermediates"])
                 adversarial = self.adversary.update(
-                    state, images, outputs[0], image_gradient, kernel_gradient,
+                    state, images, output.reconstruction, gradients["reconstruction"], kernel_gradient,
                     functools.partial(sharding.gathered, self.mesh),
                 )  # fmt: skip
-                image_gradient += adversarial.image_gradient
+                gradients["reconstruction"] += adversarial.image_gradient
                 total += adversarial.loss
             updated = adversarial.fields
             parts |= adversarial.metrics
-        (grads,) = pull_back((image_gradient, latent_gradient))
+        (grads,) = pull_back(gradients)
         state, update = apply_gradients(
             state, self.optimizer, grads, [total, *parts.values()], {"codebook": mutated["codebook"]},
             self.ema_decay, **updated,
         )  # fmt: skip
-        counts_DK = metrics.code_counts(output.codes, max(self.model.codebook_sizes))
-        return state, {"loss": total, **parts, **update, "code_counts": counts_DK}
+        return state, {"loss": total, **parts, **update, **usage.count(self.model, output)}
 
-    def summarize(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:
         """Logged scalars from the means of the step's metrics; warns of a collapsing codebook."""
-        scalars = {name: float(value) for name, value in means.items() if name != "code_counts"}
         window = (self.config or {}).get("loop", {}).get("log_every_steps", 1)  # the counts are means of its steps
-        for d, (counts_K, K) in enumerate(zip(means["code_counts"], self.model.codebook_sizes, strict=True), start=1):
-            scalars[f"code_usage/depth{d}"] = usage = float(np.mean(counts_K[:K] > 0))
-            scalars[f"code_perplexity/depth{d}"] = float(metrics.code_perplexity(counts_K[:K]))
-            if usage < COLLAPSED_USAGE and counts_K.sum() * window >= MIN_VECTORS_PER_CODE * K:
-                restart = "" if self.model.use_restart else "turn on model.use_restart, or "
-                logger.warning(
-                    "CODEBOOK COLLAPSE: depth %d used only %.1f%% of its %d codes since the last log line; "
-                    "%slower model.codebook_size or optim.learning_rate", d, 100 * usage, K, restart,
-                )  # fmt: skip
-        return scalars
+        scalars = {name: float(value) for name, value in means.items() if not usage.is_count(name)}
+        return scalars | usage.summarize(self.model, means, window)
 
     # --- evaluation and log ---
 
@@ -380,13 +310,14 @@ class Tokenizer:
 
     def report(self, state: TrainState, sums: Any, shown: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Means over the held-out images, and a grid: originals over reconstructions from 1, 2, ..., D codes."""
-        count = float(sums["count"])
-        psnr_D = np.asarray(sums["psnr"]) / count
+        sums, shown = dict(sums), jax.tree.map(np.asarray, shown)
+        count, grains = float(sums.pop("count")), sums.pop("grains", None)
+        psnr_D = np.asarray(sums.pop("psnr")) / count
         scalars = {f"psnr/depth{d}": float(value) for d, value in enumerate(psnr_D, start=1)}
-        scalars |= {name: float(np.asarray(sums[name]) / count) for name in sums if name not in ("psnr", "count")}
-        originals, by_depth = jax.tree.map(np.asarray, shown)
-        grid = grids.labelled_grid(rows_by_depth(originals, by_depth, psnr_D), scale=max(1, 96 // originals.shape[1]))
-        return scalars, {"reconstructions": grid}
+        scalars |= {name: float(np.asarray(value) / count) for name, value in sums.items()}
+        if grains is not None:
+            scalars |= {f"validation_{name}": value for name, value in describe_grains(grains).items()}
+        return scalars, {"reconstructions": picture(shown, psnr_D, self.model.num_grains)}
 
     @functools.cached_property
     def flops_per_image(self) -> float:

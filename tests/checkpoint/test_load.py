@@ -381,7 +381,9 @@ def test_a_stage_2_directory_carries_its_tokenizer_and_is_none(tmp_path):
     assert_loaded(loaded.tokenizer, model_state_of("rqvae", 1))
     with pytest.raises(ValueError) as error:
         checkpoint.load_tokenizer(workdir)
-    expected = f"'{workdir}' holds a 'rqtransformer', not a stage-1 run ('rqvae'); give the stage-1 --workdir"
+    expected = (
+        f"'{workdir}' holds a 'rqtransformer', not a stage-1 run ('rqvae' or 'dqvae'); give the stage-1 --workdir"
+    )
     assert str(error.value) == f"tokenizer: {expected}"
 
 

@@ -413,7 +413,7 @@ def test_what_is_no_stage_1_run_is_refused(places, whole_run, tmp_path, nothing_
         tmp_path / "nowhere": "'.*nowhere' is no run directory: it has no config.json",
         tmp_path / "empty": "'.*empty' is no run directory: it has no config.json",
         tmp_path / "young": "'.*young' holds no checkpoint",
-        whole_run[0]: r"tokenizer: '.*' holds a 'rqtransformer', not a stage-1 run \('rqvae'\)",
+        whole_run[0]: r"tokenizer: '.*' holds a 'rqtransformer', not a stage-1 run \('rqvae' or 'dqvae'\)",
     }
     for directory, message in cases.items():
         with pytest.raises((ValueError, FileNotFoundError), match=message) as error:

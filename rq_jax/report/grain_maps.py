@@ -1,0 +1,45 @@
+"""Grain maps drawn over their images."""
+
+import colorsys
+from typing import Any
+
+import numpy as np
+from einops import repeat
+
+from rq_jax.report.grids import to_uint8
+
+_HUES = 0.62, 0.07  # from grain 0 (blue) over green to the finest (orange)
+_TINT, _EDGE = 0.25, 0.8  # shares of the colour inside and at the edge of a cell
+
+
+def draw_grains(images: Any, grains: Any, num_grains: int, scale: int = 1) -> np.ndarray:
+    """The cells of each region, outlined and tinted from blue (grain 0) over green to orange (the finest).
+
+    Args:
+      images: (B, H, W, C), uint8 or floats in [-1, 1]; C is 1 or 3.
+      grains: (B, u, v), of regions that are squares of the image.
+      num_grains: G.
+      scale: integer factor of enlargement, nearest neighbour; lines are one pixel wide whatever it is.
+
+    Returns:
+      uint8 (B, scale * H, scale * W, 3).
+    """
+    pixels = enlarge(images, scale).astype(np.float32)
+    pixels = np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
+    _, H, W, _ = pixels.shape
+    grains = np.asarray(grains)
+    side = H // grains.shape[1]
+    grain_of_pixel = repeat(grains, "b u v -> b (u r) (v s)", r=side, s=side)
+    cell = np.maximum(side >> grain_of_pixel, 1)
+    down, across = np.arange(H)[None, :, None], np.arange(W)[None, None]
+    is_edge = (down % cell == 0) | (across % cell == 0)
+    # Cells of a few pixels keep more of the image than their lines would leave.
+    strength = np.where(is_edge & (cell >= 4), _EDGE, _TINT)[..., None]
+    colours = np.array([colorsys.hsv_to_rgb(hue, 0.9, 0.95) for hue in np.linspace(*_HUES, num_grains)])
+    colour = 255 * colours[grain_of_pixel]
+    return np.rint((1 - strength) * pixels + strength * colour).astype(np.uint8)
+
+
+def enlarge(images: Any, scale: int) -> np.ndarray:
+    """Images (B, H, W, C) as uint8, each pixel as scale x scale of them."""
+    return repeat(to_uint8(images), "b h w c -> b (h r) (w s) c", r=scale, s=scale)
