@@ -1,7 +1,7 @@
 """Losses: arrays in, scalars out. All are float32 whatever the dtype of the networks."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +104,51 @@ def soft_cross_entropy(logits: jax.Array, soft_codes: jax.Array) -> jax.Array:
     inside = shifted != -jnp.inf  # NaN is inside: it must reach the loss
     log_probabilities = jnp.where(inside, jnp.where(inside, shifted, 0.0) - log_normaliser, 0.0)
     return -jnp.sum(soft_codes * log_probabilities, axis=-1)
+
+
+class StreamNats(NamedTuple):
+    """Sums in nats, and how many tokens they are sums over: of positions (B, G), of contents (B, D)."""
+
+    position: jax.Array
+    position_counts: jax.Array
+    content: jax.Array
+    content_counts: jax.Array
+
+
+def stream_nats(position_logits: jax.Array, content_logits: jax.Array, tokens: Any, layout: Any) -> StreamNats:
+    """Cross-entropies of packed codes, added up by stream: positions of each grain, contents of each depth.
+
+    The objective of the DQ-Transformer is the mean over contents plus the plain average over grains of the means over
+    positions (section 3.3 of its paper).
+
+    Args:
+      position_logits: (B, P-1, Vp); slot t predicts token t + 1.
+      content_logits: (B, P-1, D, Vc).
+      tokens: `grains.PackedCodes` of P tokens, as the model read them: start tokens with their class.
+      layout: `grains.GrainLayout`, that of the model.
+
+    Returns:
+      `StreamNats`. Pads count nothing, told by their ids. Grain 0 counts cells and eos, every other grain its sos too,
+      which is predicted like a cell; contents count codes, eos, and sos but the first.
+
+    Raises:
+      ValueError: logits that are not of these tokens.
+    """
+    content, position, grain = tokens.content[:, 1:], tokens.position[:, 1:], tokens.grain[:, 1:]
+    G = layout.num_grains
+    checks.shape("position_logits", position_logits.shape, (*position.shape, layout.position_size(G - 1)))
+    checks.shape("content_logits", content_logits.shape, (*content.shape, layout.content_size))
+    pads_G = jnp.array([layout.position_pad(g) for g in range(G)], position.dtype)
+    is_first = (grain == 0) & (position >= layout.position_sos(0))
+    counted = (position != pads_G[grain]) & ~is_first
+    counted_G = counted[..., None] & jax.nn.one_hot(grain, G, dtype=bool)
+    counted_D = (content != layout.content_pad) & ~is_first[..., None]
+
+    def total(nats: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(jnp.where(counted, nats, 0.0), axis=1), jnp.sum(counted, axis=1, dtype=jnp.float32)
+
+    of_position = total(cross_entropy(position_logits, position)[..., None], counted_G)
+    return StreamNats(*of_position, *total(cross_entropy(content_logits, content), counted_D))
 
 
 def discriminator_loss_real(logits: jax.Array, kind: str = "hinge") -> jax.Array:

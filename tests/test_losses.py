@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rq_jax import losses, quantize
+from rq_jax.grains import GrainedCodes, GrainLayout, PackedCodes, num_codes, pack
 
 B, h, w, D, K, E = 2, 3, 5, 4, 7, 6
 T = h * w
@@ -351,3 +352,70 @@ def test_num_loss_chunks_is_the_fewest_that_fit():
     assert losses.num_loss_chunks(2, 15, 4, 7, limit=2 * 5 * 4 * 7 - 1) == 5
     assert losses.num_loss_chunks(2, 15, 4, 7, limit=1) == 15
     assert losses.num_loss_chunks(32, 64, 4, 16384) == 2
+
+
+# --- streams of packed codes ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_grains, D, num_classes", [(2, 1, 1), (3, 2, 4)])
+def test_8_stream_nats_add_up_each_token_in_its_stream(num_grains, D, num_classes):
+    layout = GrainLayout((1, 2), num_grains, 5, num_classes)
+    rng = np.random.default_rng(num_grains)
+    (h, w), (u, v), B = layout.code_grid, layout.region_grid, 3
+    codes = GrainedCodes(rng.integers(0, 5, (B, h, w, D)), rng.integers(0, num_grains, (B, u, v)))
+    tokens = pack(codes, layout)
+    sos = np.array([layout.position_sos(g) for g in range(num_grains)])
+    classes = rng.integers(0, num_classes, (B, 1))
+    content, position, grain = (np.array(ids) for ids in tokens[:3])
+    position += np.where(position >= sos[grain], classes, 0)
+    content += np.where(content >= layout.content_sos, classes[..., None], 0)
+    # Pads in the middle too, as the original's batches have them.
+    content[1, 3:5], position[1, 3:5], grain[1, 3:5] = layout.content_pad, layout.position_pad(0), 0
+    P = position.shape[1]
+    position_logits = rng.normal(size=(B, P - 1, layout.position_size(num_grains - 1))).astype(np.float32)
+    content_logits = rng.normal(size=(B, P - 1, D, layout.content_size)).astype(np.float32)
+    sums, counts = np.zeros((B, num_grains)), np.zeros((B, num_grains))
+    content_sums, content_counts = np.zeros((B, D)), np.zeros((B, D))
+    for i in range(B):
+        for t in range(P - 1):
+            g = grain[i, t + 1]
+            if position[i, t + 1] != layout.position_pad(g):
+                sums[i, g] -= jax.nn.log_softmax(position_logits[i, t])[position[i, t + 1]]
+                counts[i, g] += 1
+            for d in range(D):
+                if content[i, t + 1, d] != layout.content_pad:
+                    content_sums[i, d] -= jax.nn.log_softmax(content_logits[i, t, d])[content[i, t + 1, d]]
+                    content_counts[i, d] += 1
+    logits = jnp.asarray(position_logits), jnp.asarray(content_logits)
+    nats = losses.stream_nats(*logits, PackedCodes(content, position, grain, tokens.length), layout)
+    np.testing.assert_array_equal(nats.position_counts, counts)
+    np.testing.assert_array_equal(nats.content_counts, content_counts)
+    np.testing.assert_allclose(nats.position, sums, rtol=1e-5)
+    np.testing.assert_allclose(nats.content, content_sums, rtol=1e-5)
+    # Eos of every grain, and every sos but the first.
+    num_cells = np.asarray(num_codes(codes.grains, num_grains))
+    np.testing.assert_array_equal(nats.position_counts.sum(1)[::2], num_cells[::2] + 2 * num_grains - 1)
+
+
+def test_8_pads_have_no_part_in_the_gradient():
+    layout = GrainLayout((1, 2), 2, 5)
+    tokens = pack(GrainedCodes(np.zeros((1, 2, 4, 1), np.int32), np.zeros((1, 1, 2), np.int32)), layout)
+    logits = jnp.zeros((1, 11, layout.position_size(1))), jnp.zeros((1, 11, 1, layout.content_size))
+    gradients = jax.grad(lambda pair: sum(x.sum() for x in losses.stream_nats(*pair, tokens, layout)[::2]))(logits)
+    last = int(tokens.length[0]) - 1
+    for gradient in gradients:
+        assert not gradient[:, last:].any() and bool((jnp.abs(gradient[:, :last]).reshape(last, -1).max(-1) > 0).all())
+
+
+def test_logits_of_other_tokens_are_refused():
+    layout = GrainLayout((1, 2), 2, 5)
+    tokens = pack(GrainedCodes(np.zeros((1, 2, 4, 1), np.int32), np.zeros((1, 1, 2), np.int32)), layout)
+    good = jnp.zeros((1, 11, layout.position_size(1))), jnp.zeros((1, 11, 1, layout.content_size))
+    with pytest.raises(
+        ValueError, match=r"^position_logits: shape \(1, 12, 11\) does not fit; allowed is \(1, 11, 11\)$"
+    ):
+        losses.stream_nats(jnp.zeros((1, 12, 11)), good[1], tokens, layout)
+    with pytest.raises(
+        ValueError, match=r"^content_logits: shape \(1, 11, 2, 8\) does not fit; allowed is \(1, 11, 1, 8\)$"
+    ):
+        losses.stream_nats(good[0], jnp.zeros((1, 11, 2, 8)), tokens, layout)

@@ -32,17 +32,23 @@ KINDS = {"none": {}, "class": CLASS, "text": TEXT}
 @functools.cache
 def build(**settings):
     """A model and random variables, every bias and norm and the codebook included."""
-    model, rng = create("rqtransformer", **{**BASE, **settings}), np.random.default_rng(0)
+    model = create("rqtransformer", **{**BASE, **settings})
+    return model, filled(model)
+
+
+def filled(model):
+    """Random variables of a transformer, all of them large enough to matter."""
+    rng = np.random.default_rng(0)
 
     def fill(path, leaf):
         noise = rng.normal(size=leaf.shape).astype(np.float32)
         return jnp.asarray(noise if path[0].key == "codebook" else 0.4 * noise + (path[-1].key == "scale"))
 
-    return model, jax.tree_util.tree_map_with_path(fill, abstract_variables(model))
+    return jax.tree_util.tree_map_with_path(fill, abstract_variables(model))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method", "train", "index"))
 def run(model, variables, *arguments, method="__call__", rngs=None, index=None, **settings):
-    """A method of the model; `index` is the depth that `classify` is asked for."""
+    """A method of the model; `index` is the depth that a classifier is asked for."""
     arguments += () if index is None else (index,)
     return model.apply(variables, *arguments, method=method, rngs=rngs, **settings)

@@ -1,4 +1,4 @@
-"""The networks, built by name: `create("rqvae" | "dqvae" | "rqtransformer" | "discriminator", **settings)`."""
+"""The networks, built by name: `create(name, **settings)` with a name in `MODELS`."""
 
 import dataclasses
 import functools
@@ -9,13 +9,20 @@ import jax
 
 from rq_jax.models.autoencoder import Autoencoder
 from rq_jax.models.discriminator import Discriminator
+from rq_jax.models.dqtransformer import DQTransformer
 from rq_jax.models.dqvae import DQVAE
 from rq_jax.models.rqtransformer import RQTransformer
 from rq_jax.models.rqvae import RQVAE
 from rq_jax.settings import checks
 from rq_jax.settings.construct import construct
 
-MODELS = {"rqvae": RQVAE, "dqvae": DQVAE, "rqtransformer": RQTransformer, "discriminator": Discriminator}
+MODELS = {
+    "rqvae": RQVAE,
+    "dqvae": DQVAE,
+    "rqtransformer": RQTransformer,
+    "dqtransformer": DQTransformer,
+    "discriminator": Discriminator,
+}
 TOKENIZERS = tuple(name for name, kind in MODELS.items() if issubclass(kind, Autoencoder))
 
 

@@ -16,6 +16,7 @@ _READ = {
     "up_MF": (1, 0),
     "down_FM": (1, 0),
     "classifier_MK": (1, 0),
+    "cell_classifier_MV": (1, 0),
     "classifier_DMK": (1, 1),
 }
 # On CPU a product of few float32 rows with these is 1.3 to 1.7 times faster with the weight as the first factor and its
@@ -24,7 +25,7 @@ _WEIGHT_FIRST = ("down_FM",)
 
 
 def for_inference(variables: Any, dtype: str = "float32", compute_dtype: Any = None) -> dict[str, Any]:
-    """Variables of an `RQTransformer` in the form that `sampling.generate` reads fastest.
+    """Variables of a transformer over codes in the form that `sampling.generate` reads fastest.
 
     A sampler reads all weights of the blocks and of the classifier for each code, and waits for memory: these are
     stored in `dtype`, one array a layer. Everything else stays float32. "int8" has one scale for each output channel.

@@ -1,0 +1,160 @@
+"""The DQ-Transformer against the original PyTorch code: logits, hidden states, losses and gradients.
+
+Arrays agree within 1e-5 of their largest value, gradients within 1e-4.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from official_dqtransformer import dqtransformer_settings, dqtransformer_table
+from toy_transformer import run
+
+from rq_jax import losses, models
+from rq_jax.grains import GrainedCodes, PackedCodes, pack
+from rq_jax.interop.official.rules import Table, import_state
+
+NAMES = ("dqt-uncond", "dqt-class")
+SINGLES = [f"single.{j}" for j in range(7)]
+
+
+class Golden(NamedTuple):
+    """A model with the weights of the original, and the original's inputs and outputs."""
+
+    model: nn.Module
+    variables: Any
+    io: dict[str, np.ndarray]
+    table: Table
+    zero_up_to_rounding: set[str]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def golden(request, dq_goldens) -> Golden:
+    name = request.param
+    model = models.create(
+        "dqtransformer", **dqtransformer_settings(json.loads((dq_goldens / f"{name}.config.json").read_text()))
+    )
+    table = dqtransformer_table(model)
+    with np.load(dq_goldens / f"{name}.state.npz") as state:
+        variables = import_state({key: state[key] for key in state if not key.endswith("attn.mask")}, table)
+    with np.load(dq_goldens / f"{name}.io.npz") as file:
+        io = dict(file)
+    tolerances = json.loads((dq_goldens / "tolerances.json").read_text())[name]
+    zeros = {key for key, entry in tolerances.items() if isinstance(entry, dict) and entry.get("zero_up_to_rounding")}
+    return Golden(model, jax.device_put(variables), io, table, zeros)
+
+
+def assert_close(actual, expected, name: str = "", tolerance: float = 1e-5) -> None:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape, name
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max(), err_msg=name)
+
+
+def streams(golden, case) -> tuple[PackedCodes, np.ndarray | None]:
+    """The coarse block and the fine one behind it, pads and all; start tokens without their class, and the classes."""
+    layout, io = golden.model.layout, golden.io
+    content, position, grain = (
+        np.concatenate([io[f"{case}.coarse_{kind}"], io[f"{case}.fine_{kind}"]], axis=1).astype(np.int32)
+        for kind in ("content", "position", "seg")
+    )
+    content = np.minimum(content, layout.content_sos)[..., None]
+    position = np.minimum(position, np.where(grain == 0, layout.position_sos(0), layout.position_sos(1)))
+    labels = None
+    if golden.model.is_conditional:
+        labels = io["labels"][:5] if case == "batch" else io["labels"][[int(case.split(".")[1])]]
+    return PackedCodes(content, position, grain, np.full(len(grain), grain.shape[1])), labels
+
+
+def objective(nats: losses.StreamNats) -> dict[str, jax.Array]:
+    """The original's losses: means of each stream, the plain average of those of positions, content plus position."""
+    coarse, fine = nats.position.sum(0) / nats.position_counts.sum(0)
+    content, position = nats.content.sum() / nats.content_counts.sum(), (coarse + fine) / 2
+    return {
+        "coarse_position_loss": coarse,
+        "fine_position_loss": fine,
+        "position_loss": position,
+        "content_loss": content,
+        "total_loss": content + position,
+    }
+
+
+def measure(model, output) -> losses.StreamNats:
+    return losses.stream_nats(output.position_logits, output.content_logits, output.tokens, model.layout)
+
+
+@pytest.mark.parametrize("case", ["batch", *SINGLES])
+def test_logits_and_losses(golden, case):
+    model, variables, io, *_ = golden
+    packed, labels = streams(golden, case)
+    if case != "batch":  # no pads: what packing gives
+        j = int(case.split(".")[1])
+        codes = GrainedCodes(io["codes"][[j], ..., None].astype(np.int32), io["grain_map"][[j]].astype(np.int32))
+        dense = pack(codes, model.layout, packed.position.shape[1])
+        for ours, theirs in zip(dense[:3], packed[:3], strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    output = model.apply(variables, packed, labels)
+    assert_close(output.position_logits, io[f"{case}.position_logits"], "position")
+    assert_close(output.content_logits[:, :, 0], io[f"{case}.content_logits"], "content")
+    for name, value in objective(measure(model, output)).items():
+        if f"{case}.{name}" in io:
+            assert_close(value, io[f"{case}.{name}"], name)
+
+
+def test_hidden_states(golden):
+    model, variables, io, *_ = golden
+    tokens = model.apply(variables, *streams(golden, "batch"), method="tokens")
+    known, following = (PackedCodes(*(ids[:, s] for ids in tokens[:3]), None) for s in (slice(-1), slice(1, None)))
+    hidden, _, _ = run(model, variables, known, method="position")
+    assert_close(hidden, io["batch.position_hidden"])
+    assert_close(run(model, variables, hidden, following, method="content")[0], io["batch.content_hidden"])
+
+
+def test_gradients(golden):
+    model, variables, io, table, zeros = golden
+    packed, labels = streams(golden, "batch")
+
+    @jax.jit
+    def gradient(params):
+        return jax.grad(lambda params: objective(measure(model, model.apply({"params": params}, packed, labels)))["total_loss"])(params)  # fmt: skip
+
+    by_path = {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(variables["params"]))}  # fmt: skip
+    layout, compared = model.layout, 0
+    # torch gives padding rows no gradient.
+    padding = {
+        "content_emb": layout.content_pad,
+        "content_coarse_pos_emb": layout.position_pad(0),
+        "content_fine_pos_emb": layout.position_pad(1),
+    }
+    for rule in table.rules:
+        for key, ours in zip(
+            rule.keys, rule.write(np.asarray(by_path[rule.path.removeprefix("params/")])), strict=True
+        ):
+            for table_name, row in padding.items():
+                if f".{table_name}." in key:
+                    ours[row] = 0
+            norm = f"batch.grad_norm.{key}"
+            if norm in zeros:
+                assert np.linalg.norm(ours) < 1e-6, key
+            else:
+                assert_close(np.linalg.norm(ours), io[norm], norm, 1e-4)
+            compared += 1
+            if f"batch.grad.{key}" in io:
+                assert_close(ours, io[f"batch.grad.{key}"], key, 1e-4)
+    assert compared == sum(name.startswith("batch.grad_norm.") for name in io)
+
+
+@pytest.mark.parametrize("name, count", [("uncond", 308_884_480), ("class", 313_999_360)])
+def test_released_shapes(dq_goldens, name, count):
+    entry = json.loads((dq_goldens / "released-shapes.json").read_text())[f"{name}_imagenet_p6c18"]
+    model = models.create("dqtransformer", **dqtransformer_settings(entry))
+    table, params = dqtransformer_table(model), models.abstract_variables(model)["params"]
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == entry["parameters"] == count
+    own = {"params/" + "/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
+    assert table.shapes() == own
+    assert all(jnp.issubdtype(leaf.dtype, jnp.float32) for leaf in jax.tree.leaves(params))
+    official = {key: tuple(value["shape"] if isinstance(value, dict) else value[0]) for key, value in entry["state_dict"].items()}  # fmt: skip
+    assert table.official_shapes() == {key: shape for key, shape in official.items() if not key.endswith("attn.mask")}
