@@ -137,6 +137,7 @@ def add_data(add: Callable[..., Any]) -> None:
     add("--num_threads", type=_list(_count), help="default: the preset's")
     add("--data_name", help="data set (default: the preset's)")
     add("--data_dir", type=cli.path, help="its directory")
+    add("--jpeg_side", type=_count, help="read JPEGs of this side in place of a data set, such as 256")
 
 
 def add_compile(add: Callable[..., Any]) -> None:

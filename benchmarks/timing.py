@@ -25,6 +25,7 @@ from rq_jax.files import write_atomic
 from rq_jax.models.flops import Work
 
 clock = time.perf_counter
+HOST_CORES = 16  # of a host, for which rates that take CPU time alone are told
 # For measured peaks: side of the matrices, and length of the array (256 MB: more than a cache holds).
 _MATRIX_SIDE, _ARRAY_LENGTH = 2048, 2**26
 
@@ -196,6 +197,9 @@ def figures(entry: Mapping[str, Any], unit: str) -> dict[str, str]:
     shown = {f"{unit}s/s": f"{entry['per_second']:.4g}", f"ms/{unit}": ms["median"]}
     shown |= {"min..max": f"{ms['min']}..{ms['max']}", "compile s": f"{entry['compile_seconds']:.1f}"}
     shown |= {f"{name} ms": f"{value:.4g}" for name, value in entry.get("ms_per_image", {}).items() if name != "total"}
+    if "per_second_of_core" in entry:
+        shown[f"{unit}s/s of a core"] = f"{entry['per_second_of_core']:.4g}"
+        shown[f"of {HOST_CORES} cores"] = f"{entry['per_second_of_host']:.4g}"
     if "temporaries" in entry["memory"]:
         shown["temp MB"] = f"{entry['memory']['temporaries'] / 1e6:.1f}"
     if least := entry.get("roofline"):

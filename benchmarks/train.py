@@ -1,11 +1,15 @@
 """The training steps of both stages as their recipes compile them, and the reading of their images alone."""
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import itertools
+import tempfile
+import time
 import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +21,7 @@ from configs import rqtransformer, rqvae
 from rq_jax import checkpoint, models, recipes
 from rq_jax.data import Dataset, Splits, make_dataset
 from rq_jax.data.conditions import check_condition
+from rq_jax.data.sources import examples
 from rq_jax.devices import sharding
 from rq_jax.models.flops import Work, count_traced, encoder_work
 from rq_jax.pretrained import vgg_lpips
@@ -216,14 +221,27 @@ def step_work(recipe: Recipe, state: Any, batch: Mapping[str, Any], steps: int) 
 # --- reading alone ---
 
 
+MIN_JPEG_SIDE = 128  # smaller ones all fit the cache of decoded images
+
+
 def data_groups(args: argparse.Namespace) -> list[list[Config]]:
-    """Configurations of a sweep over presets, batches and threads."""
+    """Configurations of a sweep over presets, batches and threads.
+
+    Raises:
+      ValueError: an unknown preset, or settings that do not fit together.
+    """
+    if args.jpeg_side and (args.data_name or args.data_dir):
+        raise ValueError(f"--jpeg_side: {args.jpeg_side} stands for a data set; leave out --data_name and --data_dir")
+    if args.jpeg_side and args.jpeg_side < MIN_JPEG_SIDE:
+        raise ValueError(f"--jpeg_side: {args.jpeg_side} must be at least {MIN_JPEG_SIDE}: smaller ones are cached")
     sweep = []
     for preset, batch, num_threads in itertools.product(args.preset, args.batch or [None], args.num_threads or [None]):
         config = {"stage": args.stage, "preset": preset, "quicktest": args.quicktest, "batch": batch}
         data = load_settings(config)["data"]
         config |= {"batch": data["batch_size"], "num_threads": num_threads or data["num_threads"], "steps": args.steps}
         source = {"data_name": args.data_name or data["name"], "data_dir": args.data_dir or data["data_dir"]}
+        if args.jpeg_side:
+            source = {"data_name": "folder", "data_dir": None, "jpeg_side": args.jpeg_side}
         sweep.append([config | source])
     return sweep
 
@@ -234,17 +252,48 @@ def build_data(config: Config, args: argparse.Namespace) -> timing.Program:
     data = settings["data"]
     if config["data_name"] != data["name"]:
         data |= {"label_key": None, "text_key": None}  # another data set has others
-    data |= {"name": config["data_name"], "data_dir": config["data_dir"], "num_threads": config["num_threads"]}
-    iterator = open_dataset(settings).iterator()
+    with contextlib.ExitStack() as stack:
+        folder = config["data_dir"]
+        if config.get("jpeg_side"):
+            folder = write_jpegs(stack.enter_context(tempfile.TemporaryDirectory()), config["jpeg_side"])
+        data |= {"name": config["data_name"], "data_dir": folder, "num_threads": config["num_threads"]}
+        iterator = open_dataset(settings).iterator()
+        stack.callback(iterator.close)
+        close, count, first = stack.pop_all().close, config["steps"] * config["batch"], time.process_time()
+    read = 0
 
     def call() -> None:
+        nonlocal read
         for _ in range(config["steps"]):
             next(iterator)
+        read += count
 
-    return timing.Program(call, config["steps"] * config["batch"], close=iterator.close)
+    def per_core(seconds: float) -> dict[str, Any]:
+        rate = read / (time.process_time() - first)
+        return {"per_second_of_core": rate, "per_second_of_host": timing.HOST_CORES * rate}
+
+    return timing.Program(call, count, details=per_core, close=close)
+
+
+def write_jpegs(folder: str, side: int) -> str:
+    """Photograph-like JPEGs, under so many names that decoded ones are not kept in memory."""
+    from PIL import Image
+
+    rng, photographs = np.random.default_rng(0), 8
+    for number in range(photographs + 5 * examples._CACHE_BYTES // (12 * side**2)):  # some are held out
+        path = Path(folder) / f"{number:06d}.jpg"
+        if number >= photographs:
+            path.hardlink_to(Path(folder) / f"{number % photographs:06d}.jpg")
+            continue
+        pixels = np.zeros((side, side, 3), np.float32)
+        for cells in (4, 16, 64, side):  # as much of each scale as of any other but the finest
+            noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
+            pixels += np.asarray(noise.resize((side, side)), np.float32) * (0.1 if cells == side else 0.3)
+        Image.fromarray(pixels.astype(np.uint8)).save(path, quality=90)
+    return folder
 
 
 def open_dataset(settings: Settings) -> Dataset:
-    """The training split of a preset."""
+    """The training split of a preset, as a run reads it."""
     data = recipes.RECIPES[settings["model"]["name"]].data_settings(settings)
-    return construct(make_dataset, "data", data, split="train", train=True, seed=settings["seed"])
+    return construct(make_dataset, "data", data, split="train", train=True, seed=settings["seed"]).as_bytes()

@@ -86,14 +86,14 @@ class _ArraySource:
 
 @dataclasses.dataclass(frozen=True)
 class _ArrayTransform:
-    """Scales an example's image to [-1, 1] and mirrors it at random."""
+    """Mirrors an example's image at random. Bytes stay, other floats become float32."""
 
     flip_probability: float = 0.0
 
     def __call__(self, example: Batch, rng: np.random.Generator | None = None) -> Batch:
-        image = example["image"].astype(np.float32)
-        if example["image"].dtype == np.uint8:
-            image = image / 127.5 - 1.0
+        image = example["image"]
+        if image.dtype != np.uint8:
+            image = image.astype(np.float32)
         if rng is not None and rng.random() < self.flip_probability:
             image = image[:, ::-1]
         return {**example, "image": image}

@@ -7,6 +7,8 @@ from typing import Protocol
 
 import numpy as np
 
+from rq_jax.data.transforms import scale
+
 Batch = dict[str, np.ndarray]
 
 
@@ -29,6 +31,7 @@ class Dataset:
     Training: endless, reshuffled every epoch. The order and every random draw depend on the seed and the position in
     the stream alone, never on threads, workers or shards: step k of a run sees the same examples on any number of
     hosts. Evaluation: once through in order; the last batch is padded, and "mask" is False for padding and stand-ins.
+    Images are float32 in [-1, 1], or with `as_bytes` uint8.
 
     Attributes:
       num_examples: of the split.
@@ -75,6 +78,7 @@ class Dataset:
         self._train_transform, self._eval_transform = train_transform, eval_transform
         self._seed, self._shard_index, self._shard_count = seed, shard_index, shard_count
         self._num_threads, self._num_workers = num_threads, num_workers
+        self._is_scaled = True
 
     @property
     def steps_per_epoch(self) -> int:
@@ -98,16 +102,26 @@ class Dataset:
             dataset._shard_index, dataset._shard_count = 0, 1
         return dataset
 
+    def as_bytes(self) -> "Dataset":
+        """The same dataset, whose images stay uint8: a quarter of the memory, and of what goes to a device.
+
+        `devices.sharding.put_batch` makes the same floats of them there. Images that are floats from the start stay so.
+        """
+        dataset = copy.copy(self)
+        dataset._is_scaled = False
+        return dataset
+
     def examples(self, indices: Sequence[int]) -> Batch:
         """Read the examples at these positions as one batch, with the evaluation transform."""
-        transform = functools.partial(_transformed, self.source, self._eval_transform)
+        transform = functools.partial(_transformed, self.source, self._eval_transform, self._is_scaled)
         return _stack([transform(self.source[index]) for index in indices])
 
     def _training_batches(self):
         import grain
 
         stream = grain.MapDataset.source(self.source).shuffle(seed=self._seed).repeat()
-        stream = stream.random_map(functools.partial(_transformed, self.source, self._train_transform), seed=self._seed)
+        transform = functools.partial(_transformed, self.source, self._train_transform, self._is_scaled)
+        stream = stream.random_map(transform, seed=self._seed)
         # drop_remainder drops nothing of an endless stream; without it grain rounds the length up beyond sys.maxsize.
         stream = stream.batch(self.batch_size // self._shard_count, drop_remainder=True, batch_fn=_stack)
         # Sharded after the draws, which so do not depend on shards. Batches are of one shard's size, and shard i takes
@@ -179,14 +193,18 @@ class BatchIterator:
             self._stream = None
 
 
-def _transformed(source: Source, transform: Callable[..., Batch], example: dict, *rng: np.random.Generator) -> Batch:
+def _transformed(
+    source: Source, transform: Callable[..., Batch], is_scaled: bool, example: dict, *rng: np.random.Generator
+) -> Batch:
     """The arrays of an example, or of the one that stands in for it where the transform fails on its data."""
     while True:
         try:
-            return transform(example, *rng)
+            arrays = transform(example, *rng)
         except (ArithmeticError, MemoryError, OSError, ValueError) as error:
             source.mark_damaged(int(example["index"]), error)
             example = source[int(example["index"])]
+        else:
+            return {**arrays, "image": scale(arrays["image"])} if is_scaled and "image" in arrays else arrays
 
 
 def _stack(examples: Sequence[Batch]) -> Batch:

@@ -25,16 +25,23 @@ class Splits(NamedTuple):
     validation: Dataset
     ordered: Dataset
 
+    def as_bytes(self) -> "Splits":
+        """The same splits, whose images stay uint8 where they are a `Dataset`; see `Dataset.as_bytes`."""
+        return Splits(*(split.as_bytes() if isinstance(split, Dataset) else split for split in self))
+
 
 @dataclasses.dataclass(frozen=True)
 class ExampleTransform:
-    """Maps a decoded example to the arrays of a batch; without a random generator the evaluation form."""
+    """Maps a decoded example to the arrays of a batch, its image as bytes; without a generator the evaluation form."""
 
     image: ImageTransform
     tokenizer: Tokenizer | None = None
 
     def __call__(self, example: dict, rng: np.random.Generator | None = None) -> Batch:
-        """Args: example: of an `ImageSource`. Returns: the arrays that `make_dataset` lists, without the batch axis."""
+        """Args: example: of an `ImageSource`. Returns: the arrays that `make_dataset` lists, without the batch axis.
+
+        The image is what its transform makes of it: bytes, which the dataset scales.
+        """
         arrays = {"image": self.image(example["image"], rng), "index": np.int32(example["index"])}
         if self.tokenizer is not None:
             arrays["cond"] = self.tokenizer([example["text"]], rng)[0]
@@ -115,8 +122,8 @@ def make_dataset(
     records = open_records(name, split, data_dir, label_key, text_key)
     return Dataset(
         ImageSource(records, channels, max_damaged), train=train, batch_size=batch_size,
-        train_transform=ExampleTransform(ImageTransform(train_transform, size, flip_probability), tokenizer),
-        eval_transform=ExampleTransform(ImageTransform(eval_transform, size), tokenizer),
+        train_transform=ExampleTransform(ImageTransform(train_transform, size, flip_probability, True), tokenizer),
+        eval_transform=ExampleTransform(ImageTransform(eval_transform, size, as_bytes=True), tokenizer),
         seed=seed, shard_index=shard_index, shard_count=shard_count, num_threads=num_threads, num_workers=num_workers,
         class_names=records.class_names,
         vocab_size=tokenizer.vocab_size if tokenizer else None, text_length=tokenizer.length if tokenizer else None,

@@ -127,24 +127,32 @@ DETERMINISTIC = ("resize_center_crop", "squash")
 
 @dataclasses.dataclass(frozen=True)
 class ImageTransform:
-    """A named transform, a random flip, and the scaling to [-1, 1].
+    """A named transform, a random flip, and the scaling to [-1, 1] where floats are wanted.
 
     Attributes:
       name: a key of `TRANSFORMS`; without a random generator one of `DETERMINISTIC`.
       size: (height, width) of the result.
       flip_probability: of mirroring left to right, in [0, 1]; without a generator nothing is mirrored.
+      as_bytes: the result is uint8, else float32.
     """
 
     name: str
     size: Size
     flip_probability: float = 0.0
+    as_bytes: bool = False
 
     def __call__(self, pixels_HWC: np.ndarray, rng: np.random.Generator | None = None) -> np.ndarray:
-        """uint8 (H,W,C) with C 1 or 3 -> float32 (*size,C) in [-1, 1]."""
+        """uint8 (H,W,C) with C 1 or 3 -> (*size,C), float32 in [-1, 1] or uint8."""
         from PIL import Image
 
         image = Image.fromarray(pixels_HWC[..., 0] if pixels_HWC.shape[-1] == 1 else pixels_HWC)
-        result = np.asarray(TRANSFORMS[self.name](image, self.size, rng), np.float32)
+        result = np.asarray(TRANSFORMS[self.name](image, self.size, rng))
         if rng is not None and rng.random() < self.flip_probability:
             result = result[:, ::-1]
-        return (result / 127.5 - 1.0).reshape(*self.size, pixels_HWC.shape[-1])
+        result = result.reshape(*self.size, pixels_HWC.shape[-1])
+        return result if self.as_bytes else scale(result)
+
+
+def scale(images: np.ndarray) -> np.ndarray:
+    """uint8 images as float32 in [-1, 1], floats as they are; `devices.sharding.scale` does the same on a device."""
+    return images.astype(np.float32) / 127.5 - 1.0 if images.dtype == np.uint8 else images

@@ -321,12 +321,33 @@ def map_micro_batches(function: Callable[[Any], Any], batch: Any, num_steps: int
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Place this process's part of a batch on its devices; the global arrays are the parts of `batch_part` in order."""
+    """Place this process's part of a batch on its devices; the global arrays are the parts of `batch_part` in order.
+
+    Bytes are images: they travel as bytes, and become floats in [-1, 1] there.
+    """
     sharding, (_, count) = batch_sharding(mesh), batch_part(mesh)
 
     def place(array: Any) -> jax.Array:
         array = np.asarray(array)
         shape = (count * len(array), *array.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, array, shape)
+        placed = jax.make_array_from_process_local_data(sharding, array, shape)
+        return _scaling(mesh)(placed) if array.dtype == np.uint8 else placed
 
     return jax.tree.map(place, batch)
+
+
+@functools.cache
+def _scaling(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(scale, out_shardings=batch_sharding(mesh))
+
+
+def scale(images: jax.Array) -> jax.Array:
+    """uint8 images as float32 in [-1, 1], the numbers of `data.transforms.scale` bit for bit; floats as they are."""
+    if images.dtype != jnp.uint8:
+        return images
+    # From integers, which are exact everywhere: a compiler may divide by multiplying with a rounded reciprocal, and
+    # leave out the rounding between a product and a sum. x / 127.5 - 1, rounded twice, is a multiple of 2^-24; 131586
+    # is 2^25 / 255 but for a rest, which the comparisons make up for.
+    x = images.astype(jnp.int32)
+    numerators = 131586 * x + (x >= 64).astype(jnp.int32) + (x >= 128).astype(jnp.int32) - 2**24
+    return numerators.astype(jnp.float32) * jnp.float32(2**-24)

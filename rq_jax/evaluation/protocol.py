@@ -41,10 +41,10 @@ class EvaluationData:
     part: tuple[int, int] = (0, 1)
 
     def open(self, split: str) -> Dataset:
-        """A split, once through and in order."""
+        """A split, once through and in order, its images as bytes."""
         index, count = self.part
         shard = {"batch_size": self.batch_size, "shard_index": index, "shard_count": count}
-        return make_dataset(**self.settings, split=split, train=False, **shard)
+        return make_dataset(**self.settings, split=split, train=False, **shard).as_bytes()
 
     def held_out(self) -> Dataset:
         """The held-out images."""

@@ -87,6 +87,22 @@ def make_measure(
       "mask" (B,).
     """
 
+    measure_placed = _make_measure_placed(model, mesh, perceptual, reconstruction, by_depth, num_shown)
+
+    def measure(variables, batch):
+        sums, (*shown, _) = measure_placed(variables, _place(mesh, batch))
+        return sums, tuple(shown)
+
+    return measure
+
+
+def _place(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    return sharding.put_batch(mesh, {name: batch[name] for name in ("image", "mask")})
+
+
+def _make_measure_placed(model, mesh, perceptual, reconstruction, by_depth, num_shown):
+    """As `make_measure` of a batch on the devices; beside the images that are shown it gives which of them count."""
+
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
     def sum_figures(variables, images, mask, perceptual_variables):
         output = model.apply(variables, images)
@@ -116,14 +132,14 @@ def make_measure(
         sums = {
             name: jnp.sum(value * weights.reshape(*[1] * (value.ndim - 1), -1), -1) for name, value in figures.items()
         }
-        return {**sums, **counts}, shown  # nothing else leaves the device
+        # Only what is shown leaves the device.
+        return {**sums, **counts}, (*shown, mask[:num_shown])
 
-    def measure(variables, batch):
-        placed = sharding.put_batch(mesh, {"image": batch["image"], "mask": batch["mask"]})
+    def measure_placed(variables, placed):
         frozen = perceptual.variables if perceptual else None
         return sum_figures(variables, placed["image"], placed["mask"], frozen)
 
-    return measure
+    return measure_placed
 
 
 def _detail_and_norms(
@@ -164,15 +180,12 @@ def measure_tokenizer(
     Returns:
       Its figures, as JSON holds them; the first held-out images (n, H, W, C); their reconstructions (D, n, H, W, C).
     """
-    measure = make_measure(loaded.model, mesh, perceptual=perceptual, by_depth=True, num_shown=NUM_SHOWN)
-    everywhere = sharding.replicated(mesh)
-    variables = jax.device_put(loaded.variables, everywhere)
+    measure = _make_measure_placed(loaded.model, mesh, perceptual, None, True, NUM_SHOWN)
+    variables = jax.device_put(loaded.variables, sharding.replicated(mesh))
     dataset = data.held_out()
-    first_of = jax.jit(lambda mask: mask[:NUM_SHOWN], out_shardings=everywhere)
 
     def measure_batch(batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
-        sums, shown = measure(variables, batch)
-        return sums, (*shown, first_of(sharding.put_batch(mesh, batch["mask"])))
+        return measure(variables, _place(mesh, batch))
 
     sums, shown = accumulate(measure_batch, counted(dataset.iterator(), dataset.num_examples, data.batch_size, title))
     images, reconstructions, *_, is_real = map(np.asarray, shown)

@@ -235,7 +235,7 @@ def cached_latents(
         **fingerprint.of_settings({name: value for name, value in data.items() if name not in _NOT_CACHED}),
         **fingerprint.of_dataset(ordered),
     }
-    encode_batch = jax.jit(functools.partial(encode, tokenizer))
+    encode_batch = jax.jit(lambda variables, images: encode(tokenizer, variables, sharding.scale(images)))
 
     def batches() -> Iterator[dict[str, np.ndarray]]:
         for batch in ordered.iterator():

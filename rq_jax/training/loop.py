@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from rq_jax.checkpoint import Checkpointer, read_config, write_config
+from rq_jax.data import Splits
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import explained_memory
 from rq_jax.files import RunLock, local_path, write_atomic
@@ -102,6 +103,7 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
     lock = RunLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     # The lock first: opening a checkpointer removes what a killed save left, which may be another trainer's work.
     with lock, Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer:
+        data = data.as_bytes() if isinstance(data, Splits) else data
         recipe, data = recipe.start(workdir, data, checkpointer.latest_step is None)
         state = recipe.init(jax.random.key(recipe.seed))
         # Signals are noted from here on only: before, nothing is there to save, and the process may end at once.

@@ -19,6 +19,7 @@ from benchmarks import quantize as quantize_benchmark
 from benchmarks import roofline, sample, sweep, timing, train, weights
 from rq_jax import models, quantize, recipes, sampling
 from rq_jax.data import make_dataset
+from rq_jax.data.sources import examples
 from rq_jax.devices.peaks import Peaks
 from rq_jax.models.flops import decoder_work, encoder_work, transformer_flops
 
@@ -112,6 +113,8 @@ def groups(*argv):
         ("train --batch=12", "data.batch_size: 12 is not a multiple of 8"),
         ("train --data=real", "--data: 'real' is unknown; allowed are synthetic, preset"),
         ("data --data_name=folder --data_dir=nowhere", "nowhere"),
+        ("data --jpeg_side=64", "--jpeg_side: 64 must be at least 128"),
+        ("data --jpeg_side=256 --data_name=folder", "--jpeg_side: 256 stands for a data set"),
         ("data --preset=none", "preset 'none' is unknown"),
         ("quantize --compare=nowhere.json", "--compare: 'nowhere.json' is no file"),
     ],
@@ -484,6 +487,19 @@ def test_data_run(pictures, stage):
     assert [entry["config"]["num_threads"] for entry in record["results"]] == [1, 2]
     for entry in record["results"]:
         assert entry["count"] == 12 and "roofline" not in entry and entry["compile_seconds"] == 0
+        assert entry["per_second_of_host"] == 16 * entry["per_second_of_core"] > 0
+
+
+def test_jpegs_are_read_from_files_and_not_from_memory(tmp_path, capsys):
+    folder = train.write_jpegs(str(tmp_path), 256)
+    source = make_dataset(
+        name="folder", split="train", train=False, data_dir=folder, batch_size=1, image_size=256
+    ).source
+    assert len(source) * 3 * 256**2 > examples._CACHE_BYTES
+    assert source[0]["image"].shape == (256, 256, 3)
+    assert 15_000 < (tmp_path / "000000.jpg").stat().st_size < 60_000  # as photographs have
+    run("data", "--quicktest", "--jpeg_side=256", "--batch=4", "--steps=2", "--runs=1")
+    assert "images/s of a core" in capsys.readouterr().out
 
 
 def test_make_bench_runs_what_there_is():

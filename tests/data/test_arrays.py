@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("grain")
 
-from rq_jax.data import from_arrays  # noqa: E402
+from rq_jax.data import Splits, from_arrays  # noqa: E402
+from rq_jax.data.transforms import scale  # noqa: E402
 
 H, W = 5, 3
 
@@ -148,3 +149,16 @@ def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message) as error:
         from_arrays(**{**given, "batch_size": 2, **arguments})
     assert "\n" not in str(error.value)
+
+
+def test_bytes_stay_where_they_are_asked_for():
+    pixels = images(6)
+    splits = from_arrays(pixels, pixels, batch_size=6, flip_probability=0.5)
+    for split, floats in zip(splits.as_bytes(), splits, strict=True):
+        batch, wanted = next(split.iterator()), next(floats.iterator())
+        assert batch["image"].dtype == np.uint8
+        np.testing.assert_array_equal(scale(batch["image"]), wanted["image"])
+        np.testing.assert_array_equal(split.examples([1])["image"], pixels[1:2])
+    given = from_arrays((pixels / 127.5 - 1), (pixels / 127.5 - 1), batch_size=6).as_bytes()
+    assert next(given.train.iterator())["image"].dtype == np.float32
+    assert Splits(None, None, None).as_bytes() == (None, None, None)  # data sets of other makes

@@ -11,6 +11,7 @@ from PIL import Image  # noqa: E402
 
 from rq_jax.data import Dataset, make_dataset, open_splits, transforms  # noqa: E402
 from rq_jax.data.text import load_tokenizer, train_tokenizer  # noqa: E402
+from rq_jax.data.transforms import scale  # noqa: E402
 
 COUNT = 23
 
@@ -69,6 +70,9 @@ def test_training_batch(folder, kind, cond):
     batch = next(dataset.iterator())
     assert shapes(batch) == {"image": ((4, 8, 6, 3), "float32"), "index": ((4,), "int32"), **cond}
     assert batch["image"].min() >= -1 and batch["image"].max() <= 1
+    as_bytes = next(dataset.as_bytes().iterator())
+    assert as_bytes["image"].dtype == np.uint8
+    np.testing.assert_array_equal(scale(as_bytes["image"]), batch["image"])
     assert (dataset.num_examples, dataset.steps_per_epoch) == (COUNT, COUNT // 4)
     classes = (2, ("class0", "class1")) if kind == "class" else (None, None)
     assert (dataset.num_classes, dataset.class_names) == classes

@@ -12,6 +12,7 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 from benchmarks import hlo
 from rq_jax import models
+from rq_jax.data.transforms import scale
 from rq_jax.devices import sharding
 from rq_jax.nn.placement import place
 from rq_jax.training.optimizer import make_optimizer
@@ -325,6 +326,14 @@ def test_gradients_of_parts_are_summed_over_devices_once():
     np.testing.assert_allclose(found, gradient(weights, x_BM)["up_MF"], rtol=1e-5, atol=1e-7)
     sums = [each for each in hlo.collectives(program.as_text()) if each.opcode in ("all-reduce", "reduce-scatter")]
     assert len(sums) == 1 and sums[0].group_size == 4
+
+
+def test_bytes_become_the_hosts_floats_on_the_devices():
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 4, 4, 1)
+    placed = sharding.put_batch(sharding.make_mesh(data=4, fsdp=2), {"image": pixels, "index": np.arange(16)})
+    assert placed["image"].dtype == jnp.float32 and placed["image"].sharding.spec == P(("data", "fsdp"))
+    np.testing.assert_array_equal(np.asarray(placed["image"]).view(np.int32), scale(pixels).view(np.int32))
+    np.testing.assert_array_equal(placed["index"], np.arange(16))
 
 
 def test_weights_that_every_chunk_uses_have_their_gradient_summed_over_devices_once():
