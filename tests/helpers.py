@@ -15,7 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AxisType
 from PIL import Image
 
-from configs import rqtransformer, rqvae
+from configs import dqvae, rqtransformer, rqvae
 from rq_jax import checkpoint, models, recipes
 from rq_jax.devices import sharding
 from rq_jax.quantize import codes, search
@@ -86,6 +86,26 @@ def vae_config(pictures: Path, **overrides):
         **_common(pictures),
     }
     config = rqvae.get_config("imagenet256,quicktest")
+    config.update_from_flattened_dict(settings)
+    return override(config, **overrides)
+
+
+def dqvae_config(pictures: Path, preset: str = "imagenet256", **overrides):
+    """A DQ-VAE of 16x16 pictures whose step compiles in a few seconds."""
+    settings = {
+        "model.code_dim": 6,
+        "model.codebook_size": CODEBOOK_SIZE,
+        "model.z_channels": 7,
+        "model.attention_resolutions": (),
+        "model.width": 8,
+        "model.norm_groups": 4,
+        "model.use_remat": False,
+        "loss.perceptual_weight": 0.0,
+        "loss.adversarial_weight": 0.0,
+        "evaluation.use_perceptual": False,
+        **_common(pictures),
+    }
+    config = dqvae.get_config(f"{preset},quicktest")
     config.update_from_flattened_dict(settings)
     return override(config, **overrides)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import rqtransformer, rqvae
+from configs import dqvae, rqtransformer, rqvae
 from rq_jax import models, recipes, sampling
 from rq_jax.checkpoint import LoadedModel
 from rq_jax.pretrained import vgg_lpips
@@ -24,6 +24,8 @@ ROWS = 2  # of a micro-batch
 OPTIM = ("name", "learning_rate", "b1", "b2", "weight_decay", "schedule", "clip_norm", "accumulation_steps")
 # One of each kind of program: without attention and remat; with both and a codebook for each depth.
 TOKENIZERS = ("demo", "imagenet256_4xk4096")
+# Thresholds and two codes a cell; a router that trains.
+GRAINED = ("demo_d2", "imagenet256_feature")
 # Null condition and guidance; no condition; text in micro-batches; no stack along the depth.
 TRANSFORMERS = ("emoji", "ffhq256_350m", "cc3m_650m", "throughput_vqgan_large")
 
@@ -58,16 +60,26 @@ def lower_step(recipe, batch, phase):
     state = recipe.abstract_state()
     step = jax.jit(recipe.update, static_argnums=3, donate_argnums=0)
     after, metrics = step.lower(state, batch, recipe.frozen, phase).out_info
-    return shapes(state), shapes(after), {name: value.shape for name, value in metrics.items()}
+    return shapes(state), shapes(after), jax.tree.map(lambda value: value.shape, metrics)
+
+
+SCALARS = (
+    "loss", "reconstruction_loss", "perceptual_loss", "commitment_loss", "generator_loss", "discriminator_loss",
+    "d_weight", "logits_fake", "logits_real", "gradient_norm", "discriminator_gradient_norm", "learning_rate",
+    "skipped_share",
+)  # fmt: skip
 
 
 # --- stage 1 -----------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_program(preset) -> str:
-    config = rqvae.get_config(preset)
+def tokenizer_program(preset, file=rqvae) -> str:
+    config = file.get_config(preset)
     assert config.loss.perceptual_weight and config.loss.adversarial_weight
-    return program_of(config, model=dict(config.model), discriminator=dict(config.discriminator))
+    model = dict(config.model)
+    if model.get("router") == "entropy":  # thresholds are measured before training
+        model["thresholds"] = tuple(map(float, range(1, model["num_grains"])))
+    return program_of(config, model=model, discriminator=dict(config.discriminator))
 
 
 def tokenizer_recipe(program: str) -> recipes.Tokenizer:
@@ -93,14 +105,22 @@ def lower_tokenizer(program: str):
 def test_train_step_of_a_tokenizer_lowers(preset):
     before, after, metrics = lower_tokenizer(tokenizer_program(preset))
     assert after == before
-    scalars = (
-        "loss", "reconstruction_loss", "perceptual_loss", "commitment_loss", "generator_loss", "discriminator_loss",
-        "d_weight", "logits_fake", "logits_real", "gradient_norm", "discriminator_gradient_norm", "learning_rate",
-        "skipped_share",
-    )  # fmt: skip
     model = rqvae.get_config(preset).model
     counts = (model.code_shape[-1], model.codebook_size)
-    assert metrics == {**dict.fromkeys(scalars, ()), "code_counts": counts}
+    assert metrics == {**dict.fromkeys(SCALARS, ()), "code_counts": counts}
+
+
+@pytest.mark.parametrize("preset", presets(dqvae, GRAINED))
+def test_train_step_of_a_tokenizer_with_grains_lowers(preset):
+    program = tokenizer_program(preset, dqvae)
+    before, after, metrics = lower_tokenizer(program)
+    assert after == before
+    model = tokenizer_recipe(program).model
+    G, counts = model.num_grains, (model.code_depth, model.codebook_size)
+    scalars = [*SCALARS, *["budget_loss"] * (model.router == "feature")]
+    grains = {"regions": (G,), "images": (np.prod(model.latent_grid) + 1,)}
+    expected = {"code_counts": counts, "grain_code_counts": (counts,) * G, "grains": grains}
+    assert metrics == {**dict.fromkeys(scalars, ()), **expected}
 
 
 # --- stage 2 -----------------------------------------------------------------------------------------------------------
@@ -175,6 +195,12 @@ def test_sampler_of_a_transformer_lowers(preset):
 @pytest.mark.parametrize("preset", rqvae.PRESETS)
 def test_settings_of_a_tokenizer_make_its_recipe(preset):
     recipe = tokenizer_recipe(tokenizer_program(preset))
+    assert recipe.phase(10**9) == tokenizer.Phase(True, True)
+
+
+@pytest.mark.parametrize("preset", dqvae.PRESETS)
+def test_settings_of_a_tokenizer_with_grains_make_its_recipe(preset):
+    recipe = tokenizer_recipe(tokenizer_program(preset, dqvae))
     assert recipe.phase(10**9) == tokenizer.Phase(True, True)
 
 
