@@ -23,7 +23,7 @@ import numpy as np
 from rq_jax.data import fingerprint
 from rq_jax.data.pipeline import Dataset
 from rq_jax.data.splits import make_dataset
-from rq_jax.data.transforms import DETERMINISTIC
+from rq_jax.data.transforms import DETERMINISTIC, scale
 from rq_jax.files import local_path, parse_json, read_json, write_atomic, write_json
 from rq_jax.grains import check_ratios, check_thresholds, patch_entropy
 from rq_jax.report.progress import Progress
@@ -250,7 +250,7 @@ def _count(
     with contextlib.closing(batches), Progress(total, next_batch * size, unit="image", title="entropy") as progress:
         for step in range(next_batch, dataset.steps_per_epoch):
             batch = next(batches)
-            histogram.add(np.asarray(entropy(batch["image"]))[batch["mask"]])
+            histogram.add(np.asarray(entropy(scale(batch["image"])))[batch["mask"]])
             progress.update(min(size, total - step * size))
             if time.monotonic() - saved >= save_seconds:
                 partial.write(histogram.counts, step + 1)
