@@ -3,7 +3,7 @@
 ===============  ===================================================================================
 quantize         codebook search, residual quantization, moving average, the Flax module
 nn               convolution blocks, causal attention and its cache, weights for inference
-models           RQ-VAE, RQ-Transformer, discriminator; their cost in FLOPs
+models           RQ-VAE, DQ-VAE, RQ-Transformer, discriminator; their cost in FLOPs
 sampling         logit filter, the sampling loop, rejection sampling
 grains           grains of regions, routing by entropy, codes to tokens and back (DQ-VAE)
 losses, metrics  arrays of losses; PSNR, SSIM, code usage, kernel distance

@@ -233,7 +233,7 @@ def end(processes, timeout=900):
     return [process.returncode for process in processes], outputs
 
 
-STAGES = {"vae": "train_vae.py", "transformer": "train_transformer.py"}
+STAGES = {"vae": "train_vae.py", "dqvae": "train_vae.py", "transformer": "train_transformer.py"}
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +246,7 @@ def configs(tmp_path_factory):
     loop |= {"loop__log_every_steps": 1, "loop__keep_checkpoints": 9, "data__flip_probability": 0.5}
     made = {
         "vae": helpers.vae_config(pictures, init_from="", **loop),
+        "dqvae": helpers.dqvae_config(pictures, **loop),  # the first process measures its thresholds
         "transformer": helpers.transformer_config(pictures, "class", tokenizer=str(tokenizer), **loop),
     }
     for name, config in made.items():
