@@ -3,8 +3,8 @@
 ===============  ===================================================================================
 quantize         codebook search, residual quantization, moving average, the Flax module
 nn               convolution blocks, causal attention and its cache, weights for inference
-models           RQ-VAE, DQ-VAE, RQ-Transformer, discriminator; their cost in FLOPs
-sampling         logit filter, the sampling loop, rejection sampling
+models           RQ-VAE, DQ-VAE, RQ- and DQ-Transformer, discriminator; their cost in FLOPs
+sampling         logit filter, the sampling loops, rejection sampling
 grains           grains of regions, routing by entropy, codes to tokens and back (DQ-VAE)
 losses, metrics  arrays of losses; PSNR, SSIM, code usage, kernel distance
 settings         checks of settings, construction from a config section

@@ -173,7 +173,7 @@ class DQTransformer(CodeTransformer, kw_only=True):
             raise ValueError("cond: only text stands in front of the tokens; give a class to `tokens`")
         if self.is_text and (cond is not None or is_first):
             cond = self._condition(cond, B)
-        start = length - self._text_length if cond is None and not is_first else 0
+        start = length - self.text_length if cond is None and not is_first else 0
         self._check_slots("tokens", P)
         slots = jax.lax.dynamic_slice_in_dim(self.slot_embedding_PM, start, P)
         embedded = self._embed_contents(tokens.content) + self._embed_positions(tokens)
@@ -247,7 +247,7 @@ class DQTransformer(CodeTransformer, kw_only=True):
           rows: of the position stack, its text included, from which those of the content stack follow; default: all
             slots. `KVCache.resize` makes room for more.
         """
-        M, N, U = self.model_dim, self.num_heads, self._text_length
+        M, N, U = self.model_dim, self.num_heads, self.text_length
         dtype = self._dtype if dtype is None else dtype
         rows = U + self.slots if rows is None else rows
         return DQTransformerCache(
@@ -307,7 +307,8 @@ class DQTransformer(CodeTransformer, kw_only=True):
         return self.cond_length > 1
 
     @property
-    def _text_length(self) -> int:
+    def text_length(self) -> int:
+        """Condition tokens in front of the others."""
         return self.cond_length if self.is_text else 0
 
     def example_inputs(self, batch: int = 1) -> tuple[Any, ...]:

@@ -168,20 +168,20 @@ def at_most(K: int, top_k: Any) -> Any:
     return np.minimum(np.asarray(top_k, np.float64), K).astype(np.int32)
 
 
-def check_filter(temperature: Any, top_k: Any, top_p: Any) -> None:
-    """Check the concrete values of a filter; traced ones pass.
+def check_filter(temperature: Any, top_k: Any, top_p: Any, prefix: str = "") -> None:
+    """Check the concrete values of a filter, whose names in messages start with `prefix`; traced ones pass.
 
     Raises:
       ValueError: a value out of range.
     """
     keep_all = "leave it out to keep all codes"
     if _is_concrete(temperature):
-        checks.at_least("temperature", temperature, 0, fix="0 takes the most probable code")
-        checks.within("temperature", temperature, 0, float(np.finfo(np.float32).max))
+        checks.at_least(f"{prefix}temperature", temperature, 0, fix="0 takes the most probable code")
+        checks.within(f"{prefix}temperature", temperature, 0, float(np.finfo(np.float32).max))
     if _is_concrete(top_k):
-        checks.at_least("top_k", top_k, 1, whole=True, fix=keep_all)
+        checks.at_least(f"{prefix}top_k", top_k, 1, whole=True, fix=keep_all)
     if _is_concrete(top_p):
-        checks.within("top_p", top_p, 0, 1, fix=keep_all)
+        checks.within(f"{prefix}top_p", top_p, 0, 1, fix=keep_all)
 
 
 def _is_concrete(value: Any) -> bool:

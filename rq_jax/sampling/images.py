@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rq_jax.sampling.draws import rng_of_seed
 from rq_jax.sampling.filter import check_filter
-from rq_jax.sampling.generate import check_guidance, generate, rng_of_seed
+from rq_jax.sampling.generate import check_guidance, generate
 from rq_jax.settings import checks
 
 DECODED_PER_DEVICE = 32  # images at a time: one of 256x256 takes some 96 MiB of activations in float32

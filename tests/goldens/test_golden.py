@@ -4,7 +4,6 @@ Floating-point arrays agree within 1e-5 of their largest value, codes exactly.
 """
 
 import functools
-import importlib
 import json
 from typing import Any, NamedTuple
 
@@ -18,8 +17,7 @@ from einops import rearrange
 from rq_jax import losses, models, quantize, sampling
 from rq_jax.interop import official
 from rq_jax.report import grids
-
-loop = importlib.import_module("rq_jax.sampling.generate")  # the package's attribute of this name is the function
+from rq_jax.sampling import draws
 
 TOLERANCE = 1e-5
 TOKENIZER = "rqvae-8x8x4"
@@ -312,7 +310,7 @@ def replay(transformer):
 def test_rqtransformer_greedy_sampling(transformer, replay, monkeypatch):
     io = transformer.io
     if transformer.model.is_conditional:  # how a cache grows in stretches does not depend on the condition
-        monkeypatch.setattr(loop, "_MAX_STRETCHES", 1)
+        monkeypatch.setattr(draws, "_MAX_STRETCHES", 1)
     logits = replay(io["greedy_codes"])
     assert_close(logits, io["greedy_step_logits"])
     second, best = np.moveaxis(np.sort(logits, -1)[..., -2:], -1, 0)

@@ -1,7 +1,6 @@
 """What makes sampling fast changes nothing: the draw, the threshold search, the growing cache, weights at rest."""
 
 import functools
-import importlib
 import re
 
 import helpers
@@ -19,11 +18,11 @@ from benchmarks import hlo, roofline
 from rq_jax import losses
 from rq_jax.nn.attention import InferenceWeight
 from rq_jax.nn.inference_weights import for_inference
-from rq_jax.sampling import filter_logits, generate
+from rq_jax.sampling import draws, filter_logits, generate
+from rq_jax.sampling.draws import draw as draw_codes
+from rq_jax.sampling.draws import stretches
 from rq_jax.sampling.filter import _index_of_nth, _ordered, _search
-from rq_jax.sampling.generate import _draw, _generate, _stretches
-
-loop = importlib.import_module("rq_jax.sampling.generate")  # the package's attribute of this name is the function
+from rq_jax.sampling.generate import _generate
 
 RNG = jax.random.key(11)
 WIDE = {"codebook_size": 300, "model_dim": 16}  # more than two parts of 128 codes
@@ -81,7 +80,7 @@ def test_draws_follow_the_probabilities(codebook_size):
     probabilities[-1] = 0.5
     probabilities /= probabilities.sum()
     uniforms = jax.random.uniform(jax.random.key(1), (2, n))
-    draw = jax.jit(jax.vmap(lambda u, p: _draw(u[:, None], p[None])[0], in_axes=(1, None)))
+    draw = jax.jit(jax.vmap(lambda u, p: draw_codes(u[:, None], p[None])[0], in_axes=(1, None)))
     codes = np.asarray(draw(uniforms, jnp.asarray(probabilities, jnp.float32)))
     counts, expected = np.bincount(codes, minlength=codebook_size), n * probabilities
     assert not counts[probabilities == 0].any()
@@ -97,11 +96,11 @@ def test_a_code_of_probability_zero_is_never_drawn(seed):
     weights = (rng.random((1, 300)) ** 8 * (rng.random((1, 300)) < 0.05)).astype(np.float32)
     weights[0, rng.integers(300)] = 1e-3
     for uniform in (0.0, rng.random(), np.nextafter(np.float32(1), np.float32(0))):
-        code = int(_draw(jnp.full((2, 1), uniform, jnp.float32), weights)[0])
+        code = int(draw_codes(jnp.full((2, 1), uniform, jnp.float32), weights)[0])
         assert weights[0, code] > 0
 
 
-_draw = jax.jit(_draw)
+draw_codes = jax.jit(draw_codes)
 
 # --- the threshold search -------------------------------------------------------------------------
 
@@ -220,11 +219,11 @@ def names(jaxpr):
 @pytest.mark.parametrize("kind", ["none", pytest.param("text", marks=pytest.mark.slow)])
 def test_a_cache_that_grows_in_stretches_changes_no_code(kind, monkeypatch):
     model, variables = build(**({} if kind == "none" else TEXT))
-    monkeypatch.setattr(loop, "_MIN_STRETCH", 100)
+    monkeypatch.setattr(draws, "_MIN_STRETCH", 100)
     draw = lambda **more: jax.jit(lambda: generate(model, variables, RNG, B, CONDS[kind], **more))()  # noqa: E731
     whole = draw()
-    monkeypatch.setattr(loop, "_MIN_STRETCH", 2)
-    monkeypatch.setattr(loop, "_MAX_STRETCHES", 5)
+    monkeypatch.setattr(draws, "_MIN_STRETCH", 2)
+    monkeypatch.setattr(draws, "_MAX_STRETCHES", 5)
     _generate.clear_cache()
     np.testing.assert_array_equal(draw(), whole)
     np.testing.assert_array_equal(draw(prefix=whole.reshape(B, T, D)[:, :7]), whole)
@@ -233,12 +232,12 @@ def test_a_cache_that_grows_in_stretches_changes_no_code(kind, monkeypatch):
 
 def test_stretches_cover_every_position_once():
     for start, end, share in ((0, 64, 0.0), (0, 64, 0.36), (0, 64, 5.0), (17, 64, 5.0), (63, 64, 5.0), (0, 1, 5.0)):
-        parts = _stretches(start, end, share)
+        parts = stretches(start, end, share)
         assert [p for a, b in parts for p in range(a, b)] == list(range(start, end))
-    assert _stretches(0, 64, 0.0) == [(0, 64)]
-    assert _stretches(0, 64, 0.36) == [(0, 32), (32, 64)]
-    assert _stretches(0, 64, 5.0) == [(0, 16), (16, 32), (32, 48), (48, 64)]
-    assert _stretches(20, 64, 5.0) == [(20, 32), (32, 48), (48, 64)]
+    assert stretches(0, 64, 0.0) == [(0, 64)]
+    assert stretches(0, 64, 0.36) == [(0, 32), (32, 64)]
+    assert stretches(0, 64, 5.0) == [(0, 16), (16, 32), (32, 48), (48, 64)]
+    assert stretches(20, 64, 5.0) == [(20, 32), (32, 48), (48, 64)]
 
 
 # --- weights at rest ------------------------------------------------------------------------------
