@@ -4,7 +4,8 @@ CrossmodalGroup/DynamicVectorQuantization:Dualformer.sample_from_scratch runs th
 draws the cells of the coarse grain in any order, never the last, until all images of the batch have drawn their end;
 then the fine grain. There positions are the cells that are left, in order ("fixed"), or drawn as well ("free"), where
 an early end leaves holes of code 0. Images that have ended give pads, which later tokens see, so that codes depend on
-the batch. Other slips are marked "As the original" below.
+the batch; where these are more tokens than the model has slots, those beyond share the last. Other slips are marked "As
+the original" below.
 """
 
 import functools
@@ -23,12 +24,12 @@ KINDS = ("fixed", "free")
 _STRETCHES, _MIN_STRETCH = 8, 64  # of the prefix, which a step runs in an array of one static length
 
 
-def most_tokens(layout: GrainLayout, batch: int) -> int:
+def _most_tokens(layout: GrainLayout, batch: int) -> int:
     """Tokens of the longest batch, each grain padded to its longest: images may be coarse and fine at the same time."""
     return layout.max_tokens if batch == 1 else layout.cells(0) + layout.cells(1) + 3
 
 
-def check_as_released(model: Any, kind: str, num_images: int, **others: Any) -> None:
+def check_as_released(model: Any, kind: str, **others: Any) -> None:
     """Check that the original could draw from this model, and what it is asked for.
 
     Raises:
@@ -39,11 +40,6 @@ def check_as_released(model: Any, kind: str, num_images: int, **others: Any) -> 
         raise ValueError(
             f"as_released: '{kind}' is for 2 grains of code depth 1, and this model has {model.num_grains} of depth "
             f"{model.code_shape[-1]}; leave it out"
-        )
-    if model.slots < most_tokens(model.layout, num_images) - 1:
-        raise ValueError(
-            f"model.num_slots: {model.slots} are fewer than the {most_tokens(model.layout, num_images) - 1} that "
-            f"as_released may fill with {num_images} images, each grain padded to its longest; draw 1 at a time"
         )
     for name, value in others.items():
         if value is not None:
@@ -180,10 +176,20 @@ def _put(tokens: PackedCodes, first: PackedCodes) -> PackedCodes:
     )
 
 
+def _with_slots(model: Any, variables: Any, count: int) -> tuple[Any, Any]:
+    """The model with at least so many slots, those that it lacks like its last."""
+    missing = max(0, count - model.slots)
+    params = variables["params"]
+    slots = jnp.pad(params["slot_embedding_PM"], ((0, missing), (0, 0)), mode="edge")
+    variables = {**variables, "params": {**params, "slot_embedding_PM": slots}}
+    return model.clone(num_slots=model.slots + missing), variables
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(kind, model, variables, rng, image_ids_2B, cond_BU, filters, guidance):
     layout, B = model.layout, len(cond_BU)
-    P = most_tokens(layout, B)
+    P = _most_tokens(layout, B)
+    model, variables = _with_slots(model, variables, P)
     uniforms = uniforms_of_images(rng, image_ids_2B, (P - 1, 2, 2))
     ids = jnp.zeros((B, P), jnp.int32)
     start = (layout.content_sos, layout.position_sos(0), 0)

@@ -35,15 +35,15 @@ def prepare(
     Raises:
       ValueError: a value out of range or of the wrong shape.
     """
+    filter_of_position = _position_filter(model, *of_position)
+    if as_released is not None:
+        check_as_released(model, as_released, guidance=guidance, prefix=prefix, grains=grains)
+        return generate_as_released[as_released], filter_of_position, ()
     if model.slots < model.layout.max_tokens - 1:
         raise ValueError(
             f"model.num_slots: {model.slots} are fewer than the {model.layout.max_tokens - 1} tokens from which the "
             "last of the longest image is drawn; draw from a model with more slots"
         )
-    filter_of_position = _position_filter(model, *of_position)
-    if as_released is not None:
-        check_as_released(model, as_released, num_images, guidance=guidance, prefix=prefix, grains=grains)
-        return generate_as_released[as_released], filter_of_position, ()
     owners = check_grain_map(model, grains, num_images)
     return generate_grains, filter_of_position, (owners, check_prefix(model, prefix, num_images, owners))
 
