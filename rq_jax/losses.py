@@ -134,10 +134,62 @@ def stream_nats(position_logits: jax.Array, content_logits: jax.Array, tokens: A
     Raises:
       ValueError: logits that are not of these tokens.
     """
-    content, position, grain = tokens.content[:, 1:], tokens.position[:, 1:], tokens.grain[:, 1:]
-    G = layout.num_grains
-    checks.shape("position_logits", position_logits.shape, (*position.shape, layout.position_size(G - 1)))
-    checks.shape("content_logits", content_logits.shape, (*content.shape, layout.content_size))
+    targets = _targets(tokens)
+    checks.shape(
+        "position_logits", position_logits.shape, (*targets[1].shape, layout.position_size(layout.num_grains - 1))
+    )
+    checks.shape("content_logits", content_logits.shape, (*targets[0].shape, layout.content_size))
+    return _stream_sums(position_logits, content_logits, targets, layout)
+
+
+def stream_nats_of_hidden(
+    classify_position: Callable[[jax.Array], jax.Array],
+    classify_content: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    deep_hidden: jax.Array,
+    tokens: Any,
+    layout: Any,
+    num_devices: int = 1,
+) -> StreamNats:
+    """`stream_nats` of hidden states, whose logits are rebuilt chunk by chunk, in the backward pass too.
+
+    Args:
+      classify_position: hidden states (B, t, M) to logits (B, t, Vp).
+      classify_content: hidden states (B, t, D, M) to logits (B, t, D, Vc).
+      hidden: of the position stack (B, P-1, M); deep_hidden: of the depth stack (B, P-1, D, M).
+      tokens, layout: see `stream_nats`.
+      num_devices: that share the batch, and so a chunk.
+    """
+    content, position, grain = _targets(tokens)
+    last = layout.num_grains - 1
+    B, slots, D = content.shape
+    elements = B * slots * (layout.position_size(last) + D * layout.content_size)
+    num_chunks = min(slots, -(-elements // (CHUNK_ELEMENTS * num_devices)))
+
+    def fill(array: jax.Array, value: int) -> jax.Array:
+        """As many slots as the chunks divide; pads count nothing."""
+        padding = [(0, 0), (0, -slots % num_chunks), *[(0, 0)] * (array.ndim - 2)]
+        return jnp.pad(array, padding, constant_values=value)
+
+    targets = fill(content, layout.content_pad), fill(position, layout.position_pad(last)), fill(grain, last)
+
+    def chunk_sums(chunk: Any) -> StreamNats:
+        hidden, deep_hidden, targets = chunk
+        return _stream_sums(classify_position(hidden), classify_content(deep_hidden), targets, layout)
+
+    return sum_over_chunks(chunk_sums, (fill(hidden, 0), fill(deep_hidden, 0), targets), num_chunks)
+
+
+Targets = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _targets(tokens: Any) -> Targets:
+    """Content, position and grain of every token but the first."""
+    return tokens.content[:, 1:], tokens.position[:, 1:], tokens.grain[:, 1:]
+
+
+def _stream_sums(position_logits: jax.Array, content_logits: jax.Array, targets: Targets, layout: Any) -> StreamNats:
+    (content, position, grain), G = targets, layout.num_grains
     pads_G = jnp.array([layout.position_pad(g) for g in range(G)], position.dtype)
     is_first = (grain == 0) & (position >= layout.position_sos(0))
     counted = (position != pads_G[grain]) & ~is_first

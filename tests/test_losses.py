@@ -419,3 +419,29 @@ def test_logits_of_other_tokens_are_refused():
         ValueError, match=r"^content_logits: shape \(1, 11, 2, 8\) does not fit; allowed is \(1, 11, 1, 8\)$"
     ):
         losses.stream_nats(good[0], jnp.zeros((1, 11, 2, 8)), tokens, layout)
+
+
+@pytest.mark.parametrize("limit", [10**6, 200])
+def test_stream_nats_of_chunks_are_those_of_the_whole(limit, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", limit)
+    layout = GrainLayout((1, 2), 2, 5)
+    rng = np.random.default_rng(0)
+    tokens = pack(GrainedCodes(rng.integers(0, 5, (B, 2, 4, 2)), np.array([[[0, 1]], [[1, 1]]])), layout)
+    hidden, deep = normal(B, 11, E), normal(B, 11, 2, E, seed=1)
+    heads = normal(E, layout.position_size(1), seed=2), normal(E, layout.content_size, seed=3)
+
+    def total(nats):
+        return nats.position.sum() + 2 * nats.content.sum(), nats
+
+    def whole(heads, hidden, deep):
+        return total(losses.stream_nats(hidden @ heads[0], deep @ heads[1], tokens, layout))
+
+    def in_chunks(heads, hidden, deep):
+        classify = (lambda x, head=head: x @ head for head in heads)
+        return total(losses.stream_nats_of_hidden(*classify, hidden, deep, tokens, layout))
+
+    arguments = heads, hidden, deep
+    both = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(*arguments) for f in (in_chunks, whole))
+    helpers.assert_close(*both)
+    program = str(jax.make_jaxpr(in_chunks)(*arguments))
+    assert ("f32[2,11,2,8]" in program) == (limit > 200)  # all logits at once
