@@ -47,6 +47,8 @@ def base() -> ConfigDict:
                 "train_split": "train",
                 "validation_split": "validation",
                 "batch_size": 128,  # images of one optimizer step, over all devices
+                "validation_batch_size": placeholder(int),  # of one forward pass, over all devices
+                "max_validation_images": placeholder(int),  # spread over the split
                 "train_transform": "resize_center_crop",
                 "eval_transform": "resize_center_crop",
                 "flip_probability": 0.0,

@@ -93,7 +93,8 @@ for _file, _preset, _count in RELEASED.values():
     COUNTS[_file][_preset] = _count
 
 SHARED_KEYS = {
-    "data": "name data_dir train_split validation_split batch_size train_transform eval_transform"
+    "data": "name data_dir train_split validation_split batch_size validation_batch_size max_validation_images"
+    " train_transform eval_transform"
     " flip_probability label_key text_key text_tokenizer text_length text_dropout max_damaged num_threads num_workers",
     "optim": "name learning_rate b1 b2 mu_dtype weight_decay clip_norm accumulation_steps use_sharded_gradients"
     " schedule warmup_steps warmup_epochs hold_steps hold_epochs initial_learning_rate final_learning_rate",

@@ -51,7 +51,7 @@ def of_dataset(dataset: Dataset) -> dict[str, Any]:
 
     A million files take a few seconds: they are asked for their size, and not opened.
     """
-    entries: dict[str, Any] = {"number of examples": dataset.num_examples}
+    entries: dict[str, Any] = {"number of examples": getattr(dataset, "split_size", dataset.num_examples)}
     if dataset.class_names is not None:
         entries["classes"] = list(dataset.class_names)
     records = getattr(dataset.source, "records", None)

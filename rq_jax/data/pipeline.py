@@ -34,7 +34,7 @@ class Dataset:
     Images are float32 in [-1, 1], or with `as_bytes` uint8.
 
     Attributes:
-      num_examples: of the split.
+      num_examples: of the split, or with `at_most` of what is read of it; split_size: of the split.
       steps_per_epoch: batches in one pass, rounded down in training (at least 1), up in evaluation.
       class_names: by class number; None without classes.
       num_classes: None without classes.
@@ -71,7 +71,7 @@ class Dataset:
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed: {seed} is outside [0, 2**32)")
         self.source, self.train, self.batch_size = source, train, batch_size
-        self.num_examples = len(source)
+        self.num_examples = self.split_size = len(source)
         self.class_names = tuple(class_names) if class_names is not None else None
         self.num_classes = len(self.class_names) if class_names is not None else None
         self.vocab_size, self.text_length = vocab_size, text_length
@@ -111,6 +111,12 @@ class Dataset:
         dataset._is_scaled = False
         return dataset
 
+    def at_most(self, count: int | None) -> "Dataset":
+        """Of an evaluation `count` examples, spread evenly over all: classes may lie together. None: all of them."""
+        dataset = copy.copy(self)
+        dataset.num_examples = min(count or self.num_examples, self.num_examples)
+        return dataset
+
     def examples(self, indices: Sequence[int]) -> Batch:
         """Read the examples at these positions as one batch, with the evaluation transform."""
         transform = functools.partial(_transformed, self.source, self._eval_transform, self._is_scaled)
@@ -137,9 +143,10 @@ class Dataset:
         """This shard's part of global batch `step`; the parts in the order of the shards are the batch."""
         size = self.batch_size // self._shard_count
         positions = step * self.batch_size + self._shard_index * size + np.arange(size)
-        batch = self.examples(np.minimum(positions, self.num_examples - 1))
+        indices = np.minimum(positions, self.num_examples - 1) * self.split_size // self.num_examples
+        batch = self.examples(indices)
         # Of a damaged image the stand-in does not count: it has its own turn.
-        damaged = np.isin(positions, list(self.source.damaged))
+        damaged = np.isin(indices, list(self.source.damaged))
         return {**batch, "mask": (positions < self.num_examples) & ~damaged}
 
     def _prefetched(self, batches) -> Iterator[Batch]:

@@ -10,6 +10,7 @@ from rq_jax.data.pipeline import Batch, Dataset
 from rq_jax.data.sources import ImageSource, open_records
 from rq_jax.data.text import Tokenizer, load_tokenizer
 from rq_jax.data.transforms import DETERMINISTIC, TRANSFORMS, ImageTransform
+from rq_jax.settings import checks
 
 
 class Splits(NamedTuple):
@@ -60,6 +61,8 @@ def make_dataset(
     data_dir: str | os.PathLike | None = None,
     train_split: str = "train",
     validation_split: str = "validation",
+    validation_batch_size: int | None = None,
+    max_validation_images: int | None = None,
     train_transform: str = "resize_random_crop",
     eval_transform: str = "resize_center_crop",
     flip_probability: float = 0.5,
@@ -84,27 +87,24 @@ def make_dataset(
       name: "twemoji" or "twemoji/256" (bundled, built on first use), "folder", "parquet", "webdataset", or a prepared
         TFDS dataset.
       batch_size: of all shards together.
-      image_size: side in pixels, or (height, width).
+      image_size: side in pixels, or (height, width); channels: 3 (RGB) or 1 (grey).
       data_dir: the folder of images, parquet files or tars, or the directory of TFDS datasets; None is the default of
         the latter.
-      train_split: the dataset's name of its training split.
-      validation_split: the dataset's name of its validation split.
-      train_transform: a name in `transforms.TRANSFORMS`.
-      eval_transform: a name in `transforms.DETERMINISTIC`.
+      train_split, validation_split: the dataset's names of its splits.
+      validation_batch_size: in place of `batch_size` where `split` is "validation".
+      max_validation_images: where `split` is "validation": so many of it, spread evenly over all.
+      train_transform: a name in `transforms.TRANSFORMS`; eval_transform: one in `transforms.DETERMINISTIC`.
       flip_probability: of mirroring a training image, in [0, 1].
       label_key: the ClassLabel feature or column to read, "folder" for class folders, "cls" of a webdataset; None for
         no labels.
       text_key: the Text feature or column to read, "txt" for a file beside the image; None for no captions.
-      text_tokenizer: tokenizer file of the captions, see `text.load_tokenizer`.
-      text_length: U, tokens of a caption.
+      text_tokenizer: tokenizer file of the captions, see `text.load_tokenizer`; text_length: U, tokens of a caption.
       text_dropout: BPE-dropout of training captions, in [0, 1).
-      channels: 3 (RGB) or 1 (grey).
       max_damaged: damaged images to skip before the run stops.
       num_threads: reading threads of this process, or of each worker; each builds whole batches.
       num_workers: worker processes for training; 0 reads in this process.
       seed: of order and transforms, in [0, 2**32).
-      shard_index: this process among the `shard_count` that each read their part of every batch.
-      shard_count: number of reading processes.
+      shard_index, shard_count: this process among those that each read their part of every batch.
 
     Returns:
       The dataset. Its batches hold "image" float32 (B,H,W,C) in [-1, 1]; "index" int32 (B,), the position in the
@@ -118,16 +118,19 @@ def make_dataset(
         raise ValueError(f"data.label_key '{label_key}' and data.text_key '{text_key}': set one of them")
     size = _check_transforms(image_size, train_transform, eval_transform, flip_probability)
     tokenizer = None if text_key is None else _open_tokenizer(text_key, text_tokenizer, text_length, text_dropout)
+    _check_least(validation_batch_size=validation_batch_size, max_validation_images=max_validation_images)
+    if split != "validation" or train:
+        validation_batch_size = max_validation_images = None
     split = {"train": train_split, "validation": validation_split}.get(split, split)
     records = open_records(name, split, data_dir, label_key, text_key)
     return Dataset(
-        ImageSource(records, channels, max_damaged), train=train, batch_size=batch_size,
+        ImageSource(records, channels, max_damaged), train=train, batch_size=validation_batch_size or batch_size,
         train_transform=ExampleTransform(ImageTransform(train_transform, size, flip_probability, True), tokenizer),
         eval_transform=ExampleTransform(ImageTransform(eval_transform, size, as_bytes=True), tokenizer),
         seed=seed, shard_index=shard_index, shard_count=shard_count, num_threads=num_threads, num_workers=num_workers,
-        class_names=records.class_names,
-        vocab_size=tokenizer.vocab_size if tokenizer else None, text_length=tokenizer.length if tokenizer else None,
-    )  # fmt: skip
+        class_names=records.class_names, vocab_size=tokenizer.vocab_size if tokenizer else None,
+        text_length=tokenizer.length if tokenizer else None,
+    ).at_most(max_validation_images)  # fmt: skip
 
 
 def open_splits(*, seed: int = 0, shard_index: int = 0, shard_count: int = 1, **data_config) -> Splits:
@@ -164,6 +167,12 @@ def _check_transforms(
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"data.image_size: {image_size} is not allowed; give a positive side or (height, width)")
     return size
+
+
+def _check_least(**settings: int | None) -> None:
+    for setting, value in settings.items():
+        if value is not None:
+            checks.at_least(f"data.{setting}", value, 1)
 
 
 def _open_tokenizer(text_key: str, path: str | os.PathLike | None, length: int | None, dropout: float) -> Tokenizer:

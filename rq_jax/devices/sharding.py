@@ -289,7 +289,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -> None:
+def check_batch_size(
+    mesh: Mesh, batch_size: int, accumulation_steps: int = 1, setting: str = "data.batch_size"
+) -> None:
     """Check that mesh and gradient accumulation split the global batch evenly.
 
     Raises:
@@ -297,10 +299,8 @@ def check_batch_size(mesh: Mesh, batch_size: int, accumulation_steps: int = 1) -
     """
     parts = num_parts(mesh) * accumulation_steps
     if batch_size % parts:
-        raise ValueError(
-            f"data.batch_size: {batch_size} is not a multiple of {parts} "
-            f"(devices along data and fsdp times optim.accumulation_steps {accumulation_steps})"
-        )
+        steps = f" times optim.accumulation_steps {accumulation_steps}" if setting == "data.batch_size" else ""
+        raise ValueError(f"{setting}: {batch_size} is not a multiple of {parts} (devices along data and fsdp{steps})")
 
 
 def micro_batches(batch: Any, num_steps: int) -> Any:

@@ -73,6 +73,8 @@ def prepare(config: Mapping[str, Any], *, stage: int | None = None, mesh: jax.sh
         shard_count=shard_count,
     )  # fmt: skip
     train_split = open_split(split="train", train=True)
+    if (size := config["data"].get("validation_batch_size")) is not None:
+        sharding.check_batch_size(mesh, size, setting="data.validation_batch_size")
     data = Splits(train_split, open_split(split="validation", train=False), train_split.in_order())
     if jax.process_index() == 0:
         logger.info(describe_data(config["data"], data))

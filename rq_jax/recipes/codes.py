@@ -17,6 +17,7 @@ from rq_jax import checkpoint, metrics
 from rq_jax.data import CacheDataset, Dataset, Splits, fingerprint, read_meta, write_cache
 from rq_jax.devices import hosts, sharding
 from rq_jax.files import read_json, write_json
+from rq_jax.training.optimizer import Optimizer
 
 # Training images behind the unigram mark and the code usage, where the training set is larger.
 NUM_COUNTED = 20_000
@@ -46,7 +47,14 @@ class CodeFigures(NamedTuple):
 class CodeCounter:
     """The codes of a frozen tokenizer on a data set, batch by batch over the mesh."""
 
-    def __init__(self, tokenizer: nn.Module, variables: Any, mesh: jax.sharding.Mesh, num_steps: int = 1):
+    def __init__(
+        self,
+        tokenizer: nn.Module,
+        variables: Any,
+        mesh: jax.sharding.Mesh,
+        num_steps: int = 1,
+        num_validation_steps: int = 1,
+    ):
         """Prepare to count.
 
         Args:
@@ -54,8 +62,10 @@ class CodeCounter:
           variables: its, placed on the mesh.
           mesh: its data and fsdp devices share a batch.
           num_steps: micro-batches that a batch is encoded in, a divisor of the images of a device.
+          num_validation_steps: the same of held-out images.
         """
-        self._tokenizer, self._variables, self._mesh, self._num_steps = tokenizer, variables, mesh, num_steps
+        self._tokenizer, self._variables, self._mesh = tokenizer, variables, mesh
+        self._num_steps, self._num_validation_steps = num_steps, num_validation_steps
         self._jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
 
     def measure(self, data: Splits, temperature: float | None) -> CodeFigures:
@@ -65,9 +75,9 @@ class CodeCounter:
         spread_D = None if temperature is None else self.soft_spread(data.validation, temperature)
         return CodeFigures(counts_DK, class_counts, unigram_nats_D, spread_D)
 
-    def _encode(self, variables: Any, images: jax.Array) -> jax.Array:
+    def _encode(self, variables: Any, images: jax.Array, num_steps: int) -> jax.Array:
         encode = functools.partial(self._tokenizer.apply, variables, method="encode_to_codes")
-        return sharding.map_micro_batches(encode, images, self._num_steps)
+        return sharding.map_micro_batches(encode, images, num_steps)
 
     def count(self, dataset: Dataset) -> tuple[np.ndarray, list[int] | None]:
         """How often the data set has each code, and each class.
@@ -80,7 +90,7 @@ class CodeCounter:
 
         @self._jit
         def count(variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-            codes = self._encode(variables, batch["image"])
+            codes = self._encode(variables, batch["image"], self._num_steps)
             # Rows that fill up a batch count as one more code, which is dropped.
             codes = jnp.where(batch["mask"][:, None, None, None], codes, K)
             classes_V = jnp.bincount(batch["cond"][:, 0], batch["mask"].astype(jnp.int32), length=V) if V else None
@@ -104,7 +114,7 @@ class CodeCounter:
 
         @self._jit
         def encode_all(variables: Any, images: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return self._encode(variables, images), mask
+            return self._encode(variables, images, self._num_validation_steps), mask
 
         total, count, sizes = 0.0, 0, self._tokenizer.codebook_sizes
         for batch in dataset.iterator():
@@ -127,6 +137,12 @@ class CodeCounter:
         return np.asarray(perplexity(self._variables, images))
 
 
+def num_validation_steps(config: Mapping[str, Any], optimizer: Optimizer) -> int:
+    """Micro-batches of an evaluation: those of a step, or one where held-out images have batches of their own."""
+    has_own = (config.get("data") or {}).get("validation_batch_size")
+    return 1 if has_own else optimizer.accumulation_steps
+
+
 def kept_figures(
     workdir: Path, tokenizer_mark: str, counter: CodeCounter, data: Splits, temperature: float | None
 ) -> CodeFigures:
@@ -141,6 +157,7 @@ def kept_figures(
     if is_first:
         record = read_json(workdir / fingerprint.RECORD)
         made_from = {"tokenizer": tokenizer_mark, "temperature": temperature, "counted": NUM_COUNTED, "data": record}
+        made_from["held out"] = data.validation.num_examples
     if kept := hosts.of_first_process(_read_figures(path, made_from) if is_first else ""):
         figures = json.loads(kept)
         arrays = {name: None if value is None else np.asarray(value) for name, value in figures.items()}

@@ -232,9 +232,8 @@ class Transformer:
         mark = checkpoint.bind_tokenizer(workdir, self.tokenizer)
         if self.text_tokenizer is not None:  # sampling needs it, and the run directory has to suffice
             self.text_tokenizer.save(Path(workdir) / TEXT_TOKENIZER)
-        counter = frozen_codes.CodeCounter(
-            self.tokenizer.model, self.tokenizer_variables, self.mesh, self.optimizer.accumulation_steps
-        )
+        num_steps = self.optimizer.accumulation_steps, frozen_codes.num_validation_steps(self.config, self.optimizer)
+        counter = frozen_codes.CodeCounter(self.tokenizer.model, self.tokenizer_variables, self.mesh, *num_steps)
         uses_soft_codes = self.losses.use_soft_labels or self.losses.use_stochastic_codes
         temperature = self.losses.temperature if uses_soft_codes else None
         figures = frozen_codes.kept_figures(Path(workdir), mark, counter, data, temperature)
@@ -364,7 +363,7 @@ class Transformer:
 
     @functools.cached_property
     def _measure(self) -> Callable[..., Any]:
-        num_steps = self.optimizer.accumulation_steps
+        num_steps = frozen_codes.num_validation_steps(self.config, self.optimizer)
         return likelihood.make_measure(self.model, self.tokenizer.model, self.mesh, num_steps)
 
     @functools.cached_property

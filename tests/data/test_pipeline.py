@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("grain")
 from PIL import Image  # noqa: E402
 
-from rq_jax.data import Dataset, make_dataset, open_splits, transforms  # noqa: E402
+from rq_jax.data import Dataset, fingerprint, make_dataset, open_splits, transforms  # noqa: E402
 from rq_jax.data.text import load_tokenizer, train_tokenizer  # noqa: E402
 from rq_jax.data.transforms import scale  # noqa: E402
 
@@ -201,6 +201,33 @@ def test_evaluation_is_in_order_and_padded(folder):
     expected = dataset.examples([3, 20])
     np.testing.assert_array_equal(joined["image"][[3, 20]], expected["image"])
     np.testing.assert_array_equal(joined["cond"][[3, 20]], expected["cond"])
+
+
+def test_held_out_images_may_have_a_batch_of_their_own_and_a_number(folder):
+    splits = open_splits(
+        name="folder", data_dir=folder, image_size=8, batch_size=4, validation_split="train", label_key="folder",
+        validation_batch_size=3, max_validation_images=7,
+    )  # fmt: skip
+    assert [split.batch_size for split in splits] == [4, 3, 4]
+    count = splits.train.num_examples
+    batches = list(splits.validation.iterator())
+    index, mask, cond = (np.concatenate([batch[name] for batch in batches]) for name in ("index", "mask", "cond"))
+    assert [len(batch["mask"]) for batch in batches] == [3, 3, 3] and mask.tolist() == 7 * [True] + 2 * [False]
+    assert index[mask].tolist() == [i * count // 7 for i in range(7)]
+    assert set(cond[mask, 0]) == {0, 1}  # classes lie together
+    assert splits.validation.at_most(1000).num_examples == 7
+    assert fingerprint.of_dataset(splits.validation)["number of examples"] == count  # the data is the same
+    for setting in ("validation_batch_size", "max_validation_images"):
+        with pytest.raises(ValueError, match=f"^data.{setting}: 0 must be at least 1"):
+            make(folder, **{setting: 0})
+
+
+def test_a_stand_in_of_a_spread_image_does_not_count(folder, tmp_path):
+    for i, file in enumerate(sorted(folder.rglob("*.png"))[:8]):
+        (tmp_path / f"{i}.png").write_bytes(file.read_bytes() if i != 4 else b"damaged")
+    dataset = make(tmp_path, train=False, batch_size=4).at_most(4)
+    (batch,) = dataset.iterator()
+    assert batch["mask"].tolist() == [True, True, False, True]  # of 0, 2, 4, 6
 
 
 def test_evaluation_shards_in_order_are_the_whole_batch(folder):

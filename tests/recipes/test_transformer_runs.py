@@ -380,6 +380,7 @@ REFUSED = {
     "cached text dropout": ({**TEXT, "loop__use_latent_cache": True, "data__text_dropout": 0.1}, "loop.use_latent_cache: .*text_dropout 0.1"),
     "batch size": ({"data__batch_size": 12}, "data.batch_size: 12 is not a multiple of 8"),
     "micro-batches": ({"optim__accumulation_steps": 2}, r"data.batch_size: 8 is not a multiple of 16 .*accumulation_steps 2"),
+    "validation batch": ({"data__validation_batch_size": 12}, r"data.validation_batch_size: 12 is not a multiple of 8 \(devices along data and fsdp\)"),
     "early stopping": ({"loop__early_stopping_evaluations": -1}, "loop.early_stopping_evaluations: -1 must be at least 0"),
     "no tokenizer": ({"tokenizer": None}, "config.tokenizer: unset; give --config.tokenizer=.*configs/rqvae.py:imagenet256,quicktest"),
 }  # fmt: skip
