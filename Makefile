@@ -80,9 +80,10 @@ test: setup
 test-all: setup
 	RQ_JAX_TEST_OPTIMIZED=1 $(PYTHON) -m pytest -n 2 --dist worksteal -m "not gpu"
 
-# On a machine with a GPU: what only a GPU can show. `make test-all` runs the same tests on a CPU in its place.
+# On a machine with GPUs: what only these can show, in thirty minutes; again, it goes on where it stopped. Commit the
+# records. `make test-all` runs the same tests on a CPU in its place.
 gpu: setup
-	RQ_JAX_TEST_GPU=1 $(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m benchmarks.gpu
 
 # Every fault that the tests put in, and docs/reliability.md from what happened: ten minutes.
 reliability: setup

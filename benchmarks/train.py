@@ -10,7 +10,7 @@ import time
 import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,13 +179,31 @@ def open_batches(config: Config, settings: Settings, recipe: Recipe) -> tuple[Ca
     return lambda: batch, lambda: None
 
 
-def build(config: Config, args: argparse.Namespace) -> timing.Program:
-    """The step of a configuration; its state is donated from step to step, as in a run."""
-    settings, mesh, steps = load_settings(config), sharding.make_mesh(), config["steps"]
+class Prepared(NamedTuple):
+    """A step that is compiled, and what it starts from."""
+
+    recipe: Recipe
+    state: Any
+    batch: Any
+    compiled: timing.Compiled
+    next_batch: Callable[[], Any]
+    close: Callable[[], None]
+
+
+def prepare(config: Config) -> Prepared:
+    """The step of a configuration on all devices, with random weights."""
+    settings, mesh = load_settings(config), sharding.make_mesh()
     recipe = make_recipe(settings, mesh, functools.partial(weights.draw, placement=sharding.replicated(mesh)))
+    config = {"data": "synthetic", **config, "batch": settings["data"]["batch_size"]}
     next_batch, close = open_batches(config, settings, recipe)
     state, batch = recipe.init(jax.random.key(recipe.seed)), next_batch()
-    compiled = compile_step(recipe, state, batch)
+    return Prepared(recipe, state, batch, compile_step(recipe, state, batch), next_batch, close)
+
+
+def build(config: Config, args: argparse.Namespace) -> timing.Program:
+    """The step of a configuration; its state is donated from step to step, as in a run."""
+    recipe, state, batch, compiled, next_batch, close = prepare(config)
+    steps = config["steps"]
 
     def call() -> Any:
         nonlocal state
@@ -201,7 +219,7 @@ def build(config: Config, args: argparse.Namespace) -> timing.Program:
         compiled.memory,
         step_work(recipe, state, batch, steps),
         model_flops=count * recipe.flops_per_image,
-        num_devices=mesh.size,
+        num_devices=recipe.mesh.size,
         details=lambda seconds: {"steps_per_second": steps / seconds},
         close=close,
     )
