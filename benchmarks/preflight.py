@@ -165,7 +165,8 @@ def _plan_sampling(config: Config, target: targets.Target) -> Plan:
     settings = train.load_settings({**config, "stage": 2, "dtype": "bfloat16", "batch": None})
     model, batch = models.create(**settings["model"]), config["batch"] or 100
     config |= {"batch": batch}
-    stored = jax.eval_shape(lambda v: model.for_inference(v, config["weights"]), models.abstract_variables(model))
+    prepare = functools.partial(model.for_inference, dtype=config["weights"], platform=target.platform)
+    stored = jax.eval_shape(prepare, models.abstract_variables(model))
     place = _on(target)
     variables, rng = place(stored), place(jax.eval_shape(lambda: jax.random.key(0)))
     cond = place(jax.ShapeDtypeStruct((batch, model.cond_length), jnp.int32)) if model.is_conditional else None

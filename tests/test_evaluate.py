@@ -19,6 +19,7 @@ from rq_jax import checkpoint, metrics
 from rq_jax.data import make_dataset
 from rq_jax.data.text import train_tokenizer
 from rq_jax.devices import sharding
+from rq_jax.evaluation import likelihood
 from rq_jax.report import grids
 
 D, K = helpers.CODE_SHAPE[-1], helpers.CODEBOOK_SIZE
@@ -341,7 +342,10 @@ def transformers(root):
 
 @pytest.mark.parametrize("kind", ["unconditional", "class", "text"])
 def test_likelihood_is_the_mean_over_the_pictures_that_are_there(root, transformers, kind):
+    before = likelihood._kept_measure.cache_info()
     found = evaluated(root, likelihood=transformers[kind], out=f"likelihood_{kind}")["likelihood"]
+    after = likelihood._kept_measure.cache_info()
+    assert (after.misses - before.misses, after.hits - before.hits) == (1, 1)  # one program for both splits
     assert {split: one["images"] for split, one in found.items()} == {"train": 20, "validation": 5}
     loaded = checkpoint.load_model(transformers[kind])
     condition = {"unconditional": {}, "class": {"label_key": "folder"}, "text": {"text_key": "txt", "text_length": 6, "text_tokenizer": str(root / "bpe.json")}}[kind]  # fmt: skip

@@ -14,6 +14,7 @@ without a manifest: such a checkpoint never counts and is deleted at the next st
 """
 
 import contextlib
+import json
 import logging
 import os
 import re
@@ -328,11 +329,18 @@ def newest_whole(
       reads: path of a checkpoint -> its items that will be read; None: all. The contents of others are not verified.
 
     Raises:
-      ValueError: the newest is damaged, and `strict` is set.
+      ValueError: the newest is damaged, and `strict` is set; on every process.
     """
-    newest = _newest_whole(directory, strict, reads) if jax.process_index() == 0 else None
-    found = hosts.of_first_process("" if newest is None else str(newest))
-    return int(found) if found else None
+    newest, refusal = None, ""
+    if jax.process_index() == 0:
+        try:
+            newest = _newest_whole(directory, strict, reads)
+        except ValueError as error:  # told to the others, who would wait for this process
+            refusal = str(error)
+    newest, refusal = json.loads(hosts.of_first_process(json.dumps([newest, refusal])))
+    if refusal:
+        raise ValueError(refusal)
+    return newest
 
 
 def _newest_whole(directory: Path, strict: bool, reads: Callable[[Path], Collection[str]] | None) -> int | None:

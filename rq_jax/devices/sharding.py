@@ -18,6 +18,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rq_jax.nn import placement
+from rq_jax.nn.placement import map_micro_batches as map_micro_batches
+from rq_jax.nn.placement import micro_batches as micro_batches
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
@@ -301,23 +303,6 @@ def check_batch_size(
     if batch_size % parts:
         steps = f" times optim.accumulation_steps {accumulation_steps}" if setting == "data.batch_size" else ""
         raise ValueError(f"{setting}: {batch_size} is not a multiple of {parts} (devices along data and fsdp{steps})")
-
-
-def micro_batches(batch: Any, num_steps: int) -> Any:
-    """A tree of arrays (B, ...) as (num_steps, B / num_steps, ...): micro-batch i has every num_steps-th row from i on.
-
-    Consecutive rows would lie on few devices of a sharded batch and move at every step; in this order each device
-    slices the rows it has.
-    """
-    return jax.tree.map(lambda x: x.reshape(-1, num_steps, *x.shape[1:]).swapaxes(0, 1), batch)
-
-
-def map_micro_batches(function: Callable[[Any], Any], batch: Any, num_steps: int) -> Any:
-    """`function(batch)`, both trees of arrays (B, ...), in micro-batches one after the other: it needs less memory."""
-    if num_steps == 1:
-        return function(batch)
-    results = jax.lax.map(function, micro_batches(batch, num_steps))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:

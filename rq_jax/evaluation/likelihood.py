@@ -100,6 +100,10 @@ def load_transformer(
     return loaded, settings
 
 
+# The program of one split is that of the next.
+_kept_measure = functools.lru_cache(maxsize=1)(make_measure)
+
+
 def measure_likelihood(
     loaded: LoadedModel, data: EvaluationData, split: str, mesh: jax.sharding.Mesh
 ) -> dict[str, Any]:
@@ -111,7 +115,7 @@ def measure_likelihood(
       split: a name that `data.open` takes.
       mesh: of the devices that share a batch.
     """
-    measure = make_measure(loaded.model, loaded.tokenizer.model, mesh)
+    measure = _kept_measure(loaded.model, loaded.tokenizer.model, mesh)
     variables = jax.device_put((loaded.variables, loaded.tokenizer.variables), sharding.replicated(mesh))
     dataset = data.open(split)
     batches = counted(dataset.iterator(), dataset.num_examples, data.batch_size, f"likelihood of {split}")

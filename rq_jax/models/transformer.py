@@ -177,9 +177,11 @@ class CodeTransformer(nn.Module, kw_only=True):
         logits = self._project(norm(place(hidden, f"B{inner}M")), weight, bias)
         return place(logits, f"B{inner}{letter}")
 
-    def for_inference(self, variables: dict[str, Any], dtype: str = "float32") -> dict[str, Any]:
+    def for_inference(
+        self, variables: dict[str, Any], dtype: str = "float32", platform: str | None = None
+    ) -> dict[str, Any]:
         """The variables as sampling reads them fastest; see `nn.inference_weights.for_inference`."""
-        return for_inference(variables, dtype, self._dtype)
+        return for_inference(variables, dtype, self._dtype, platform)
 
     # --- inner pieces ---
 

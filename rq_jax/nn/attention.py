@@ -6,6 +6,7 @@ leading axis L.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -275,9 +276,13 @@ class Block(nn.Module):
 
 def _flash_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     """Causal attention (B, S, N, A) without a matrix of scores in memory where cuDNN has it: 16 bits on a GPU."""
-    fused = jax.default_backend() == "gpu" and query.dtype.itemsize == 2
-    implementation = "cudnn" if fused else "xla"
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation=implementation)
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True)
+    plain = functools.partial(attend, implementation="xla")
+    # JAX looks for cuDNN while it traces, and raises where this process has none: there XLA's own compiles for a GPU.
+    if query.dtype.itemsize != 2 or jax.default_backend() != "gpu":
+        return plain(query, key, value)
+    fused = functools.partial(attend, implementation="cudnn")
+    return jax.lax.platform_dependent(query, key, value, cuda=fused, default=plain)
 
 
 class Stack(nn.Module):

@@ -24,7 +24,9 @@ _READ = {
 _WEIGHT_FIRST = ("down_FM",)
 
 
-def for_inference(variables: Any, dtype: str = "float32", compute_dtype: Any = None) -> dict[str, Any]:
+def for_inference(
+    variables: Any, dtype: str = "float32", compute_dtype: Any = None, platform: str | None = None
+) -> dict[str, Any]:
     """Variables of a transformer over codes in the form that `sampling.generate` reads fastest.
 
     A sampler reads all weights of the blocks and of the classifier for each code, and waits for memory: these are
@@ -35,6 +37,7 @@ def for_inference(variables: Any, dtype: str = "float32", compute_dtype: Any = N
       variables: as trained, or in this form already.
       dtype: "float32" (all values stay as they are), "bfloat16" or "int8".
       compute_dtype: of the model; where it is float32 on a CPU, some weights are laid out for its products.
+      platform: that will sample, "cpu", "gpu" or "tpu"; None: the one that JAX uses here.
 
     Returns:
       Variables with `InferenceWeight` leaves.
@@ -43,7 +46,7 @@ def for_inference(variables: Any, dtype: str = "float32", compute_dtype: Any = N
       ValueError: another dtype, or weights that are narrow already.
     """
     checks.one_of("dtype", dtype, DTYPES)
-    lay_out = compute_dtype == jnp.float32 and jax.default_backend() == "cpu"
+    lay_out = compute_dtype == jnp.float32 and (platform or jax.default_backend()) == "cpu"
 
     def convert(path: Any, weight: Any) -> Any:
         name = path[-1].key

@@ -1,4 +1,5 @@
 """Where activations lie: networks say which axis is which, and whoever runs them says which devices share it.
+Batches in micro-batches, of which each device has those of its rows.
 
 Nothing is constrained unless the caller asks for it with `placing`; `devices.sharding.activations` does, for a mesh.
 """
@@ -6,6 +7,7 @@ Nothing is constrained unless the caller asks for it with `placing`; `devices.sh
 import contextlib
 import contextvars
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -33,3 +35,20 @@ def placing(how: Place) -> Iterator[None]:
         yield
     finally:
         _place.reset(token)
+
+
+def micro_batches(batch: Any, num_steps: int) -> Any:
+    """A tree of arrays (B, ...) as (num_steps, B / num_steps, ...): micro-batch i has every num_steps-th row from i on.
+
+    Consecutive rows would lie on few devices of a sharded batch and move at every step; in this order each device
+    slices the rows it has.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, num_steps, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def map_micro_batches(function: Callable[[Any], Any], batch: Any, num_steps: int) -> Any:
+    """`function(batch)`, both trees of arrays (B, ...), in micro-batches one after the other: it needs less memory."""
+    if num_steps == 1:
+        return function(batch)
+    results = jax.lax.map(function, micro_batches(batch, num_steps))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)

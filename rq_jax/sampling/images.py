@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rq_jax.nn.placement import map_micro_batches
 from rq_jax.sampling.draws import rng_of_seed
 from rq_jax.sampling.filter import check_filter
 from rq_jax.sampling.generate import check_guidance, generate
@@ -140,19 +141,17 @@ def decode(tokenizer: Any, variables: Any, codes: jax.Array, num_parts: int = 1)
     Returns:
       (B, H, W, C), uint8 in [0, 255].
     """
-    # Images are rounded to 8 bits: on an accelerator the decoder computes in bfloat16, with a float32 quantizer.
-    decoder = tokenizer if jax.default_backend() == "cpu" else tokenizer.clone(dtype="bfloat16")
 
-    def decode_part(codes: jax.Array) -> jax.Array:
+    def decode_with(decoder: Any, codes: jax.Array) -> jax.Array:
         images = decoder.apply(variables, codes, method="decode_codes").astype(jnp.float32)
         return jnp.nan_to_num(jnp.round(jnp.clip(0.5 * images + 0.5, 0, 1) * 255)).astype(jnp.uint8)
 
-    if num_parts == 1:
-        return decode_part(codes)
-    # Part i has every num_parts-th image from i on: of a batch over devices each decodes the images that it has.
-    parts = codes.reshape(-1, num_parts, *codes.shape[1:]).swapaxes(0, 1)
-    images = jax.lax.map(decode_part, parts).swapaxes(0, 1)
-    return images.reshape(-1, *images.shape[2:])
+    # Images are rounded to 8 bits: on an accelerator the decoder computes in bfloat16, with a float32 quantizer.
+    narrow = functools.partial(decode_with, tokenizer.clone(dtype="bfloat16"))
+    decode_part = functools.partial(
+        jax.lax.platform_dependent, cpu=functools.partial(decode_with, tokenizer), default=narrow
+    )
+    return map_micro_batches(decode_part, codes, num_parts)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

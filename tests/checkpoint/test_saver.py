@@ -16,7 +16,7 @@ import pytest
 from toy_state import assert_equal, toy_state
 
 from rq_jax import checkpoint
-from rq_jax.checkpoint import items, manifest
+from rq_jax.checkpoint import items, manifest, saver
 from rq_jax.checkpoint.saver import Checkpointer, SaveFailed, steps_of
 
 
@@ -119,6 +119,18 @@ def test_strict_stops_and_touches_nothing(run):
         restored_step(run, strict=True)
     assert str(error.value) == f"'{run / 'checkpoints' / '5'}' is damaged: manifest.json is damaged; restore it from a copy, or leave out --strict to go on from the one before"  # fmt: skip
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"2", "5"}
+
+
+def test_every_process_hears_that_strict_stops(run, monkeypatch):
+    """The first one tells before it raises, or the others would wait for it."""
+    flip(run / "checkpoints" / "5" / "manifest.json")
+    told = []
+    monkeypatch.setattr(saver.hosts, "of_first_process", lambda text: told.append(text) or told[0])
+    for process in (0, 1):
+        monkeypatch.setattr(saver.jax, "process_index", lambda process=process: process)
+        with pytest.raises(ValueError, match="'.*5' is damaged: manifest.json is damaged; restore it from a copy, or "):
+            saver.newest_whole(run / "checkpoints", strict=True)
+    assert json.loads(told[1]) == [None, ""]  # the second had nothing to say of its own
 
 
 @pytest.mark.fault("every checkpoint damaged", "stops; nothing is overwritten")

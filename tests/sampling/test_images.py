@@ -33,6 +33,24 @@ def test_images_are_clipped_and_never_wrap_around():
     np.testing.assert_array_equal(found, [0, 0, 0, 128, 255, 255, 255, 0])
 
 
+class Halves(nn.Module):
+    """A tokenizer that says in which dtype it decodes."""
+
+    dtype: str = "float32"
+
+    def decode_codes(self, codes):
+        return codes.astype(self.dtype) * 0.5
+
+
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_the_program_is_that_of_the_platform_that_runs_it(num_parts):
+    """And not of the one that traces it."""
+    codes = jnp.zeros((4, 3), jnp.int32)
+    traced = images.decode.trace(Halves(), {}, codes, num_parts)
+    texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu", "cuda")}
+    assert {name: "bf16" in text for name, text in texts.items()} == {"cpu": False, "tpu": True, "cuda": True}
+
+
 def test_parts_of_a_batch_are_decoded_where_they_lie():
     codes = np.random.default_rng(0).integers(-12, 13, (48, 3, 2, 1)).astype(np.int32)
     layout = sharding.batch_sharding(sharding.local_mesh())
