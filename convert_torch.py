@@ -13,7 +13,8 @@ import sys
 
 import jax
 
-from rq_jax.interop import convert, export
+from rq_jax.grains import ENTROPY_BINS
+from rq_jax.interop import convert, export, official
 from rq_jax.training import cli
 
 
@@ -34,13 +35,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=cli.path,
         help="text models only: the official *-vocab.json, its *-merges.txt beside it",
     )
+    add_path(
+        "--thresholds",
+        help="DQ-VAE by entropy only: its thresholds; default: the file that the config names, beside it",
+    )
+    add(
+        "--entropy_bins",
+        choices=tuple(ENTROPY_BINS),
+        help="the same: full, or legacy for what was trained before July 2023, as the released one",
+    )
     add("--ema", action="store_true", help="the averaged weights, such as state_dict_ema")
     add("--key", help="where the weights stand in the file, such as generator.state_dict; needed where several fit")
     add_path("--export", help="the way back: a run or model directory of ours")
     add_path("--out", required=True, help="new model directory; with --export a new .safetensors file")
     args = parser.parse_args(argv)
     required = ("config", "state")
-    for name in (*required, "tokenizer", "text_tokenizer", "ema", "key"):
+    for name in (*required, "tokenizer", "text_tokenizer", "thresholds", "entropy_bins", "ema", "key"):
         if args.export and getattr(args, name):
             raise ValueError(f"--{name}: {getattr(args, name)} is not for --export; leave it out")
     for name in required:
@@ -68,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
         args.out,
         tokenizer=args.tokenizer,
         text_tokenizer=args.text_tokenizer,
+        thresholds=args.thresholds,
+        entropy_bins=args.entropy_bins,
         use_ema=args.ema,
         key=args.key,
     )
@@ -88,13 +100,14 @@ def next_command(conversion: convert.Conversion, args: argparse.Namespace) -> st
     """The command, or the advice, that follows a conversion."""
     if conversion.kind == convert.DISCRIMINATOR:
         return f"put it beside its tokenizer as <directory>/{convert.DISCRIMINATOR}, to go on training with it"
-    if conversion.kind != convert.STAGE2:
-        command = "python train_transformer.py --config=configs/rqtransformer.py:<preset> --workdir=<directory>"
+    name = conversion.models["."].config["model"]["name"]
+    if transformers := [kind.model for kind in official.KINDS.values() if kind.tokenizer == name]:
+        command = f"python train_transformer.py --config=configs/{transformers[0]}.py:<preset> --workdir=<directory>"
         return f"{command} --config.tokenizer={args.out}"
-    if not args.tokenizer:
+    if not args.tokenizer and convert.TOKENIZER not in conversion.models:
         return "convert it again with --tokenizer, for a model that makes images"
     command = f"python sample.py --checkpoint={args.out} --out=samples"
-    if conversion.models["."].config["model"]["cond_length"] == 1:
+    if conversion.models["."].config["model"].get("cond_length", 1) == 1:
         return command
     missing = f", once it has a {convert.TEXT_TOKENIZER} (--text_tokenizer=<the official *-vocab.json> makes one)"
     return f"{command} --prompt='a red house'{'' if args.text_tokenizer else missing}"

@@ -30,8 +30,8 @@ PURE = {"grains", "losses", "metrics", "models", "nn", "quantize", "sampling", "
 # Some rooms see less: networks return values and never losses, readers of foreign files trust nobody.
 NARROWER = {
     "models": {"grains", "nn", "quantize", "sampling", "settings"},
-    "interop": {"checkpoint", "data", "files", "models", "settings"},
-    "interop/official": {"settings"},
+    "interop": {"checkpoint", "data", "files", "grains", "models", "settings"},
+    "interop/official": {"grains", "settings"},
     "interop/state_file": {"files", "settings"},
     "pretrained": {"interop", "nn", "settings"},
 }

@@ -1,11 +1,12 @@
 """An official checkpoint becomes a model directory of ours."""
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ import numpy as np
 from rq_jax import checkpoint, models
 from rq_jax.files import local_path
 from rq_jax.interop import official, state_file
+from rq_jax.interop.thresholds import entropy_settings
 from rq_jax.settings import checks
 from rq_jax.settings.text import quoted
 
-STAGE2, DISCRIMINATOR, TEXT_TOKENIZER = "rqtransformer", "discriminator", "text_tokenizer.json"
+DISCRIMINATOR, TOKENIZER, TEXT_TOKENIZER = "discriminator", "tokenizer", "text_tokenizer.json"
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,9 @@ class Conversion(NamedTuple):
     unopened: list[str]
 
 
+Routing = Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]]
+
+
 class _Pair(NamedTuple):
     """Settings of a transformer that goes with a tokenizer, further sections of its config, and the codebook."""
 
@@ -72,6 +77,8 @@ def convert_checkpoint(
     *,
     tokenizer: str | None = None,
     text_tokenizer: str | None = None,
+    thresholds: str | None = None,
+    entropy_bins: str | None = None,
     use_ema: bool = False,
     key: str | None = None,
 ) -> Conversion:
@@ -81,8 +88,10 @@ def convert_checkpoint(
       config: official config file, YAML or JSON.
       state: official weights, see `state_file.read_state`.
       out: new directory; the discriminator beside a tokenizer goes into discriminator/ below it.
-      tokenizer: directory of the tokenizer of a transformer, converted or trained here; it is copied into `out`.
+      tokenizer: directory of the tokenizer of a transformer, converted or trained here; it is copied into `out`. None
+        takes that of the same file, where there is one.
       text_tokenizer: vocabulary file of a model of text; it is copied into `out`.
+      thresholds, entropy_bins: of a DQ-VAE whose router goes by entropy, see `thresholds.entropy_settings`.
       use_ema: take the averaged weights, such as those under "state_dict_ema".
       key: where the weights stand in the file, such as "generator.ema"; needed where several fit.
 
@@ -91,29 +100,58 @@ def convert_checkpoint(
     """
     official_config = state_file.read_config(config)
     kind = official.find_kind(official_config)
-    for name, value in (("tokenizer", tokenizer), ("text_tokenizer", text_tokenizer)):
-        if value and kind != STAGE2:
-            raise ValueError(f"--{name}: {value} is for stage 2, and this is a config of '{kind}'")
-    if text_tokenizer and not tokenizer:
-        raise ValueError(f"--text_tokenizer: {text_tokenizer} needs --tokenizer beside it; give both")
+    _check_flags(kind, tokenizer, text_tokenizer, thresholds or entropy_bins)
+    routing = functools.partial(entropy_settings, os.path.dirname(config), thresholds, entropy_bins)
     with _new_directory(out) as partial:
         # The configs are checked before the weights are read.
-        pair = _bind_tokenizer(partial, official_config, tokenizer, text_tokenizer) if tokenizer else None
+        pair = _bind_tokenizer(partial, kind, official_config, tokenizer, text_tokenizer) if tokenizer else None
         settings = pair.settings if pair else official.KINDS[kind].settings(official_config)
+        if kind == "dqvae":
+            settings |= routing(official_config, settings)
         models.create(official.KINDS[kind].model, **settings)
         content = state_file.read_state(state)
         leaves, table = official.leaves_of(content), official.KINDS[kind].table(settings)
         weights = official.pick_weights(leaves, table.names(), use_ema=use_ema, key=key)
         converted, used = {".": _convert(kind, settings, table, weights)}, weights.used
-        if kind == STAGE2:
-            _add_codebook(converted["."], pair)
-        elif kind != DISCRIMINATOR and official.has_discriminator(official_config):
-            for settings, table, weights in _find_discriminator(leaves, official_config):
-                converted[DISCRIMINATOR] = _convert(DISCRIMINATOR, settings, table, weights)
-                used = used + weights.used
+        for name, part, settings, table, weights in _beside(leaves, kind, official_config, routing, pair):
+            converted[name] = _convert(part, settings, table, weights)
+            used = used + weights.used
+        if official.KINDS[kind].tokenizer:
+            _complete(converted["."], pair or _pair_of(converted.get(TOKENIZER)))
         for name, model in converted.items():
             checkpoint.save_model(partial / name, model.config, model.variables)
     return Conversion(kind, converted, official.name_left_out(leaves, used), _unopened(content))
+
+
+def _check_flags(kind: str, tokenizer: str | None, text_tokenizer: str | None, routing: str | None) -> None:
+    for name, value in (("tokenizer", tokenizer), ("text_tokenizer", text_tokenizer)):
+        if value and not official.KINDS[kind].tokenizer:
+            raise ValueError(f"--{name}: {value} is for stage 2, and this is a config of '{kind}'")
+    if text_tokenizer and not tokenizer:
+        raise ValueError(f"--text_tokenizer: {text_tokenizer} needs --tokenizer beside it; give both")
+    if routing and (kind not in ("dqvae", "dqtransformer") or tokenizer):
+        raise ValueError(
+            f"--thresholds, --entropy_bins: {routing} is for the router of a DQ-VAE, and none is converted here; leave "
+            "it out"
+        )
+
+
+def _beside(
+    leaves: list[official.Leaf], kind: str, config: Mapping[str, Any], routing: Routing, pair: _Pair | None
+) -> Iterator[tuple[str, str, dict[str, Any], official.Table, official.Weights]]:
+    """What stands beside the main model: directory, kind, settings, table and weights of each."""
+    if official.KINDS[kind].tokenizer:
+        if pair is None and (first_stage := official.first_stage(config)):
+            settings = official.dqvae_settings(first_stage)
+            official.dqtransformer_settings(config, settings)  # they fit together
+            table = official.dqvae_table(settings)
+            found = official.find_weights(leaves, table.names())
+            # A few names are those of any convolutional network.
+            if len(found) == 1 and 2 * len(found[0].used) > len(table.names()):
+                yield TOKENIZER, "dqvae", settings | routing(first_stage, settings), table, found[0]
+    elif kind != DISCRIMINATOR and official.has_discriminator(config):
+        for row in _find_discriminator(leaves, config):
+            yield (DISCRIMINATOR, DISCRIMINATOR, *row)
 
 
 def _find_discriminator(leaves: list[official.Leaf], config: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
@@ -129,7 +167,7 @@ def _find_discriminator(leaves: list[official.Leaf], config: Mapping[str, Any]) 
 def _convert(kind: str, settings: dict[str, Any], table: official.Table, weights: official.Weights) -> Converted:
     """Config and variables of one model; a ValueError for weights that do not fit the settings."""
     name, state = official.KINDS[kind].model, weights.state
-    dropped = [tensor for tensor in table.unread if tensor in state]
+    dropped = [tensor for tensor in table.dropped() if tensor in state]
     try:
         variables = official.KINDS[kind].variables(state, settings)
     except ValueError as error:
@@ -189,27 +227,42 @@ def _new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _bind_tokenizer(directory: Path, config: Mapping[str, Any], path: str, text_path: str | None) -> _Pair:
+def _bind_tokenizer(directory: Path, kind: str, config: Mapping[str, Any], path: str, text_path: str | None) -> _Pair:
     """Put the tokenizer, and the text tokenizer where there is one, into a stage-2 directory."""
     tokenizer = checkpoint.load_tokenizer(local_path(path))
     tokenizer_settings = models.settings_of(tokenizer.model)
-    settings = official.rqtransformer_settings(config, tokenizer_settings)
+    name, needed = tokenizer_settings["name"], official.KINDS[kind].tokenizer
+    if name != needed:
+        raise ValueError(f"--tokenizer: '{path}' is a model '{name}'; this transformer is over codes of '{needed}'")
+    settings = official.KINDS[kind].settings(config, tokenizer_settings)
     if text_path:
         _copy_text_tokenizer(text_path, settings, directory)
     checkpoint.bind_tokenizer(directory, tokenizer)
-    image_size, channels = tokenizer_settings["image_size"], tokenizer_settings["in_channels"]
-    data = {"name": "folder", "data_dir": None, "image_size": image_size, "channels": channels}
     sample = official.sample_settings(config)
     for name, value in sample.items():
         checks.one_per_depth(f"sampling.{name}", value, settings["code_shape"][-1])
-    sections = {"data": data, "sample": sample}
+    sections = {"data": _data_section(tokenizer_settings), "sample": sample}
     return _Pair(settings, sections, tokenizer.variables["codebook"]["codebook_KE"])
+
+
+def _pair_of(tokenizer: Converted | None) -> _Pair | None:
+    """Of a tokenizer that stood in the file of its transformer."""
+    if tokenizer is None:
+        return None
+    settings = tokenizer.config["model"]
+    sections = {"data": _data_section(settings), "sample": {}}
+    return _Pair(settings, sections, tokenizer.variables["codebook"]["codebook_KE"])
+
+
+def _data_section(tokenizer: Mapping[str, Any]) -> dict[str, Any]:
+    image_size, channels = tokenizer["image_size"], tokenizer["in_channels"]
+    return {"name": "folder", "data_dir": None, "image_size": image_size, "channels": channels}
 
 
 def _copy_text_tokenizer(path: str, settings: Mapping[str, Any], directory: Path) -> None:
     from rq_jax.data import load_tokenizer
 
-    length, size = settings["cond_length"], settings["cond_vocab_size"]
+    length, size = settings.get("cond_length", 1), settings["cond_vocab_size"]
     if length == 1:
         raise ValueError(f"--text_tokenizer: '{path}' is for models of text, this one takes none; leave it out")
     text_tokenizer = load_tokenizer(local_path(path), length)
@@ -220,19 +273,18 @@ def _copy_text_tokenizer(path: str, settings: Mapping[str, Any], directory: Path
     text_tokenizer.save(directory / TEXT_TOKENIZER)
 
 
-def _add_codebook(transformer: Converted, pair: _Pair | None) -> None:
+def _complete(transformer: Converted, pair: _Pair | None) -> None:
     """Complete a transformer by its tokenizer; without one its codebook is NaN, as in a fresh model."""
-    model = models.create(**transformer.config["model"])
+    shapes = models.abstract_variables(models.create(**transformer.config["model"])).get("codebook")
     if pair:
         transformer.config.update(pair.sections)
-    if not model.uses_codebook:
-        return
-    if pair:
-        transformer.variables["codebook"] = {"codebook_KE": pair.codebook}
-        return
-    logger.warning(
-        "--tokenizer: not given; the codebook, which is the tokenizer's, is NaN and the directory makes no images; "
-        "convert the stage 1 of its pair first and give that directory"
-    )
-    shapes = models.abstract_variables(model)["codebook"]
-    transformer.variables["codebook"] = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), shapes)
+    else:
+        missing = "the codebook, which is the tokenizer's, is NaN and " if shapes else ""
+        logger.warning(
+            "--tokenizer: not given; %sthe directory makes no images; convert the stage 1 of its pair first and give "
+            "that directory", missing,
+        )  # fmt: skip
+    if shapes:
+        codebook = {"codebook_KE": pair.codebook} if pair else None
+        empty = jax.tree.map(lambda leaf: np.full(leaf.shape, np.nan, leaf.dtype), shapes)
+        transformer.variables["codebook"] = codebook or empty

@@ -34,7 +34,8 @@ def export_model(directory: str | os.PathLike[str], out: str | os.PathLike[str])
 
     Args:
       directory: a run or a model directory of ours.
-      out: new .safetensors file; the config goes to <name>.config.json.
+      out: new .safetensors file; the config goes to <name>.config.json, and the threshold of a router by entropy, which
+        that config names, to <name>.thresholds.json.
 
     Raises:
       ValueError, FileNotFoundError: no model, one that the original cannot express, or files that are there already.
@@ -42,8 +43,8 @@ def export_model(directory: str | os.PathLike[str], out: str | os.PathLike[str])
     directory, out = local_path(directory), local_path(out)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: '{out}' must end in .safetensors, which --export writes")
-    config_path = out.with_suffix(".config.json")
-    for path in (out, config_path):
+    config_path, thresholds_path = out.with_suffix(".config.json"), out.with_suffix(".thresholds.json")
+    for path in (out, config_path, thresholds_path):
         if path.exists():
             raise ValueError(f"--out: '{path}' is there already; give the name of a new file")
     own_config = checkpoint.read_config(directory)
@@ -52,24 +53,38 @@ def export_model(directory: str | os.PathLike[str], out: str | os.PathLike[str])
     sample = own_config.get("sample") or {}
     if not isinstance(sample, dict):
         raise ValueError(f"'{directory}': its config has a {type(sample).__name__} for sample; a dict is needed")
-    config = official.official_config(name, settings, sample)
+    tokenizer = _tokenizer_settings(directory) if official.KINDS[name].tokenizer else None
+    config = official.official_config(name, settings, sample, tokenizer)
+    files = {config_path: config}
+    for entropy in (settings, tokenizer or {}):
+        if entropy.get("router") == "entropy":
+            files[thresholds_path] = official.name_thresholds(config, thresholds_path.name, entropy)
     variables = checkpoint.load_model(directory).variables
-    if name == "rqtransformer":
+    if official.KINDS[name].tokenizer:
         variables.pop("codebook", None)  # the tokenizer's, and exported with it
     state = official.official_state(name, variables, settings)
-    _write(state, config, out, config_path)
+    _write(state, files, out)
     left_out = official.left_out_settings(name, settings)
     return Exported(name, config_path, len(state), sum(np.size(array) for array in state.values()), left_out)
 
 
-def _write(state: dict[str, np.ndarray], config: dict[str, Any], out: Path, config_path: Path) -> None:
-    """Both files or none."""
+def _tokenizer_settings(directory: Path) -> dict[str, Any] | None:
+    """Settings of the tokenizer in a stage-2 directory, where it has one."""
+    if not (directory / "tokenizer").is_dir():
+        return None
+    return models.settings_of(models.create(**checkpoint.read_config(directory / "tokenizer")["model"]))
+
+
+def _write(state: dict[str, np.ndarray], files: dict[Path, Any], out: Path) -> None:
+    """All files or none."""
     from safetensors.numpy import save_file
 
     try:
         with atomic_path(out) as partial:
             save_file(state, partial)
-            write_json(config_path, config)
+            for path, content in files.items():
+                write_json(path, content)
     except BaseException:
-        config_path.unlink(missing_ok=True)
+        for path in files:
+            path.unlink(missing_ok=True)
         raise

@@ -7,10 +7,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-from official_dqtransformer import dqtransformer_settings, dqtransformer_table
 
 from rq_jax import models
-from rq_jax.interop.official.rules import Table, import_state
+from rq_jax.interop import official
+from rq_jax.interop.official.rules import Table
 
 
 class Golden(NamedTuple):
@@ -28,10 +28,10 @@ class Golden(NamedTuple):
 def dq_transformer(request, dq_goldens) -> Golden:
     name = request.param
     config = json.loads((dq_goldens / f"{name}.config.json").read_text())
-    model = models.create("dqtransformer", **dqtransformer_settings(config))
-    table = dqtransformer_table(model)
+    settings = official.dqtransformer_settings(config)
+    model, table = models.create("dqtransformer", **settings), official.dqtransformer_table(settings)
     with np.load(dq_goldens / f"{name}.state.npz") as state:
-        variables = import_state({key: state[key] for key in state if not key.endswith("attn.mask")}, table)
+        variables = official.dqtransformer_variables(dict(state), settings)
     with np.load(dq_goldens / f"{name}.io.npz") as file:
         io = dict(file)
     tolerances = json.loads((dq_goldens / "tolerances.json").read_text())[name]

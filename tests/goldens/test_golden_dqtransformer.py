@@ -3,17 +3,13 @@
 Arrays agree within 1e-5 of their largest value, gradients within 1e-4.
 """
 
-import json
-
 import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from official_dqtransformer import dqtransformer_settings, dqtransformer_table
 from toy_transformer import run
 
-from rq_jax import losses, models
+from rq_jax import losses
 from rq_jax.grains import GrainedCodes, PackedCodes, pack
 
 SINGLES = [f"single.{j}" for j in range(7)]
@@ -119,17 +115,3 @@ def test_gradients(dq_transformer):
             if f"batch.grad.{key}" in io:
                 assert_close(ours, io[f"batch.grad.{key}"], key, 1e-4)
     assert compared == sum(name.startswith("batch.grad_norm.") for name in io)
-
-
-@pytest.mark.parametrize("name, count", [("uncond", 308_884_480), ("class", 313_999_360)])
-def test_released_shapes(dq_goldens, name, count):
-    entry = json.loads((dq_goldens / "released-shapes.json").read_text())[f"{name}_imagenet_p6c18"]
-    model = models.create("dqtransformer", **dqtransformer_settings(entry))
-    table, params = dqtransformer_table(model), models.abstract_variables(model)["params"]
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == entry["parameters"] == count
-    assert table.shapes() == flax.traverse_util.flatten_dict(
-        jax.tree.map(lambda x: x.shape, {"params": params}), sep="/"
-    )
-    assert all(jnp.issubdtype(leaf.dtype, jnp.float32) for leaf in jax.tree.leaves(params))
-    official = {key: tuple(shape) for key, (shape, _) in entry["state_dict"].items() if not key.endswith("attn.mask")}
-    assert table.official_shapes() == official

@@ -8,14 +8,23 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import official_dqvae
 import pytest
 
 from rq_jax import losses, models, quantize
+from rq_jax.interop import official
+from rq_jax.interop.official.rules import Table, export_state
 from rq_jax.models.coder import PositionBias
 
 STRUCTURES = {"dqvae-entropy": (), "dqvae-feature": (20.0,), "dqvae-triple": (1.0, 1.0)}  # weights of the budget
 TRAIN = "train.0."
+GRAINS = ("coarse", "median", "fine")
+CODEBOOK = {"weight": "codebook_KE", "cluster_size_ema": "counts_K", "embed_ema": "sums_KE"}
+
+
+def read_codebook(io, prefix):
+    """The collection "codebook", without the official row of padding."""
+    arrays = {ours: io[prefix + theirs] for theirs, ours in CODEBOOK.items()}
+    return {**arrays, "codebook_KE": arrays["codebook_KE"][:-1]}
 
 
 def nhwc(array):
@@ -33,8 +42,12 @@ def golden(request, dq_goldens):
     """(arrays, model, variables, weights of the budget, names of gradients that vanish)."""
     name = request.param
     io, state = ({**np.load(dq_goldens / f"{name}.{kind}.npz")} for kind in ("io", "state"))
-    model = models.create("dqvae", **official_dqvae.read_settings(dq_goldens, name))
-    variables = official_dqvae.read_variables(state, models.abstract_variables(model), model.num_grains)
+    config = json.loads((dq_goldens / f"{name}.config.json").read_text())
+    settings = official.dqvae_settings(config) | {"use_restart": False}
+    if settings["router"] == "entropy":
+        settings["thresholds"] = (config["golden"]["threshold_in_force"],)
+    model = models.create("dqvae", **settings)
+    variables = jax.device_put(official.dqvae_variables(state, settings))
     entries = json.loads((dq_goldens / "tolerances.json").read_text())[name]
     zeros = {key for key, entry in entries.items() if isinstance(entry, dict) and entry.get("zero_up_to_rounding")}
     return io, model, variables, STRUCTURES[name], zeros
@@ -60,7 +73,7 @@ def evaluated(golden):
 def test_evaluation(golden, evaluated):
     io, model, variables, _, _ = golden
     output, features, merged, routing, after, bias, decoded = evaluated
-    for g, grain in enumerate(official_dqvae.GRAINS if model.num_grains == 3 else official_dqvae.GRAINS[::2]):
+    for g, grain in enumerate(GRAINS if model.num_grains == 3 else GRAINS[::2]):
         assert_close(features[g], nhwc(io[f"h_{grain}"]), grain)
     if model.router == "feature":
         assert_close(output.scores, io["gate_logits"])
@@ -123,7 +136,7 @@ def test_two_training_passes(golden, trained):
         np.testing.assert_array_equal(output.codes[..., 0], io[f"{prefix}codes"])
         for name, value in terms.items():
             assert_close(value, io[prefix + name], name)
-        for name, expected in official_dqvae.read_codebook(io, f"{prefix}codebook.").items():
+        for name, expected in read_codebook(io, f"{prefix}codebook.").items():
             assert_close(codebook[name], expected, name)
         if model.router == "feature":
             assert_close(output.scores, io[f"{prefix}gate_logits"])
@@ -149,7 +162,7 @@ def test_unused_codes_restart_as_there(golden):
     state, x_NE = quantize.CodebookState(**variables["codebook"]), output.latents.reshape(-1, model.code_dim)
     rows_KE = x_NE[io["restart.perm"][: model.codebook_size]]
     after = quantize.ema_update(state, x_NE, output.codes.ravel(), model.codebook_decay, rows_KE)
-    for name, expected in official_dqvae.read_codebook(io, "restart.codebook.").items():
+    for name, expected in read_codebook(io, "restart.codebook.").items():
         assert_close(getattr(after, name), expected, name)
 
 
@@ -168,22 +181,22 @@ def test_gate_softmax_and_merged_latent_of_training(golden, trained):
 
 def test_every_gradient(golden, trained):
     io, model, variables, _, zeros = golden
-    grads, seen, full = trained[1], 0, 0
+    table = official.dqvae_table(models.settings_of(model))
+    rules = [rule for rule in table.rules if rule.path.startswith("params/")]
+    gradients = export_state({"params": jax.device_get(trained[1])}, Table(rules, {}))
+    seen, full = 0, 0
     norms = [key for key in io if key.startswith(f"{TRAIN}grad_norm.")]
     assert len(norms) == len(jax.tree.leaves(variables["params"]))
     for key in norms:
         name = key.removeprefix(f"{TRAIN}grad_norm.")
-        path = official_dqvae.path_of(name, model.num_grains)
-        grad = grads
-        for part in path:
-            grad = grad[part]
+        grad = gradients[name]
         if key in zeros:
             assert np.linalg.norm(grad) < 1e-6, name
         else:
             assert_close(np.linalg.norm(grad), io[key], name, 1e-4)
             seen += 1
         if (whole := io.get(f"{TRAIN}grad.{name}")) is not None:
-            assert_close(official_dqvae.to_theirs(path, np.asarray(grad), whole.shape), whole, name, 1e-4)
+            assert_close(grad, whole, name, 1e-4)
             full += 1
     assert seen > 0.8 * len(norms) and full == sum(key.startswith(f"{TRAIN}grad.") for key in io) >= 9
 
@@ -206,8 +219,3 @@ def test_released_structures_have_the_published_parameters(dq_goldens):
         shapes = models.abstract_variables(model)["params"]
         leaves = {tuple(k.key for k in path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(shapes)}
         assert sum(map(np.prod, leaves.values())) == count == entry["parameters"] - 1025 * 256
-        official = {key: shape for key, (shape, _) in entry["state_dict"].items() if not key.startswith("quantize.")}
-        paths = {official_dqvae.path_of(key, model.num_grains): shape for key, shape in official.items()}
-        assert paths.keys() == leaves.keys() and len(paths) == len(official)
-        for path, shape in paths.items():
-            assert official_dqvae.to_ours(path, np.empty(shape, np.bool_)).shape == leaves[path], path

@@ -1,7 +1,7 @@
-"""Published PyTorch checkpoints of the RQ models in our names and layout, and back.
+"""Published PyTorch checkpoints in our names and layout, and back.
 
 Of kakaobrain/rq-vae-transformer: RQ-VAE, RQ-Transformer and discriminator; of CompVis/taming-transformers: VQGAN, which
-is an RQ-VAE of depth 1.
+is an RQ-VAE of depth 1; of CrossmodalGroup/DynamicVectorQuantization: DQ-VAE and DQ-Transformer.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,6 +20,9 @@ from rq_jax.interop.official.checkpoints import (
     pick_weights,
 )
 from rq_jax.interop.official.config import left_out_settings, official_config
+from rq_jax.interop.official.dqtransformer import dqtransformer_settings, dqtransformer_table, first_stage
+from rq_jax.interop.official.dqvae import dqvae_settings, name_thresholds, threshold_key, thresholds_path
+from rq_jax.interop.official.dqvae_table import dqvae_table
 from rq_jax.interop.official.rules import Rule, Table, export_state, import_state, listed
 from rq_jax.interop.official.settings import (
     Settings,
@@ -41,14 +44,22 @@ __all__ = [
     "discriminator_settings",
     "discriminator_table",
     "discriminator_variables",
+    "dqtransformer_settings",
+    "dqtransformer_table",
+    "dqtransformer_variables",
+    "dqvae_settings",
+    "dqvae_table",
+    "dqvae_variables",
     "find_kind",
     "find_weights",
+    "first_stage",
     "has_discriminator",
     "holds_discriminator",
     "leaves_of",
     "left_out_settings",
     "listed",
     "name_left_out",
+    "name_thresholds",
     "official_config",
     "official_state",
     "pick_weights",
@@ -59,6 +70,8 @@ __all__ = [
     "rqvae_table",
     "rqvae_variables",
     "sample_settings",
+    "threshold_key",
+    "thresholds_path",
     "vqgan_settings",
     "vqgan_table",
     "vqgan_variables",
@@ -66,12 +79,20 @@ __all__ = [
 
 
 class Kind(NamedTuple):
-    """A kind of official checkpoint: the name of our model, and the functions that convert it."""
+    """A kind of official checkpoint.
+
+    Attributes:
+      model: name of our model.
+      settings, table, variables: the functions that convert it. Those of a transformer's settings also take the
+        complete settings of its tokenizer.
+      tokenizer: name of the model of a transformer's tokenizer; None for what is no transformer.
+    """
 
     model: str
-    settings: Callable[[Mapping[str, Any]], dict[str, Any]]
+    settings: Callable[..., dict[str, Any]]
     table: Callable[[Settings], Table]
     variables: Callable[[Mapping[str, Any], Settings], dict[str, Any]]
+    tokenizer: str | None = None
 
 
 def rqvae_variables(state: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
@@ -111,6 +132,20 @@ def rqtransformer_variables(state: Mapping[str, Any], settings: Settings) -> dic
     return import_state(state, rqtransformer_table(settings))
 
 
+def dqvae_variables(state: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Variables of a DQ-VAE, {"params": ..., "codebook": ...} in float32, from an official state dict.
+
+    The padding row of the codebook, which is drawn like all others and not zero, is dropped. Arguments and errors as in
+    `rqvae_variables`, with settings from `dqvae_settings`.
+    """
+    return import_state(state, dqvae_table(settings))
+
+
+def dqtransformer_variables(state: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """Variables of a DQ-Transformer; arguments and errors as in `rqvae_variables`, settings of its own."""
+    return import_state(state, dqtransformer_table(settings))
+
+
 def discriminator_variables(state: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Variables of a discriminator, {"params": ..., "batch_stats": ...}; settings from `discriminator_settings`."""
     return import_state(state, discriminator_table(settings))
@@ -120,7 +155,8 @@ def official_state(name: str, variables: dict[str, Any], settings: Settings) -> 
     """The official state dict of one of our models; the inverse of the functions above.
 
     Args:
-      name: "rqvae", "rqtransformer" (without its collection "codebook") or "discriminator".
+      name: "rqvae", "dqvae", "rqtransformer", "dqtransformer" (both without a collection "codebook") or
+        "discriminator".
       variables: of the model; they are emptied, so that nothing is held twice.
       settings: as `models.create` takes them.
 
@@ -138,6 +174,12 @@ def official_state(name: str, variables: dict[str, Any], settings: Settings) -> 
 KINDS = {
     "rqvae": Kind("rqvae", rqvae_settings, rqvae_table, rqvae_variables),
     "vqgan": Kind("rqvae", vqgan_settings, vqgan_table, vqgan_variables),
-    "rqtransformer": Kind("rqtransformer", rqtransformer_settings, rqtransformer_table, rqtransformer_variables),
+    "dqvae": Kind("dqvae", dqvae_settings, dqvae_table, dqvae_variables),
+    "rqtransformer": Kind(
+        "rqtransformer", rqtransformer_settings, rqtransformer_table, rqtransformer_variables, "rqvae"
+    ),
+    "dqtransformer": Kind(
+        "dqtransformer", dqtransformer_settings, dqtransformer_table, dqtransformer_variables, "dqvae"
+    ),
     "discriminator": Kind("discriminator", discriminator_settings, discriminator_table, discriminator_variables),
 }

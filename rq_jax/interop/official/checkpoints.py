@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from rq_jax.interop.official.dqtransformer import DQTRANSFORMER_CLASS
+from rq_jax.interop.official.dqvae import DQVAE_CLASSES
 from rq_jax.interop.official.rules import listed
-from rq_jax.interop.official.settings import discriminator_section, is_vqgan
+from rq_jax.interop.official.settings import discriminator_section
 from rq_jax.settings.text import quoted
 
 _KINDS = {"rq-vae": "rqvae", "rq-transformer": "rqtransformer"}
@@ -57,13 +59,14 @@ class Weights(NamedTuple):
 
 
 def find_kind(config: Mapping[str, Any]) -> str:
-    """The kind of model of an official config: "rqvae", "rqtransformer", "discriminator" or "vqgan".
+    """The kind of model of an official config: a key of `KINDS`.
 
     Raises:
       ValueError: something else.
     """
-    if is_vqgan(config):
-        return "vqgan"
+    if isinstance(model := config.get("model"), Mapping):
+        name = str(model.get("target")).rpartition(".")[2]
+        return "dqtransformer" if name == DQTRANSFORMER_CLASS else "dqvae" if name in DQVAE_CLASSES else "vqgan"
     arch = config.get("arch", config)
     if isinstance(arch, Mapping) and "type" in arch:
         kind = str(arch["type"]).lower()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rq_jax.interop.official import dqtransformer, dqvae
 from rq_jax.interop.official.settings import (
     BLOCK,
     BOTTLENECK,
@@ -20,23 +21,30 @@ _FIXED = {
     # Its encoder can double the channels, but the convolution after it does not take them.
     "rqvae": (("norm_groups", 32), ("use_double_z", False)),
     "rqtransformer": (("use_null_cond", False),),
+    "dqvae": dqvae.FIXED,
+    "dqtransformer": dqtransformer.FIXED,
     "discriminator": (),
 }
 # The same for settings that leave the meaning of the weights alone: they are left out.
 _LEFT_OUT = {
     "rqvae": (("codebook_update", "sequential"), ("use_kmeans_init", False), ("dtype", "float32")),
     "rqtransformer": (("dtype", "float32"),),
+    "dqvae": dqvae.LEFT_OUT,
+    "dqtransformer": dqtransformer.LEFT_OUT,
     "discriminator": (("dtype", "float32"),),
 }
 
 
-def official_config(name: str, settings: Settings, sample: Settings | None = None) -> dict[str, Any]:
+def official_config(
+    name: str, settings: Settings, sample: Settings | None = None, tokenizer: Settings | None = None
+) -> dict[str, Any]:
     """The config from which the original builds the same model; the inverse of `rqvae_settings` and its siblings.
 
     Args:
       name: as `models.create` takes it.
       settings: complete, as `models.create` takes them.
-      sample: defaults of `sampling.generate`, for a transformer.
+      sample: defaults of `sampling.generate`, for an RQ-Transformer.
+      tokenizer: settings of the tokenizer of a DQ-Transformer, whose config has them too.
 
     Raises:
       ValueError: the original has no such model, or cannot express one of the settings.
@@ -49,6 +57,8 @@ def official_config(name: str, settings: Settings, sample: Settings | None = Non
     return {
         "rqvae": _rqvae_config,
         "rqtransformer": _rqtransformer_config,
+        "dqvae": lambda settings, _: dqvae.dqvae_config(settings),
+        "dqtransformer": lambda settings, _: dqtransformer.dqtransformer_config(settings, tokenizer),
         "discriminator": lambda settings, _: _nested("gan.disc.arch", DISCRIMINATOR, settings),
     }[name](settings, sample or {})
 

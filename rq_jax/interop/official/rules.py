@@ -32,7 +32,8 @@ class Rule(NamedTuple):
       pattern: from the axes of the stacked tensors to those of our array; a group in parentheses is one axis.
       sizes: of at least the axes in the pattern.
       aliases: further official names of the same tensor, which must hold the same values.
-      padding_rows: rows of zeros at the end of each official tensor, which ours does not have.
+      padding_rows: rows at the end of each official tensor, which ours does not have; written as zeros.
+      has_zero_padding: whether the original keeps those rows at zero.
       dtype: of the official tensors; ours is float32, or int32 where it is an integer type.
     """
 
@@ -43,6 +44,7 @@ class Rule(NamedTuple):
     aliases: tuple[str, ...] = ()
     padding_rows: int = 0
     dtype: str = "float32"
+    has_zero_padding: bool = True
 
     @property
     def shape(self) -> Shape:
@@ -103,6 +105,7 @@ class Table(NamedTuple):
       rules: of all our arrays.
       constants: tensors that follow from the settings; their values are checked.
       unread: tensors that nothing reads: absent or dropped on the way in, written as here on the way out.
+      buffers: names of tensors that follow from the settings, too large to write: dropped on the way in.
       strangers: beginnings of the names of tensors of other models that may stand beside these.
     """
 
@@ -110,6 +113,7 @@ class Table(NamedTuple):
     constants: Mapping[str, np.ndarray]
     unread: Mapping[str, np.ndarray] = {}
     strangers: tuple[str, ...] = ()
+    buffers: frozenset[str] = frozenset()
 
     def shapes(self) -> dict[str, Shape]:
         """Shape of every array of ours by path."""
@@ -117,7 +121,12 @@ class Table(NamedTuple):
 
     def names(self) -> set[str]:
         """Names of all official tensors."""
-        return {key for rule in self.rules for key in (*rule.keys, *rule.aliases)} | {*self.constants, *self.unread}
+        names = {key for rule in self.rules for key in (*rule.keys, *rule.aliases)}
+        return names | {*self.constants, *self.dropped()}
+
+    def dropped(self) -> list[str]:
+        """Names of the tensors that are dropped on the way in."""
+        return [*self.unread, *sorted(self.buffers)]
 
     def official_shapes(self) -> dict[str, Shape]:
         """Shape of every official tensor that is read, by name."""
@@ -183,7 +192,7 @@ def export_state(variables: dict[str, Any], table: Table) -> dict[str, np.ndarra
 def _name_problems(state: Mapping[str, Any], table: Table) -> list[str]:
     expected = table.official_shapes()
     missing = [name for name in expected if name not in state]
-    known = {*expected, *table.unread}
+    known = {*expected, *table.dropped()}
     unexpected = [quoted(name) for name in state if name not in known and not name.startswith(table.strangers)]
     kinds = (("unexpected", unexpected), ("missing", missing))  # the first tells the reason
     return [f"{kind} {listed(names)}" for kind, names in kinds if names]
@@ -231,7 +240,7 @@ def _watched(state: Mapping[str, Any], rule: Rule, not_finite: list[str], not_ze
         tensor = np.asarray(state[key])
         if rule.is_float and not np.isfinite(tensor).all():
             not_finite.append(key)
-        if rule.padding_rows and np.any(tensor[-rule.padding_rows :]):
+        if rule.padding_rows and rule.has_zero_padding and np.any(tensor[-rule.padding_rows :]):
             not_zero.append(key)
         yield tensor
 

@@ -71,6 +71,12 @@ _VQGAN_DISCRIMINATOR = (
     ("num_layers", "disc_num_layers", 3),
     ("use_actnorm", "use_actnorm", False),
 )
+_DQVAE_DISCRIMINATOR = (
+    ("in_channels", "input_nc", 3),
+    ("width", "ndf", 64),
+    ("num_layers", "n_layers", 3),
+    ("use_actnorm", "use_actnorm", False),
+)
 # Fields that would change what the autoencoder computes, and the only value that ours has.
 _FIXED = (("hparams.bottleneck_type", "rq"), ("ddconfig.give_pre_end", False))
 _VQGAN_FIXED = (
@@ -90,7 +96,7 @@ def rqvae_settings(config: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: a config of another model, a missing key, or a structure that we do not have.
     """
     arch = _arch(config, "rq-vae")
-    _check_fixed(arch, _FIXED)
+    check_fixed(arch, _FIXED)
     settings = arch.read((*CODER, *BOTTLENECK))
     settings["codebook_size"] = _one_if_equal("arch.hparams.n_embed", settings["codebook_size"], settings)
     latent = arch.read((("latent_dim", "hparams.embed_dim", 64), ("latent_shape", "hparams.latent_shape")))
@@ -117,7 +123,7 @@ def vqgan_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     if target.rpartition(".")[2] != "VQModel":
         raise ValueError(f"model.target: {quoted(target)} has another quantizer or another use; allowed is VQModel")
     params = Section(config["model"].get("params"), "model.params.")
-    _check_fixed(params, _VQGAN_FIXED)
+    check_fixed(params, _VQGAN_FIXED)
     settings = params.read((("codebook_size", "n_embed"), ("code_dim", "embed_dim"), *CODER))
     settings |= {"use_shared_codebook": True, "use_restart": False}
     side = params.read((("resolution", "ddconfig.resolution"),))["resolution"] // downsampling(settings)
@@ -154,7 +160,7 @@ def rqtransformer_settings(config: Mapping[str, Any], tokenizer: Settings | None
 
 
 def discriminator_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `models.create("discriminator", ...)` from an official config, of RQ-VAE or of VQGAN.
+    """Settings of `models.create("discriminator", ...)` from an official config, of RQ-VAE, VQGAN or DQ-VAE.
 
     Args:
       config: the whole of it, or the section `gan.disc.arch`.
@@ -162,9 +168,13 @@ def discriminator_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: a key is missing.
     """
-    if is_vqgan(config):
-        params = Section(config).get("model.params.lossconfig.params", {})
-        return Section(params, "model.params.lossconfig.params.").read(_VQGAN_DISCRIMINATOR)
+    if isinstance(config.get("model"), Mapping):
+        place = "model.params.lossconfig.params."
+        params = Section(Section(config).get(place.removesuffix("."), {}), place)
+        own = params.get("disc_config.params", None)
+        if own is not None:
+            return Section(own, f"{place}disc_config.params.").read(_DQVAE_DISCRIMINATOR)
+        return params.read(_VQGAN_DISCRIMINATOR)
     section = discriminator_section(config)
     return Section(config if section is None else section, "gan.disc.arch.").read(DISCRIMINATOR)
 
@@ -176,12 +186,7 @@ def discriminator_section(config: Mapping[str, Any]) -> Mapping[str, Any] | None
 
 def has_discriminator(config: Mapping[str, Any]) -> bool:
     """Whether an official config describes a discriminator."""
-    return is_vqgan(config) or discriminator_section(config) is not None
-
-
-def is_vqgan(config: Mapping[str, Any]) -> bool:
-    """Whether a config is one of VQGAN."""
-    return isinstance(config.get("model"), Mapping)
+    return isinstance(config.get("model"), Mapping) or discriminator_section(config) is not None
 
 
 def sample_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,7 +242,7 @@ def _arch(config: Mapping[str, Any], kind: str) -> Section:
     return Section(arch, "arch.")
 
 
-def _check_fixed(section: Section, rows: tuple[tuple[str, Any], ...]) -> None:
+def check_fixed(section: Section, rows: tuple[tuple[str, Any], ...]) -> None:
     for name, only in rows:
         if (value := section.get(name, only)) != only:
             raise ValueError(f"{section.prefix}{name}: {quoted(value)} is not supported; allowed is '{only}'")

@@ -1,6 +1,7 @@
 """For each model, the table of official tensors behind every array of ours."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from rq_jax.interop.official.settings import (
     token_offsets,
 )
 
+Renames = tuple[tuple[str, str], ...]
+
 # Names of the RQ-VAE's modules, official to ours, one line after the other.
-_RENAMES = (
+RENAMES: Renames = (
     (r"(down|up)\.(\d+)\.block\.(\d+)", r"level\2_block\3"),
     (r"(down|up)\.(\d+)\.attn\.(\d+)", r"level\2_attention\3"),
     (r"(down|up)\.(\d+)\.\1sample", r"level\2_\1"),
@@ -30,7 +33,7 @@ _RENAMES = (
     (r"\.", "/"),
 )
 # Our name, official name, axes, padding rows.
-_CODEBOOK = (
+CODEBOOK = (
     ("codebook_KE", "weight", "K E", 1),
     ("counts_K", "cluster_size_ema", "K", 0),
     ("sums_KE", "embed_ema", "K E", 0),
@@ -56,76 +59,90 @@ def _autoencoder(settings: Settings) -> list[Rule]:
     latent_dim = settings["code_dim"] // ((H // h) * (W // w))
     encoder_out = 2 * z_channels if settings["use_double_z"] else z_channels
     modules = {
-        **_coder("encoder", settings, settings["in_channels"], encoder_out),
-        **_coder("decoder", settings, z_channels, settings["in_channels"]),
-        "quant_conv": _conv(encoder_out, latent_dim, 1),
-        "post_quant_conv": _conv(latent_dim, z_channels, 1),
+        **coder("encoder", settings, settings["in_channels"], encoder_out),
+        **coder("decoder", settings, z_channels, settings["in_channels"]),
+        "quant_conv": conv(encoder_out, latent_dim, 1),
+        "post_quant_conv": conv(latent_dim, z_channels, 1),
     }
+    return module_rules(modules)
+
+
+def module_rules(modules: Mapping[str, dict[str, int]], renames: Renames = RENAMES) -> list[Rule]:
+    """Rules of modules by official name, each with the sizes of its axes."""
     rules = []
     for key, sizes in modules.items():
         path = f"params.{key}"
-        for official, ours in _RENAMES:
+        for official, ours in renames:
             path = re.sub(official, ours, path)
-        rules += _affine(path, key, sizes)
+        rules += affine(path, key, sizes)
     return rules
 
 
-def _affine(path: str, key: str, sizes: dict[str, int], use_bias: bool = True) -> list[Rule]:
+def affine(path: str, key: str, sizes: dict[str, int], use_bias: bool = True) -> list[Rule]:
     """A convolution, or a norm where there are no input channels."""
     name, pattern = ("kernel", "1 O I H W -> H W I O") if "I" in sizes else ("scale", "1 O -> O")
     rules = [Rule(f"{path}/{name}", (f"{key}.weight",), pattern, sizes)]
     return rules + [Rule(f"{path}/bias", (f"{key}.bias",), "1 O -> O", sizes)] if use_bias else rules
 
 
-def _coder(coder: str, settings: Settings, in_channels: int, out_channels: int) -> dict[str, Any]:
+def coder(coder: str, settings: Settings, in_channels: int, out_channels: int) -> dict[str, Any]:
     """The modules of the encoder or the decoder by official name, each with the sizes of its axes."""
+    modules, features = levels_of(coder, settings, in_channels)
+    modules |= middle(f"{coder}.mid", settings["width"] * settings["width_multipliers"][-1])
+    modules[f"{coder}.norm_out"] = norm(features)
+    return modules | {f"{coder}.conv_out": conv(features, out_channels, 3)}
+
+
+def levels_of(coder: str, settings: Settings, in_channels: int) -> tuple[dict[str, Any], int]:
+    """The first convolution and all levels, and the features that the last level leaves."""
     widths = [settings["width"] * multiplier for multiplier in settings["width_multipliers"]]
     levels, blocks = range(len(widths)), settings["num_res_blocks"]
     direction, features = "down", settings["width"]
     if coder == "decoder":
         levels, blocks, direction, features = levels[::-1], blocks + 1, "up", widths[-1]
-    modules = {f"{coder}.conv_in": _conv(in_channels, features, 3)}
-    modules |= _res_block(f"{coder}.mid.block_1", widths[-1], widths[-1])
-    modules |= _attention(f"{coder}.mid.attn_1", widths[-1])
-    modules |= _res_block(f"{coder}.mid.block_2", widths[-1], widths[-1])
+    modules: dict[str, Any] = {f"{coder}.conv_in": conv(in_channels, features, 3)}
     for level in levels:
         key = f"{coder}.{direction}.{level}"
         for i in range(blocks):
-            modules |= _res_block(f"{key}.block.{i}", features, widths[level])
+            modules |= res_block(f"{key}.block.{i}", features, widths[level])
             features = widths[level]
             if image_shape(settings)[0] // 2**level in settings["attention_resolutions"]:
-                modules |= _attention(f"{key}.attn.{i}", features)
+                modules |= attention(f"{key}.attn.{i}", features)
         if level != levels[-1] and settings["use_resample_conv"]:
-            modules[f"{key}.{direction}sample.conv"] = _conv(features, features, 3)
-    modules[f"{coder}.norm_out"] = _norm(features)
-    return modules | {f"{coder}.conv_out": _conv(features, out_channels, 3)}
+            modules[f"{key}.{direction}sample.conv"] = conv(features, features, 3)
+    return modules, features
 
 
-def _res_block(key: str, in_features: int, features: int) -> dict[str, Any]:
-    modules = {f"{key}.norm1": _norm(in_features), f"{key}.conv1": _conv(in_features, features, 3)}
-    modules |= {f"{key}.norm2": _norm(features), f"{key}.conv2": _conv(features, features, 3)}
+def middle(key: str, features: int) -> dict[str, Any]:
+    modules = {**res_block(f"{key}.block_1", features, features), **attention(f"{key}.attn_1", features)}
+    return modules | res_block(f"{key}.block_2", features, features)
+
+
+def res_block(key: str, in_features: int, features: int) -> dict[str, Any]:
+    modules = {f"{key}.norm1": norm(in_features), f"{key}.conv1": conv(in_features, features, 3)}
+    modules |= {f"{key}.norm2": norm(features), f"{key}.conv2": conv(features, features, 3)}
     if in_features != features:
-        modules[f"{key}.nin_shortcut"] = _conv(in_features, features, 1)
+        modules[f"{key}.nin_shortcut"] = conv(in_features, features, 1)
     return modules
 
 
-def _attention(key: str, features: int) -> dict[str, Any]:
-    convs = {f"{key}.{name}": _conv(features, features, 1) for name in ("q", "k", "v", "proj_out")}
-    return {f"{key}.norm": _norm(features), **convs}
+def attention(key: str, features: int) -> dict[str, Any]:
+    convs = {f"{key}.{name}": conv(features, features, 1) for name in ("q", "k", "v", "proj_out")}
+    return {f"{key}.norm": norm(features), **convs}
 
 
-def _conv(in_features: int, features: int, kernel_size: int) -> dict[str, int]:
+def conv(in_features: int, features: int, kernel_size: int) -> dict[str, int]:
     return {"O": features, "I": in_features, "H": kernel_size, "W": kernel_size}
 
 
-def _norm(features: int) -> dict[str, int]:
+def norm(features: int) -> dict[str, int]:
     return {"O": features}
 
 
 def _codebooks(settings: Settings) -> list[Rule]:
     codes = codebook_sizes(settings)
     sizes, rules = {"K": codes[0], "D": len(codes), "E": settings["code_dim"]}, []
-    for name, official, axes, padding in _CODEBOOK:
+    for name, official, axes, padding in CODEBOOK:
         path, one_of_ours = f"codebook/{name}", f"1 {axes} -> {axes}"
         keys = tuple(f"quantizer.codebooks.{d}.{official}" for d in range(len(codes)))
         if settings["use_shared_codebook"]:
@@ -163,7 +180,7 @@ _RQTRANSFORMER = (
 )
 # The same for all L blocks of a stack, with the official names of one block. Q is 3: query, key and value.
 _QKV = ("attn.query", "attn.key", "attn.value")
-_BLOCKS = (
+BLOCKS = (
     ("all", "norm1/scale", ("ln1.weight",), "L M -> L M"),
     ("all", "norm1/bias", ("ln1.bias",), "L M -> L M"),
     ("all", "norm2/scale", ("ln2.weight",), "L M -> L M"),
@@ -198,7 +215,7 @@ def rqtransformer_table(settings: Settings) -> Table:
     for ours, official in (("spatial", "body"), ("depth", "head")):
         layers = range(settings[f"{ours}_layers"])
         stack_sizes = {**sizes, "L": len(layers), "N": heads[ours], "A": M // heads[ours]}
-        for name, suffixes, pattern in [row for part, *row in _BLOCKS if has[part] and layers]:
+        for name, suffixes, pattern in [row for part, *row in BLOCKS if has[part] and layers]:
             keys = tuple(f"{official}_transformer.blocks.{i}.{suffix}" for i in layers for suffix in suffixes)
             rules.append(Rule(f"params/{ours}_stack/blocks/{name}", keys, pattern, stack_sizes))
     separate_embeddings = has["token_embedding"] and not settings["use_shared_token_embedding"]
@@ -230,8 +247,8 @@ def discriminator_table(settings: Settings) -> Table:
     rules, unread = [], {}
     for i in range(n + 2):
         has_norm = 0 < i <= n
-        sizes = _conv(widths[i], widths[i + 1], 4)
-        rules += _affine(f"params/conv{i}", f"main.{max(3 * i - 1, 0)}", sizes, use_actnorm or not has_norm)
+        sizes = conv(widths[i], widths[i + 1], 4)
+        rules += affine(f"params/conv{i}", f"main.{max(3 * i - 1, 0)}", sizes, use_actnorm or not has_norm)
         if has_norm:
             for path, official, pattern, dtype in _ACT_NORM if use_actnorm else _BATCH_NORM:
                 key = f"main.{3 * i}.{official}"

@@ -27,7 +27,7 @@ _SHAPE = Kind(most=4096, lengths=range(3, 4))
 _KINDS = {
     "code_shape": _SHAPE,
     "latent_shape": _SHAPE,
-    "width_multipliers": Kind(most=4096, lengths=range(1, 17)),
+    **dict.fromkeys(("width_multipliers", "decoder_width_multipliers"), Kind(most=4096, lengths=range(1, 17))),
     "resolutions": Kind(lengths=range(_LONGEST + 1)),
     "codebook_size": Kind(may_be_list=True),
     "codebook_decay": Kind(_NUMBER, 0, 1, may_be_list=True),
@@ -36,8 +36,11 @@ _KINDS = {
     "top_p": Kind(_NUMBER, 0, 1, may_be_list=True),
     **dict.fromkeys(("dropout", "embedding_dropout", "attention_dropout", "residual_dropout"), Kind(_NUMBER, 0, 1)),
     **dict.fromkeys(("spatial_layers", "depth_layers"), Kind(least=0, most=1000)),
+    **dict.fromkeys(("position_layers", "content_layers"), Kind(least=1, most=1000)),
+    "segment_size": Kind(least=-1),
     **dict.fromkeys(("cond_vocab_size", "cond_length"), Kind(least=0)),
-    "num_res_blocks": Kind(most=100),
+    "fine_ratio": Kind(_NUMBER, 0, 1),
+    **dict.fromkeys(("num_res_blocks", "decoder_num_res_blocks"), Kind(most=100)),
     "num_layers": Kind(most=20),
 }
 

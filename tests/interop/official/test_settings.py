@@ -446,9 +446,9 @@ def test_what_the_original_cannot_express_is_refused_by_name(name, settings, cha
 
 def test_a_model_that_the_original_does_not_have_is_refused():
     with pytest.raises(
-        ValueError, match="model 'dqvae': the original has none; allowed are rqvae, rqtransformer, disc"
+        ValueError, match="model 'vit': the original has none; allowed are rqvae, rqtransformer, dqvae, dqtransformer"
     ):
-        official.official_config("dqvae", {})
+        official.official_config("vit", {})
 
 
 def test_what_the_config_cannot_say_is_told():
