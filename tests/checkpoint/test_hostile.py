@@ -62,6 +62,11 @@ CONFIGS = {
     "beyond 64 bits": ({"code_shape": [2, 1, 2**70]}, "config.json': 'code_shape' of the model is "),
     "endless": ({"dropout": float("inf")}, "config.json': 'dropout' of the model is 'inf'; at most "),
     "levels": ({"width_multipliers": [1] * 99}, "config.json': 'width_multipliers' of the model has 99 entries"),
+    "levels of a decoder": (
+        {"decoder_width_multipliers": [1] * 99},
+        "config.json': 'decoder_width_multipliers' of the model has 99 entries",
+    ),
+    "deep cells": ({"code_depth": 300}, "config.json': 'code_depth' of the model is '300'; at most 256 is read"),
     "no width": ({"width": 0}, "config.json' makes no model: "),
     "a list for a number": (
         {"z_channels": [3]},

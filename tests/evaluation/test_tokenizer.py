@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rq_jax import losses, metrics, models
-from rq_jax.evaluation.tokenizer import make_measure, rows_by_depth
+from rq_jax.evaluation.tokenizer import make_measure, picture, rows_by_depth
 from rq_jax.pretrained.vgg_lpips import Perceptual
 
 PSNR, SSIM = jax.jit(metrics.psnr), jax.jit(metrics.ssim)
@@ -116,3 +116,16 @@ def test_rows_say_their_depth(images):
     rows = rows_by_depth(images, np.stack([images, -images]), [12.34, 20.0])
     assert list(rows) == ["original", "depth 1: 12.3 dB", "depth 2: 20.0 dB"]
     np.testing.assert_array_equal(rows["depth 2: 20.0 dB"], -rows["original"])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_picture_of_an_evaluation_has_a_row_of_grain_maps(channels):
+    images = np.random.default_rng(2).uniform(-1, 1, (3, 16, 24, channels)).astype(np.float32)
+    shown = images, np.stack([images, -images])
+    plain = picture(shown, [12.34, 20.0], 1)
+    grained = picture((*shown, np.zeros((3, 2, 3), np.int32)), [12.34, 20.0], 2)
+    row = 6 * 16 + 4  # enlarged to 96 rows, with lines between
+    assert plain.dtype == grained.dtype == np.uint8 and plain.shape[2] == grained.shape[2] == 3
+    assert len(plain) == 3 * row and len(grained) == 4 * row
+    blue = grained[row : 2 * row, -100:].astype(int)
+    assert blue[..., 2].mean() > blue[..., 0].mean() + 20

@@ -347,6 +347,10 @@ def test_bfloat16_networks_keep_router_entropy_and_quantiser_in_float32():
         np.testing.assert_array_equal(output.codes, exact.codes)
         scale = float(jnp.abs(expected.scores).max())
         np.testing.assert_allclose(output.scores, expected.scores, atol=(0.05 if settings else 0) * scale)
+        trained = jax.eval_shape(
+            lambda v, m=half: m.apply(v, IMAGES, True, rngs=keys(), mutable=["codebook"]), variables
+        )
+        assert {x.dtype for x in jax.tree.leaves(trained)} == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
 # --- 13: the decoder ------------------------------------------------------------------------------
