@@ -283,17 +283,22 @@ def _group(rest: str, count: int) -> tuple[int, ...]:
         return int(pair[1]), int(pair[2])
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", rest):
         axes = re.findall(r"'(\w+)'=(\d+)", mesh[1])
-        devices = np.arange(math.prod(int(size) for _, size in axes)).reshape([int(size) for _, size in axes])
+        order = re.search(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\)", rest)
+        sizes = [int(size) for _, size in axes]
+        devices = (_table(order[1], order[2]) if order else np.arange(math.prod(sizes))).reshape(sizes)
         joined = re.findall(r"'(\w+)'", mesh[2])
         return tuple(devices[tuple(slice(None) if axis in joined else 0 for axis, _ in axes)].flatten().tolist())
     if table := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        shape = [int(size) for size in table[3].split(",")]
-        devices = np.arange(math.prod(shape)).reshape(shape)
-        if table[4]:
-            devices = devices.transpose([int(axis) for axis in table[4].split(",")])
-        return tuple(devices.reshape(int(table[1]), int(table[2]))[0].tolist())
+        return tuple(_table(table[3], table[4]).reshape(int(table[1]), int(table[2]))[0].tolist())
     groups = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
     return tuple(int(device) for device in groups[1].split(",")) if groups else tuple(range(count))
+
+
+def _table(shape: str, order: str | None) -> np.ndarray:
+    """Numbers from 0 on in an array of a shape such as "2,4", its axes then in an order such as "1,0"."""
+    sizes = [int(size) for size in shape.split(",")]
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    return devices.transpose([int(axis) for axis in order.split(",")]) if order else devices
 
 
 def _whole_arrays(opcode: str, line: Instruction, size: int) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -94,7 +94,8 @@ def base() -> ConfigDict:
                 "profile_first_step": 10,
                 "profile_steps": 0,
             },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},  # devices along each axis; -1: what the others leave
+            # Devices along each axis; -1: what the others leave. dcn: slices that data goes over.
+            "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "dcn": 1},
         }
     )
 

@@ -101,7 +101,7 @@ SHARED_KEYS = {
     "loop": "total_steps total_epochs log_every_steps evaluate_every_steps checkpoint_every_steps"
     " keep_checkpoints keep_every_steps keep_best ema_decay"
     " max_skipped_steps hang_timeout_seconds profile_first_step profile_steps",
-    "mesh": "data fsdp tensor",
+    "mesh": "data fsdp tensor dcn",
 }
 TOKENIZER_KEYS = {
     **SHARED_KEYS,

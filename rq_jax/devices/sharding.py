@@ -9,12 +9,13 @@ import contextlib
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rq_jax.nn import placement
@@ -39,7 +40,7 @@ RULES = {
 _SUFFIX = re.compile(r"_([A-Z0-9]+)$")
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1, dcn: int = 1) -> Mesh:
     """Make a mesh over all devices with axes "data", "fsdp" and "tensor".
 
     Args:
@@ -47,9 +48,11 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
       fsdp: devices along which batch and parameters are split.
       tensor: devices along which heads, MLP width and vocabulary are split.
         One of the three may be -1: the devices that the others leave.
+      dcn: slices that the devices lie in, such as those of TPU pods, with a slower network between them: "data" goes
+        over these first, so that fsdp and tensor stay inside a slice. 1: slices are not looked at.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or the slices are others.
     """
     sizes, count = {"data": data, "fsdp": fsdp, "tensor": tensor}, jax.device_count()
     known = int(np.prod([size for size in sizes.values() if size != -1]))
@@ -59,7 +62,30 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         raise ValueError(f"mesh: {sizes} does not fit {count} devices; sizes must multiply to it, one may be -1")
     for name in free:
         sizes[name] = count // known
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    if dcn == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types)
+    return Mesh(_devices_by_slice(sizes, dcn), AXES, axis_types=types)
+
+
+def _devices_by_slice(sizes: Mapping[str, int], dcn: int) -> np.ndarray:
+    """Devices (data, fsdp, tensor), those of a slice in consecutive rows and wired as the axes want them."""
+    slices: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        slices.setdefault(slice_of(device), []).append(device)
+    counts = [len(slices[number]) for number in sorted(slices)]
+    if len(counts) != dcn or len(set(counts)) > 1:
+        fix = f"set it to {len(counts)}" if len(set(counts)) == 1 else "set it to 1"
+        raise ValueError(f"mesh.dcn: {dcn} does not fit slices of {counts} devices; {fix}")
+    if sizes["data"] % dcn:
+        raise ValueError(f"mesh.data: {sizes['data']} is not a multiple of mesh.dcn {dcn}, the slices; set it to one")
+    shape = sizes["data"] // dcn, sizes["fsdp"], sizes["tensor"]
+    return np.concatenate([mesh_utils.create_device_mesh(shape, slices[number]) for number in sorted(slices)])
+
+
+def slice_of(device: jax.Device) -> int:
+    """Number of the slice that a device lies in; 0 where it names none."""
+    return getattr(device, "slice_index", 0) or 0
 
 
 def local_mesh() -> Mesh:

@@ -112,6 +112,7 @@ def test_the_axis_of_a_reduce_scatter():
         ("replica_groups=[4,2]<=[8]", (0, 1)),
         ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
         ("replica_groups=mesh['data'=2,'fsdp'=4] {'data'}", (0, 4)),
+        ("replica_groups=mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", (0, 1, 2, 3)),
         ("replica_groups={}", (0, 1, 2, 3, 4, 5, 6, 7)),
         ("source_target_pairs={{0,4},{4,0}}", (0, 4)),
     ],

@@ -49,6 +49,67 @@ def test_make_mesh_refuses(sizes):
     assert str(error.value) == f"mesh: {sizes} does not fit 8 devices; sizes must multiply to it, one may be -1"
 
 
+@pytest.fixture
+def two_slices(monkeypatch):
+    """Every other device lies in the second slice."""
+    monkeypatch.setattr(sharding, "slice_of", lambda device: device.id % 2)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 4, 1), (4, 1, 2), (2, 2, 2)])
+def test_only_data_goes_over_slices(two_slices, sizes):
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)), dcn=2)
+    assert mesh.devices.shape == sizes and mesh.axis_names == sharding.AXES
+    assert mesh.axis_types == (AxisType.Auto,) * 3 and set(mesh.devices.flat) == set(jax.devices())
+    slices = np.vectorize(sharding.slice_of)(mesh.devices).reshape(2, -1)
+    assert slices.tolist() == [[0] * 4, [1] * 4]
+    assert sharding.make_mesh(data=-1, fsdp=sizes[1], tensor=sizes[2], dcn=2) == mesh
+
+
+def test_weights_are_gathered_inside_a_slice(two_slices):
+    mesh = sharding.make_mesh(data=2, fsdp=4, dcn=2)
+    weights = {"up_MF": np.random.default_rng(0).normal(size=(8, 12)).astype(np.float32)}
+    x_BM = np.random.default_rng(1).normal(size=(16, 8)).astype(np.float32)
+
+    def step(weights, x_BM):
+        def loss(weights):
+            whole = jax.lax.with_sharding_constraint(weights["up_MF"], sharding.replicated(mesh))
+            return jnp.mean(jnp.sin(x_BM @ whole) ** 2)
+
+        return jax.tree.map(lambda w, g: w - g, weights, jax.grad(loss)(weights))
+
+    layout = sharding.state_shardings(mesh, weights)
+    placed = jax.device_put(weights, layout), sharding.put_batch(mesh, x_BM)
+    program = jax.jit(step, out_shardings=layout).lower(*placed).compile()
+    np.testing.assert_allclose(program(*placed)["up_MF"], jax.jit(step)(weights, x_BM)["up_MF"], rtol=1e-5)
+    slices = [sharding.slice_of(device) for device in mesh.devices.flat]
+    over = {}
+    for each in hlo.collectives(program.as_text()):
+        over.setdefault(each.opcode, set()).add(len({slices[i] for i in each.group}))
+    assert over.pop("all-gather") == {1} and set.union(*over.values()) >= {2}  # gradients alone go over both
+
+
+@pytest.mark.parametrize(
+    "sizes, message",
+    [
+        ({"dcn": 4}, r"mesh.dcn: 4 does not fit slices of [4, 4] devices; set it to 2"),
+        ({"dcn": 0}, r"mesh.dcn: 0 does not fit slices of [4, 4] devices; set it to 2"),
+        ({"dcn": 2, "data": 1, "fsdp": 8}, "mesh.data: 1 is not a multiple of mesh.dcn 2, the slices; set it to one"),
+    ],
+)
+def test_slices_that_do_not_fit_are_refused(two_slices, sizes, message):
+    with pytest.raises(ValueError) as error:
+        sharding.make_mesh(**sizes)
+    assert str(error.value) == message
+
+
+def test_slices_of_several_sizes_and_devices_of_none_are_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"^mesh.dcn: 2 does not fit slices of \[8\] devices; set it to 1$"):
+        sharding.make_mesh(dcn=2)
+    monkeypatch.setattr(sharding, "slice_of", lambda device: int(device.id > 5))
+    with pytest.raises(ValueError, match=r"^mesh.dcn: 2 does not fit slices of \[6, 2\] devices; set it to 1$"):
+        sharding.make_mesh(dcn=2)
+
+
 # --- names to axes ------------------------------------------------------------------------------------------
 
 
