@@ -20,35 +20,44 @@ from rq_jax.settings import checks
 DECODED_PER_DEVICE = 32  # images at a time: one of 256x256 takes some 96 MiB of activations in float32
 
 _FILTER = ("temperature", "top_k", "top_p")
+_OF_POSITION = "position_"  # the same of positions, where a model draws those
 
 
 def draw_settings(model: Any, recorded: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """Settings of a draw, checked: those that are given, else those that a checkpoint recorded.
 
     Args:
-      model: an `RQTransformer`.
+      model: an `RQTransformer` or a `DQTransformer`.
       recorded: the config section `sample` of the checkpoint.
       given: the values of flags by name; None: not given.
 
     Returns:
-      temperature, top_k, top_p and guidance of `generate`, those that are set.
+      temperature, top_k, top_p, guidance and position_* of `generate`, those that are set.
 
     Raises:
       ValueError: a value that is not allowed, or not one per depth; named as the flag, or as the key of the section.
     """
-    chosen = {name: (f"--{name}", value) for name, value in given.items() if value is not None}
+    allowed = (*_FILTER, "guidance")
+    if hasattr(model, "layout"):
+        allowed += tuple(f"{_OF_POSITION}{name}" for name in _FILTER)
+    chosen = {}
+    for name, value in given.items():
+        if value is not None:
+            checks.one_of("the flag", f"--{name}", [f"--{one}" for one in allowed])
+            chosen[name] = (f"--{name}", value)
     for name, value in recorded.items():
-        checks.one_of("sample: the key", name, (*_FILTER, "guidance"))
+        checks.one_of("sample: the key", name, allowed)
         chosen.setdefault(name, (f"sample.{name}", value))
     for name, (setting, value) in chosen.items():
+        prefix = _OF_POSITION if name.startswith(_OF_POSITION) else ""
         try:
             if name == "guidance":
                 check_guidance(model, value)
             else:
-                check_filter(**{**dict.fromkeys(_FILTER), name: value})
+                check_filter(**{**dict.fromkeys(_FILTER), name.removeprefix(prefix): value}, prefix=prefix)
         except ValueError as error:
             raise ValueError(f"{setting.removesuffix(name)}{error}") from None
-        checks.one_per_depth(setting, value, model.code_shape[-1])
+        checks.one_per_depth(setting, value, 1 if prefix else model.code_shape[-1])
     return {name: value for name, (_, value) in chosen.items()}
 
 
@@ -65,14 +74,15 @@ def draw(
     seed: int = 0,
     weights: str = "float32",
     conds: np.ndarray | None = None,
-    prefix: np.ndarray | None = None,
+    prefix: Any = None,
+    grains: np.ndarray | None = None,
     compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     **settings: Any,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[np.ndarray, Any, np.ndarray]]:
     """Draws images; while one batch is fetched and used the next is already being drawn and decoded.
 
     Args:
-      model: an `RQTransformer`.
+      model: an `RQTransformer` or a `DQTransformer`.
       variables: its variables, as trained.
       tokenizer: its `model` and `variables`, as in `checkpoint.LoadedModel`.
       num_images: n.
@@ -84,17 +94,19 @@ def draw(
       seed: at least 0; an image depends on the seed and its id alone.
       weights: dtype of the transformer's weights in memory, see `inference_weights.for_inference`.
       conds: (m, U), which the images take in turn by id; None for an unconditional model.
-      prefix: codes (m, T0, D) of the first positions, likewise.
+      prefix: what images begin with, of m images as `generate` takes it; likewise.
+      grains: (m, u, v), grain maps of a `DQTransformer`, likewise.
       compiling: makes a context that is entered while the programs of the first batch compile.
-      **settings: temperature, top_k, top_p and guidance of `generate`.
+      **settings: further keywords of `generate`, such as temperature and guidance.
 
     Yields:
-      Image ids (b,), codes (b, h, w, D) int32, images (b, H, W, C) uint8.
+      Image ids (b,), codes as `generate` gives them, of b images, images (b, H, W, C) uint8.
 
     Raises:
       ValueError: a first index or a seed out of range.
     """
     checks.within("first_index", first_index, 0, 2**62)
+    of_grains = {} if grains is None else {"grains": grains}
     rng, end, pending = rng_of_seed(seed), first_index + num_images, None
     num_devices = 1 if sharding is None else sharding.num_devices
     share = -(-batch_size // num_devices)
@@ -106,17 +118,17 @@ def draw(
     tokenizer_variables = jax.device_put(tokenizer.variables, everywhere)
     draw_codes = functools.partial(generate, model, resting, rng, batch_size, sharding=sharding, **settings)
 
-    def fetch(ids, codes, images):
-        is_asked_for = ids < end
-        return ids[is_asked_for], np.asarray(codes)[is_asked_for], np.asarray(images)[is_asked_for]
+    def fetch(*arrays):
+        is_asked_for = arrays[0] < end
+        return jax.tree.map(lambda array: np.asarray(array)[is_asked_for], arrays)
 
     for first in range(first_index, end, batch_size):
         # A last batch that is not full draws images nobody asked for, so that nothing is compiled twice.
         ids = np.arange(first, first + batch_size)
+        in_turn = jax.tree.map(lambda array, ids=ids: array[ids % len(array)], {"prefix": prefix, **of_grains})
         cond = None if conds is None else conds[ids % len(conds)]
-        first_codes = None if prefix is None else prefix[ids % len(prefix)]
         with compiling() if pending is None else contextlib.nullcontext():
-            codes = draw_codes(cond=cond, image_ids=ids, prefix=first_codes)
+            codes = draw_codes(cond=cond, image_ids=ids, **in_turn)
             images = decode(tokenizer.model, tokenizer_variables, codes, num_parts)
         jax.tree.map(lambda array: array.copy_to_host_async(), (codes, images))
         if pending is not None:
@@ -127,22 +139,22 @@ def draw(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
-def decode(tokenizer: Any, variables: Any, codes: jax.Array, num_parts: int = 1) -> jax.Array:
+def decode(tokenizer: Any, variables: Any, codes: Any, num_parts: int = 1) -> jax.Array:
     """Images of codes as bytes, compiled once for a tokenizer and shape.
 
     The decoder's own images are nominally in [-1, 1] and overshoot; here they are clipped to it, and NaN is black.
 
     Args:
-      tokenizer: an `RQVAE`.
+      tokenizer: an `RQVAE` or a `DQVAE`.
       variables: its variables.
-      codes: (B, h, w, D), int32.
+      codes: (B, h, w, D), int32; of a `DQVAE` also `GrainedCodes`.
       num_parts: parts of the batch, equally large, that are decoded one after the other: this needs less memory.
 
     Returns:
       (B, H, W, C), uint8 in [0, 255].
     """
 
-    def decode_with(decoder: Any, codes: jax.Array) -> jax.Array:
+    def decode_with(decoder: Any, codes: Any) -> jax.Array:
         images = decoder.apply(variables, codes, method="decode_codes").astype(jnp.float32)
         return jnp.nan_to_num(jnp.round(jnp.clip(0.5 * images + 0.5, 0, 1) * 255)).astype(jnp.uint8)
 

@@ -4,6 +4,7 @@ import functools
 import math
 
 import flax
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from toy_dqtransformer import BASE, CLASS, DEEP, KINDS, NULL, TEXT, THREE, B, K, M, U, V, build, conds, draw, pack, run
 
 from rq_jax import grains, losses
+from rq_jax.devices import sharding
 from rq_jax.grains import GrainedCodes, PackedCodes
 from rq_jax.models import create, init_variables
 from rq_jax.nn.attention import InferenceWeight
@@ -374,3 +376,29 @@ def test_wrong_settings_get_one_line(mistake):
     settings, message = SETTINGS[mistake]
     with pytest.raises(ValueError, match=message):
         create("dqtransformer", **{**BASE, **settings})
+
+
+# --- over devices ---------------------------------------------------------------------------------
+
+
+def test_a_mesh_of_all_axes_gives_one_devices_logits_and_gradients():
+    model, variables = build(**DEEP, **CLASS, model_dim=16)
+    packed, cond = pack(model, 4), conds(model, 4)
+    mesh = helpers.make_mesh(data=2, fsdp=2, tensor=2)
+    places = sharding.state_shardings(mesh, variables["params"])
+    assert places["cell_classifier_MV"].spec[0] == "fsdp" and places["position0_embedding_VM"].spec[1] == "fsdp"
+    assert places["position_stack"]["blocks"]["up_MF"].spec[1:] == ("fsdp", "tensor")
+
+    def loss(params, packed, cond):
+        output = model.apply({**variables, "params": params}, packed, cond)
+        nats = losses.stream_nats(output.position_logits, output.content_logits, output.tokens, model.layout)
+        return (nats.position.sum() + nats.content.sum()) / 100, output[:2]
+
+    def over_devices(params, packed, cond):
+        with sharding.activations(mesh):
+            return jax.value_and_grad(loss, has_aux=True)(params, packed, cond)
+
+    inputs = jax.device_put((packed, cond), sharding.batch_sharding(mesh))
+    found = jax.jit(over_devices)(jax.device_put(variables["params"], places), *inputs)
+    expected = jax.jit(jax.value_and_grad(loss, has_aux=True))(variables["params"], packed, cond)
+    helpers.assert_close(found, expected, 1e-4)

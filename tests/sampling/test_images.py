@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_dqtransformer
 
 from benchmarks import hlo
 from rq_jax.devices import sharding
-from rq_jax.sampling import images
+from rq_jax.sampling import generate, images
 
 MODEL = SimpleNamespace(code_shape=(2, 4, 3), use_null_cond=True)
 
@@ -134,3 +135,50 @@ def test_flags_go_before_what_the_checkpoint_recorded():
 def test_settings_are_refused_by_the_name_that_the_user_knows(recorded, given, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         images.draw_settings(MODEL, recorded, given)
+
+
+# --- packed codes ---------------------------------------------------------------------------------
+
+
+class DenseDecoder(nn.Module):
+    """A tokenizer with grains, whose images are its codes, in tenths."""
+
+    dtype: str = "float32"
+
+    def decode_codes(self, codes):
+        return codes.codes / 10
+
+
+def test_images_of_packed_codes_take_grain_maps_in_turn():
+    model, variables = toy_dqtransformer.build(code_shape=(2, 6, 1), content_layers=1)
+    maps = np.array([[[0, 1, 0]], [[1, 0, 1]]])
+    tokenizer = SimpleNamespace(model=DenseDecoder(), variables={})
+    drawn = list(
+        images.draw(model, variables, tokenizer, num_images=5, batch_size=3, decode_batch_size=1, grains=maps, seed=5)
+    )
+    ids = np.concatenate([of_batch[0] for of_batch in drawn])
+    codes = jax.tree.map(lambda *parts: np.concatenate(parts), *(of_batch[1] for of_batch in drawn))
+    np.testing.assert_array_equal(ids, np.arange(5))
+    np.testing.assert_array_equal(codes.grains, maps[ids % 2])
+    expected = generate(model, variables, jax.random.key(5), 3, image_ids=[3, 4, 5], grains=maps[[1, 0, 1]])
+    np.testing.assert_array_equal(codes.codes[3:], expected.codes[:2])
+    pictures = np.concatenate([of_batch[2] for of_batch in drawn])
+    np.testing.assert_array_equal(pictures, np.round(np.clip(codes.codes / 20 + 0.5, 0, 1) * 255))
+
+
+def test_settings_of_positions_are_those_of_packed_codes():
+    model, _ = toy_dqtransformer.build()
+    given = {"temperature": None, "position_top_k": 3, "position_top_p": None}
+    found = images.draw_settings(model, {"position_temperature": 0.5, "top_p": 0.9}, given)
+    assert found == {"position_temperature": 0.5, "top_p": 0.9, "position_top_k": 3}
+    for recorded, given, message in (
+        ({}, {"position_top_p": 1.5}, r"--position_top_p: 1.5 is outside \[0, 1\]"),
+        ({"position_top_k": 0}, {}, "sample.position_top_k: 0 must be at least 1"),
+        ({}, {"position_top_k": [1, 2]}, r"--position_top_k: \[1, 2\] has 2 entries"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            images.draw_settings(model, recorded, given)
+    with pytest.raises(ValueError, match="^the flag: '--position_top_k' is unknown; allowed are '--temperature', "):
+        images.draw_settings(MODEL, {}, {"position_top_k": 3})
+    with pytest.raises(ValueError, match="^sample: the key: 'position_top_k' is unknown; allowed are 'temperature', "):
+        images.draw_settings(MODEL, {"position_top_k": 3}, {})
