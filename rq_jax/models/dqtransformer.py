@@ -174,7 +174,7 @@ class DQTransformer(CodeTransformer, kw_only=True):
         if self.is_text and (cond is not None or is_first):
             cond = self._condition(cond, B)
         start = length - self.text_length if cond is None and not is_first else 0
-        self._check_slots("tokens", P)
+        self._check_slots("tokens", P if isinstance(start, jax.core.Tracer) else int(start) + P)
         slots = jax.lax.dynamic_slice_in_dim(self.slot_embedding_PM, start, P)
         embedded = self._embed_contents(tokens.content) + self._embed_positions(tokens)
         embedded = attention.add_bias(embedded, self._cast(slots))

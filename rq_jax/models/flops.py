@@ -25,29 +25,49 @@ class Work:
         return Work(self.flops * times, self.bytes * times, self.dtype)
 
 
-def transformer_flops(model: Any, train: bool = False) -> dict[str, float]:
-    """Operations for one image, by part: "spatial", "depth", "classifier" and, for models of text, "condition".
+def transformer_flops(model: Any, train: bool = False, tokens: int | None = None) -> dict[str, float]:
+    """Operations for one image, by part: the stacks, "classifier" and, for models of text, "condition".
 
     Each part includes its embeddings; causal attention counts the pairs of a query and a key it may see.
 
     Args:
-      model: an `RQTransformer`, or whatever has its attributes.
+      model: an `RQTransformer` or a `DQTransformer`, or whatever has its attributes.
       train: with the backward pass: three times the forward pass. Recomputation is not counted.
+      tokens: of an image, where images differ: of a `DQTransformer`; None: those of the longest.
     """
+    if hasattr(model, "layout"):
+        flops = _packed_flops(model, model.layout.max_tokens if tokens is None else tokens)
+    else:
+        flops = _grid_flops(model)
+    if train and model.cond_length > 1:
+        flops["condition"] = 2 * (model.cond_length - 1) * model.model_dim * model.cond_vocab_size
+    return {name: float(value * (1 + BACKWARD * train)) for name, value in flops.items()}
+
+
+def _grid_flops(model: Any) -> dict[str, float]:
     (h, w, D), M, U = model.code_shape, model.model_dim, model.cond_length
     T, embed = h * w, 2 * model.code_dim * M
-
-    def stack(layers: int, tokens: int) -> float:
-        return layers * (24 * M * M * tokens + 4 * M * causal_pairs(tokens))
-
-    flops = {
-        "spatial": stack(model.spatial_layers, U + T - 1) + embed * (T - 1) * model.use_tokenizer_input,
-        "depth": T * (stack(model.depth_layers, D) + embed * (D - 1) * model.use_tokenizer_depth_input),
+    return {
+        "spatial": _stack_flops(M, model.spatial_layers, U + T - 1) + embed * (T - 1) * model.use_tokenizer_input,
+        "depth": T * (_stack_flops(M, model.depth_layers, D) + embed * (D - 1) * model.use_tokenizer_depth_input),
         "classifier": 2 * T * D * M * max(model.codebook_sizes),
     }
-    if train and U > 1:
-        flops["condition"] = 2 * (U - 1) * M * model.cond_vocab_size
-    return {name: float(value * (1 + BACKWARD * train)) for name, value in flops.items()}
+
+
+def _packed_flops(model: Any, tokens: int) -> dict[str, float]:
+    D, M, layout, slots = model.code_shape[-1], model.model_dim, model.layout, tokens - 1
+    flops = {
+        "position": _stack_flops(M, model.position_layers, model.text_length + slots),
+        "content": _stack_flops(M, model.content_layers, slots),
+        "classifier": 2 * slots * M * (layout.position_size(model.num_grains - 1) + D * layout.content_size),
+    }
+    if D > 1:
+        flops["depth"] = slots * (_stack_flops(M, model.depth_layers, D) + 2 * model.code_dim * M * (D - 1))
+    return flops
+
+
+def _stack_flops(M: int, layers: int, tokens: int) -> float:
+    return layers * (24 * M * M * tokens + 4 * M * causal_pairs(tokens))
 
 
 def search_work(num_vectors: int, code_dim: int, codebook_size: int, depth: int) -> Work:

@@ -94,6 +94,7 @@ def check_prefix(model: Any, prefix: Any, num_images: int, owners: jax.Array) ->
     check_packed("prefix", prefix, layout)
     checks.shape("prefix.length", prefix.length.shape, (num_images,))
     if not any(isinstance(ids, jax.core.Tracer) for ids in (*prefix, owners)):
+        checks.integers("prefix.length", prefix.length, 0)
         for image, length in enumerate(prefix.length):
             checks.in_range("prefix.length", length, 0, prefix.position.shape[1], f"tokens of image {image}")
             one = PackedCodes(*(ids[image] for ids in prefix))

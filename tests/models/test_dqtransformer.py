@@ -356,6 +356,17 @@ def test_a_class_in_front_of_the_tokens_and_a_wrong_depth_are_refused():
         model.apply(variables, jnp.zeros((B, M)), 1, method="classify_content")
 
 
+def test_a_cache_takes_no_more_tokens_than_there_are_slots():
+    model, variables = build(num_slots=6)
+    tokens = pack(build()[0])
+    cache = model.apply(variables, B, method="init_cache")
+    _, _, cache = model.apply(variables, cut(tokens, slice(0, 4)), None, cache, method="position")
+    with pytest.raises(
+        ValueError, match="^tokens: 7 tokens are more than model.num_slots 6; give fewer, or more slots"
+    ):
+        model.apply(variables, cut(tokens, slice(4, 7)), None, cache, method="position")
+
+
 SETTINGS = {
     "grains": ({"num_grains": 1}, r"^model.num_grains: 1 must be an integer and at least 2$"),
     "grid": ({"num_grains": 3}, r"^model.code_shape: w = 6 must be a positive multiple of 4, for 3 grains$"),

@@ -216,7 +216,7 @@ def test_a_cache_that_grows_in_stretches_changes_no_code(monkeypatch):
     assert_same(*drawn)
 
 
-def test_changing_values_never_recompiles():
+def test_15_changing_values_never_recompiles():
     model, variables = build(**SMALL)
     drawn = generate(model, variables, RNG, B, top_k=5, position_top_p=0.9)
     compiled = generate_grains._cache_size()
@@ -356,6 +356,7 @@ MISTAKES = {
     "an array": ({}, {"prefix": np.zeros((B, 2, 1), int)}, r"^prefix: of ndarray does not fit this model; give `grains.PackedCodes`$"),
     "prefix batch": ({}, {"prefix": jax.tree.map(lambda x: x[:1], some_tokens())}, r"^prefix.content: shape \(1, 12, 1\) does not fit; allowed is \(3, P, 1\)$"),
     "prefix length": ({}, {"prefix": some_tokens()._replace(length=np.full(B, 13))}, r"^prefix.length: 13 is outside 0..12, tokens of image 0$"),
+    "prefix length type": ({}, {"prefix": some_tokens()._replace(length=np.full(B, 2.5))}, r"^prefix.length: \[2.5 2.5 2.5\] must be an integer"),
     "prefix id": ({}, {"prefix": changed("content", (1, 2, 0), K + 3)}, r"^prefix.content: 14 at \(1, 2, 0\) is outside 0..13"),
     "twice": ({}, {"prefix": changed("position", (1, 2), 0)}, r"^prefix: token 2 of image 1 covers cell 0 of grain 0 again; every cell is covered once$"),
     "twice by another grain": ({}, {"prefix": changed("position", (2, 5), 0)}, r"^prefix: token 5 of image 2 covers cell 0 of grain 1 again; every cell is covered once$"),
@@ -407,3 +408,11 @@ def test_generate_traces_over_its_arguments():
     }
     drawn = jax.eval_shape(lambda v, p, kw: generate(model, v, RNG, B, prefix=p, **kw), *abstract, arguments)
     assert drawn.codes.shape == (B, 2, 6, 1) and drawn.grains.shape == (B, 1, 3)
+
+
+@pytest.mark.slow
+def test_9_the_compiled_program_draws_what_its_operations_draw():
+    model, variables = build(code_shape=(2, 2, 1), content_layers=1)
+    drawn = generate(model, variables, RNG, 2)
+    with jax.disable_jit():
+        assert_same(generate(model, variables, RNG, 2), drawn)
