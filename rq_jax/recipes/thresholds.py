@@ -1,5 +1,6 @@
 """The thresholds of an entropy router: given as a file, or measured on the training split before the first step."""
 
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -69,23 +70,34 @@ def of_run(
     """The thresholds of a run whose config has none, from its file, or else measured.
 
     Args:
-      workdir: of the run; its file is made where there is none, by process 0 while the others wait.
+      workdir: of the run; its file is made where there is none, and read, by process 0 while the others wait.
       given: the file that the config names, in place of the run's own.
       model: with the grains and their shares.
       calibration: of the training split.
       data: of the run.
 
     Raises:
-      ValueError, OSError: as `data.load_thresholds` and `data.measure_thresholds`.
+      ValueError: as `data.load_thresholds` and `data.measure_thresholds`; on every process.
     """
     if given:
         return read(given, model, calibration)
-    path = Path(workdir) / FILE
-    if jax.process_index() == 0 and not path.is_file():
+    values, refusal = None, ""
+    if jax.process_index() == 0:
+        try:
+            values = _measured(Path(workdir) / FILE, model, calibration, data)
+        except (OSError, ValueError) as error:  # told to the others, who would wait for this process
+            refusal = str(error)
+    values, refusal = json.loads(hosts.of_first_process(json.dumps([values, refusal])))
+    if refusal:
+        raise ValueError(refusal)
+    return tuple(values)
+
+
+def _measured(path: Path, model: Any, calibration: Calibration, data: Splits) -> tuple[float, ...]:
+    if not path.is_file():
         histogram = measure_thresholds(path, data.ordered, calibration, [model.shares])
         for line in describe(histogram, model.shares):
             logger.info("thresholds: %s", line)
-    hosts.of_first_process("")
     return read(path, model, calibration)
 
 

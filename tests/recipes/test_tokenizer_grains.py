@@ -213,6 +213,16 @@ def test_a_resumed_run_keeps_its_thresholds(whole_run, pictures):
     assert (workdir / "thresholds.json").read_bytes() == before
 
 
+def test_a_file_of_other_data_in_the_run_directory_is_named(whole_run, pictures, tmp_path):
+    record = json.loads((whole_run[0] / "thresholds.json").read_text())
+    (tmp_path / "thresholds.json").write_text(json.dumps({**record, "images": 9}))
+    recipe, data, _ = prepare(pictures)
+    with pytest.raises(
+        ValueError, match="^thresholds: '.*' was measured on other data: images 9 in place of 20; measure"
+    ):
+        recipe.start(str(tmp_path), data, is_fresh=True)
+
+
 def test_thresholds_are_measured_before_a_state_is_drawn(prepared):
     with pytest.raises(ValueError, match="^model.thresholds: not measured yet; `start` does that, or set them"):
         prepared.recipe.init(jax.random.key(0))
