@@ -37,7 +37,7 @@ def draw_settings(model: Any, recorded: Mapping[str, Any], given: Mapping[str, A
     Raises:
       ValueError: a value that is not allowed, or not one per depth; named as the flag, or as the key of the section.
     """
-    allowed = (*_FILTER, "guidance")
+    allowed: tuple[str, ...] = (*_FILTER, "guidance")
     if hasattr(model, "layout"):
         allowed += tuple(f"{_OF_POSITION}{name}" for name in _FILTER)
     chosen = {}
