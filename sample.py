@@ -17,10 +17,12 @@ from rq_jax import checkpoint
 from rq_jax.devices import hosts, sharding
 from rq_jax.evaluation import neighbours
 from rq_jax.evaluation.conditions import choose_conditions, class_names
+from rq_jax.evaluation.grain_maps import grains_of
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, trained_on
-from rq_jax.evaluation.samples import read_codes
+from rq_jax.evaluation.samples import first_codes, read_draws
 from rq_jax.files import atomic_path, write_json
-from rq_jax.report import grids
+from rq_jax.grains import GrainedCodes, num_codes
+from rq_jax.report import grain_maps, grids
 from rq_jax.report.progress import Progress
 from rq_jax.sampling.images import DECODED_PER_DEVICE, draw, draw_settings
 from rq_jax.settings import checks
@@ -31,6 +33,7 @@ SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
 NUM_IN_GRID = 100
 UNRECORDED = ("list_classes", "coordinator", "num_processes", "process_id")  # flags that change no image
 LAST_ID = 2**62
+FILTER = ("temperature", "top_k", "top_p")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -67,10 +70,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--classes_of", help=split)
     add("--prompt", action="append", help="a text, given once or more; image i takes the i-th in turn")
     add("--prefix", type=cli.path, help="codes.npz of an earlier run whose first positions are kept, image by image")
-    add("--prefix_positions", type=int, default=0, help="how many positions of --prefix are kept, in raster order")
+    order = "how many positions of --prefix are kept, in raster order; of a model with grains, how many codes"
+    add("--prefix_positions", type=int, default=0, help=order)
     add("--temperature", type=_per_depth(float), help="one value, or one per depth separated by commas; 0 is greedy")
     add("--top_k", type=_per_depth(int), help="as --temperature; default of all four: the checkpoint's config")
     add("--top_p", type=_per_depth(float), help="as --temperature")
+    add("--position_temperature", type=float, help="of positions, in models with grains (default: that of the codes)")
+    add("--position_top_k", type=int, help="the same")
+    add("--position_top_p", type=float, help="the same")
+    grains = (
+        "draw with these grain maps, in turn: a codes .npz of an earlier run, or train, validation or a split's name"
+    )
+    add("--grains_of", type=cli.path, help=grains)
     add("--guidance", type=float, help="scale of classifier-free guidance, for models trained with it")
     weights = "of the transformer, in memory (default: bfloat16 on an accelerator, float32 on CPU)"
     add("--weights", choices=("float32", "bfloat16", "int8"), help=weights)
@@ -146,21 +157,25 @@ def run(args: argparse.Namespace) -> Path:
         )
     args.weights = args.weights or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     loaded = load(args)
-    prefix, carried = read_codes(args.prefix, args.prefix_positions) if args.prefix else (None, None)
-    conds, names = conditions(loaded, args, carried)
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "guidance")}
+    earlier = read_draws(args.prefix) if args.prefix else None
+    conds, names = conditions(loaded, args, None if earlier is None else earlier.conds)
+    given = {name: getattr(args, name) for name in (*FILTER, *(f"position_{name}" for name in FILTER), "guidance")}
     settings = draw_settings(loaded.model, loaded.config.get("sample") or {}, given)
-    codes, shown = map(hosts.rows_of_all, draw_part(args, loaded, conds=conds, prefix=prefix, **settings))
+    kept = {} if earlier is None else {"prefix": first_codes(earlier, args.prefix_positions, loaded.model)}
+    if args.grains_of:
+        kept["grains"] = grains_of(loaded, args.grains_of)
+    codes, shown = jax.tree.map(hosts.rows_of_all, draw_part(args, loaded, conds=conds, **kept, **settings))
     out, tag = Path(args.out), f"{args.first_index:06d}"
     grid = out / f"grid_{tag}.png"
     if jax.process_index():
         return grid
     ids = np.arange(args.first_index, args.first_index + args.num_images)
     cond = {} if conds is None else {"cond": conds[ids % len(conds)]}
+    arrays = codes._asdict() if isinstance(codes, GrainedCodes) else {"codes": codes}
     with atomic_path(out / f"codes_{tag}.npz") as partial, open(partial, "wb") as file:
-        np.savez(file, codes=codes, image_ids=ids, **cond)
+        np.savez(file, **arrays, image_ids=ids, **cond)
     captions = [names[i % len(names)] for i in ids[: len(shown)]]
-    grids.save_png(grid, grids.captioned_grid(shown, captions, columns=10, scale=max(1, 64 // shown.shape[1])))
+    save_grid(grid, shown, captions, arrays.get("grains"), loaded.model)
     drawn_from = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
     flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
     record = {**flags, **settings, **{name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}}
@@ -174,19 +189,28 @@ def run(args: argparse.Namespace) -> Path:
     return grid
 
 
-def draw_part(
-    args: argparse.Namespace, loaded: checkpoint.LoadedModel, **settings: Any
-) -> tuple[np.ndarray, np.ndarray]:
+def save_grid(path: Path, images: np.ndarray, captions: list[str], grains: np.ndarray | None, model: Any) -> None:
+    """Writes the labelled grid; where there are grains, each image stands beside its grain map."""
+    scale = max(1, 64 // images.shape[1])
+    if grains is not None:
+        grains, G = grains[: len(images)], model.num_grains
+        counts = np.asarray(num_codes(grains, G)).tolist()
+        images, captions = grain_maps.pairs(images, captions, counts, grains, G, scale)
+        scale = 1
+    grids.save_png(path, grids.captioned_grid(images, captions, columns=10, scale=scale))
+
+
+def draw_part(args: argparse.Namespace, loaded: checkpoint.LoadedModel, **settings: Any) -> tuple[Any, np.ndarray]:
     """Draws this process's part of the images on its devices, and writes each to a file.
 
     Returns:
-      Their codes (n, h, w, D), and those of the images (m, H, W, C), uint8, that the grid shows.
+      Their codes, as `sampling.generate` gives them, and those of the images (m, H, W, C), uint8, that the grid shows.
     """
     start, stop = (args.num_images * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))
     slice_ = {name: getattr(args, name) for name in ("batch_size", "decode_batch_size", "seed", "weights")}
     slice_ |= {"num_images": stop - start, "first_index": args.first_index + start}
     tokenizer, folder = loaded.tokenizer.model, Path(args.out) / "images"
-    codes = [np.zeros((0, *loaded.model.code_shape), np.int32)]
+    codes = [no_codes(loaded.model)]
     shown = [np.zeros((0, *tokenizer.image_shape, tokenizer.in_channels), np.uint8)]
     written: Iterator[None] = iter(())
     with (
@@ -203,7 +227,13 @@ def draw_part(
             shown.append(images[ids < args.first_index + NUM_IN_GRID])
             progress.update(len(ids))
         list(written)
-    return np.concatenate(codes), np.concatenate(shown)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *codes), np.concatenate(shown)
+
+
+def no_codes(model: Any) -> Any:
+    """The codes of no image."""
+    codes, layout = np.zeros((0, *model.code_shape), np.int32), getattr(model, "layout", None)
+    return codes if layout is None else GrainedCodes(codes, np.zeros((0, *layout.region_grid), np.int32))
 
 
 def list_classes(args: argparse.Namespace) -> None:

@@ -19,7 +19,13 @@ TESTS_OF = {
     "benchmark": {"test_benchmark.py", "test_gpu_parts.py", "test_preflight.py"},
     "convert_torch": {"test_convert_torch.py", "test_convert_torch_dq.py"},
     "evaluate": {"test_evaluate.py", "test_hosts.py"},
-    "sample": {"test_sample.py", "test_hosts.py", "test_shipped_pair.py", "test_convert_torch.py"},
+    "sample": {
+        "test_sample.py",
+        "test_sample_grains.py",
+        "test_hosts.py",
+        "test_shipped_pair.py",
+        "test_convert_torch.py",
+    },
 }
 
 

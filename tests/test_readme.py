@@ -15,7 +15,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import ablations, rqtransformer, rqvae
+from configs import ablations, dqvae, rqtransformer, rqvae
 from rq_jax.data import transforms
 
 ROOT = helpers.ROOT
@@ -30,7 +30,10 @@ BLOCKS = [
     (page, *block) for page, text in TEXTS.items() for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
 ]
 SNIPPETS = [(page, code) for page, language, code in BLOCKS if language == "python"]
-TRAINING_SCRIPTS = {"train_vae.py": "rqvae", "train_transformer.py": "rqtransformer"}
+TRAINING_SCRIPTS = {
+    "train_vae.py": {"rqvae", "dqvae"},
+    "train_transformer.py": {"rqtransformer", "dqtransformer"},
+}
 TEXT_FLAGS = {
     "classes",
     "classes_of",
@@ -133,7 +136,7 @@ def _parse_training(monkeypatch: pytest.MonkeyPatch, script: str, arguments: tup
     monkeypatch.setattr(sys, "argv", command)  # ml_collections looks for overrides there
     assert values(command) == [script]
     if config.value is not None:
-        assert config.value.model.name == TRAINING_SCRIPTS[script]
+        assert config.value.model.name in TRAINING_SCRIPTS[script]
 
 
 def test_flags_between_backticks_exist(monkeypatch):
@@ -153,7 +156,7 @@ def test_flags_between_backticks_exist(monkeypatch):
 
 
 def test_settings_between_backticks_exist():
-    configs = [rqvae.base(), rqtransformer.base()]
+    configs = [rqvae.base(), dqvae.base(), rqtransformer.base()]
     sections = {name for config in configs for name, value in config.items() if hasattr(value, "items")}
     written = {key for code in INLINE for key in re.findall(r"(?<![\w./])(?:config\.)?(\w+\.\w+)(?![\w/.(])", code)}
     keys = {tuple(key.split(".")) for key in written if key not in FILES}

@@ -3,18 +3,19 @@
 import os
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rq_jax.data.images import read_image
 from rq_jax.data.listing import list_images
 from rq_jax.files import read_json
+from rq_jax.grains import GrainedCodes, PackedCodes, check_grains, pack
 from rq_jax.settings.text import quoted
 
 # Settings in which the parts of one set of samples may differ, as several hosts draw them.
 _SLICE = ("first_index", "num_images", "batch_size", "neighbours", "out")
-_ARRAYS = ("codes", "image_ids", "cond")
+_ARRAYS = ("codes", "image_ids", "cond", "grains")
 _MOST_INFLATION = 100  # times the size of a .npz, which `sample.py` writes without compression
 
 
@@ -69,49 +70,93 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return run
 
 
-def read_codes(path: str, num_positions: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads the first codes of an earlier run, and its conditions.
+class Draws(NamedTuple):
+    """What an earlier run drew; row i % n belongs to image i.
+
+    codes: (n, h, w, D). grains: (n, u, v), of a `DQTransformer`, else None. conds: (n, U), or None without conditions.
+    """
+
+    codes: np.ndarray
+    grains: np.ndarray | None
+    conds: np.ndarray | None
+
+
+def read_draws(path: str, flag: str = "--prefix") -> Draws:
+    """Reads what an earlier run drew.
 
     Args:
       path: a .npz of `sample.py`.
-      num_positions: P, in raster order.
-
-    Returns:
-      Codes (n, P, D) and conditions (n, U), or None where the run had none. Row i % n belongs to image i.
+      flag: that gave it, for messages.
 
     Raises:
-      ValueError: no .npz of codes, one with fewer positions, or with arrays that do not fit one another.
+      ValueError: no .npz of codes, or one with arrays that do not fit one another.
     """
     hint = "give the codes .npz of an earlier run"
     if not Path(path).is_file() or not zipfile.is_zipfile(path):
-        raise ValueError(f"--prefix: '{path}' is no .npz file; {hint}")
-    arrays = _read_arrays(path, hint)
+        raise ValueError(f"{flag}: '{path}' is no .npz file; {hint}")
+    arrays = _read_arrays(path, flag, hint)
     if "codes" not in arrays:
-        raise ValueError(f"--prefix: '{path}' has no array 'codes'; {hint}")
+        raise ValueError(f"{flag}: '{path}' has no array 'codes'; {hint}")
     codes = arrays["codes"]
     if codes.ndim != 4 or 0 in codes.shape:
-        raise ValueError(f"--prefix: codes of shape {codes.shape} are not (n, h, w, D)")
-    ids, conds = arrays.get("image_ids", np.zeros(len(codes), np.int32)), arrays.get("cond")
-    for name, array, ndim in (("codes", codes, 4), ("image_ids", ids, 1), ("cond", conds, 2)):
+        raise ValueError(f"{flag}: codes of shape {codes.shape} are not (n, h, w, D)")
+    ids = arrays.get("image_ids", np.zeros(len(codes), np.int32))
+    draws = Draws(codes, arrays.get("grains"), arrays.get("cond"))
+    for name, array, ndim in (
+        ("codes", codes, 4),
+        ("image_ids", ids, 1),
+        ("cond", draws.conds, 2),
+        ("grains", draws.grains, 3),
+    ):
         if array is not None and (array.ndim != ndim or len(array) != len(codes) or array.dtype.kind not in "iu"):
             fits = f"(n{', ...' * (ndim > 1)}) integers for n = {len(codes)} images"
-            raise ValueError(f"--prefix: '{path}': {name} {array.shape} {array.dtype} is not {fits}; {hint}")
-    positions = codes.shape[1] * codes.shape[2]
+            raise ValueError(f"{flag}: '{path}': {name} {array.shape} {array.dtype} is not {fits}; {hint}")
+    first_id = int(ids[0]) % len(codes)
+    return Draws(*(None if array is None else np.roll(array, first_id, axis=0) for array in draws))
+
+
+def first_codes(draws: Draws, num_positions: int, model: Any) -> np.ndarray | PackedCodes:
+    """The first codes of each image, as `sampling.generate` takes them for a prefix.
+
+    Args:
+      draws: from `read_draws`.
+      num_positions: P, in the order in which the model draws.
+      model: an `RQTransformer` or a `DQTransformer`.
+
+    Returns:
+      Codes (n, P, D); of a `DQTransformer` tokens, up to the P-th code of each image, or all where it has fewer.
+
+    Raises:
+      ValueError: fewer positions, codes of another grid, or with grains where the model has none and the reverse.
+    """
+    codes, layout = draws.codes, getattr(model, "layout", None)
+    if (draws.grains is None) != (layout is None):
+        holds, needs = ("no", "some") if draws.grains is None else ("some", "none")
+        raise ValueError(f"--prefix: its codes have {holds} grains, and this model has {needs}; give codes of its kind")
+    n, positions = len(codes), codes.shape[1] * codes.shape[2]
     if num_positions > positions:
         raise ValueError(f"--prefix_positions: {num_positions} is more than the {positions} positions of the codes")
-    first_id = int(ids[0]) % len(codes)
-    codes = np.roll(codes, first_id, axis=0).reshape(len(codes), positions, -1)[:, :num_positions]
-    return codes, None if conds is None else np.roll(conds, first_id, axis=0)
+    if layout is None:
+        return codes.reshape(n, positions, -1)[:, :num_positions]
+    if codes.shape[1:] != tuple(model.code_shape):
+        raise ValueError(f"--prefix: codes of shape {codes.shape[1:]} are not those of this model, {model.code_shape}")
+    check_grains("--prefix: grains", draws.grains, layout.num_grains, layout.region_grid, n)
+    packed = PackedCodes(*map(np.asarray, pack(GrainedCodes(codes, draws.grains), layout)))
+    num_cells = np.array([layout.cells(g) for g in range(layout.num_grains)])
+    is_code_BP = packed.position < num_cells[packed.grain]
+    reached_BP = np.cumsum(is_code_BP, axis=1) >= num_positions
+    length_B = np.where(reached_BP.any(1), reached_BP.argmax(1) + 1, packed.length)
+    return packed._replace(length=np.minimum(length_B, packed.length).astype(np.int32))
 
 
-def _read_arrays(path: str, hint: str) -> dict[str, np.ndarray]:
+def _read_arrays(path: str, flag: str, hint: str) -> dict[str, np.ndarray]:
     """The arrays of a .npz that `sample.py` writes; its members are bounded before they are inflated."""
     with zipfile.ZipFile(path) as archive:
         members = [member for member in archive.infolist() if member.filename.removesuffix(".npy") in _ARRAYS]
     if sum(member.file_size for member in members) > _MOST_INFLATION * Path(path).stat().st_size:
-        raise ValueError(f"--prefix: '{path}' inflates to more than {_MOST_INFLATION} times its size; {hint}")
+        raise ValueError(f"{flag}: '{path}' inflates to more than {_MOST_INFLATION} times its size; {hint}")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in _ARRAYS if name in file}
     except Exception as error:  # RuntimeError for an encrypted member, zlib.error, BadZipFile, ...
-        raise ValueError(f"--prefix: '{path}' cannot be read ({quoted(error)}); {hint}") from error
+        raise ValueError(f"{flag}: '{path}' cannot be read ({quoted(error)}); {hint}") from error

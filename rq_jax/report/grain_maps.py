@@ -1,6 +1,7 @@
 """Grain maps drawn over their images."""
 
 import colorsys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,3 +44,25 @@ def draw_grains(images: Any, grains: Any, num_grains: int, scale: int = 1) -> np
 def enlarge(images: Any, scale: int) -> np.ndarray:
     """Images (B, H, W, C) as uint8, each pixel as scale x scale of them."""
     return repeat(to_uint8(images), "b h w c -> b (h r) (w s) c", r=scale, s=scale)
+
+
+def pairs(
+    images: Any, captions: Sequence[str], codes_per_image: Sequence[int], grains: Any, num_grains: int, scale: int = 1
+) -> tuple[np.ndarray, list[str]]:
+    """Each image, and beside it the same under its grain map, for `grids.captioned_grid`.
+
+    Args:
+      images, grains, num_grains, scale: as in `draw_grains`.
+      captions: of the images.
+      codes_per_image: for the captions of the maps.
+
+    Returns:
+      uint8 (2 B, scale * H, scale * W, 3), and their captions.
+    """
+    plain = enlarge(images, scale)
+    plain = np.broadcast_to(plain, (*plain.shape[:-1], 3))
+    both = np.stack([plain, draw_grains(images, grains, num_grains, scale)], axis=1)
+    names = [
+        text for pair in zip(captions, (f"{count} codes" for count in codes_per_image), strict=True) for text in pair
+    ]
+    return both.reshape(-1, *both.shape[2:]), names

@@ -107,20 +107,21 @@ def codes(**arrays):
         (codes(cond=np.zeros((2, 1), int)), r"cond \(2, 1\) int64 is not \(n, \.\.\.\) integers for n = 3"),
         (codes(codes=np.zeros((3, 2, 2, 1))), r"codes \(3, 2, 2, 1\) float64 is not \(n, \.\.\.\) integers"),
         (codes(codes=np.zeros((0, 2, 2, 1), int)), r"codes of shape \(0, 2, 2, 1\) are not \(n, h, w, D\)"),
+        (codes(grains=np.zeros((3, 2), int)), r"grains \(3, 2\) int64 is not \(n, \.\.\.\) integers"),
         (codes(codes=np.array([None])), "cannot be read"),
     ],
 )
 def test_codes_that_do_not_fit_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "codes.npz", **arrays)
     with pytest.raises(ValueError, match=f"^--prefix: .*{message}"):
-        samples.read_codes(tmp_path / "codes.npz", 1)
+        samples.read_draws(tmp_path / "codes.npz")
 
 
 def test_codes_start_with_the_first_image(tmp_path):
     first = np.arange(3, dtype=np.int32)[:, None, None, None]
     np.savez(tmp_path / "codes.npz", codes=first, image_ids=np.arange(3) + 4, cond=first[:, 0, 0])
-    found, cond = samples.read_codes(tmp_path / "codes.npz", 1)
-    assert found[4 % 3].item() == cond[4 % 3].item() == 0
+    draws = samples.read_draws(tmp_path / "codes.npz")
+    assert draws.codes[4 % 3].item() == draws.conds[4 % 3].item() == 0
 
 
 def npy(array):
@@ -133,7 +134,7 @@ def test_codes_that_inflate_are_refused_before(tmp_path):
     with zipfile.ZipFile(tmp_path / "codes.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("codes.npy", npy(np.zeros((10**5, 2, 2, 1), np.int32)))
     with pytest.raises(ValueError, match="^--prefix: .* inflates to more than 100 times its size; give the codes"):
-        samples.read_codes(tmp_path / "codes.npz", 1)
+        samples.read_draws(tmp_path / "codes.npz")
 
 
 def test_encrypted_and_damaged_codes_are_refused(tmp_path):
@@ -147,7 +148,7 @@ def test_encrypted_and_damaged_codes_are_refused(tmp_path):
     for content in (bytes(flagged), longer):
         path.write_bytes(content)
         with pytest.raises(ValueError, match="^--prefix: .* cannot be read"):
-            samples.read_codes(path, 1)
+            samples.read_draws(path)
 
 
 @pytest.mark.parametrize("config", [{"class_names": ["a"]}, {"class_counts": [1, 2, 3, 4]}, {"class_names": ["a"] * 4}])

@@ -1,0 +1,152 @@
+"""sample.py with a DQ-Transformer: codes and grains on disk, grain maps given, prefixes, refusals."""
+
+import json
+
+import helpers
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import sample
+from rq_jax import checkpoint, models
+from rq_jax.grains import cell_weights
+
+TOKENIZER = dict(
+    name="dqvae", image_size=16, code_dim=6, codebook_size=11, width=8, width_multipliers=(1, 1, 1), z_channels=8,
+    num_res_blocks=1, norm_groups=4, attention_resolutions=(), router="entropy", thresholds=(1.0,),
+)  # fmt: skip
+TRANSFORMER = dict(
+    name="dqtransformer", codebook_size=11, code_shape=(8, 8, 1), code_dim=6, num_grains=2, model_dim=8, num_heads=2,
+    position_layers=1, content_layers=1, cond_vocab_size=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with helpers.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    data = {"name": "folder", "data_dir": str(helpers.write_pictures(root / "pictures")), "image_size": 16}
+    data |= {"channels": 3, "eval_transform": "resize_center_crop"}
+    for name, settings in (("tokenizer", TOKENIZER), ("transformer", TRANSFORMER)):
+        model = models.create(**settings)
+        variables = jax.tree.map(lambda x: 4 * x, helpers.drawn_variables(model))
+        checkpoint.save_model(root / name, {"model": settings, "data": data}, variables)
+    checkpoint.bind_tokenizer(root / "transformer", checkpoint.load_tokenizer(root / "tokenizer"))
+    return root / "transformer"
+
+
+def draw(trained, out, *flags, num=3):
+    grid = sample.run(
+        sample.parse_args([f"--checkpoint={trained}", f"--out={out}", f"--num_images={num}", "--batch_size=3", *flags])
+    )
+    with np.load(out / "codes_000000.npz") as file:
+        return grid, file["codes"], file["grains"]
+
+
+@pytest.fixture(scope="module")
+def drawn(trained, tmp_path_factory):
+    return draw(trained, tmp_path_factory.mktemp("drawn") / "out", "--position_top_k=5", "--top_p=0.9")
+
+
+def test_codes_grains_and_a_grid_with_maps_are_written(trained, drawn):
+    grid, codes, grains = drawn
+    assert codes.shape == (3, 8, 8, 1) and grains.shape == (3, 4, 4) and 0 < grains.mean() < 1
+    coarse = np.asarray(cell_weights(grains, 2)) < 1
+    for i in range(3):  # a coarse code stands in all of its cells
+        blocks = codes[i, ..., 0].reshape(4, 2, 4, 2).swapaxes(1, 2).reshape(4, 4, 4)
+        assert (np.ptp(blocks, axis=-1)[grains[i] == 0] == 0).all()
+    assert coarse.any()
+    settings = json.loads((grid.parent / "settings_000000.json").read_text())
+    assert (settings["position_top_k"], settings["top_p"]) == (5, 0.9)
+    image = np.asarray(Image.open(grid))
+    assert image.shape[1] == 6 * 64 + 7 * 4  # every image with its map beside it
+    loaded = checkpoint.load_model(trained)
+    images = loaded.tokenizer.model.apply(loaded.tokenizer.variables, codes, method="decode_codes")
+    for i, expected in enumerate(np.clip(127.5 * np.asarray(images) + 127.5, 0, 255)):
+        written = np.asarray(Image.open(grid.parent / "images" / f"{i:06d}.png"))
+        assert np.abs(written - expected).max() <= 1
+
+
+def test_grain_maps_of_an_earlier_run_are_kept(trained, drawn, tmp_path):
+    grid, codes, grains = drawn
+    flags = f"--grains_of={grid.parent / 'codes_000000.npz'}", "--seed=1"
+    _, other, same = draw(trained, tmp_path / "out", *flags)
+    np.testing.assert_array_equal(same, grains)
+    assert (other != codes).any()
+
+
+def test_grain_maps_of_a_split_are_those_of_its_images(trained, tmp_path):
+    from rq_jax.data import make_dataset
+
+    _, _, grains = draw(trained, tmp_path / "out", "--grains_of=validation", num=6)
+    loaded = checkpoint.load_model(trained)
+    settings = {name: loaded.config["data"][name] for name in ("name", "data_dir", "image_size", "eval_transform")}
+    batch = next(make_dataset(**settings, channels=3, split="validation", train=False, batch_size=5).iterator())
+    routed = loaded.tokenizer.model.apply(loaded.tokenizer.variables, batch["image"], method="route").grains
+    np.testing.assert_array_equal(grains, np.asarray(routed)[[0, 1, 2, 3, 4, 0]])
+
+
+@pytest.mark.parametrize("count", [4, 64])
+def test_a_prefix_keeps_the_first_codes(trained, tmp_path, count):
+    grains = np.random.default_rng(0).permutation(np.repeat([0, 1], 24)).reshape(3, 4, 4)
+    np.savez(tmp_path / "maps.npz", codes=np.zeros((3, 8, 8, 1), int), grains=grains)
+    grid, codes, kept = draw(trained, tmp_path / "first", f"--grains_of={tmp_path / 'maps.npz'}")
+    np.testing.assert_array_equal(kept, grains)
+    prefix = f"--prefix={grid.parent / 'codes_000000.npz'}", f"--prefix_positions={count}"
+    _, others, maps = draw(trained, tmp_path / "out", *prefix, "--seed=7")
+    if count == 64:  # all there are
+        np.testing.assert_array_equal(others, codes)
+        np.testing.assert_array_equal(maps, grains)
+        return
+    assert (others != codes).any()
+    for i in range(3):
+        regions = np.argwhere(grains[i] == 0)[:count]
+        assert len(regions) == count
+        for row, column in regions:
+            assert maps[i, row, column] == 0 and others[i, 2 * row, 2 * column] == codes[i, 2 * row, 2 * column]
+
+
+def test_refused(trained, drawn, tmp_path):
+    grid, codes, grains = drawn
+    np.savez(tmp_path / "plain.npz", codes=codes)
+    np.savez(tmp_path / "grid.npz", codes=codes[:, :4], grains=grains)
+    np.savez(tmp_path / "grains.npz", codes=codes, grains=grains + 2)
+    for flags, message in (
+        (["--position_top_p=1.5"], "--position_top_p: 1.5 is outside"),
+        ([f"--grains_of={tmp_path / 'plain.npz'}"], "--grains_of: .*plain.npz' holds no grains"),
+        ([f"--grains_of={tmp_path / 'grains.npz'}"], "--grains_of: "),
+        (["--grains_of=test"], "test"),
+        (
+            [f"--prefix={tmp_path / 'plain.npz'}", "--prefix_positions=1"],
+            "--prefix: its codes have no grains, and this",
+        ),
+        (
+            [f"--prefix={tmp_path / 'grid.npz'}", "--prefix_positions=1"],
+            r"--prefix: codes of shape \(4, 8, 1\) are not",
+        ),
+        ([f"--prefix={tmp_path / 'grains.npz'}", "--prefix_positions=1"], "--prefix: grains"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            draw(trained, tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_flags_of_grains_are_refused_for_other_models(drawn, tmp_path):
+    grid, *_ = drawn
+    codes = grid.parent / "codes_000000.npz"
+    for flags, message in (
+        (["--position_top_k=3"], "^the flag: '--position_top_k'"),
+        ([f"--grains_of={codes}"], "^--grains_of: .* is for models with grains, this one has none; leave it out$"),
+        (
+            [f"--prefix={codes}", "--prefix_positions=1"],
+            "^--prefix: its codes have some grains, and this model has none",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample.run(sample.parse_args([f"--out={tmp_path / 'out'}", *flags]))
