@@ -180,6 +180,23 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
     return jax.make_mesh(shape, sharding.AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+all_devices, all_local_devices = sharding.make_mesh, sharding.local_mesh
+
+
+@contextlib.contextmanager
+def one_device():
+    """Meshes are of one device, as on most machines: programs of eight take twice as long to compile."""
+
+    @functools.wraps(all_devices)
+    def first_device(**axes):
+        return make_mesh()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", first_device)
+        patch.setattr(sharding, "local_mesh", make_mesh)
+        yield
+
+
 def assert_same_figures(record: Any, expected: Any) -> None:
     """Two records agree: fractions to the rounding of other devices, all else exactly."""
     (values, structure), (wanted, wanted_structure) = (jax.tree.flatten(one) for one in (record, expected))

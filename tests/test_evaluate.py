@@ -27,7 +27,7 @@ D, K = helpers.CODE_SHAPE[-1], helpers.CODEBOOK_SIZE
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with helpers.quick_compilation():
+    with helpers.quick_compilation(), helpers.one_device():
         yield
 
 
@@ -57,8 +57,8 @@ def record(root):
 
 @pytest.fixture(scope="module")
 def training_record(root):
-    """Twenty images in batches of eight, one a device: what fills the third batch counts for nothing."""
-    return evaluated(root, "first", "second", out="training", split="train", no_perceptual=True)
+    """Twenty images in batches of eight: what fills the third batch counts for nothing."""
+    return evaluated(root, "first", "second", out="training", split="train", batch_size=8, no_perceptual=True)
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
@@ -90,7 +90,7 @@ def test_figures_are_means_over_the_images_that_are_there(root, record, training
     assert "distance" not in found and record["distance"] is None
 
 
-def test_figures_are_those_of_one_device(root, record, monkeypatch):
+def test_figures_of_eight_devices_are_those_of_one(root, record, monkeypatch):
     devices, put_batch = [], sharding.put_batch
 
     def put(mesh, batch):
@@ -99,13 +99,8 @@ def test_figures_are_those_of_one_device(root, record, monkeypatch):
         return placed
 
     monkeypatch.setattr(sharding, "put_batch", put)
-    monkeypatch.setattr(sharding, "make_mesh", helpers.make_mesh)
-    alone = evaluated(root, "first", "second", out="alone", no_perceptual=True)
-    assert set(devices) == {1}
-    devices.clear()
-    monkeypatch.undo()
-    monkeypatch.setattr(sharding, "put_batch", put)
-    helpers.assert_same_figures(evaluated(root, "first", "second", out="out", no_perceptual=True), alone)
+    monkeypatch.setattr(sharding, "make_mesh", helpers.all_devices)
+    helpers.assert_same_figures(evaluated(root, "first", "second", out="eight", no_perceptual=True), record)
     assert set(devices) == {8}
 
 

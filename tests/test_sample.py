@@ -28,7 +28,7 @@ KINDS = ("unconditional", "class", "text", "guided")
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with helpers.quick_compilation():
+    with helpers.quick_compilation(), helpers.one_device():
         yield
 
 
@@ -154,17 +154,16 @@ def test_step_and_weights_are_those_asked_for(trained, tmp_path, monkeypatch):
 
 
 def test_image_depends_on_seed_and_id_alone(trained, tmp_path, monkeypatch):
-    with monkeypatch.context() as context:
-        context.setattr(sharding, "local_mesh", helpers.make_mesh)  # one device
-        whole = draw(trained, tmp_path / "whole", kind="class", num=7, batch=3)
-        slices = [
-            draw(trained, tmp_path / "one", kind="class", num=7, batch=1),
-            draw(trained, tmp_path / "parts", "--decode_batch_size=2", kind="class", num=7, batch=8),
-            draw(trained, tmp_path / "slice", kind="class", num=2, batch=3, first=2),
-            draw(trained, tmp_path / "slice", kind="class", num=3, batch=1, first=4),
-        ]
+    whole = draw(trained, tmp_path / "whole", kind="class", num=7, batch=3)
+    slices = [
+        draw(trained, tmp_path / "one", kind="class", num=7, batch=1),
+        draw(trained, tmp_path / "parts", "--decode_batch_size=2", kind="class", num=7, batch=8),
+        draw(trained, tmp_path / "slice", kind="class", num=2, batch=3, first=2),
+        draw(trained, tmp_path / "slice", kind="class", num=3, batch=1, first=4),
+    ]
     assert len(np.unique(whole.codes.reshape(7, -1), axis=0)) == 7
     devices, draw_images = [], sample.draw
+    monkeypatch.setattr(sharding, "local_mesh", helpers.all_local_devices)
     monkeypatch.setattr(
         sample, "draw", lambda *models, **values: devices.append(values["sharding"]) or draw_images(*models, **values)
     )
@@ -436,7 +435,7 @@ def test_a_bad_address_is_refused(monkeypatch, capsys, address, message):
         ({"codes": np.zeros((2, h * w, D), int)}, 2, r"--prefix: codes of shape \(2, 8, 3\) are not \(n, h, w, D\)"),
         ({"codes": np.zeros((2, h, w, D), int)}, 9, "--prefix_positions: 9 is more than the 8 positions of the codes"),
         ({"codes": np.full((2, h, w, D), K)}, 2, r"prefix: 13 at depth 0 is outside \[0, 13\)"),
-        ({"codes": np.zeros((2, h, w, D + 1), int)}, 2, r"prefix: shape \(40, 2, 4\) does not fit"),
+        ({"codes": np.zeros((2, h, w, D + 1), int)}, 2, r"prefix: shape \(36, 2, 4\) does not fit"),
     ],
 )
 def test_bad_prefixes_are_refused(trained, tmp_path, nothing_compiles, arrays, positions, message):

@@ -24,7 +24,7 @@ TRANSFORMER = dict(
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    with helpers.quick_compilation():
+    with helpers.quick_compilation(), helpers.one_device():
         yield
 
 

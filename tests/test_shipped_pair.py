@@ -20,7 +20,7 @@ MAX_BYTES = 12e6
 
 @pytest.fixture(scope="module", autouse=True)
 def as_a_user():
-    with helpers.full_optimization():
+    with helpers.full_optimization(), helpers.one_device():
         yield
 
 
