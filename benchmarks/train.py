@@ -26,6 +26,7 @@ from rq_jax.devices import sharding
 from rq_jax.models.flops import Work, count_traced, encoder_work
 from rq_jax.pretrained import vgg_lpips
 from rq_jax.recipes import transformer
+from rq_jax.recipes.codes import fill_from_tokenizer
 from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import make_optimizer
 from rq_jax.training.settings import loop_settings, plain, resolve_durations
@@ -53,7 +54,7 @@ def load_settings(config: Config) -> Settings:
     if config.get("gradients"):
         settings["optim"]["use_sharded_gradients"] = config["gradients"] == "sharded"
     if config["stage"] == 2:
-        return transformer.fill_from_tokenizer(settings, tokenizer_settings(settings))
+        return fill_from_tokenizer(settings, tokenizer_settings(settings))
     settings["loss"]["perceptual_weight"] *= config.get("perceptual", True)
     settings["loss"]["adversarial_weight"] *= config.get("adversary", True)
     return settings

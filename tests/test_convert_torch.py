@@ -31,7 +31,7 @@ import sample
 from rq_jax import checkpoint, models
 from rq_jax.data.text import train_tokenizer
 from rq_jax.interop import official
-from rq_jax.recipes.transformer import fill_from_tokenizer
+from rq_jax.recipes.codes import fill_from_tokenizer
 from rq_jax.training.optimizer import make_optimizer
 from rq_jax.training.state import create_state
 

@@ -3,73 +3,41 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, losses, models, quantize, sampling
-from rq_jax.data import Splits, bind_data, load_tokenizer
-from rq_jax.data.conditions import check_condition, shown_conditions
+from rq_jax import losses, quantize
 from rq_jax.devices import sharding
-from rq_jax.evaluation import likelihood
-from rq_jax.models.flops import transformer_flops
 from rq_jax.recipes import codes as frozen_codes
-from rq_jax.recipes.codes import fill_from_tokenizer
+from rq_jax.recipes.stage2 import CondLosses, Stage2
 from rq_jax.report import grids
 from rq_jax.settings import checks
-from rq_jax.settings.construct import construct
-from rq_jax.training.optimizer import Optimizer, make_optimizer
-from rq_jax.training.settings import check_sections, loop_settings, plain, resolve_durations
-from rq_jax.training.state import TrainState, accumulate_gradients, apply_gradients, create_state
-
-SECTIONS = (
-    "seed", "model", "data", "optim", "loss", "loop", "mesh", "sample", "tokenizer", "tokenizer_preset",
-)  # fmt: skip
-NUM_SHOWN = 36
-TEXT_TOKENIZER = "text_tokenizer.json"  # in the run directory
+from rq_jax.training.state import TrainState
 
 
-@dataclasses.dataclass(frozen=True)
-class Losses:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Losses(CondLosses):
     """The losses of stage 2, taken over a chunk of positions at a time: the config section `loss`.
 
     Attributes:
       use_soft_labels: targets are the tokenizer's soft codes, else its codes (paper, section 3.3).
       use_stochastic_codes: codes are drawn from the soft codes, else the nearest ones.
       temperature: of the soft codes.
-      image_weight, text_weight: of the two cross-entropies; text is for text-conditional models.
-      cond_dropout: share of examples whose condition is left out, for models with `use_null_cond` (guidance).
+      image_weight: of the cross-entropy of the codes.
     """
 
     use_soft_labels: bool = True
     use_stochastic_codes: bool = True
     temperature: float = 0.5
     image_weight: float = 1.0
-    text_weight: float = 0.0
-    cond_dropout: float = 0.0
 
     def __post_init__(self):
+        super().__post_init__()
         checks.above("loss.temperature", self.temperature, 0)
-        checks.within("loss.cond_dropout", self.cond_dropout, 0, 1, below=True)
-
-    def check_model(self, model: Any) -> None:
-        """The model can use these weights.
-
-        Raises:
-          ValueError: a text weight without a text, or condition dropout without a null condition or the reverse.
-        """
-        if self.text_weight and model.cond_length == 1:
-            raise ValueError(f"loss.text_weight: {self.text_weight} needs a text-conditional model; set it to 0")
-        if (self.cond_dropout > 0) != model.use_null_cond:
-            raise ValueError(
-                f"loss.cond_dropout: {self.cond_dropout} and model.use_null_cond: {model.use_null_cond} belong "
-                "together; set both or neither"
-            )
 
     def draw(self, latents: jax.Array, model: Any, codebook: quantize.Codebook, rng: jax.Array | None):
         """Codes (B, h, w, D) and the residuals behind them (B, h, w, D, E), from latents on the latent grid."""
@@ -106,228 +74,48 @@ class Losses:
         """
         terms = {"code_loss": (self.image_weight, nats_BD.mean(0))}
         if self.text_weight:
-            text_loss_BU = losses.cross_entropy(cond_logits, cond[:, 1:])
-            if dropped is not None:  # a caption that was left out teaches nothing
-                text_loss_BU = jnp.where(dropped, 0.0, text_loss_BU) / jnp.maximum(kept_share, 1e-9)
+            text_loss_BU = self.text_nats(cond, cond_logits, dropped)
+            if dropped is not None:
+                text_loss_BU = text_loss_BU / jnp.maximum(kept_share, 1e-9)
             terms["text_loss"] = (self.text_weight, text_loss_BU.mean())
         return terms
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Transformer:
-    """Recipe of stage 2, see `training.loop.Recipe`.
+class Transformer(Stage2):
+    """Recipe of RQ-Transformers; attributes as `Stage2`."""
 
-    Attributes:
-      model: the RQ-Transformer.
-      tokenizer: the frozen tokenizer, as `checkpoint.load_tokenizer` gives it.
-      optimizer: of the model's parameters; losses: the objective.
-      mesh: devices; ema_decay: of the weight average, 0 for none.
-      sample: keywords of `sampling.generate` for the grid of an evaluation.
-      shown_cond: conditions (36, U) of that grid; None for an unconditional model.
-      text_tokenizer: text tokenizer of a text-conditional model: it is kept in the run directory.
-      use_latent_cache: read latents that were computed once, from disk.
-      seed: of the initial weights and of all random draws.
-      config: resolved config, written into the run directory; None: that of the model alone.
-      tokenizer_variables: those of `tokenizer` on the mesh; placed there where None.
-      unigram_nats_D: cross-entropy of the held-out codes under the training set's frequencies: the mark to beat.
-    """
-
-    model: nn.Module
-    tokenizer: checkpoint.LoadedModel
-    optimizer: Optimizer
     losses: Losses = Losses()
-    mesh: jax.sharding.Mesh = dataclasses.field(default_factory=sharding.make_mesh)
-    ema_decay: float = 0.0
-    sample: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    shown_cond: np.ndarray | None = None
-    text_tokenizer: Any = None
-    use_latent_cache: bool = False
-    seed: int = 0
-    config: Mapping[str, Any] | None = None
-    tokenizer_variables: Any = None
-    unigram_nats_D: np.ndarray | None = None
 
-    title: ClassVar[str] = "stage 2"
-    accumulates: ClassVar[bool] = True
-    criterion: ClassVar[str] = "validation_loss"
-    curves: ClassVar[Sequence[str]] = ("loss", "validation_loss")
-
-    def __post_init__(self):
-        checks.within("loop.ema_decay", self.ema_decay, 0, 1, below=True, fix="0 keeps no average")
-        self.losses.check_model(self.model)
-        sampling.check_guidance(self.model, self.sample.get("guidance"))
-        if self.config is None:
-            config = {"model": models.settings_of(self.model), "sample": dict(self.sample)}
-            object.__setattr__(self, "config", config)
-        if self.tokenizer_variables is None:
-            placed = jax.device_put(self.tokenizer.variables, sharding.replicated(self.mesh))
-            object.__setattr__(self, "tokenizer_variables", placed)
-
-    # --- from a config ---
-
-    @classmethod
-    def resolve(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """The config as nested dicts, with its sections checked and the tokenizer's settings filled in.
-
-        Raises:
-          ValueError, FileNotFoundError: an unknown or missing section, no tokenizer, or settings that differ from its.
-        """
-        config = plain(config)
-        check_sections(config, SECTIONS)
-        if not config["tokenizer"]:
-            raise ValueError(
-                "config.tokenizer: unset; give --config.tokenizer=<workdir of a stage-1 run>, this preset expects one "
-                f"of configs/rqvae.py:{config['tokenizer_preset']}"
-            )
-        return fill_from_tokenizer(config, checkpoint.read_tokenizer_config(config["tokenizer"]))
-
-    @staticmethod
-    def data_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-        """Keywords of `data.open_splits`."""
-        return dict(config["data"])
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], mesh: jax.sharding.Mesh, data: Splits) -> "Transformer":
-        """The recipe of a config from `resolve`.
-
-        Raises:
-          ValueError, FileNotFoundError: settings that are not allowed, or that do not fit the data; before anything
-            compiles.
-        """
-        model = models.create(**config["model"])
-        terms = construct(Losses, "loss", config["loss"])
-        sample = dict(config["sample"])
-        # None stands for "no filter" in a config, where a missing key would be an error.
-        check_filter = functools.partial(sampling.check_filter, top_k=None, top_p=None)
-        construct(check_filter, "sample", {name: value for name, value in sample.items() if name != "guidance"})
-        check_condition(model, data.train, config["data"])
-        steps_per_epoch = data.train.steps_per_epoch
-        total_steps = loop_settings(config["loop"], steps_per_epoch).total_steps
-        optim = resolve_durations(config["optim"], "optim", ("warmup", "hold"), steps_per_epoch)
-        optimizer = construct(make_optimizer, "optim", optim, total_steps=total_steps)
-        sharding.check_batch_size(mesh, data.train.batch_size, optimizer.accumulation_steps)
-        if config["loop"]["use_latent_cache"]:
-            frozen_codes.check_cache(config["data"])
-        text = config["data"]["text_tokenizer"] if config["data"]["text_key"] else None
-        return cls(
-            model, checkpoint.load_tokenizer(config["tokenizer"]), optimizer, terms, mesh,
-            ema_decay=config["loop"]["ema_decay"], sample=sample,
-            shown_cond=shown_conditions(model, data.train, NUM_SHOWN),
-            text_tokenizer=load_tokenizer(text, config["data"]["text_length"]) if text else None,
-            use_latent_cache=config["loop"]["use_latent_cache"], seed=config["seed"], config=config,
-        )  # fmt: skip
-
-    # --- state ---
-
-    def start(self, workdir: str, data: Splits, is_fresh: bool) -> tuple["Transformer", Splits]:
-        """Bind the tokenizer to the run, count its codes on the training set once, and fill the cache of latents.
-
-        Returns:
-          The recipe with the mark to beat, class names and class counts; the data, cached where that was asked for.
-
-        Raises:
-          ValueError: the run was started with another tokenizer or other data.
-        """
-        bind_data(workdir, data, self.config.get("data") or {}, is_fresh)
-        mark = checkpoint.bind_tokenizer(workdir, self.tokenizer)
-        if self.text_tokenizer is not None:  # sampling needs it, and the run directory has to suffice
-            self.text_tokenizer.save(Path(workdir) / TEXT_TOKENIZER)
-        num_steps = self.optimizer.accumulation_steps, frozen_codes.num_validation_steps(self.config, self.optimizer)
-        counter = frozen_codes.CodeCounter(self.tokenizer.model, self.tokenizer_variables, self.mesh, *num_steps)
-        uses_soft_codes = self.losses.use_soft_labels or self.losses.use_stochastic_codes
-        temperature = self.losses.temperature if uses_soft_codes else None
-        figures = frozen_codes.kept_figures(Path(workdir), mark, counter, data, temperature)
-        frozen_codes.report_usage(figures.counts_DK, self.model.codebook_sizes, self.model.use_shared_codebook)
-        if figures.spread_D is not None:
-            frozen_codes.report_soft_codes(figures.spread_D, self.model.codebook_sizes[0], self.losses.temperature)
-        if self.use_latent_cache:
-            data = data._replace(train=frozen_codes.cached_latents(
-                self.tokenizer.model, self.tokenizer_variables, data.ordered, self.config["data"],
-                Path(workdir) / "latents", self.seed,
-            ))  # fmt: skip
-        config = {**self.config, "class_names": data.ordered.class_names, "class_counts": figures.class_counts}
-        return dataclasses.replace(self, config=config, unigram_nats_D=figures.unigram_nats_D), data
-
-    def _draw(self, rng: jax.Array, codebook: Any) -> TrainState:
-        rng_init, rng_train = jax.random.split(rng)
-        variables = models.init_variables(self.model, rng_init)
-        if self.model.uses_codebook:
-            variables["codebook"] = {"codebook_KE": codebook}
-        return create_state(variables, self.optimizer, rng_train, self.ema_decay > 0)
+    losses_class: ClassVar[type] = Losses
+    has_grains: ClassVar[bool] = False
+    parts: ClassVar[Mapping[str, tuple[str, int]]] = {"code_loss": ("depth", 1)}
 
     @property
-    def _codebook(self) -> Any:
-        return self.tokenizer_variables["codebook"]["codebook_KE"]
-
-    def abstract_state(self) -> TrainState:
-        """Shapes of the state with their shardings; nothing is computed."""
-        return sharding.sharded_shapes(self.mesh, self._draw, jax.random.key(self.seed), self._codebook)
-
-    @functools.cached_property
-    def shardings(self) -> TrainState:
-        """Where every array of the state lies."""
-        return jax.tree.map(lambda x: x.sharding, self.abstract_state())
-
-    def init(self, rng: jax.Array) -> TrainState:
-        """The state before the first step, drawn on the devices where it lives, with the tokenizer's codebook."""
-        return self._jitted_draw(rng, self._codebook)
-
-    @functools.cached_property
-    def _jitted_draw(self) -> Callable[..., TrainState]:
-        return jax.jit(self._draw, out_shardings=self.shardings)
+    def soft_temperature(self) -> float | None:
+        uses_soft_codes = self.losses.use_soft_labels or self.losses.use_stochastic_codes
+        return self.losses.temperature if uses_soft_codes else None
 
     # --- one update ---
 
-    def phase(self, step: int) -> None:
-        """Every step has the same program."""
-
-    @property
-    def frozen(self) -> Any:
-        """Variables that `update` reads and does not train: the tokenizer's."""
-        return self.tokenizer_variables
-
-    def step(self, state: TrainState, batch: Mapping[str, jax.Array], phase: None = None):
-        """One jitted update, which donates the state."""
-        return self._step(state, batch, self.frozen)
-
-    @functools.cached_property
-    def _step(self) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-        out_shardings = (self.shardings, sharding.replicated(self.mesh))
-        return jax.jit(self.update, donate_argnums=0, out_shardings=out_shardings)
-
-    def update(
-        self, state: TrainState, batch: Mapping[str, jax.Array], frozen: Any, phase: None = None
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update of the transformer.
-
-        Args:
-          state: see `TrainState`.
-          batch: "image" (B, H, W, C), or "latents" (B, H', W', C'); "cond" (B, U) where the model takes a condition.
-          frozen: the tokenizer's variables.
-
-        Returns:
-          The next state and the step's metrics, all scalars but "code_loss" (D,).
-        """
-        rngs = state.rng_of_step("codes", "dropout", "cond")
-        compute = functools.partial(self._loss_and_grads, model_state=state.model_state, frozen=frozen)
-        with sharding.activations(self.mesh):
-            means, grads = accumulate_gradients(compute, state.params, batch, self.optimizer.accumulation_steps, rngs)
-        means, grads = sharding.mean_over_parts(self.mesh, (means, grads), self._part_axes)
-        state, update = apply_gradients(state, self.optimizer, grads, means["loss"], state.model_state, self.ema_decay)
-        return state, {**means, **update}
+    def _prepare(self, batch, rngs, model_state, frozen):
+        return batch, functools.partial(self._loss_and_grads, model_state=model_state, frozen=frozen)
 
     def _loss_and_grads(self, params, batch, rngs, model_state, frozen):
         codebook = frozen_codes.codebook_of(frozen)
         draw_codes = functools.partial(self.losses.draw, model=self.model, rng=rngs["codes"])
         codes, residuals = frozen_codes.draw(draw_codes, self.tokenizer.model, frozen, batch, self.mesh)
-        cond, dropped, kept_share = batch.get("cond"), None, None
-        read = {"codes": codes, "residuals": residuals, "cond": cond, "target_cond": cond}
-        if self.losses.cond_dropout:
-            dropped = jax.random.bernoulli(rngs["cond"], jnp.float32(self.losses.cond_dropout), (cond.shape[0], 1))
-            read |= {"cond": jnp.where(dropped, self.model.cond_vocab_size, cond), "dropped": dropped}
-            kept_share = jnp.mean(~dropped)
-        num_devices = self.mesh.size // sharding.num_parts(self.mesh)  # that share an image
-        nats = functools.partial(self.losses.code_nats, self.model, codebook=codebook, num_devices=num_devices)
+        cond, dropped = self.losses.drop(rngs["cond"], batch.get("cond"), self.model)
+        read = {
+            "codes": codes,
+            "residuals": residuals,
+            "cond": cond,
+            "target_cond": batch.get("cond"),
+            "dropped": dropped,
+        }
+        kept_share = None if dropped is None else jnp.mean(~dropped)
+        code_nats = functools.partial(self.losses.code_nats, self.model, codebook=codebook)
+        nats = functools.partial(code_nats, num_devices=self._devices_of_an_image)
         # Chunk by chunk the classifier's gradient would be summed over devices; in parts it is not.
         share = functools.partial(sharding.with_copies, self.mesh, inside=self._part_axes)
 
@@ -339,41 +127,13 @@ class Transformer:
             hidden, _ = apply(context, codes, rngs={"dropout": rng_depth}, method="depth")
             part = {"hidden": hidden, "codes": codes, "residuals": read["residuals"]}
             nats_BD = share(lambda params, part: nats({"params": params, **model_state}, **part), params, part)
-            terms = self.losses.terms(nats_BD, read["target_cond"], cond_logits, read.get("dropped"), kept_share)
+            terms = self.losses.terms(nats_BD, read["target_cond"], cond_logits, read["dropped"], kept_share)
             total = sum(weight * value.mean() for weight, value in terms.values())
             return total, {name: value for name, (_, value) in terms.items()}
 
-        differentiate = functools.partial(jax.value_and_grad(objective, has_aux=True), params)
-        (total, parts), grads = sharding.over_parts(self.mesh, differentiate, read, self._part_axes)
-        return {"loss": total, **parts}, grads
-
-    @property
-    def _part_axes(self) -> tuple[str, ...]:
-        """Mesh axes whose devices add up gradients of their own over micro-batches."""
-        if self.optimizer.accumulation_steps == 1 or sharding.num_parts(self.mesh) == 1:
-            return ()
-        return ("data",) if self.optimizer.use_sharded_gradients else sharding.BATCH_AXES
-
-    def summarize(self, means: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Logged scalars from the means of the step's metrics."""
-        scalars = {name: float(value) for name, value in means.items() if name != "code_loss"}
-        return scalars | {f"code_loss/depth{d}": float(x) for d, x in enumerate(means["code_loss"], start=1)}
+        return self._differentiate(objective, params, read)
 
     # --- evaluation ---
-
-    @functools.cached_property
-    def _measure(self) -> Callable[..., Any]:
-        num_steps = frozen_codes.num_validation_steps(self.config, self.optimizer)
-        return likelihood.make_measure(self.model, self.tokenizer.model, self.mesh, num_steps)
-
-    @functools.cached_property
-    def _decode(self) -> Callable[..., jax.Array]:
-        decode = functools.partial(self.tokenizer.model.apply, method="decode_codes")
-        return jax.jit(decode, out_shardings=sharding.replicated(self.mesh))
-
-    def evaluate(self, state: TrainState, batch: Mapping[str, np.ndarray]) -> tuple[Any, None]:
-        """Sums over a batch of the nats by depth of its nearest codes."""
-        return self._measure(state.ema_variables, self.tokenizer_variables, batch)
 
     def report(self, state: TrainState, sums: Any, shown: None) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Nats of the nearest codes by depth, bits per image, and a grid of samples."""
@@ -385,15 +145,5 @@ class Transformer:
             scalars[f"validation_nats/depth{d + 1}"] = float(nats_D[d])
             if self.unigram_nats_D is not None:
                 scalars[f"unigram_nats/depth{d + 1}"] = float(self.unigram_nats_D[d])
-        codes = sampling.generate(
-            self.model, state.ema_variables, jax.random.key(self.seed), NUM_SHOWN, self.shown_cond, **self.sample
-        )
-        images = np.asarray(self._decode(self.tokenizer_variables, codes))
+        _, images = self._generate(state)
         return scalars, {"samples": grids.grid(images, columns=9, scale=max(1, 64 // images.shape[1]))}
-
-    # --- the log ---
-
-    @property
-    def flops_per_image(self) -> float:
-        """Of the model, forward and backward."""
-        return sum(transformer_flops(self.model, train=True).values())
