@@ -143,6 +143,38 @@ def tokenizer_base(model: dict[str, Any]) -> ConfigDict:
     return config
 
 
+def transformer_base(model: dict[str, Any]) -> ConfigDict:
+    """The sections that all transformers have, but for their losses.
+
+    Args:
+        model: the section `model`.
+
+    Returns:
+        An unlocked config.
+    """
+    config = base()
+    config.model = model
+    config.optim.update(
+        name="adamw",
+        learning_rate=5e-4,
+        b1=0.9,
+        b2=0.95,
+        schedule="cosine",
+        warmup_steps=0,
+    )
+    config.loop.early_stopping_evaluations = 0
+    # The first three are one value, or one for each depth.
+    config.sample = {
+        "temperature": one_or_many(1.0),
+        "top_k": placeholder(int),
+        "top_p": placeholder(float),
+        "guidance": placeholder(float),  # of models with use_null_cond
+    }
+    config.tokenizer = placeholder(str)
+    config.tokenizer_preset = placeholder(str)
+    return config
+
+
 def build(
     preset: str,
     config: ConfigDict,
@@ -206,6 +238,28 @@ def quicktest(config: ConfigDict) -> dict[str, Any]:
         "loop.checkpoint_every_steps": 2,
         "loop.keep_every_steps": 0,
     }
+
+
+def transformer_quicktest(config: ConfigDict) -> dict[str, Any]:
+    """Overrides that shrink a transformer, but for its layers; its condition stays.
+
+    Args:
+        config: a finished config of stage 2.
+
+    Returns:
+        Overrides. The paired tokenizer is the shrunk one.
+    """
+    overrides = {
+        **quicktest(config),
+        "model.model_dim": 32,
+        "model.num_heads": 2,
+        "tokenizer_preset": f"{config.tokenizer_preset},quicktest",
+    }
+    if config.data.label_key is not None:
+        overrides["model.cond_vocab_size"] = 9
+    if config.data.text_key is not None:
+        overrides |= {"model.cond_vocab_size": 512, "model.cond_length": 8}
+    return overrides
 
 
 def tokenizer_quicktest(config: ConfigDict) -> dict[str, Any]:

@@ -226,45 +226,38 @@ def base() -> ConfigDict:
     Returns:
         An unlocked config.
     """
-    config = common.base()
-    config.model = {
-        "name": "rqtransformer",
-        "codebook_size": placeholder(int),
-        "code_shape": placeholder(tuple),
-        "code_dim": placeholder(int),
-        "model_dim": 1536,
-        "num_heads": 24,
-        "depth_num_heads": placeholder(int),
-        "spatial_layers": 24,
-        "depth_layers": 4,
-        "cond_vocab_size": 1,
-        "cond_length": 1,
-        "use_tokenizer_input": True,
-        "use_tokenizer_depth_input": True,
-        "use_cumulative_depth": True,
-        "use_shared_token_embedding": True,
-        "use_shared_classifier": True,
-        "use_attention_bias": True,
-        "use_mlp_bias": True,
-        "gelu": "exact",
-        "embedding_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "residual_dropout": 0.1,
-        "use_null_cond": False,
-        "use_flash_attention": False,
-        "use_remat": True,
-        "dtype": "bfloat16",
-    }
-    config.optim.update(
-        name="adamw",
-        learning_rate=5e-4,
-        b1=0.9,
-        b2=0.95,
-        weight_decay=1e-4,
-        schedule="cosine",
-        warmup_steps=0,
-        clip_norm=1.0,
+    config = common.transformer_base(
+        {
+            "name": "rqtransformer",
+            "codebook_size": placeholder(int),
+            "code_shape": placeholder(tuple),
+            "code_dim": placeholder(int),
+            "model_dim": 1536,
+            "num_heads": 24,
+            "depth_num_heads": placeholder(int),
+            "spatial_layers": 24,
+            "depth_layers": 4,
+            "cond_vocab_size": 1,
+            "cond_length": 1,
+            "use_tokenizer_input": True,
+            "use_tokenizer_depth_input": True,
+            "use_cumulative_depth": True,
+            "use_shared_token_embedding": True,
+            "use_shared_classifier": True,
+            "use_attention_bias": True,
+            "use_mlp_bias": True,
+            "gelu": "exact",
+            "embedding_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "residual_dropout": 0.1,
+            "use_null_cond": False,
+            "use_flash_attention": False,
+            "use_remat": True,
+            "dtype": "bfloat16",
+        }
     )
+    config.optim.weight_decay = 1e-4
+    config.optim.clip_norm = 1.0
     config.loss = {
         "use_soft_labels": True,
         "use_stochastic_codes": True,
@@ -273,17 +266,7 @@ def base() -> ConfigDict:
         "text_weight": 0.0,
         "cond_dropout": 0.0,
     }
-    config.loop.early_stopping_evaluations = 0
     config.loop.use_latent_cache = False
-    # The first three are one value, or one for each depth.
-    config.sample = {
-        "temperature": common.one_or_many(1.0),
-        "top_k": placeholder(int),
-        "top_p": placeholder(float),
-        "guidance": placeholder(float),  # of models with use_null_cond
-    }
-    config.tokenizer = placeholder(str)
-    config.tokenizer_preset = placeholder(str)
     return config
 
 
@@ -296,16 +279,10 @@ def quicktest(config: ConfigDict) -> dict[str, Any]:
     Returns:
         Overrides. The paired tokenizer is the shrunk one.
     """
-    overrides = {
-        **common.quicktest(config),
+    return {
+        **common.transformer_quicktest(config),
         **_size(32, 2, 2, min(config.model.depth_layers, 1)),
-        "tokenizer_preset": f"{config.tokenizer_preset},quicktest",
     }
-    if config.data.label_key is not None:
-        overrides["model.cond_vocab_size"] = 9
-    if config.data.text_key is not None:
-        overrides |= {"model.cond_vocab_size": 512, "model.cond_length": 8}
-    return overrides
 
 
 def get_config(preset: str = "demo") -> ConfigDict:

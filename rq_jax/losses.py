@@ -188,13 +188,29 @@ def _targets(tokens: Any) -> Targets:
     return tokens.content[:, 1:], tokens.position[:, 1:], tokens.grain[:, 1:]
 
 
-def _stream_sums(position_logits: jax.Array, content_logits: jax.Array, targets: Targets, layout: Any) -> StreamNats:
+def stream_counts(tokens: Any, layout: Any) -> tuple[jax.Array, jax.Array]:
+    """What the sums of `stream_nats` are sums over, of the same tokens, with or without classes.
+
+    Returns:
+      Numbers of positions (B, G) and of contents (B, D), float32.
+    """
+    of_position, of_content = (jnp.sum(x, axis=1, dtype=jnp.float32) for x in _counted(_targets(tokens), layout))
+    return of_position, of_content
+
+
+def _counted(targets: Targets, layout: Any) -> tuple[jax.Array, jax.Array]:
+    """Which targets count: as positions of each grain (B, t, G), as contents of each depth (B, t, D)."""
     (content, position, grain), G = targets, layout.num_grains
     pads_G = jnp.array([layout.position_pad(g) for g in range(G)], position.dtype)
     is_first = (grain == 0) & (position >= layout.position_sos(0))
     counted = (position != pads_G[grain]) & ~is_first
     counted_G = counted[..., None] & jax.nn.one_hot(grain, G, dtype=bool)
-    counted_D = (content != layout.content_pad) & ~is_first[..., None]
+    return counted_G, (content != layout.content_pad) & ~is_first[..., None]
+
+
+def _stream_sums(position_logits: jax.Array, content_logits: jax.Array, targets: Targets, layout: Any) -> StreamNats:
+    content, position, _ = targets
+    counted_G, counted_D = _counted(targets, layout)
 
     def total(nats: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.sum(jnp.where(counted, nats, 0.0), axis=1), jnp.sum(counted, axis=1, dtype=jnp.float32)

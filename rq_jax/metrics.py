@@ -125,13 +125,16 @@ def code_perplexity(counts: jax.Array) -> jax.Array:
     return jnp.exp(-jnp.sum(shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), axis=-1))
 
 
-def unigram_cross_entropy(counts: jax.Array, codes: jax.Array, sizes: Sequence[int] | None = None) -> jax.Array:
+def unigram_cross_entropy(
+    counts: jax.Array, codes: jax.Array, sizes: Sequence[int] | None = None, weights: jax.Array | None = None
+) -> jax.Array:
     """Cross-entropy in nats, per depth, of codes under the code frequencies of another set.
 
     Args:
       counts: (D, K) of the training set; one is added to each, so that unseen codes have a finite cost.
       codes: (..., D).
       sizes: the D codebook sizes, where they differ: what a row of `counts` has beyond is no code. Default: all K.
+      weights: (...), what the codes at a position count in the mean, such as `grains.cell_weights`; None is 1.
 
     Returns:
       (D,): the mark that a model of the codes has to beat.
@@ -141,7 +144,8 @@ def unigram_cross_entropy(counts: jax.Array, codes: jax.Array, sizes: Sequence[i
         smoothed_DK = jnp.where(np.arange(counts.shape[-1]) < np.asarray(sizes)[:, None], smoothed_DK, 0)
     log_shares_DK = jnp.log(smoothed_DK / smoothed_DK.sum(-1, keepdims=True))
     flat_ND = codes.reshape(-1, codes.shape[-1])
-    return -log_shares_DK[jnp.arange(flat_ND.shape[-1]), flat_ND].mean(0)
+    nats_ND = -log_shares_DK[jnp.arange(flat_ND.shape[-1]), flat_ND]
+    return nats_ND.mean(0) if weights is None else jnp.average(nats_ND, axis=0, weights=weights.ravel())
 
 
 def kernel_distances(

@@ -15,7 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AxisType
 from PIL import Image
 
-from configs import dqvae, rqtransformer, rqvae
+from configs import dqtransformer, dqvae, rqtransformer, rqvae
 from rq_jax import checkpoint, models, recipes
 from rq_jax.devices import sharding
 from rq_jax.quantize import codes, search
@@ -110,13 +110,10 @@ def dqvae_config(pictures: Path, preset: str = "imagenet256", **overrides):
     return override(config, **overrides)
 
 
-def transformer_config(pictures: Path, kind: str = "unconditional", **overrides):
-    """A transformer of a few narrow layers; kind is "unconditional", "class" or "text"."""
-    settings = {
+def _transformer(pictures: Path, kind: str) -> dict[str, Any]:
+    return {
         "model.model_dim": 28,
         "model.num_heads": 2,
-        "model.spatial_layers": 2,
-        "model.depth_layers": 1,
         "model.cond_vocab_size": {"unconditional": 1, "class": len(CLASSES)}.get(kind, 40),
         "model.cond_length": 6 if kind == "text" else 1,
         "model.use_remat": False,
@@ -129,8 +126,20 @@ def transformer_config(pictures: Path, kind: str = "unconditional", **overrides)
         "sample.top_p": None,
         **_common(pictures),
     }
+
+
+def transformer_config(pictures: Path, kind: str = "unconditional", **overrides):
+    """A transformer of a few narrow layers; kind is "unconditional", "class" or "text"."""
     config = rqtransformer.get_config("imagenet256_480m,quicktest")
-    config.update_from_flattened_dict(settings)
+    layers = {"model.spatial_layers": 2, "model.depth_layers": 1}
+    config.update_from_flattened_dict({**_transformer(pictures, kind), **layers})
+    return override(config, **overrides)
+
+
+def dqtransformer_config(pictures: Path, kind: str = "unconditional", **overrides):
+    """A transformer over packed codes; kinds as above."""
+    config = dqtransformer.get_config("uncond_imagenet_p6c18,quicktest")
+    config.update_from_flattened_dict({**_transformer(pictures, kind), "model.content_layers": 1})
     return override(config, **overrides)
 
 
@@ -147,7 +156,15 @@ def drawn_variables(model, seed: int = 0) -> dict[str, Any]:
 
 def save_tokenizer(directory: Path, pictures: Path, seed: int = 0, **overrides) -> Path:
     """A stage-1 model directory with weights as drawn: enough for stage 2 to build on."""
-    config = vae_config(pictures, **overrides)
+    return _save(directory, vae_config(pictures, **overrides), seed)
+
+
+def save_dq_tokenizer(directory: Path, pictures: Path, seed: int = 0, **overrides) -> Path:
+    """The same of a tokenizer with grains, which are drawn, so that pictures have unlike numbers of codes."""
+    return _save(directory, dqvae_config(pictures, model__router="random", **overrides), seed)
+
+
+def _save(directory: Path, config: Any, seed: int) -> Path:
     variables = drawn_variables(models.create(**config.model), seed)
     checkpoint.save_model(directory, config.to_dict(), variables)
     return directory

@@ -12,11 +12,12 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import common, dqvae, rqtransformer, rqvae
+from configs import common, dqtransformer, dqvae, rqtransformer, rqvae
 from rq_jax import models
 
-FILES = {"rqvae": rqvae, "dqvae": dqvae, "rqtransformer": rqtransformer}
+FILES = {"rqvae": rqvae, "dqvae": dqvae, "rqtransformer": rqtransformer, "dqtransformer": dqtransformer}
 TOKENIZERS = "rqvae", "dqvae"
+TOKENIZER_OF = {"rqtransformer": rqvae, "dqtransformer": dqvae}
 PRESETS = [(file, preset) for file, module in FILES.items() for preset in module.PRESETS]
 QUICKTESTS = [(file, f"{preset},quicktest") for file, preset in PRESETS]
 
@@ -88,6 +89,16 @@ COUNTS = {
         "throughput_vqgan_large": 802_618_112,
         "throughput_vqgan_huge": 1_387_820_032,
     },
+    "dqtransformer": {
+        "demo": 1_413_888,
+        "demo_d2": 1_682_304,
+        "uncond_imagenet_p6c18": 308_884_480,
+        "class_imagenet_p6c18": 313_999_360,
+        "class_imagenet_p12c36": 616_308_736,
+        "ffhq_p6c18": 308_884_480,
+        "class_imagenet_triple_p6c18": 315_091_968,
+        "cc3m_p6c18": 342_490_112,
+    },
 }
 for _file, _preset, _count in RELEASED.values():
     COUNTS[_file][_preset] = _count
@@ -142,6 +153,16 @@ KEYS = {
         "loss": "use_soft_labels use_stochastic_codes temperature image_weight text_weight cond_dropout",
         "sample": "temperature top_k top_p guidance",
     },
+    "dqtransformer": {
+        **SHARED_KEYS,
+        "loop": SHARED_KEYS["loop"] + " early_stopping_evaluations",
+        "model": "name codebook_size code_shape code_dim num_grains order model_dim num_heads depth_num_heads"
+        " position_layers content_layers depth_layers num_slots cond_vocab_size cond_length use_grain_embedding"
+        " use_shared_position_embedding embedding_dropout attention_dropout residual_dropout use_null_cond"
+        " use_flash_attention use_remat dtype",
+        "loss": "content_weight position_weight text_weight cond_dropout",
+        "sample": "temperature top_k top_p guidance position_temperature position_top_k position_top_p",
+    },
 }
 TRANSFORMS = {
     "resize_center_crop",
@@ -155,6 +176,7 @@ SINGLE_KEYS = {
     "rqvae": {"seed", "init_from", "keep_optimizer"},
     "dqvae": {"seed", "init_from", "keep_optimizer", "thresholds"},
     "rqtransformer": {"seed", "tokenizer", "tokenizer_preset"},
+    "dqtransformer": {"seed", "tokenizer", "tokenizer_preset"},
 }
 
 
@@ -173,9 +195,11 @@ def model_options(file, preset):
     """The keyword list of models.create, with what stage 2 takes from its tokenizer filled in."""
     config = get(file, preset)
     options = dict(config.model)
-    if file == "rqtransformer":
-        tokenizer = rqvae.get_config(config.tokenizer_preset).model
-        options |= {key: tokenizer[key] for key in ("codebook_size", "code_shape", "code_dim")}
+    if file in TOKENIZER_OF:
+        frozen = file.replace("transformer", "vae")
+        tokenizer = models.create(**model_options(frozen, config.tokenizer_preset))
+        decided = ("codebook_size", "code_shape", "code_dim", *["num_grains"] * (frozen == "dqvae"))
+        options |= {key: getattr(tokenizer, key) for key in decided}
     if options.get("router") == "entropy":  # measured before training
         options["thresholds"] = tuple(map(float, range(1, options["num_grains"])))
     return options
@@ -284,25 +308,29 @@ def test_quicktest_keeps_the_grains_of_a_tokenizer(preset):
     assert levels[0] == levels[1]
 
 
-@pytest.mark.parametrize("preset", rqtransformer.PRESETS)
-def test_quicktest_keeps_the_kind_of_transformer_and_pairs(preset):
-    full, small = rqtransformer.get_config(preset), rqtransformer.get_config(f"{preset},quicktest")
+@pytest.mark.parametrize(("file", "preset"), [p for p in PRESETS if p[0] in TOKENIZER_OF])
+def test_quicktest_keeps_the_kind_of_transformer_and_pairs(file, preset):
+    full, small = get(file, preset), get(file, f"{preset},quicktest")
     assert (small.data.label_key is None) == (full.data.label_key is None)
     assert (small.data.text_key is None) == (full.data.text_key is None)
     assert (small.model.depth_layers > 0) == (full.model.depth_layers > 0)
     assert small.tokenizer_preset == f"{full.tokenizer_preset},quicktest"
 
 
-@pytest.mark.parametrize(("file", "preset"), [p for p in PRESETS + QUICKTESTS if p[0] == "rqtransformer"])
+@pytest.mark.parametrize(("file", "preset"), [p for p in PRESETS + QUICKTESTS if p[0] in TOKENIZER_OF])
 def test_tokenizer_of_a_transformer_is_a_preset_of_the_same_pictures(file, preset):
     config = get(file, preset)
-    tokenizer = rqvae.get_config(config.tokenizer_preset)
+    tokenizer = TOKENIZER_OF[file].get_config(config.tokenizer_preset)
     if config.data.name == tokenizer.data.name:
         assert config.data.validation_split == tokenizer.data.validation_split
         assert config.data.eval_transform == tokenizer.data.eval_transform or "quicktest" in preset
     else:  # text models use the ImageNet tokenizer unchanged
         assert config.data.text_key is not None and config.tokenizer_preset == "imagenet256"
-    assert (config.model.depth_layers == 0) == (tokenizer.model.code_shape[2] == 1)
+    assert (config.model.depth_layers == 0) == (_depth(tokenizer.model) == 1)
+
+
+def _depth(tokenizer) -> int:
+    return tokenizer.code_depth if "code_depth" in tokenizer else tokenizer.code_shape[2]
 
 
 def test_paper_variants_differ_in_what_the_paper_says():

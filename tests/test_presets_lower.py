@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import dqvae, rqtransformer, rqvae
+from configs import dqtransformer, dqvae, rqtransformer, rqvae
 from rq_jax import models, recipes, sampling
 from rq_jax.checkpoint import LoadedModel
 from rq_jax.pretrained import vgg_lpips
-from rq_jax.recipes import adversary, tokenizer, transformer
+from rq_jax.recipes import adversary, tokenizer
+from rq_jax.recipes.codes import fill_from_tokenizer
 from rq_jax.training.optimizer import make_optimizer
 
 ROWS = 2  # of a micro-batch
@@ -28,6 +29,8 @@ TOKENIZERS = ("demo", "imagenet256_4xk4096")
 GRAINED = ("demo_d2", "imagenet256_feature")
 # Null condition and guidance; no condition; text in micro-batches; no stack along the depth.
 TRANSFORMERS = ("emoji", "ffhq256_350m", "cc3m_650m", "throughput_vqgan_large")
+# Classes and a depth stack; three grains; text.
+PACKED = ("demo_d2", "class_imagenet_triple_p6c18", "cc3m_p6c18")
 
 
 def presets(module, kinds):
@@ -126,25 +129,26 @@ def test_train_step_of_a_tokenizer_with_grains_lowers(preset):
 # --- stage 2 -----------------------------------------------------------------------------------------------------------
 
 
-def settings_of(preset):
+def settings_of(preset, file=rqtransformer):
     """The config, the model's settings with what the paired tokenizer decides, and the tokenizer's settings."""
-    config = rqtransformer.get_config(preset)
-    frozen = dict(rqvae.get_config(config.tokenizer_preset).model)
-    filled = {name: frozen[name] for name in ("codebook_size", "code_shape", "code_dim", "use_shared_codebook")}
-    return config, {**config.model, **filled}, frozen
+    config, tokenizers = file.get_config(preset), {rqtransformer: rqvae, dqtransformer: dqvae}[file]
+    frozen = json.loads(tokenizer_program(config.tokenizer_preset, tokenizers))["model"]
+    settings = {"tokenizer": "", "model": dict(config.model), "data": {}}
+    return config, fill_from_tokenizer(settings, {"model": frozen})["model"], frozen
 
 
-def transformer_program(preset) -> str:
-    config, model, frozen = settings_of(preset)
+def transformer_program(preset, file=rqtransformer) -> str:
+    config, model, frozen = settings_of(preset, file)
     return program_of(config, model=model, tokenizer=frozen, sample=dict(config.sample))
 
 
-def transformer_recipe(program: str) -> recipes.Transformer:
+def transformer_recipe(program: str) -> recipes.Transformer | recipes.DQTransformer:
     program = json.loads(program)
+    kind = recipes.RECIPES[program["model"]["name"]]
     model, frozen = models.create(**program["model"]), models.create(**program["tokenizer"])
     variables = abstract_variables(frozen)
-    return recipes.Transformer(
-        model, LoadedModel(frozen, variables, {}, None), optimizer_of(program), transformer.Losses(**program["loss"]),
+    return kind(
+        model, LoadedModel(frozen, variables, {}, None), optimizer_of(program), kind.losses_class(**program["loss"]),
         helpers.make_mesh(), program["ema_decay"], program["sample"], tokenizer_variables=variables,
     )  # fmt: skip
 
@@ -169,6 +173,16 @@ def test_train_step_of_a_transformer_lowers(preset):
     assert metrics == {"code_loss": (model["code_shape"][-1],), **dict.fromkeys(names, ())}
 
 
+@pytest.mark.parametrize("preset", presets(dqtransformer, PACKED))
+def test_train_step_of_a_transformer_over_packed_codes_lowers(preset):
+    config, model, _ = settings_of(preset, dqtransformer)
+    before, after, metrics = lower_transformer(transformer_program(preset, dqtransformer))
+    assert after == before
+    names = ["loss", "gradient_norm", "learning_rate", "skipped_share"] + ["text_loss"] * bool(config.data.text_key)
+    parts = {"content_loss": (model["code_shape"][-1],), "position_loss": (model["num_grains"],)}
+    assert metrics == {**parts, **dict.fromkeys(names, ())}
+
+
 @functools.cache
 def lower_sampler(settings: str):
     settings = json.loads(settings)
@@ -189,6 +203,13 @@ def test_sampler_of_a_transformer_lowers(preset):
     assert (codes.shape, codes.dtype) == ((ROWS, *model["code_shape"]), jnp.int32)
 
 
+@pytest.mark.parametrize("preset", presets(dqtransformer, PACKED))
+def test_sampler_of_a_transformer_over_packed_codes_lowers(preset):
+    config, model, _ = settings_of(preset, dqtransformer)
+    drawn = lower_sampler(json.dumps({"model": model, "sample": dict(config.sample)}, sort_keys=True))
+    assert drawn.codes.shape == (ROWS, *model["code_shape"]) and drawn.grains.dtype == jnp.int32
+
+
 # --- every preset ------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +225,9 @@ def test_settings_of_a_tokenizer_with_grains_make_its_recipe(preset):
     assert recipe.phase(10**9) == tokenizer.Phase(True, True)
 
 
-@pytest.mark.parametrize("preset", rqtransformer.PRESETS)
-def test_settings_of_a_transformer_make_its_recipe(preset):
-    recipe = transformer_recipe(transformer_program(preset))
-    assert recipe.optimizer.accumulation_steps == rqtransformer.get_config(preset).optim.accumulation_steps
+@pytest.mark.parametrize(
+    ("file", "preset"), [(file, preset) for file in (rqtransformer, dqtransformer) for preset in file.PRESETS]
+)
+def test_settings_of_a_transformer_make_its_recipe(file, preset):
+    recipe = transformer_recipe(transformer_program(preset, file))
+    assert recipe.optimizer.accumulation_steps == file.get_config(preset).optim.accumulation_steps

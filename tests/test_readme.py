@@ -15,7 +15,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from configs import ablations, dqvae, rqtransformer, rqvae
+from configs import ablations, dqtransformer, dqvae, rqtransformer, rqvae
 from rq_jax.data import transforms
 
 ROOT = helpers.ROOT
@@ -156,7 +156,7 @@ def test_flags_between_backticks_exist(monkeypatch):
 
 
 def test_settings_between_backticks_exist():
-    configs = [rqvae.base(), dqvae.base(), rqtransformer.base()]
+    configs = [rqvae.base(), dqvae.base(), rqtransformer.base(), dqtransformer.base()]
     sections = {name for config in configs for name, value in config.items() if hasattr(value, "items")}
     written = {key for code in INLINE for key in re.findall(r"(?<![\w./])(?:config\.)?(\w+\.\w+)(?![\w/.(])", code)}
     keys = {tuple(key.split(".")) for key in written if key not in FILES}

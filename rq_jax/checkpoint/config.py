@@ -15,12 +15,13 @@ from rq_jax.settings.text import quoted
 CONFIG = "config.json"
 # Kinds of entries that are read without their recipe; None stands for none.
 _KINDS = {"model": dict, "data": dict, "sample": dict, "class_names": list, "class_counts": list, "tokenizer": str}
-_SAMPLE = ("temperature", "top_k", "top_p", "guidance")
+_FILTER = ("temperature", "top_k", "top_p")
+_SAMPLE = (*_FILTER, "guidance", *(f"position_{name}" for name in _FILTER))
 # Layers and blocks take time to build; sizes beyond these are mistakes, and would take hours or all memory.
 _MOST_DEPTH = 256
 _MOST_LAYERS = {
     "num_res_blocks": 100, "decoder_num_res_blocks": 100, "num_layers": 100, "spatial_layers": 1000,
-    "depth_layers": 1000, "code_depth": _MOST_DEPTH,
+    "depth_layers": 1000, "position_layers": 1000, "content_layers": 1000, "code_depth": _MOST_DEPTH,
 }  # fmt: skip
 _MOST_LEVELS = 16
 _LARGEST = 2**24

@@ -33,6 +33,18 @@ class DQTransformerOutput(NamedTuple):
     cond_logits: jax.Array | None
 
 
+class DQTransformerHidden(NamedTuple):
+    """What the logits of `DQTransformerOutput` are classified from.
+
+    position: of the position stack (B, P-1, M). content: (B, P-1, D, M). tokens, cond_logits: as there.
+    """
+
+    position: jax.Array
+    content: jax.Array
+    tokens: PackedCodes
+    cond_logits: jax.Array | None
+
+
 class DQTransformerCache(NamedTuple):
     """The caches of all stacks; `content` starts the one of `depth` afresh at every token."""
 
@@ -89,7 +101,7 @@ class DQTransformer(CodeTransformer, kw_only=True):
         self.embedding_drop = Dropout(self.embedding_dropout)
         self.position_stack = Stack(self.position_layers, self._block(), self.use_remat)
         self.content_stack = Stack(self.content_layers, self._block(), self.use_remat)
-        if D > 1:
+        if self.uses_codebook:
             self._make_depth_positions()
             self._make_depth_input()
             self._make_codebook()
@@ -117,13 +129,21 @@ class DQTransformer(CodeTransformer, kw_only=True):
           ValueError: tokens that do not fit the model, ids outside their vocabularies, a condition of another shape or
             out of range.
         """
+        hidden, deep, tokens, cond_logits = self.hidden(packed, cond, train)
+        position_logits, content_logits = self.classify_position(hidden), self.classify_content(deep)
+        return DQTransformerOutput(position_logits, content_logits, tokens, cond_logits)
+
+    def hidden(self, packed: PackedCodes, cond: jax.Array | None = None, train: bool = False) -> DQTransformerHidden:
+        """The forward pass before its classifiers, for losses that make the logits chunk by chunk.
+
+        Args, Raises: as `__call__`.
+        """
         tokens = self.tokens(packed, cond)
         known, following = _slots(tokens, slice(None, -1)), _slots(tokens, slice(1, None))
         hidden, cond_logits, _ = self.position(known, cond if self.is_text else None, train=train)
         context, _ = self.content(hidden, following, train=train)
         deep, _ = self.depth(context, following.content, train=train)
-        position_logits, content_logits = self.classify_position(hidden), self.classify_content(deep)
-        return DQTransformerOutput(position_logits, content_logits, tokens, cond_logits)
+        return DQTransformerHidden(hidden, deep, tokens, cond_logits)
 
     def tokens(self, packed: PackedCodes, cond: jax.Array | None = None) -> PackedCodes:
         """Tokens as the stacks read them: the class is added to the ids of all start tokens.
@@ -221,7 +241,7 @@ class DQTransformer(CodeTransformer, kw_only=True):
 
         It reads the tokenizer's vectors. What special tokens have below depth 0 is of no meaning.
         """
-        if self.code_shape[-1] > 1:
+        if self.uses_codebook:
             return super().depth(context, codes, cache, train)
         return (context[..., None, :], None) if cache is None else (context, cache)
 
@@ -295,6 +315,11 @@ class DQTransformer(CodeTransformer, kw_only=True):
         """(u, v): what one code of grain 0 covers is a region."""
         h, w, _ = self.code_shape
         return h >> (self.num_grains - 1), w >> (self.num_grains - 1)
+
+    @property
+    def uses_codebook(self) -> bool:
+        """Whether there is a depth stack, which reads the tokenizer's codebook."""
+        return self.code_shape[-1] > 1
 
     @property
     def slots(self) -> int:

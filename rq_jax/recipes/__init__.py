@@ -17,6 +17,7 @@ from rq_jax import checkpoint
 from rq_jax.data import Splits, make_dataset
 from rq_jax.devices import sharding
 from rq_jax.files import local_path
+from rq_jax.recipes.dq_transformer import DQTransformer
 from rq_jax.recipes.outlook import describe_data, shortages
 from rq_jax.recipes.tokenizer import Tokenizer
 from rq_jax.recipes.transformer import Transformer
@@ -25,9 +26,9 @@ from rq_jax.training.loop import Recipe, run
 from rq_jax.training.settings import LoopSettings, loop_settings, plain
 from rq_jax.training.state import TrainState
 
-__all__ = ["RECIPES", "Prepared", "Tokenizer", "Transformer", "prepare", "train"]
+__all__ = ["RECIPES", "DQTransformer", "Prepared", "Tokenizer", "Transformer", "prepare", "train"]
 
-RECIPES = {"rqvae": Tokenizer, "dqvae": Tokenizer, "rqtransformer": Transformer}
+RECIPES = {"rqvae": Tokenizer, "dqvae": Tokenizer, "rqtransformer": Transformer, "dqtransformer": DQTransformer}
 # Settings that are paths; a split is one where it is a .txt file of names.
 _PATHS = (
     "tokenizer", "init_from", "thresholds", "data.data_dir", "data.text_tokenizer", "data.train_split",

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, metrics
+from rq_jax import checkpoint, metrics, models
 from rq_jax.data import CacheDataset, Dataset, Splits, fingerprint, read_meta, write_cache
 from rq_jax.devices import hosts, sharding
 from rq_jax.files import read_json, write_json
+from rq_jax.grains import GrainedCodes, cell_weights
 from rq_jax.training.optimizer import Optimizer
 
 # Training images behind the unigram mark and the code usage, where the training set is larger.
@@ -32,7 +33,7 @@ class CodeFigures(NamedTuple):
     """What stage 2 knows of the codes before its first step.
 
     Attributes:
-      counts_DK: how often the training images have each code.
+      counts_DK: how often the training images have each code; one of a coarse region counts once.
       class_counts: how often each class, where all were counted; else None.
       unigram_nats_D: cross-entropy of the held-out codes under these frequencies.
       spread_D: over how many codes a soft code spreads; None where none is used.
@@ -58,7 +59,7 @@ class CodeCounter:
         """Prepare to count.
 
         Args:
-          tokenizer: an `RQVAE`.
+          tokenizer: an `RQVAE` or a `DQVAE`.
           variables: its, placed on the mesh.
           mesh: its data and fsdp devices share a batch.
           num_steps: micro-batches that a batch is encoded in, a divisor of the images of a device.
@@ -75,9 +76,13 @@ class CodeCounter:
         spread_D = None if temperature is None else self.soft_spread(data.validation, temperature)
         return CodeFigures(counts_DK, class_counts, unigram_nats_D, spread_D)
 
-    def _encode(self, variables: Any, images: jax.Array, num_steps: int) -> jax.Array:
+    def _encode(self, variables: Any, images: jax.Array, num_steps: int) -> tuple[jax.Array, jax.Array | None]:
+        """Codes (B, h, w, D), and what those of a cell count (B, h, w); None is 1."""
         encode = functools.partial(self._tokenizer.apply, variables, method="encode_to_codes")
-        return sharding.map_micro_batches(encode, images, num_steps)
+        codes = sharding.map_micro_batches(encode, images, num_steps)
+        if isinstance(codes, GrainedCodes):
+            return codes.codes, cell_weights(codes.grains, self._tokenizer.num_grains)
+        return codes, None
 
     def count(self, dataset: Dataset) -> tuple[np.ndarray, list[int] | None]:
         """How often the data set has each code, and each class.
@@ -90,11 +95,11 @@ class CodeCounter:
 
         @self._jit
         def count(variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-            codes = self._encode(variables, batch["image"], self._num_steps)
+            codes, weights = self._encode(variables, batch["image"], self._num_steps)
             # Rows that fill up a batch count as one more code, which is dropped.
             codes = jnp.where(batch["mask"][:, None, None, None], codes, K)
             classes_V = jnp.bincount(batch["cond"][:, 0], batch["mask"].astype(jnp.int32), length=V) if V else None
-            return metrics.code_counts(codes, K + 1)[:, :K], classes_V
+            return metrics.code_counts(codes, K + 1, weights)[:, :K], classes_V
 
         names = ("image", "mask", "cond") if V else ("image", "mask")
         counts, seen = None, 0
@@ -113,15 +118,17 @@ class CodeCounter:
         """Cross-entropy in nats (D,) of the codes of a data set under the frequencies of `counts_DK`."""
 
         @self._jit
-        def encode_all(variables: Any, images: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return self._encode(variables, images, self._num_validation_steps), mask
+        def encode_all(variables: Any, images: jax.Array, mask: jax.Array) -> tuple[Any, ...]:
+            return *self._encode(variables, images, self._num_validation_steps), mask
 
         total, count, sizes = 0.0, 0, self._tokenizer.codebook_sizes
         for batch in dataset.iterator():
             placed = sharding.put_batch(self._mesh, {name: batch[name] for name in ("image", "mask")})
-            codes, mask = jax.device_get(encode_all(self._variables, placed["image"], placed["mask"]))
-            total = total + metrics.unigram_cross_entropy(counts_DK, codes[mask], sizes) * float(mask.sum())
-            count += mask.sum()
+            codes, weights, mask = jax.device_get(encode_all(self._variables, placed["image"], placed["mask"]))
+            weights = None if weights is None else weights[mask]
+            share = mask.sum() if weights is None else weights.sum()
+            nats_D = metrics.unigram_cross_entropy(counts_DK, codes[mask], sizes, weights)
+            total, count = total + nats_D * float(share), count + share
         return np.asarray(total) / count
 
     def soft_spread(self, dataset: Dataset, temperature: float) -> np.ndarray:
@@ -304,16 +311,20 @@ def fill_from_tokenizer(config: Mapping[str, Any], tokenizer_config: Mapping[str
     """The stage-2 config with what the tokenizer decides in `model` and `data`; what is set by hand must agree.
 
     Raises:
-      ValueError: naming the setting, its value and the tokenizer's.
+      ValueError: a tokenizer of the other kind, or naming the setting, its value and the tokenizer's.
     """
-    tokenizer, model = tokenizer_config["model"], dict(config["model"])
-    if "code_shape" not in tokenizer:
-        raise ValueError(
-            f"tokenizer: '{config['tokenizer']}' holds a '{tokenizer['name']}', whose regions have unlike numbers of "
-            f"codes; an '{model['name']}' takes an 'rqvae'"
-        )
-    for name in ("codebook_size", "code_shape", "code_dim"):
-        decided, given = (_as_tuple(settings[name]) for settings in (tokenizer, model))
+    tokenizer, model = dict(tokenizer_config["model"]), dict(config["model"])
+    names = ["codebook_size", "code_shape", "code_dim"]
+    holds = f"tokenizer: '{config['tokenizer']}' holds a '{tokenizer['name']}', whose regions have"
+    if model["name"] == "dqtransformer":
+        if tokenizer["name"] != "dqvae":
+            raise ValueError(f"{holds} equal numbers of codes; a 'dqtransformer' takes a 'dqvae'")
+        names.append("num_grains")
+        tokenizer["code_shape"] = models.create(**tokenizer).code_shape
+    elif tokenizer["name"] == "dqvae":
+        raise ValueError(f"{holds} unlike numbers of codes; an '{model['name']}' takes an 'rqvae'")
+    for name in names:
+        decided, given = (_as_tuple(settings.get(name)) for settings in (tokenizer, model))
         if given is not None and given != decided:
             raise ValueError(f"model.{name}: {given} differs from the tokenizer's {decided}; leave it unset")
         model[name] = decided

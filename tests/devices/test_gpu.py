@@ -59,7 +59,7 @@ def variables_of(model):
     with jax.default_device(jax.devices("cpu")[0]):
         variables = jax.device_get(jax.jit(functools.partial(models.init_variables, model))(jax.random.key(0)))
     variables["params"] = jax.tree.map(lambda x: 3 * x, variables["params"])
-    if hasattr(model, "uses_codebook"):
+    if getattr(model, "uses_codebook", False):
         variables["codebook"] = {"codebook_KE": numbers(K, E)}
     return variables
 

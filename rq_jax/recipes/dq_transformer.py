@@ -1,0 +1,150 @@
+"""Stage 2: a DQ-Transformer over the packed codes of a frozen tokenizer with grains (DQ paper, section 3.3)."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rq_jax import grains, losses, sampling
+from rq_jax.devices import sharding
+from rq_jax.evaluation.likelihood import describe_streams
+from rq_jax.recipes.stage2 import CondLosses, Stage2
+from rq_jax.report import grain_maps, grids
+from rq_jax.settings import checks
+from rq_jax.settings.construct import construct
+from rq_jax.training.state import TrainState
+
+_POSITION = "position_"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Losses(CondLosses):
+    """The losses of packed codes: the config section `loss`.
+
+    Attributes (besides those of `CondLosses`):
+      content_weight: of the mean over contents, at code depths above 1 the plain average of those of the depths.
+      position_weight: of the plain average over grains of the means over their positions.
+    """
+
+    content_weight: float = 1.0
+    position_weight: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("content_weight", "position_weight"):
+            checks.at_least(f"loss.{name}", getattr(self, name), 0)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DQTransformer(Stage2):
+    """Recipe of DQ-Transformers; attributes as `Stage2`.
+
+    Images have unlike numbers of tokens: every mean is over those of the whole batch, however it is split.
+    """
+
+    losses: Losses = Losses()
+
+    losses_class: ClassVar[type] = Losses
+    has_grains: ClassVar[bool] = True
+    parts: ClassVar[Mapping[str, tuple[str, int]]] = {"content_loss": ("depth", 1), "position_loss": ("grain", 0)}
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.use_latent_cache:
+            raise ValueError("loop.use_latent_cache: True is not for models with grains; set it to False")
+        longest = self.model.layout.max_tokens
+        checks.at_least("model.num_slots", self.model.slots, longest, fix="the longest image has so many tokens")
+
+    @classmethod
+    def check_sample(cls, sample: Mapping[str, Any]) -> None:
+        """The config section `sample`, of contents and of positions; see `Stage2.check_sample`."""
+        of_position = {name: value for name, value in sample.items() if name.startswith(_POSITION)}
+        super().check_sample({name: value for name, value in sample.items() if name not in of_position})
+
+        def check(position_temperature=None, position_top_k=None, position_top_p=None):
+            sampling.check_filter(position_temperature, position_top_k, position_top_p, prefix=f"sample.{_POSITION}")
+
+        construct(check, "sample", of_position)
+
+    # --- one update ---
+
+    def _prepare(self, batch, rngs, model_state, frozen):
+        """Tokens of all images, before any is split off: what the means are over has to be known."""
+        images = sharding.split_batch(self.mesh, batch["image"], sharding.AXES)
+        encode = functools.partial(self.tokenizer.model.apply, frozen, method="encode_to_codes")
+        codes = sharding.map_micro_batches(encode, images, self.optimizer.accumulation_steps)
+        packed = sharding.split_batch(self.mesh, grains.pack(codes, self.model.layout))
+        cond, dropped = self.losses.drop(rngs["cond"], batch.get("cond"), self.model)
+        rows = {"packed": packed, "cond": cond, "target_cond": batch.get("cond"), "dropped": dropped}
+        counts = [jnp.sum(x, axis=0) for x in losses.stream_counts(packed, self.model.layout)]
+        captions = (
+            float(len(packed.length)) if dropped is None else jnp.maximum(jnp.sum(~dropped, dtype=jnp.float32), 1)
+        )
+        return rows, functools.partial(self._loss_and_grads, model_state=model_state, counts=(*counts, captions))
+
+    def _loss_and_grads(self, params, rows, rngs, model_state, counts):
+        position_counts_G, content_counts_D, captions = counts
+        # The update takes means over micro-batches and parts, of which each adds its share of the whole.
+        shares = self.optimizer.accumulation_steps * (sharding.num_parts(self.mesh, self._part_axes))
+        share_weights = functools.partial(sharding.with_copies, self.mesh, inside=self._part_axes)
+
+        def nats(params: Any, part: Any) -> losses.StreamNats:
+            variables = {"params": params, **model_state}
+            classify = [
+                functools.partial(self.model.apply, variables, method=f"classify_{what}")
+                for what in ("position", "content")
+            ]
+            return losses.stream_nats_of_hidden(
+                *classify, **part, layout=self.model.layout, num_devices=self._devices_of_an_image
+            )
+
+        def objective(params: Any, rows: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
+            hidden = self.model.apply(
+                {"params": params, **model_state}, rows["packed"], rows["cond"], train=True, method="hidden",
+                rngs={"dropout": rngs["dropout"]},
+            )  # fmt: skip
+            part = {"hidden": hidden.position, "deep_hidden": hidden.content, "tokens": hidden.tokens}
+            sums = share_weights(nats, params, part)
+            position_G = shares * sums.position.sum(0) / position_counts_G
+            content_D = shares * sums.content.sum(0) / content_counts_D
+            terms = {"position_loss": position_G, "content_loss": content_D}
+            total = self.losses.position_weight * position_G.mean() + self.losses.content_weight * content_D.mean()
+            if self.losses.text_weight:
+                nats_BU = self.losses.text_nats(rows["target_cond"], hidden.cond_logits, rows["dropped"])
+                terms["text_loss"] = shares * nats_BU.mean(1).sum() / captions
+                total += self.losses.text_weight * terms["text_loss"]
+            return total, terms
+
+        return self._differentiate(objective, params, rows)
+
+    # --- evaluation ---
+
+    def report(self, state: TrainState, sums: Any, shown: None) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Nats of the nearest codes and of their positions, bits per image, and samples beside their grain maps."""
+        figures = describe_streams(sums)
+        scalars = {"validation_loss": figures["mean"] + float(np.mean(figures["position_nats"]))}
+        scalars |= {
+            "bits_per_image": figures["bits_per_image"],
+            "validation_nats/position": figures["mean_position_nats"],
+        }
+        scalars |= {f"validation_nats/grain{g}": value for g, value in enumerate(figures["position_nats"])}
+        for d, value in enumerate(figures["nats"]):
+            scalars[f"validation_nats/depth{d + 1}"] = value
+            if self.unigram_nats_D is not None:
+                scalars[f"unigram_nats/depth{d + 1}"] = float(self.unigram_nats_D[d])
+        (_, maps), images = self._generate(state)
+        G, maps = self.model.num_grains, np.asarray(maps)
+        numbers, scale = np.asarray(grains.num_codes(maps, G)).tolist(), max(1, 64 // images.shape[1])
+        cells, captions = grain_maps.pairs(images, self._captions(len(images)), numbers, maps, G, scale)
+        return scalars, {"samples": grids.captioned_grid(cells, captions, columns=12)}
+
+    def _captions(self, count: int) -> list[str]:
+        """Of the shown images: their classes by name, or their numbers."""
+        names = self.config.get("class_names")
+        if not names or self.model.is_text or not self.model.is_conditional:
+            return [str(i) for i in range(count)]
+        return [names[y] for y in self.shown_cond[:, 0]]
