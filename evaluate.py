@@ -4,9 +4,10 @@ python evaluate.py --checkpoint=runs/vae [--checkpoint=runs/other] --out=evaluat
 python evaluate.py --checkpoint=runs/vae --samples=samples --out=evaluation
 python evaluate.py --likelihood=runs/rqt --out=evaluation
 
-Tokenizers: PSNR, SSIM, sharpness, perceptual distance and use of the codes, by code depth. Samples, as sample.py writes
-them: the kernel distance to the held-out images, beside those of training images (the floor) and reconstructions, and
-the nearest training images. Transformers: nats per code of training and of held-out images.
+Tokenizers: PSNR, SSIM, sharpness, perceptual distance and use of the codes, by code depth; bits of an image, and where
+regions differ in grain, their shares and the codes of an image. Samples, as sample.py writes them: the kernel distance
+to the held-out images, beside those of training images (the floor) and reconstructions, and the nearest training
+images. Transformers: nats per code of training and of held-out images.
 """
 
 import argparse
@@ -35,6 +36,7 @@ SHOWN_SIZE = 128
 Record = dict[str, Any]  # as JSON holds it
 
 FIGURES = ("psnr", "ssim", "sharpness", "distance")  # printed, of the full depth
+COSTS = {"codes_per_image/mean": "codes", "bits_per_image": "bits"}  # printed, of an image
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -158,13 +160,15 @@ def measure_tokenizers(args: argparse.Namespace, tokenizers: dict[str, Any], dat
     if perceptual:
         placed = jax.device_put(perceptual.variables, sharding.replicated(mesh))
         perceptual = perceptual._replace(variables=placed)
-    results, rows = compare_tokenizers(tokenizers, data, mesh, perceptual)
+    scale = max(1, SHOWN_SIZE // data.settings["image_size"][0])
+    results, rows = compare_tokenizers(tokenizers, data, mesh, perceptual, scale)
     for directory, figures in results.items():
-        shown = ", ".join(f"{name} {figures[name][-1]:.4g}" for name in FIGURES if name in figures)
-        tell(f"{directory}: {shown} over {figures['images']} images")
+        shown = [f"{name} {figures[name][-1]:.4g}" for name in FIGURES if name in figures]
+        shown += [f"{unit} {figures[name]:.4g}" for name, unit in COSTS.items() if name in figures]
+        tell(f"{directory}: {', '.join(shown)} over {figures['images']} images")
     path = Path(args.out) / "reconstructions.png"
     if jax.process_index() == 0:
-        grids.save_png(path, grids.labelled_grid(rows, scale=max(1, SHOWN_SIZE // data.settings["image_size"][0])))
+        grids.save_png(path, grids.labelled_grid(rows))
     tell(f"images: {path}")
     return {"protocol": PROTOCOL, "distance": perceptual.name if perceptual else None, "results": results}
 

@@ -113,7 +113,7 @@ def test_files(root, record):
 
 def test_one_tokenizer_is_shown_at_each_depth(root, monkeypatch):
     seen = []
-    monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale: seen.append(rows) or np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr(grids, "labelled_grid", lambda rows: seen.append(rows) or np.zeros((4, 4, 3), np.uint8))
     found = evaluated(root, "first", out="alone", no_perceptual=True)["results"][str(root / "first")]
     evaluated(root, "first", "second", out="both", no_perceptual=True)
     alone, both = seen

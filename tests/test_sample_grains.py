@@ -3,23 +3,14 @@
 import json
 
 import helpers
-import jax
 import numpy as np
 import pytest
+import toy_dq_pair
 from PIL import Image
 
 import sample
-from rq_jax import checkpoint, models
+from rq_jax import checkpoint
 from rq_jax.grains import cell_weights
-
-TOKENIZER = dict(
-    name="dqvae", image_size=16, code_dim=6, codebook_size=11, width=8, width_multipliers=(1, 1, 1), z_channels=8,
-    num_res_blocks=1, norm_groups=4, attention_resolutions=(), router="entropy", thresholds=(1.0,),
-)  # fmt: skip
-TRANSFORMER = dict(
-    name="dqtransformer", codebook_size=11, code_shape=(8, 8, 1), code_dim=6, num_grains=2, model_dim=8, num_heads=2,
-    position_layers=1, content_layers=1, cond_vocab_size=3,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,13 +22,7 @@ def quick():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    data = {"name": "folder", "data_dir": str(helpers.write_pictures(root / "pictures")), "image_size": 16}
-    data |= {"channels": 3, "eval_transform": "resize_center_crop"}
-    for name, settings in (("tokenizer", TOKENIZER), ("transformer", TRANSFORMER)):
-        model = models.create(**settings)
-        variables = jax.tree.map(lambda x: 4 * x, helpers.drawn_variables(model))
-        checkpoint.save_model(root / name, {"model": settings, "data": data}, variables)
-    checkpoint.bind_tokenizer(root / "transformer", checkpoint.load_tokenizer(root / "tokenizer"))
+    toy_dq_pair.save_pair(root)
     return root / "transformer"
 
 

@@ -1,5 +1,6 @@
-"""Figures of grains: how often each occurs, how many codes an image has, and where they lie."""
+"""Figures of grains: how often each occurs, how many codes an image has, and what they cost."""
 
+import math
 from typing import Any
 
 import jax
@@ -40,3 +41,17 @@ def describe_grains(counts: Counts) -> dict[str, float]:
     figures["codes_per_image/spread"] = np.sqrt((numbers - mean) ** 2 @ shares)
     figures |= {"codes_per_image/least": seen[0], "codes_per_image/most": seen[-1]}
     return {name: float(value) for name, value in figures.items()}
+
+
+def bits_per_image(model: Any, num_codes: float) -> float:
+    """Bits of an image at a fixed length of every symbol, without an entropy coder.
+
+    log2 K_d of each of the D codes that stand together, and, with grains, log2 G of each region for the grain map.
+
+    Args:
+      model: a tokenizer.
+      num_codes: places of an image that are coded, D codes each: of one without grains all of its grid, else as
+        `grains.num_codes` counts them; also a mean over images.
+    """
+    regions = math.prod(model.code_shape[:2]) // 4 ** (model.num_grains - 1)
+    return num_codes * sum(map(math.log2, model.codebook_sizes)) + regions * math.log2(model.num_grains)

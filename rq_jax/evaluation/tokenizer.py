@@ -1,7 +1,8 @@
 """Figures of a tokenizer: fidelity of its reconstructions and use of its codes."""
 
 import functools
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from rq_jax import losses, metrics
 from rq_jax.checkpoint import LoadedModel, fingerprint
 from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import accumulate, counted
-from rq_jax.evaluation.grains import count_grains, describe_grains
+from rq_jax.evaluation.grains import bits_per_image, count_grains, describe_grains
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.grains import num_codes
 from rq_jax.pretrained.vgg_lpips import Perceptual
@@ -123,7 +124,7 @@ def _make_measure_placed(model, mesh, perceptual, reconstruction, by_depth, num_
         counts: dict[str, Any] = {"count": jnp.sum(mask)}
         shown = images[:num_shown], reconstructions[:, :num_shown]
         if by_depth:
-            figures |= _detail_and_norms(model, variables, images, reconstructions, output.codes)
+            figures |= _detail_and_norms(model, variables, images, reconstructions, output)
             counts["counts"] = _count_codes(model, output, mask)
         if output.grains is not None:
             counts["grains"] = count_grains(output.grains, model.num_grains, mask)
@@ -143,10 +144,12 @@ def _make_measure_placed(model, mesh, perceptual, reconstruction, by_depth, num_
 
 
 def _detail_and_norms(
-    model: Any, variables: Any, images: jax.Array, reconstructions: jax.Array, codes: jax.Array
+    model: Any, variables: Any, images: jax.Array, reconstructions: jax.Array, output: Any
 ) -> dict[str, jax.Array]:
     """Energy of the finest detail of images (B,) and reconstructions (D, B); mean norm of the code vectors (D, B)."""
-    norms_BhwD = jnp.linalg.norm(model.apply(variables, codes, method="code_vectors"), axis=-1)
+    norms_BhwD = jnp.linalg.norm(model.apply(variables, output.codes, method="code_vectors"), axis=-1)
+    if (weights_Bhw := output.cell_weights) is not None:  # each code of an image once
+        norms_BhwD *= (weights_Bhw / weights_Bhw.mean((1, 2), keepdims=True))[..., None]
     return {
         "detail": metrics.laplacian_energy(reconstructions),
         "detail_of_originals": metrics.laplacian_energy(images),
@@ -167,7 +170,7 @@ def measure_tokenizer(
     mesh: jax.sharding.Mesh,
     perceptual: Perceptual | None = None,
     title: str = "",
-) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
+) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
     """Measures a tokenizer on the held-out images.
 
     Args:
@@ -178,7 +181,7 @@ def measure_tokenizer(
       title: of the progress bar.
 
     Returns:
-      Its figures, as JSON holds them; the first held-out images (n, H, W, C); their reconstructions (D, n, H, W, C).
+      Its figures, as JSON holds them; of the first held-out images what `make_measure` shows.
     """
     measure = _make_measure_placed(loaded.model, mesh, perceptual, None, True, NUM_SHOWN)
     variables = jax.device_put(loaded.variables, sharding.replicated(mesh))
@@ -188,16 +191,17 @@ def measure_tokenizer(
         return measure(variables, _place(mesh, batch))
 
     sums, shown = accumulate(measure_batch, counted(dataset.iterator(), dataset.num_examples, data.batch_size, title))
-    images, reconstructions, *_, is_real = map(np.asarray, shown)
+    images, reconstructions, *grains, is_real = map(np.asarray, shown)
     figures = {**_summarize(loaded.model, sums), "fingerprint": fingerprint(loaded.variables)}
-    return figures, images[is_real], reconstructions[:, is_real]
+    return figures, (images[is_real], reconstructions[:, is_real], *(one[is_real] for one in grains))
 
 
 def _summarize(model: Any, sums: dict[str, jax.Array]) -> dict[str, Any]:
-    """Figures by code depth from the sums of a whole data set; of a tokenizer with grains also theirs."""
+    """Figures by code depth, and bits, from the sums of a whole data set; of a tokenizer with grains also theirs."""
     sums, grains = dict(sums), {}
     if "grains" in sums:
         grains = describe_grains(sums.pop("grains"))
+    mean = grains.get("codes_per_image/mean", math.prod(model.code_shape[:2]))
     sums = {name.split("/")[0]: np.asarray(value) for name, value in sums.items()}
     count, counts_DK = int(sums.pop("count")), sums.pop("counts")
     sharpness_D = sums.pop("detail") / sums.pop("detail_of_originals")
@@ -210,6 +214,7 @@ def _summarize(model: Any, sums: dict[str, jax.Array]) -> dict[str, Any]:
         "code_usage": [float(np.mean(counts_DK[d, : sizes[d]] > 0)) for d in range(D)],
         "codes_used": metrics.overall_code_usage(counts_DK, sizes, model.use_shared_codebook),
         "code_perplexity": [float(metrics.code_perplexity(counts_DK[d])) for d in range(D)],
+        "bits_per_image": bits_per_image(model, mean),
         **grains,
     }
 
@@ -219,54 +224,60 @@ def compare_tokenizers(
     data: EvaluationData,
     mesh: jax.sharding.Mesh,
     perceptual: Perceptual | None = None,
+    scale: int = 1,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, np.ndarray]]:
     """Measures tokenizers, by directory, on the same images.
 
     Returns:
-      The figures of each, and the rows of a labelled grid: the first images over their reconstructions, by code depth
-      where there is one tokenizer, else from all codes.
+      The figures of each, and the rows of a labelled grid, enlarged by `scale`: the first images, their grain maps
+      where there are any, and their reconstructions, by code depth where there is one tokenizer, else from all codes.
     """
     results, rows = {}, {}
     for directory, loaded in tokenizers.items():
-        figures, images, reconstructions = measure_tokenizer(loaded, data, mesh, perceptual, title=directory)
+        figures, shown = measure_tokenizer(loaded, data, mesh, perceptual, title=directory)
         results[directory] = figures
         if len(tokenizers) == 1:
-            rows = rows_by_depth(images, reconstructions, figures["psnr"])
+            rows = rows_by_depth(shown, figures["psnr"], loaded.model.num_grains, scale)
         else:
-            rows |= {"original": images, f"{Path(directory).name}: {figures['psnr'][-1]:.1f} dB": reconstructions[-1]}
+            name, (images, reconstructions, *maps) = Path(directory).name, shown
+            rows |= {"original": enlarge(images, scale)}
+            rows |= _map_rows(f"{name}: ", images, maps, loaded.model.num_grains, scale)
+            rows |= {f"{name}: {figures['psnr'][-1]:.1f} dB": enlarge(reconstructions[-1], scale)}
     return results, rows
 
 
-def rows_by_depth(images: np.ndarray, reconstructions: np.ndarray, psnr_D: Any) -> dict[str, np.ndarray]:
-    """Rows of a labelled grid: images over their reconstructions from the first 1, 2, ..., D codes.
-
-    Args:
-      images: (n, H, W, C).
-      reconstructions: (D, n, H, W, C).
-      psnr_D: in dB, for the labels.
-    """
-    rows = {"original": images}
-    for d, row in enumerate(reconstructions, start=1):
-        rows[f"depth {d}: {psnr_D[d - 1]:.1f} dB"] = row
-    return rows
-
-
-def picture(shown: tuple[np.ndarray, ...], psnr_D: Any, num_grains: int) -> np.ndarray:
-    """The grid of an evaluation: originals, their grain maps drawn over them if there are any, reconstructions.
+def rows_by_depth(
+    shown: tuple[np.ndarray, ...], psnr_D: Any, num_grains: int = 1, scale: int = 1
+) -> dict[str, np.ndarray]:
+    """Rows of a labelled grid: images, their grain maps if there are any, reconstructions from the first 1..D codes.
 
     Args:
       shown: from `make_measure`.
       psnr_D: in dB, for the labels.
       num_grains: G.
+      scale: integer factor of enlargement; the lines of grain maps are one pixel wide whatever it is.
 
     Returns:
-      uint8 HWC.
+      label -> uint8 images.
     """
     images, reconstructions, *maps = shown
-    scale = max(1, 96 // images.shape[1])
-    rows = {label: enlarge(row, scale) for label, row in rows_by_depth(images, reconstructions, psnr_D).items()}
-    if maps:
-        drawn = draw_grains(images, maps[0], num_grains, scale)
-        mean = float(np.mean(num_codes(maps[0], num_grains)))
-        rows = {"original": rows.pop("original"), f"grains: {mean:.0f} codes": drawn, **rows}
-    return grids.labelled_grid(rows)
+    rows = {"original": enlarge(images, scale), **_map_rows("grains: ", images, maps, num_grains, scale)}
+    for d, row in enumerate(reconstructions, start=1):
+        rows[f"depth {d}: {psnr_D[d - 1]:.1f} dB"] = enlarge(row, scale)
+    return rows
+
+
+def _map_rows(
+    prefix: str, images: np.ndarray, maps: Sequence[np.ndarray], num_grains: int, scale: int
+) -> dict[str, np.ndarray]:
+    """Labelled rows of the grain maps that there are, drawn over the images."""
+    return {
+        f"{prefix}{np.mean(num_codes(grains, num_grains)):.0f} codes": draw_grains(images, grains, num_grains, scale)
+        for grains in maps
+    }
+
+
+def picture(shown: tuple[np.ndarray, ...], psnr_D: Any, num_grains: int) -> np.ndarray:
+    """The grid of an evaluation, uint8 HWC: `rows_by_depth`, small images enlarged."""
+    scale = max(1, 96 // shown[0].shape[1])
+    return grids.labelled_grid(rows_by_depth(shown, psnr_D, num_grains, scale))

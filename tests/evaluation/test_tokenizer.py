@@ -11,6 +11,7 @@ import pytest
 from rq_jax import losses, metrics, models
 from rq_jax.evaluation.tokenizer import make_measure, picture, rows_by_depth
 from rq_jax.pretrained.vgg_lpips import Perceptual
+from rq_jax.report import grids
 
 PSNR, SSIM = jax.jit(metrics.psnr), jax.jit(metrics.ssim)
 B, D, K = 8, helpers.CODE_SHAPE[-1], helpers.CODEBOOK_SIZE
@@ -113,9 +114,10 @@ def test_one_device_and_eight_measure_the_same(tokenizer, images, by_depth):
 
 
 def test_rows_say_their_depth(images):
-    rows = rows_by_depth(images, np.stack([images, -images]), [12.34, 20.0])
+    rows = rows_by_depth((images, np.stack([images, -images])), [12.34, 20.0])
     assert list(rows) == ["original", "depth 1: 12.3 dB", "depth 2: 20.0 dB"]
-    np.testing.assert_array_equal(rows["depth 2: 20.0 dB"], -rows["original"])
+    np.testing.assert_array_equal(rows["original"], rows["depth 1: 12.3 dB"])
+    np.testing.assert_array_equal(rows["depth 2: 20.0 dB"], grids.to_uint8(-images))
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,0 +1,106 @@
+"""evaluate.py on tokenizers with grains: shares, codes and bits of images, each code counted once, maps in the grid."""
+
+import contextlib
+import functools
+import io
+
+import helpers
+import jax
+import numpy as np
+import pytest
+import toy_dq_pair
+
+import evaluate
+from rq_jax import checkpoint
+from rq_jax.data import make_dataset
+from rq_jax.report import grids
+
+# Three grains, two codes at each place from tables of unlike size.
+DEEP = {
+    **toy_dq_pair.TOKENIZER, "num_grains": 3, "code_depth": 2, "codebook_size": (11, 5), "use_shared_codebook": False,
+    "router": "random", "fine_ratio": (0.3, 0.4), "thresholds": None,
+}  # fmt: skip
+NAMES = "tokenizer", "deep"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with helpers.quick_compilation():
+        yield
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluate_grains")
+    toy_dq_pair.save_pair(root)
+    toy_dq_pair.save(root / "deep", root / "pictures", DEEP)
+    return root
+
+
+def evaluated(root, *flags, out="out"):
+    return evaluate.run(evaluate.parse_args([*flags, f"--out={root / out}", "--batch_size=8", "--no_perceptual"]))
+
+
+@pytest.fixture(scope="module")
+def measured(root):
+    """(record, rows of the grid, what was printed)."""
+    rows, printed = {}, io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        drawn = grids.labelled_grid
+        patch.setattr(grids, "labelled_grid", lambda given: rows.update(given) or drawn(given))
+        record = evaluated(root, *(f"--checkpoint={root / name}" for name in NAMES))
+    return record, rows, printed.getvalue()
+
+
+def held_out(root):
+    data = make_dataset(name="folder", data_dir=str(root / "pictures"), split="validation", train=False, image_size=16, batch_size=5)  # fmt: skip
+    return next(data.iterator())["image"]
+
+
+def lists_of_codes(codes, grains, num_grains):
+    """Of each image its codes (n, D), by loops."""
+    lists = []
+    for image, grain_map in zip(codes, grains, strict=True):
+        side = 1 << (num_grains - 1)
+        found = []
+        for row, column in np.ndindex(grain_map.shape):
+            step = side >> grain_map[row, column]
+            found += list(image[row * side : (row + 1) * side : step, column * side : (column + 1) * side : step].reshape(-1, codes.shape[-1]))  # fmt: skip
+        lists.append(np.array(found))
+    return lists
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_count_each_code_once(root, measured, name):
+    loaded = checkpoint.load_tokenizer(root / name)
+    encode = jax.jit(functools.partial(loaded.model.apply, method="encode_to_codes"))
+    codes, grains = map(np.asarray, encode(loaded.variables, held_out(root)))
+    G, sizes = loaded.model.num_grains, loaded.model.codebook_sizes
+    lists, found = lists_of_codes(codes, grains, G), measured[0]["results"][str(root / name)]
+    assert found["images"] == 5
+    assert [found[f"grain_share/grain{g}"] for g in range(G)] == pytest.approx([np.mean(grains == g) for g in range(G)])
+    counts = np.array([len(one) for one in lists])
+    assert found["codes_per_image/mean"] == pytest.approx(counts.mean())
+    assert (found["codes_per_image/least"], found["codes_per_image/most"]) == (counts.min(), counts.max())
+    bits = counts.mean() * np.sum(np.log2(sizes)) + grains[0].size * np.log2(G)
+    assert found["bits_per_image"] == pytest.approx(bits)
+    every = np.concatenate(lists)
+    for d, K in enumerate(sizes):
+        shares = np.bincount(every[:, d], minlength=K) / len(every)
+        assert found["code_usage"][d] == pytest.approx(np.mean(shares > 0))
+        entropy = -np.sum(shares[shares > 0] * np.log(shares[shares > 0]))
+        assert found["code_perplexity"][d] == pytest.approx(np.exp(entropy), rel=1e-4)
+    vectors = loaded.model.apply(loaded.variables, every, method="code_vectors")
+    norms = np.split(np.linalg.norm(vectors, axis=-1), np.cumsum(counts)[:-1])
+    expected = np.mean([one.mean(0) for one in norms], axis=0)
+    np.testing.assert_allclose(found["code_norm"], expected, rtol=1e-4)
+
+
+def test_what_is_shown(root, measured):
+    record, rows, printed = measured
+    assert [label.split(":")[0] for label in rows] == ["original", "tokenizer", "tokenizer", "deep", "deep"]
+    for name in NAMES:
+        figures = record["results"][str(root / name)]
+        costs = f"codes {figures['codes_per_image/mean']:.4g}, bits {figures['bits_per_image']:.4g} over 5 images"
+        assert costs in printed
+    assert (root / "out" / "reconstructions.png").is_file()
