@@ -1,8 +1,9 @@
-"""evaluate.py on tokenizers with grains: shares, codes and bits of images, each code counted once, maps in the grid."""
+"""evaluate.py with grains: shares, codes and bits of images, each code counted once; maps; shipped models and samples."""
 
 import contextlib
 import functools
 import io
+from typing import NamedTuple
 
 import helpers
 import jax
@@ -11,6 +12,7 @@ import pytest
 import toy_dq_pair
 
 import evaluate
+import sample
 from rq_jax import checkpoint
 from rq_jax.data import make_dataset
 from rq_jax.report import grids
@@ -104,3 +106,33 @@ def test_what_is_shown(root, measured):
         costs = f"codes {figures['codes_per_image/mean']:.4g}, bits {figures['bits_per_image']:.4g} over 5 images"
         assert costs in printed
     assert (root / "out" / "reconstructions.png").is_file()
+
+
+class Means(NamedTuple):
+    """Features that are quick: the mean colour of each quarter of an image."""
+
+    name: str = "means"
+    variables: dict = {}
+
+    def features(self, variables, images):
+        return images.reshape(len(images), 2, 8, 2, 8, 3).mean((2, 4)).reshape(len(images), -1)
+
+
+def test_shipped_models_keep_their_grains_and_their_samples_are_measured(root, monkeypatch):
+    monkeypatch.setattr(evaluate.efficientnet_lite, "load", lambda path: Means())
+    checkpoint.ship(root / "transformer", root / "shipped")
+    before, after = (checkpoint.load_model(root / name) for name in ("transformer", "shipped"))
+    assert (after.model, after.tokenizer.model) == (before.model, before.tokenizer.model)
+    route = jax.jit(functools.partial(after.tokenizer.model.apply, method="route"))
+    grains = [np.asarray(route(one.tokenizer.variables, held_out(root)).grains) for one in (before, after)]
+    np.testing.assert_array_equal(*grains)
+    assert 0 < grains[0].mean() < 1
+    flags = f"--checkpoint={root / 'shipped'}", f"--out={root / 'samples'}", "--num_images=6", "--batch_size=3"
+    sample.run(sample.parse_args(list(flags)))
+    data = "--data_name=folder", f"--data_dir={root / 'pictures'}"
+    record = evaluated(root, f"--samples={root / 'samples'}", *data, "--subset_size=2", "--num_subsets=2", out="drawn")
+    drawn = f"samples {root / 'samples'}"
+    assert record["samples"]["images"] == {str(root / "samples"): 6}
+    distance = record["kernel_distance"]["of"]
+    assert distance[drawn]["mean"] > distance["training pictures"]["mean"]
+    assert (root / "drawn" / "neighbours.png").is_file()

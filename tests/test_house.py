@@ -22,6 +22,7 @@ TESTS_OF = {
     "sample": {
         "test_sample.py",
         "test_sample_grains.py",
+        "test_evaluate_grains.py",
         "test_hosts.py",
         "test_shipped_pair.py",
         "test_convert_torch.py",
