@@ -41,51 +41,83 @@ def roofline(stages: Mapping[str, Work], peaks: Peaks) -> Roofline:
     return Roofline(seconds, "bandwidth" if waited > seconds / 2 else "compute", sum(compute.values()))
 
 
-def weights_read(model: Any, dtype: str) -> dict[str, float]:
+def weights_read(model: Any, dtype: str, tokens: int | None = None) -> dict[str, float]:
     """Bytes of weights that sampling a batch of any size reads, by part.
 
-    A weight is read again for every token that needs it: the spatial stack h*w times, the depth stack and the
-    classifier h*w*D times. Biases, norms and scales are left out.
+    A weight is read again for every token that needs it: a stack over the positions once a step, the depth stack D
+    times, and each classifier for whatever it names. Biases, norms and scales are left out.
+
+    Args:
+      model: an `RQTransformer` or a `DQTransformer`, or whatever has its attributes.
+      dtype: of the weights.
+      tokens: of an image, of a `DQTransformer`; None: those of the longest.
     """
-    (h, w, D), M, size = model.code_shape, model.model_dim, BYTES[dtype]
-    layer, steps = 12 * M * M * size, h * w
+    D, M, size, steps = model.code_shape[-1], model.model_dim, BYTES[dtype], _steps(model, tokens)
+    layer = 12 * M * M * size
     return {
-        "spatial": float(steps * model.spatial_layers * layer),
+        **{name: float(steps * layers * layer) for name, (layers, _) in _stacks(model).items()},
         "depth": float(steps * D * model.depth_layers * layer),
-        "classifier": float(steps * D * M * max(model.codebook_sizes) * size),
+        "classifier": float(steps * M * _logits(model) * size),
     }
 
 
-def cache_traffic(model: Any, dtype: str) -> dict[str, float]:
+def cache_traffic(model: Any, dtype: str, tokens: int | None = None) -> dict[str, float]:
     """Bytes of keys and values that sampling one image reads and writes, by part: each step reads the filled rows."""
-    (h, w, D), U = model.code_shape, model.cond_length
-    steps, row = h * w, 2 * model.model_dim * BYTES[dtype]
-    spatial_rows = (steps * U + causal_pairs(steps - 1)) + (U + steps - 1)
-    return {
-        "spatial": float(model.spatial_layers * row * spatial_rows),
-        "depth": float(model.depth_layers * row * steps * (causal_pairs(D) + D)),
+    D, row, steps = model.code_shape[-1], 2 * model.model_dim * BYTES[dtype], _steps(model, tokens)
+    rows = {
+        name: layers * ((steps * first + causal_pairs(steps - 1)) + (first + steps - 1))
+        for name, (layers, first) in _stacks(model).items()
     }
+    rows["depth"] = model.depth_layers * steps * (causal_pairs(D) + D)
+    return {name: float(row * count) for name, count in rows.items()}
 
 
 def cache_size(model: Any, dtype: str) -> float:
-    """Bytes of keys and values that one image holds at the end."""
-    (h, w, D), row = model.code_shape, 2 * model.model_dim * BYTES[dtype]
-    return float(row * (model.spatial_layers * (model.cond_length + h * w - 1) + model.depth_layers * D))
+    """Bytes of keys and values that one image holds at the end; of a `DQTransformer` there is room for the longest."""
+    D, row, steps = model.code_shape[-1], 2 * model.model_dim * BYTES[dtype], _steps(model)
+    held = sum(layers * (first + steps - 1) for layers, first in _stacks(model).values())
+    return float(row * (held + model.depth_layers * D))
 
 
-def sampling_work(model: Any, batch: int, weights: str = "bfloat16", guidance: bool = False) -> dict[str, Work]:
+def _stacks(model: Any) -> dict[str, tuple[int, int]]:
+    """Stacks over the positions: layers, and tokens that are there before the first step."""
+    if hasattr(model, "layout"):
+        return {"position": (model.position_layers, model.text_length + 1), "content": (model.content_layers, 1)}
+    return {"spatial": (model.spatial_layers, model.cond_length)}
+
+
+def _steps(model: Any, tokens: int | None = None) -> int:
+    """Steps that draw an image: one for each position, or for each token after the first."""
+    if hasattr(model, "layout"):
+        return (model.layout.max_tokens if tokens is None else tokens) - 1
+    return math.prod(model.code_shape[:2])
+
+
+def _logits(model: Any) -> int:
+    """Logits of one step."""
+    D = model.code_shape[-1]
+    if hasattr(model, "layout"):
+        return model.layout.position_size(model.num_grains - 1) + D * model.layout.content_size
+    return D * max(model.codebook_sizes)
+
+
+def sampling_work(
+    model: Any, batch: int, weights: str = "bfloat16", guidance: bool = False, tokens: int | None = None
+) -> dict[str, Work]:
     """Work of sampling a batch of code grids, by part.
 
     Keys and values have the dtype of the computation; products are bfloat16 where it or the weights are. Logits are
     written once and read once, in float32; other activations are taken to stay on the chip.
 
     Args:
-      model: an `RQTransformer`, or whatever has its attributes.
+      model: an `RQTransformer` or a `DQTransformer`, or whatever has its attributes.
       batch: B, images.
       weights: dtype at rest, "int8" too.
       guidance: classifier-free guidance, which runs every image twice.
+      tokens: of an image, of a `DQTransformer`; None: those of the longest.
     """
     rows, dtype = batch * (2 if guidance else 1), "bfloat16" if "bfloat16" in (model.dtype, weights) else "float32"
-    flops, read, cached = transformer_flops(model), weights_read(model, weights), cache_traffic(model, model.dtype)
-    cached["classifier"] = 2.0 * BYTES["float32"] * math.prod(model.code_shape) * max(model.codebook_sizes)
-    return {name: Work(rows * flops[name], read[name] + rows * cached[name], dtype) for name in read}
+    flops, read = transformer_flops(model, tokens=tokens), weights_read(model, weights, tokens)
+    cached = cache_traffic(model, model.dtype, tokens)
+    cached["classifier"] = 2.0 * BYTES["float32"] * _steps(model, tokens) * _logits(model)
+    return {name: Work(rows * flops[name], read[name] + rows * cached[name], dtype) for name in flops}
