@@ -84,16 +84,19 @@ def add_shapes(add: Callable[..., Any]) -> None:
     add("--depth", type=_list(_count), help="codes of a position, with --downsampling (default: 4)")
     add("--code_shape", type=_list(_code_shape), help="in place of the two, such as 8x8x4,16x16x1")
     add("--codebook_size", type=_list(_count), help="default: 16384")
-    add("--tokenizer", help="preset of configs/rqvae.py (default: by downsampling)")
+    add("--tokenizer", help="preset of configs/rqvae.py, or dqvae:<preset> (default: by downsampling)")
     add("--plot", type=cli.path, help="PNG file: images a second by batch")
 
 
 def add_sample(add: Callable[..., Any]) -> None:
-    add("--model", type=_list(_one_of(*sample.MODELS)), default=["tiny"], help=", ".join(sample.MODELS))
+    names = *sample.MODELS, *sample.GRAINED
+    add("--model", type=_list(_one_of(*names)), default=["tiny"], help=", ".join(names))
     add_shapes(add)
     add("--against", type=_list(_code_shape), default=[], help="code shapes to measure beside each, at equal layers")
     add("--dtype", type=DTYPES, help="of the computation (default: float32 on CPUs, else bfloat16)")
     add("--weights", type=_list(_one_of(*roofline.BYTES)), help="weights at rest (default: as --dtype)")
+    ratios = f"share of the regions of the finest grain, of models with grains (default: {sample.FINE_RATIO})"
+    add("--fine_ratio", type=_list(float), help=ratios)
     add("--guidance", type=float, help="scale of classifier-free guidance")
     add("--temperature", type=float, default=1.0)
     add("--top_k", type=_count)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import roofline, timing, weights
-from configs import rqtransformer, rqvae
+from benchmarks import presets, roofline, timing, weights
 from rq_jax import models, sampling
+from rq_jax.grains import num_codes
 from rq_jax.models.flops import decoder_work
+from rq_jax.settings import checks
 
 # Presets of configs/rqtransformer.py; at code depth 1 the layers of their depth stack join the spatial one.
 MODELS = {
@@ -28,10 +29,18 @@ MODELS = {
     "vqgan_huge": "throughput_vqgan_huge",
 }
 TINY = {"spatial_layers": 8, "depth_layers": 4}
+# DQ-Transformers; grid and codebook are those of their tokenizer, and every image has the same number of codes.
+GRAINED = {
+    "dq_small": {
+        "name": "dqtransformer", "num_grains": 2, "model_dim": 512, "num_heads": 8, "position_layers": 4,
+        "content_layers": 12,
+    },
+}  # fmt: skip
+GRAINED_TOKENIZER, FINE_RATIO = "dqvae:imagenet256", 0.5
 CODE_SHAPE, CODEBOOK_SIZE = (8, 8, 4), 16384
 # The baselines of the paper exist in one shape and with one codebook.
 VQGAN = {"vqgan_large": ((16, 16, 1), 1024), "vqgan_huge": ((16, 16, 1), 16384)}
-# Presets of configs/rqvae.py by downsampling, for images of 256x256.
+# Presets by downsampling, for images of 256x256.
 TOKENIZERS = {32: "imagenet256", 16: "imagenet256_f16", 8: "imagenet256_f8"}
 IMAGE_SIZE, CODE_DIM, NUM_CLASSES = 256, 256, 1000
 PAPER_IMAGES = 1000  # at least so many a run
@@ -73,16 +82,17 @@ def groups(args: argparse.Namespace) -> list[list[Config]]:
     settings = {name: getattr(args, name) for name in ("guidance", "temperature", "top_k", "top_p", "protocol")}
     decode, dtypes, sweep = args.decode or args.protocol is not None, args.dtype or default_dtypes(), []
     axes = args.model, code_shapes(args), args.codebook_size or [None], dtypes, args.weights or [None], args.batch
-    for model, shape, codebook_size, dtype, stored, batch in itertools.product(*axes):
+    axes = *axes, args.fine_ratio or [None]
+    for model, shape, codebook_size, dtype, stored, batch, ratio in itertools.product(*axes):
         batches = -(-PAPER_IMAGES // batch) if args.protocol else args.batches or (2 if decode else 1)
         group = []
         for flag, given_shape in (("--code_shape", shape), *(("--against", other) for other in args.against)):
-            code_shape, K = shape_and_codebook(model, given_shape, codebook_size, flag)
-            tokenizer = tokenizer_preset(args, code_shape, decode, flag)
+            code_shape, K = shape_and_codebook(model, given_shape, codebook_size, flag, args.tokenizer)
+            tokenizer = tokenizer_preset(args, code_shape, decode, flag, model)
             config = {
                 "model": model, "code_shape": code_shape, "codebook_size": K, "dtype": dtype,
                 "weights": stored or dtype, **settings, "decode": decode, "tokenizer": tokenizer,
-                "batches": batches, "batch": batch,
+                "batches": batches, "batch": batch, **of_grains(model, ratio),
             }  # fmt: skip
             make_transformer(config)  # raises where settings do not fit, before anything compiles
             group.append(config)
@@ -96,20 +106,23 @@ def default_dtypes() -> list[str]:
 
 
 def shape_and_codebook(
-    model: str, code_shape: tuple[int, ...] | None, codebook_size: int | None, flag: str
+    model: str, code_shape: tuple[int, ...] | None, codebook_size: int | None, flag: str, tokenizer: str | None
 ) -> tuple[tuple[int, ...], int]:
     """Code shape and codebook size, with defaults; a baseline has one of each.
 
     Args:
-      model: name in `MODELS`.
-      code_shape, codebook_size: as given; None: the default.
+      model: name in `MODELS` or `GRAINED`.
+      code_shape, codebook_size: as given; None: the default, with grains those of the tokenizer.
       flag: option that the shape comes from.
+      tokenizer: preset, as given.
 
     Raises:
       ValueError: not those of the baseline.
     """
+    if model in GRAINED:
+        return own_codes(tokenizer or GRAINED_TOKENIZER, code_shape, codebook_size)
     if model not in VQGAN:
-        return code_shape or CODE_SHAPE, codebook_size or CODEBOOK_SIZE
+        return own_codes(None, code_shape, codebook_size)
     own_shape, own_size = VQGAN[model]
     if code_shape not in (None, own_shape):
         raise ValueError(
@@ -120,10 +133,40 @@ def shape_and_codebook(
     return VQGAN[model]
 
 
-def tokenizer_preset(args: argparse.Namespace, code_shape: tuple[int, ...], needed: bool, flag: str) -> str | None:
+def own_codes(
+    tokenizer: str | None, code_shape: tuple[int, ...] | None, codebook_size: int | None
+) -> tuple[tuple[int, ...], int]:
+    """Code shape and codebook size as given; else those of a tokenizer whose grid is no setting, else the defaults."""
+    settings = presets.load(tokenizer, "rqvae")["model"] if tokenizer else {}
+    if tokenizer is None or "code_shape" in settings:
+        return code_shape or CODE_SHAPE, codebook_size or CODEBOOK_SIZE
+    own = models.create(**settings)
+    return code_shape or own.code_shape, codebook_size or max(own.codebook_sizes)
+
+
+def of_grains(model: str, fine_ratio: float | None) -> Config:
+    """The share of regions of the finest grain, of models that have grains.
+
+    Raises:
+      ValueError: a share outside [0, 1], or for a model without grains.
+    """
+    if model not in GRAINED:
+        if fine_ratio is not None:
+            raise ValueError(f"--fine_ratio: {fine_ratio} is for models with grains, '{model}' has none; leave it out")
+        return {}
+    ratio = FINE_RATIO if fine_ratio is None else fine_ratio
+    checks.within("--fine_ratio", ratio, 0, 1)
+    return {"fine_ratio": ratio}
+
+
+def tokenizer_preset(
+    args: argparse.Namespace, code_shape: tuple[int, ...], needed: bool, flag: str, model: str | None = None
+) -> str | None:
     """The preset that was named; else, where a tokenizer is needed, the one that makes codes of this shape."""
     if args.tokenizer or not needed:
         return args.tokenizer
+    if model in GRAINED:
+        return GRAINED_TOKENIZER
     preset = TOKENIZERS.get(IMAGE_SIZE // code_shape[0])
     if preset is None:
         raise ValueError(
@@ -134,22 +177,48 @@ def tokenizer_preset(args: argparse.Namespace, code_shape: tuple[int, ...], need
 
 
 def make_transformer(config: Config) -> Any:
-    """The transformer of a configuration, with the tokenizer's code dimension."""
-    settings = dict(rqtransformer.get_config(MODELS[config["model"]]).model)
-    settings |= TINY if config["model"] == "tiny" else {}
-    if config["code_shape"][-1] == 1:
-        settings["spatial_layers"] += settings["depth_layers"]
-        settings["depth_layers"] = 0
+    """The transformer of a configuration, with the tokenizer's code dimension.
+
+    Raises:
+      ValueError: settings that do not fit together.
+    """
+    name, tokenizer = config["model"], make_tokenizer(config) if config["tokenizer"] else None
+    if name in GRAINED:
+        settings = {**GRAINED[name], "cond_vocab_size": NUM_CLASSES}
+    else:
+        settings = presets.load(MODELS[name], "rqtransformer")["model"] | (TINY if name == "tiny" else {})
+        if config["code_shape"][-1] == 1:
+            settings["spatial_layers"] += settings["depth_layers"]
+            settings["depth_layers"] = 0
     settings |= {name: config[name] for name in ("code_shape", "codebook_size", "dtype")}
-    settings["code_dim"] = make_tokenizer(config).code_dim if config["tokenizer"] else CODE_DIM
+    settings["code_dim"] = tokenizer.code_dim if tokenizer else CODE_DIM
+    num_grains = settings.get("num_grains", 1)
+    if tokenizer and tokenizer.num_grains != num_grains:
+        raise ValueError(
+            f"--tokenizer: '{config['tokenizer']}' has {tokenizer.num_grains} grains, but '{name}' has {num_grains}; "
+            "give one of as many"
+        )
     return models.create(**settings | {"use_null_cond": config["guidance"] is not None})
 
 
 def make_tokenizer(config: Config, dtype: str | None = None) -> Any:
-    """The preset's tokenizer with the code shape and the codebook of a configuration."""
-    settings = dict(rqvae.get_config(config["tokenizer"]).model)
-    settings |= {name: config[name] for name in ("code_shape", "codebook_size")}
-    return models.create(**settings | ({} if dtype is None else {"dtype": dtype}))
+    """The preset's tokenizer with the code shape and the codebook of a configuration.
+
+    Raises:
+      ValueError: a code shape that is not that of a tokenizer which decides it.
+    """
+    settings = presets.load(config["tokenizer"], "rqvae")["model"] | {"codebook_size": config["codebook_size"]}
+    if "code_shape" in settings:
+        settings["code_shape"] = config["code_shape"]
+    if "code_depth" in settings:
+        settings["code_depth"] = config["code_shape"][-1]
+    model = models.create(**settings | ({} if dtype is None else {"dtype": dtype}))
+    if model.code_shape != tuple(config["code_shape"]):
+        raise ValueError(
+            f"--code_shape: {show_shape(config['code_shape'])} is not that of the tokenizer '{config['tokenizer']}'; "
+            f"allowed is {show_shape(model.code_shape)}"
+        )
+    return model
 
 
 @functools.lru_cache(maxsize=2)  # a sweep over batches draws them once, also where two shapes take turns
@@ -159,16 +228,35 @@ def draw_variables(model: Any, dtype: str) -> Any:
 
 
 def compile_sampler(config: Config, model: Any) -> timing.Compiled:
-    """Number of a batch -> its codes. The filter's values are arguments, as they are for `sampling.generate`."""
+    """Number of a batch -> its codes (B, h, w, D). The filter's values are arguments, as for `sampling.generate`."""
     variables, B = draw_variables(model, config["weights"]), config["batch"]
     filters = {name: config[name] for name in ("temperature", "top_k", "top_p", "guidance")}
-    rng, cond = jax.random.key(0), jnp.arange(B)[:, None] % NUM_CLASSES
+    rng, cond, given = jax.random.key(0), jnp.arange(B)[:, None] % NUM_CLASSES, {}
+    if "fine_ratio" in config:
+        given["grains"] = grain_maps(config, model)
 
-    def draw(variables, rng, image_ids, cond, filters):
-        return sampling.generate(model, variables, rng, B, cond, image_ids=image_ids, **filters)
+    def draw(variables, rng, image_ids, cond, filters, given):
+        drawn = sampling.generate(model, variables, rng, B, cond, image_ids=image_ids, **filters, **given)
+        return getattr(drawn, "codes", drawn)  # a decoder sees no grains
 
-    compiled = timing.compile_program(draw, variables, rng, np.arange(B), cond, filters)
-    return compiled._replace(call=lambda i: compiled.call(variables, rng, i * B + np.arange(B), cond, filters))
+    compiled = timing.compile_program(draw, variables, rng, np.arange(B), cond, filters, given)
+    return compiled._replace(call=lambda i: compiled.call(variables, rng, i * B + np.arange(B), cond, filters, given))
+
+
+def grain_maps(config: Config, model: Any) -> np.ndarray:
+    """Grain maps (B, u, v), the finest grain in as many regions of each image and grain 0 in the others."""
+    regions = math.prod(model.region_grid)
+    is_fine = np.arange(regions) < round(config["fine_ratio"] * regions)
+    rng = np.random.default_rng(0)
+    maps = np.stack([rng.permutation(is_fine) for _ in range(config["batch"])])
+    return (model.num_grains - 1) * maps.reshape(-1, *model.region_grid).astype(np.int32)
+
+
+def tokens_of_image(config: Config, model: Any) -> int | None:
+    """Tokens of every image, a start and an end for each grain among them; None without grains."""
+    if "fine_ratio" not in config:
+        return None
+    return 2 * model.num_grains + int(num_codes(grain_maps(config, model)[:1], model.num_grains)[0])
 
 
 def compile_decoder(config: Config, model: Any) -> timing.Compiled:
@@ -188,7 +276,8 @@ def build(config: Config, args: argparse.Namespace) -> timing.Program:
     """The sampler of a configuration, with the decoder behind it where that is asked for."""
     model, batches = make_transformer(config), config["batches"]
     draw, decode = compile_sampler(config, model), None
-    stages = roofline.sampling_work(model, config["batch"], config["weights"], config["guidance"] is not None)
+    tokens, guided = tokens_of_image(config, model), config["guidance"] is not None
+    stages = roofline.sampling_work(model, config["batch"], config["weights"], guided, tokens)
     compile_seconds, memory = {"sampling": draw.seconds}, draw.memory
     if config["decode"]:
         tokenizer = make_tokenizer(config)
@@ -247,13 +336,13 @@ def draw_apart(
 
 def decode_groups(args: argparse.Namespace) -> list[list[Config]]:
     """Configurations of the decoder alone."""
-    axes = code_shapes(args), args.codebook_size or [CODEBOOK_SIZE], args.dtype or default_dtypes(), args.batch
+    axes = code_shapes(args), args.codebook_size or [None], args.dtype or default_dtypes(), args.batch
     sweep = []
     for shape, codebook_size, dtype, batch in itertools.product(*axes):
-        shape = shape or CODE_SHAPE
+        shape, K = own_codes(args.tokenizer, shape, codebook_size)
         config = {
             "tokenizer": tokenizer_preset(args, shape, True, "--code_shape"), "code_shape": shape,
-            "codebook_size": codebook_size, "dtype": dtype, "batch": batch,
+            "codebook_size": K, "dtype": dtype, "batch": batch,
         }  # fmt: skip
         make_tokenizer(config, dtype)
         sweep.append([config])

@@ -16,7 +16,7 @@ MAX_COMPLEXITY = 10
 MAX_FILE_LINES = 450
 # A script is imported by its own tests alone, by those of several processes, and where it meets what ships or is converted.
 TESTS_OF = {
-    "benchmark": {"test_benchmark.py", "test_gpu_parts.py", "test_preflight.py"},
+    "benchmark": {"test_benchmark.py", "test_benchmark_grains.py", "test_gpu_parts.py", "test_preflight.py"},
     "convert_torch": {"test_convert_torch.py", "test_convert_torch_dq.py"},
     "evaluate": {"test_evaluate.py", "test_evaluate_grains.py", "test_hosts.py"},
     "sample": {

@@ -1,0 +1,91 @@
+"""benchmark.py on models with grains: what is drawn and decoded, the work of its tokens, refusals."""
+
+import helpers
+import jax
+import numpy as np
+import pytest
+
+import benchmark
+from benchmarks import roofline, sample, sweep, timing
+from rq_jax import sampling
+from rq_jax.devices.peaks import Peaks
+from rq_jax.grains import num_codes
+from rq_jax.models.flops import decoder_work
+
+TOKENIZER = "--tokenizer=dqvae:demo,quicktest"  # images of 16x16 on grids of 8x8
+PEAKS = Peaks("toy", {"float32": 1e9, "bfloat16": 2e9}, 1e9)
+SMALL = {**sample.GRAINED["dq_small"], "model_dim": 16, "num_heads": 2, "position_layers": 1, "content_layers": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    with helpers.quick_compilation(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sample.GRAINED, "dq_small", SMALL)
+        patch.setattr(timing, "device_and_peaks", lambda: ({"kind": "toy", "platform": "cpu", "count": 8}, PEAKS))
+        yield
+
+
+def run(*argv):
+    args = benchmark.parse_args(argv)
+    return sweep.run(benchmark.COMMANDS[args.command], args)
+
+
+def groups(*argv):
+    args = benchmark.parse_args(argv)
+    return benchmark.COMMANDS[args.command].groups(args)
+
+
+def test_grid_and_codebook_are_the_tokenizers():
+    (config,), (other,) = groups("sample", "--model=dq_small,small", "--batch=1", "--decode")
+    assert (config["tokenizer"], config["code_shape"], config["codebook_size"]) == (
+        "dqvae:imagenet256",
+        (32, 32, 1),
+        1024,
+    )
+    assert config["fine_ratio"] == 0.5 and "fine_ratio" not in other  # records of other models stay comparable
+    (config,) = groups("decode", "--batch=1", "--tokenizer=dqvae:imagenet256")[0]
+    assert (config["code_shape"], config["codebook_size"]) == ((32, 32, 1), 1024)
+
+
+def test_the_sampler_is_that_of_the_library_with_forced_grains():
+    (config,) = groups("sample", "--model=dq_small", "--batch=3", "--fine_ratio=0.3", "--guidance=1.5", TOKENIZER)[0]
+    model = sample.make_transformer(config)
+    maps = sample.grain_maps(config, model)
+    assert maps.shape == (3, 4, 4) and (maps.sum((1, 2)) == 5).all() and (maps[0] != maps[1]).any()
+    assert sample.tokens_of_image(config, model) == 4 + int(num_codes(maps, 2)[0]) == 4 + 11 + 5 * 4
+    variables = sample.draw_variables(model, config["weights"])
+    expected = sampling.generate(
+        model, variables, jax.random.key(0), 3, np.arange(3), image_ids=np.arange(6, 9), guidance=1.5, grains=maps
+    )
+    np.testing.assert_array_equal(sample.compile_sampler(config, model).call(2), expected.codes)
+
+
+def test_sample_and_decode_run():
+    argv = ("sample", "--model=dq_small", "--batch=2", "--fine_ratio=0,1", "--decode", TOKENIZER, "--runs=1")
+    record = run(*argv)
+    coarse, fine = record["results"]
+    assert coarse["count"] == fine["count"] == 4  # two batches
+    model, tokenizer = sample.make_transformer(fine["config"]), sample.make_tokenizer(fine["config"])
+    for entry, tokens in ((coarse, 4 + 16), (fine, 4 + 64)):
+        work = roofline.sampling_work(model, 2, "float32", tokens=tokens)
+        flops = sum(part.flops for part in work.values()) + decoder_work(tokenizer, 2).flops
+        assert entry["flops"] == pytest.approx(2 * flops)
+    (decoded,) = run("decode", "--batch=2", TOKENIZER, "--runs=1")["results"]
+    assert decoded["count"] == 2 and decoded["flops"] == pytest.approx(decoder_work(tokenizer, 2).flops)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("sample --fine_ratio=0.5", "--fine_ratio: 0.5 is for models with grains, 'tiny' has none; leave it out"),
+        ("sample --model=dq_small --fine_ratio=1.5", r"--fine_ratio: 1.5 is outside \[0, 1\]"),
+        ("sample --model=dq_small --tokenizer=demo", "--tokenizer: 'demo' has 1 grains, but 'dq_small' has 2; give one"),
+        (f"sample --code_shape=8x8x1 {TOKENIZER}", "has 2 grains, but 'tiny' has 1"),
+        (f"decode --code_shape=4x4x1 {TOKENIZER}", "--code_shape: 4x4x1 is not that of the tokenizer 'dqvae:demo,quicktest'; allowed is 8x8x1"),
+        ("decode --tokenizer=vqvae:demo", "preset: 'vqvae' is unknown; allowed are"),
+        ("decode --tokenizer=dqvae:none", "preset 'none' is unknown"),
+    ],
+)  # fmt: skip
+def test_refused(argv, message):
+    with pytest.raises(ValueError, match=message):
+        groups(*argv.split())
