@@ -157,19 +157,19 @@ def run(args: argparse.Namespace) -> Path:
         )
     args.weights = args.weights or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     loaded = load(args)
+    ids = np.arange(args.first_index, args.first_index + args.num_images)
     earlier = read_draws(args.prefix) if args.prefix else None
     conds, names = conditions(loaded, args, None if earlier is None else earlier.conds)
     given = {name: getattr(args, name) for name in (*FILTER, *(f"position_{name}" for name in FILTER), "guidance")}
     settings = draw_settings(loaded.model, loaded.config.get("sample") or {}, given)
     kept = {} if earlier is None else {"prefix": first_codes(earlier, args.prefix_positions, loaded.model)}
     if args.grains_of:
-        kept["grains"] = grains_of(loaded, args.grains_of)
+        kept["grains"] = grains_of(loaded, args.grains_of, ids)
     codes, shown = jax.tree.map(hosts.rows_of_all, draw_part(args, loaded, conds=conds, **kept, **settings))
     out, tag = Path(args.out), f"{args.first_index:06d}"
     grid = out / f"grid_{tag}.png"
     if jax.process_index():
         return grid
-    ids = np.arange(args.first_index, args.first_index + args.num_images)
     cond = {} if conds is None else {"cond": conds[ids % len(conds)]}
     arrays = codes._asdict() if isinstance(codes, GrainedCodes) else {"codes": codes}
     with atomic_path(out / f"codes_{tag}.npz") as partial, open(partial, "wb") as file:

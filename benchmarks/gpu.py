@@ -24,6 +24,7 @@ from xml.etree import ElementTree
 
 from rq_jax.evaluation.protocol import environment
 from rq_jax.files import write_json
+from rq_jax.settings import checks
 from rq_jax.training import cli
 
 ROOT = Path(__file__).parents[1]
@@ -269,12 +270,19 @@ def longest_kernels(folder: Path) -> list[dict[str, Any]]:
 # --- the command ---
 
 
+def _pattern(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression: {error}") from None
+
+
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = cli.OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--minutes", type=float, default=30, help="for all parts together (default: 30)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the records")
-    parser.add_argument("--only", help="regular expression of the parts to run")
+    parser.add_argument("--only", type=_pattern, help="regular expression of the parts to run")
     parser.add_argument("--rehearse", action="store_true", help="toy sizes, on any device")
     parser.add_argument("--step", choices=("1", "2"), help=argparse.SUPPRESS)
     parser.add_argument("--preset", help=argparse.SUPPRESS)
@@ -287,15 +295,18 @@ def main(argv: list[str] | None = None) -> None:
         write_json(args.out, measure_step(config))
         return
     with cli.one_line_errors():
+        checks.within("--minutes", args.minutes, 0.1, 24 * 60)
         device, todo = find_device(), parts(args.rehearse)
         if device.platform != "gpu" and not args.rehearse:
             raise ValueError(
                 f"device: JAX sees no GPU but {device.count} x {device.kind}; install `make setup DEVICE=cuda12`, or "
                 "give --rehearse"
             )
-        todo = [part for part in todo if re.search(args.only or "", part.name)]
+        todo = [part for part in todo if args.only is None or args.only.search(part.name)]
         if not todo:
-            raise ValueError(f"--only: '{args.only}' fits no part of {', '.join(part.name for part in parts())}")
+            raise ValueError(
+                f"--only: '{args.only.pattern}' fits no part of {', '.join(part.name for part in parts())}"
+            )
         if not args.results.is_dir():
             raise ValueError(f"--results: '{args.results}' is no directory; give one that is there")
         if failed := run(device, args.results, args.minutes, todo, environment(ROOT)):

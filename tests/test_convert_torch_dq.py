@@ -61,9 +61,12 @@ def test_thresholds_from_elsewhere_and_bins(tmp_path, caplog):
     flags = [f"--thresholds={tmp_path / 'old.json'}", "--entropy_bins=legacy"]
     loaded = checkpoint.load_model(convert(tmp_path, config, state, *flags, out="legacy"))
     assert loaded.model.entropy_bins == "legacy" and not caplog.records
-    (tmp_path / "ours.json").write_text(json.dumps({"quantiles": {"0.3": 1.25}}))
-    out = convert(tmp_path, config, state, f"--thresholds={tmp_path / 'ours.json'}", out="ours")
-    assert checkpoint.load_model(out).model.thresholds == (1.25,)
+    record = {"quantiles": {"0.3": 1.25}, "bins": "legacy", "patch_size": 8, "num_bins": 32, "sigma": 0.01}
+    (tmp_path / "ours.json").write_text(json.dumps(record))
+    loaded = checkpoint.load_model(
+        convert(tmp_path, config, state, f"--thresholds={tmp_path / 'ours.json'}", out="ours")
+    )
+    assert (loaded.model.thresholds, loaded.model.entropy_bins) == ((1.25,), "legacy")  # as it was measured
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,20 @@ def test_thresholds_from_elsewhere_and_bins(tmp_path, caplog):
     [
         ("entropy", {"50": 1.0}, [], r"^--thresholds: '.*' has no number under '70', which is that of the ratio 0\.3$"),
         ("entropy", {"70": "x"}, [], r"has no number under '70'"),
+        ("entropy", {"70": 10**400}, [], r"has no number under '70'"),
+        ("entropy", {"70": True}, [], r"has no number under '70'"),
+        (
+            "entropy",
+            {"quantiles": {"0.3": 1.0}, "patch_size": 16},
+            [],
+            r"was measured with patch_size '16', and not with 8",
+        ),
+        (
+            "entropy",
+            {"quantiles": {"0.3": 1.0}, "patch_size": 8, "num_bins": 32, "sigma": 0.01, "bins": "legacy"},
+            ["--entropy_bins=full"],
+            r"was measured with bins 'legacy', and not with full",
+        ),
         ("entropy", PERCENTILES, ["--entropy_bins=half"], r"--entropy_bins"),
         ("feature", PERCENTILES, [], r"is for a router by entropy, and this config has a trained one; leave it out$"),
     ],
@@ -106,6 +123,13 @@ def test_stage_2_without_a_tokenizer_says_so(tmp_path, caplog, capsys):
         convert(tmp_path, official_dq.stage2_config(), official_dq.stage2_state())
     assert "--tokenizer: not given; the directory makes no images" in caplog.text
     assert capsys.readouterr().out.splitlines()[-1].startswith("next: convert it again with --tokenizer")
+
+
+def test_flags_of_a_router_that_is_not_converted_are_refused(tmp_path, thresholds):
+    with pytest.raises(
+        ValueError, match="^--thresholds, --entropy_bins: legacy is for the router of a DQ-VAE, and none"
+    ):
+        convert(tmp_path, official_dq.stage2_config(), official_dq.stage2_state(), "--entropy_bins=legacy")
 
 
 def test_a_tokenizer_of_another_kind_is_refused(tmp_path):

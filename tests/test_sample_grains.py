@@ -10,6 +10,7 @@ from PIL import Image
 
 import sample
 from rq_jax import checkpoint
+from rq_jax.evaluation import grain_maps
 from rq_jax.grains import cell_weights
 
 
@@ -75,6 +76,8 @@ def test_grain_maps_of_a_split_are_those_of_its_images(trained, tmp_path):
     batch = next(make_dataset(**settings, channels=3, split="validation", train=False, batch_size=5).iterator())
     routed = loaded.tokenizer.model.apply(loaded.tokenizer.variables, batch["image"], method="route").grains
     np.testing.assert_array_equal(grains, np.asarray(routed)[[0, 1, 2, 3, 4, 0]])
+    later = grain_maps.grains_of(loaded, "validation", np.arange(4, 7))  # row i % 3 belongs to image i
+    np.testing.assert_array_equal(later, np.asarray(routed)[[1, 4, 0]])
 
 
 @pytest.mark.parametrize("count", [4, 64])
@@ -100,6 +103,7 @@ def test_a_prefix_keeps_the_first_codes(trained, tmp_path, count):
 def test_refused(trained, drawn, tmp_path):
     grid, codes, grains = drawn
     np.savez(tmp_path / "plain.npz", codes=codes)
+    np.savez(tmp_path / "codes.npz", codes=np.full_like(codes, 510), grains=grains)
     np.savez(tmp_path / "grid.npz", codes=codes[:, :4], grains=grains)
     np.savez(tmp_path / "grains.npz", codes=codes, grains=grains + 2)
     for flags, message in (
@@ -107,6 +111,7 @@ def test_refused(trained, drawn, tmp_path):
         ([f"--grains_of={tmp_path / 'plain.npz'}"], "--grains_of: .*plain.npz' holds no grains"),
         ([f"--grains_of={tmp_path / 'grains.npz'}"], "--grains_of: "),
         (["--grains_of=test"], "test"),
+        ([f"--prefix={tmp_path / 'codes.npz'}", "--prefix_positions=1"], "--prefix: codes: 510 at"),
         (
             [f"--prefix={tmp_path / 'plain.npz'}", "--prefix_positions=1"],
             "--prefix: its codes have no grains, and this",
@@ -126,7 +131,7 @@ def test_flags_of_grains_are_refused_for_other_models(drawn, tmp_path):
     grid, *_ = drawn
     codes = grid.parent / "codes_000000.npz"
     for flags, message in (
-        (["--position_top_k=3"], "^the flag: '--position_top_k'"),
+        (["--position_top_k=3"], "^--position_top_k: 3 is of positions, and this model draws none; leave it out$"),
         ([f"--grains_of={codes}"], "^--grains_of: .* is for models with grains, this one has none; leave it out$"),
         (
             [f"--prefix={codes}", "--prefix_positions=1"],

@@ -334,7 +334,7 @@ def check_batch_size(
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Place this process's part of a batch on its devices; the global arrays are the parts of `batch_part` in order.
 
-    Bytes are images: they travel as bytes, and become floats in [-1, 1] there.
+    Bytes of four axes are images: they travel as bytes, and become floats in [-1, 1] there.
     """
     sharding, (_, count) = batch_sharding(mesh), batch_part(mesh)
 
@@ -342,7 +342,7 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
         array = np.asarray(array)
         shape = (count * len(array), *array.shape[1:])
         placed = jax.make_array_from_process_local_data(sharding, array, shape)
-        return _scaling(mesh)(placed) if array.dtype == np.uint8 else placed
+        return _scaling(mesh)(placed) if array.dtype == np.uint8 and array.ndim == 4 else placed
 
     return jax.tree.map(place, batch)
 

@@ -10,7 +10,7 @@ import numpy as np
 from rq_jax.data.images import read_image
 from rq_jax.data.listing import list_images
 from rq_jax.files import read_json
-from rq_jax.grains import GrainedCodes, PackedCodes, check_grains, pack
+from rq_jax.grains import GrainedCodes, PackedCodes, check_grains, check_ids, pack
 from rq_jax.settings.text import quoted
 
 # Settings in which the parts of one set of samples may differ, as several hosts draw them.
@@ -141,6 +141,7 @@ def first_codes(draws: Draws, num_positions: int, model: Any) -> np.ndarray | Pa
     if codes.shape[1:] != tuple(model.code_shape):
         raise ValueError(f"--prefix: codes of shape {codes.shape[1:]} are not those of this model, {model.code_shape}")
     check_grains("--prefix: grains", draws.grains, layout.num_grains, layout.region_grid, n)
+    check_ids("--prefix: codes", codes, layout.codebook_size, "the codebook")
     packed = PackedCodes(*map(np.asarray, pack(GrainedCodes(codes, draws.grains), layout)))
     num_cells = np.array([layout.cells(g) for g in range(layout.num_grains)])
     is_code_BP = packed.position < num_cells[packed.grain]

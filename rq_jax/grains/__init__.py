@@ -31,6 +31,7 @@ from rq_jax.grains.layout import (
     PackedCodes,
     cell_weights,
     check_grains,
+    check_ids,
     num_codes,
     repeat_cells,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "Unpacked",
     "cell_weights",
     "check_grains",
+    "check_ids",
     "check_packed",
     "check_ratios",
     "check_thresholds",

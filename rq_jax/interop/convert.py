@@ -117,6 +117,8 @@ def convert_checkpoint(
             converted[name] = _convert(part, settings, table, weights)
             used = used + weights.used
         if official.KINDS[kind].tokenizer:
+            if (thresholds or entropy_bins) and TOKENIZER not in converted:
+                _refuse_routing(thresholds or entropy_bins)
             _complete(converted["."], pair or _pair_of(converted.get(TOKENIZER)))
         for name, model in converted.items():
             checkpoint.save_model(partial / name, model.config, model.variables)
@@ -130,10 +132,13 @@ def _check_flags(kind: str, tokenizer: str | None, text_tokenizer: str | None, r
     if text_tokenizer and not tokenizer:
         raise ValueError(f"--text_tokenizer: {text_tokenizer} needs --tokenizer beside it; give both")
     if routing and (kind not in ("dqvae", "dqtransformer") or tokenizer):
-        raise ValueError(
-            f"--thresholds, --entropy_bins: {routing} is for the router of a DQ-VAE, and none is converted here; leave "
-            "it out"
-        )
+        _refuse_routing(routing)
+
+
+def _refuse_routing(value: str | None) -> None:
+    raise ValueError(
+        f"--thresholds, --entropy_bins: {value} is for the router of a DQ-VAE, and none is converted here; leave it out"
+    )
 
 
 def _beside(

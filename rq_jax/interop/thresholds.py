@@ -1,7 +1,6 @@
 """Thresholds of an official DQ-VAE whose router goes by entropy, from the file that its config names."""
 
 import logging
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,26 +41,48 @@ def entropy_settings(
                 "trained one; leave it out"
             )
         return {}
+    file = local_path(path) if path else _named_by(config, beside)
+    record, ratio = read_json(file), settings["fine_ratio"]
+    if is_ours := isinstance(record.get("quantiles"), dict):
+        bins = _bins_of(file, record, bins, settings)
+        values, key = record["quantiles"], f"{ratio:g}"
+    else:
+        values, key = record, official.threshold_key(ratio)
     bins = "full" if bins is None else bins
     checks.one_of("--entropy_bins", bins, ENTROPY_BINS)
-    file = local_path(path) if path else _named_by(config, beside)
-    record = read_json(file)
-    is_ours = isinstance(record, dict) and isinstance(record.get("quantiles"), dict)
-    values = record["quantiles"] if is_ours else record
-    ratio = settings["fine_ratio"]
-    key = f"{ratio:g}" if is_ours else official.threshold_key(ratio)
-    threshold = values.get(key) if isinstance(values, dict) else None
-    if not isinstance(threshold, int | float) or not math.isfinite(threshold):
+    threshold = values.get(key)
+    if not _is_number(threshold):
         raise ValueError(
             f"--thresholds: '{file}' has no number under {quoted(key)}, which is that of the ratio {ratio:g}"
         )
-    numbers = [value for value in values.values() if isinstance(value, int | float)]
-    if bins == "full" and not is_ours and 0 < min(numbers) < _NO_BIN:
+    if bins == "full" and not is_ours and 0 < min(filter(_is_number, values.values())) < _NO_BIN:
         logger.warning(
             "--entropy_bins: '%s' was measured with the bins of before July 2023, which leave out the darker half of "
             "all values, and the released checkpoint was made with these; --entropy_bins=legacy routes by them", file,
         )  # fmt: skip
     return {"thresholds": (float(threshold),), "entropy_bins": bins}
+
+
+def _bins_of(file: Any, record: Mapping[str, Any], bins: str | None, settings: Mapping[str, Any]) -> str:
+    """The bins of a file from `rq_jax.data.entropy`, which says how its entropies were measured.
+
+    Raises:
+      ValueError: they are others than the model's, or than the flag's.
+    """
+    region = 2 ** (len(settings["width_multipliers"]) - 1)
+    needed = {"patch_size": region, "num_bins": 32, "sigma": 0.01, **({} if bins is None else {"bins": bins})}
+    for name, value in needed.items():
+        if record.get(name) != value:
+            raise ValueError(
+                f"--thresholds: '{file}' was measured with {name} {quoted(record.get(name))}, and not with {value}; "
+                "measure with python -m rq_jax.data.entropy, or give the right file"
+            )
+    return record.get("bins", "full")
+
+
+def _is_number(value: Any) -> bool:
+    """A float32, written as JSON has numbers; integers there have any size."""
+    return type(value) in (int, float) and abs(value) < 3e38
 
 
 def _named_by(config: Mapping[str, Any], beside: str) -> Path:

@@ -45,7 +45,8 @@ def prepare(
             "last of the longest image is drawn; draw from a model with more slots"
         )
     owners = check_grain_map(model, grains, num_images)
-    return generate_grains, filter_of_position, (owners, check_prefix(model, prefix, num_images, owners))
+    kept = check_prefix(model, prefix, num_images, owners)
+    return generate_grains, filter_of_position, (jnp.asarray(owners, jnp.int32), kept)
 
 
 def _position_filter(model: Any, temperature: Any, top_k: Any, top_p: Any) -> tuple[Any, Any, Any]:
@@ -62,8 +63,10 @@ def _position_filter(model: Any, temperature: Any, top_k: Any, top_p: Any) -> tu
     )
 
 
-def check_grain_map(model: Any, grains: Any, num_images: int) -> jax.Array:
-    """The grain of each region (n, R) that is asked for, -1 where none is.
+def check_grain_map(model: Any, grains: Any, num_images: int) -> Any:
+    """The grain of each region (n, R) that is asked for, -1 where none is; on the host, where it is known there.
+
+    Read from a device it would wait for the batch that is being drawn.
 
     Raises:
       ValueError: grains of another shape or out of range.
@@ -71,13 +74,13 @@ def check_grain_map(model: Any, grains: Any, num_images: int) -> jax.Array:
     layout = model.layout
     u, v = layout.region_grid
     if grains is None:
-        return jnp.full((num_images, u * v), -1, jnp.int32)
+        return np.full((num_images, u * v), -1, np.int32)
     grains = _on_host(grains)
     check_grains("grains", grains, layout.num_grains, layout.region_grid, num_images)
-    return jnp.asarray(grains, jnp.int32).reshape(num_images, u * v)
+    return grains.reshape(num_images, u * v)
 
 
-def check_prefix(model: Any, prefix: Any, num_images: int, owners: jax.Array) -> PackedCodes:
+def check_prefix(model: Any, prefix: Any, num_images: int, owners: Any) -> PackedCodes:
     """Tokens to keep, in arrays of all slots, start tokens without a class.
 
     Raises:

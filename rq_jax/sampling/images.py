@@ -43,7 +43,8 @@ def draw_settings(model: Any, recorded: Mapping[str, Any], given: Mapping[str, A
     chosen = {}
     for name, value in given.items():
         if value is not None:
-            checks.one_of("the flag", f"--{name}", [f"--{one}" for one in allowed])
+            if name not in allowed:
+                raise ValueError(f"--{name}: {value} is of positions, and this model draws none; leave it out")
             chosen[name] = (f"--{name}", value)
     for name, value in recorded.items():
         checks.one_of("sample: the key", name, allowed)
@@ -57,7 +58,9 @@ def draw_settings(model: Any, recorded: Mapping[str, Any], given: Mapping[str, A
                 check_filter(**{**dict.fromkeys(_FILTER), name.removeprefix(prefix): value}, prefix=prefix)
         except ValueError as error:
             raise ValueError(f"{setting.removesuffix(name)}{error}") from None
-        checks.one_per_depth(setting, value, 1 if prefix else model.code_shape[-1])
+        if prefix and np.ndim(value):
+            raise ValueError(f"{setting}: {value} has shape {np.shape(value)}; give one value")
+        checks.one_per_depth(setting, value, model.code_shape[-1])
     return {name: value for name, (_, value) in chosen.items()}
 
 

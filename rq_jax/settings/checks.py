@@ -30,6 +30,12 @@ def integers(setting: str, value: Any, least: int) -> None:
         _refuse(setting, value, f"must be an integer and at least {least}")
 
 
+def integer_type(setting: str, value: Any) -> None:
+    """Values of an integer type, whatever they are: for arrays on a device, and inside a program."""
+    if not np.issubdtype(value.dtype, np.integer):
+        _refuse(setting, f"dtype {value.dtype}", "must be an integer type")
+
+
 def finite(setting: str, values: Any, *, least: float = -math.inf) -> None:
     """Finite numbers, with a lower bound, included; the first that is not is shown."""
     numbers = np.asarray(values).ravel()

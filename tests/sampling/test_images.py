@@ -174,11 +174,13 @@ def test_settings_of_positions_are_those_of_packed_codes():
     for recorded, given, message in (
         ({}, {"position_top_p": 1.5}, r"--position_top_p: 1.5 is outside \[0, 1\]"),
         ({"position_top_k": 0}, {}, "sample.position_top_k: 0 must be at least 1"),
-        ({}, {"position_top_k": [1, 2]}, r"--position_top_k: \[1, 2\] has 2 entries"),
+        ({}, {"position_top_k": [1, 2]}, r"--position_top_k: \[1, 2\] has shape \(2,\); give one value"),
     ):
         with pytest.raises(ValueError, match=f"^{message}"):
             images.draw_settings(model, recorded, given)
-    with pytest.raises(ValueError, match="^the flag: '--position_top_k' is unknown; allowed are '--temperature', "):
+    with pytest.raises(
+        ValueError, match="^--position_top_k: 3 is of positions, and this model draws none; leave it out"
+    ):
         images.draw_settings(MODEL, {}, {"position_top_k": 3})
     with pytest.raises(ValueError, match="^sample: the key: 'position_top_k' is unknown; allowed are 'temperature', "):
         images.draw_settings(MODEL, {"position_top_k": 3}, {})

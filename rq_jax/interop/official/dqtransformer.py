@@ -224,6 +224,8 @@ def dqtransformer_config(settings: Settings, tokenizer: Settings | None = None) 
     h, w, D = settings["code_shape"]
     if h != w or D != 1:
         raise ValueError(f"model.code_shape: {(h, w, D)} cannot be exported; the original's is a square of depth 1")
+    if tokenizer is not None:
+        _of_tokenizer(settings, tokenizer)  # they fit together
     has_grains, is_class = settings["use_grain_embedding"], settings["cond_vocab_size"] > 1
     numbers, permuter, provider = _numbers(settings)
     network = {official: settings[ours] for ours, official, *_ in _NETWORK}

@@ -65,7 +65,7 @@ def dqvae_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     settings["decoder_attention_resolutions"] = _attention(
         decoder, resolution, settings["decoder_width_multipliers"], _decoder_height(decoder, settings)
     )
-    _check_widths(encoder, settings)
+    _check_widths(f"{encoder.prefix}ch_mult", settings)
     _check_decoder(section, decoder, settings)
     settings["position_bias"] = _position_bias(decoder, settings)
     return settings | _router_settings(section, encoder, settings)
@@ -131,14 +131,13 @@ def _decoder_height(decoder: Section, settings: Settings) -> int:
     return height // 2**last * 2**last
 
 
-def _check_widths(encoder: Section, settings: Settings) -> None:
+def _check_widths(name: str, settings: Settings) -> None:
     """The original reckons the width of a finer tail backwards, in whole multiples."""
     multipliers = settings["width_multipliers"][-settings["num_grains"] :]
     for finer, coarser in zip(multipliers, multipliers[1:], strict=False):
         if coarser % finer:
             raise ValueError(
-                f"{encoder.prefix}ch_mult: {coarser} is no multiple of the {finer} before it, and the original cannot "
-                "run; take the config that came with the checkpoint"
+                f"{name}: {coarser} is no multiple of the {finer} before it, which the original cannot run with"
             )
 
 
@@ -259,6 +258,7 @@ def dqvae_config(settings: Settings) -> dict[str, Any]:
         raise ValueError(f"model.num_grains: {grains} cannot be exported; the original has 2 or 3")
     if router == "random" or router == "entropy" and grains == 3:
         raise ValueError(f"model.router: '{router}' with {grains} grains cannot be exported; the original has none")
+    _check_widths("model.width_multipliers", settings)
     names = ("Dual", "Triple")[grains - 2]
     params: dict[str, Any] = {
         "encoderconfig": {

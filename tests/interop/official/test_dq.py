@@ -192,6 +192,8 @@ def test_the_config_of_a_transformer_holds_its_tokenizer():
     own = models.settings_of(tokenizer)
     back = official.official_config("dqtransformer", models.settings_of(model), None, own)
     assert complete(official.dqvae_settings(official.first_stage(back))).items() <= own.items()
+    with pytest.raises(ValueError, match="codebook_size 11 differs from the tokenizer's 12"):
+        official.official_config("dqtransformer", models.settings_of(model), None, own | {"codebook_size": 12})
     assert official.name_thresholds(back, "x.json", own) == {"70": 1.5}
     assert official.thresholds_path(official.first_stage(back)) == "x.json"
 
@@ -289,6 +291,11 @@ EXPORTS = {
     "random": ("dqvae", {"router": "random"}, r"model\.router: 'random' with 2 grains cannot be exported"),
     "depth": ("dqvae", {"code_depth": 2}, r"model\.code_depth: 2 cannot be exported"),
     "relu": ("dqvae", {"gate_activation": "relu"}, r"gate_activation: 'relu' cannot be exported with 2 grains"),
+    "widths": (
+        "dqvae",
+        {"width_multipliers": (1, 1, 2, 1)},
+        r"model\.width_multipliers: 1 is no multiple of the 2 before",
+    ),
     "groups": ("dqvae", {"norm_groups": 16}, r"model\.norm_groups: 16 cannot be exported"),
     "grains": ("dqtransformer", {"num_grains": 3}, r"model\.num_grains: 3 cannot be exported"),
     "residual": ("dqtransformer", {"code_shape": (8, 8, 2), "depth_layers": 1}, r"cannot be exported"),
