@@ -120,7 +120,12 @@ def add_quantize(add: Callable[..., Any]) -> None:
 
 def add_preset(add: Callable[..., Any]) -> None:
     add("--stage", type=_one_of(1, 2), default=1)
-    add("--preset", type=_list(str), default=["demo"], help="of configs/rqvae.py or configs/rqtransformer.py")
+    add(
+        "--preset",
+        type=_list(str),
+        default=["demo"],
+        help="of configs/rqvae.py or configs/rqtransformer.py, or dqvae:<preset>",
+    )
     add("--quicktest", action="store_true", help="the preset, shrunk to small networks and images")
     add("--batch", type=_list(_count), help="default: the preset's")
     add("--steps", type=_count, default=10, help="batches of one run")
@@ -151,7 +156,12 @@ def add_compile(add: Callable[..., Any]) -> None:
         help="devices: h100:8, h200:8, a100:2x8, v4:2x2x2, v5e:4x4, v5p:2x2x2, v6e:4x4, cpu:8",
     )
     add("--stage", type=_one_of(*preflight.STAGES), default="2", help="what is compiled: 1, 2, sample or decode")
-    add("--preset", type=_list(str), required=True, help="of configs/rqvae.py or configs/rqtransformer.py")
+    add(
+        "--preset",
+        type=_list(str),
+        required=True,
+        help="of configs/rqvae.py or configs/rqtransformer.py, or dqvae:<preset>",
+    )
     add("--quicktest", action="store_true", help="the preset, shrunk to small networks and images")
     add(
         "--mesh", type=_list(preflight.mesh_sizes), help="data x fsdp x tensor, such as 1x8x1 (default: all along data)"

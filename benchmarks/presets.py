@@ -6,23 +6,24 @@ from configs import dqvae, rqtransformer, rqvae
 from rq_jax.settings import checks
 from rq_jax.training.settings import plain
 
-FILES = {"rqvae": rqvae, "dqvae": dqvae, "rqtransformer": rqtransformer}
+# Config files by stage; a name that says none is of the first.
+FILES = {1: {"rqvae": rqvae, "dqvae": dqvae}, 2: {"rqtransformer": rqtransformer}}
 
 
-def load(name: str, file: str) -> dict[str, Any]:
+def load(name: str, stage: int) -> dict[str, Any]:
     """Settings of a preset, as nested dicts.
 
     Args:
       name: of the preset, or "<file>:<preset>", such as "dqvae:demo".
-      file: in `FILES`, where the name says none.
+      stage: of its model, 1 or 2.
 
     Raises:
-      ValueError: an unknown file or preset.
+      ValueError: a file that is none of this stage, or an unknown preset.
     """
-    given, colon, preset = name.rpartition(":")
+    (file, colon, preset), files = name.rpartition(":"), FILES[stage]
     if colon:
-        checks.one_of("preset", given, tuple(FILES))
-    settings = plain(FILES[given if colon else file].get_config(preset))
+        checks.one_of("preset", file, tuple(files))
+    settings = plain((files[file] if colon else next(iter(files.values()))).get_config(preset))
     model = settings["model"]
     if model.get("router") == "entropy" and model["thresholds"] is None:  # measured before training
         model["thresholds"] = tuple(map(float, range(1, model["num_grains"])))

@@ -137,7 +137,7 @@ def own_codes(
     tokenizer: str | None, code_shape: tuple[int, ...] | None, codebook_size: int | None
 ) -> tuple[tuple[int, ...], int]:
     """Code shape and codebook size as given; else those of a tokenizer whose grid is no setting, else the defaults."""
-    settings = presets.load(tokenizer, "rqvae")["model"] if tokenizer else {}
+    settings = presets.load(tokenizer, 1)["model"] if tokenizer else {}
     if tokenizer is None or "code_shape" in settings:
         return code_shape or CODE_SHAPE, codebook_size or CODEBOOK_SIZE
     own = models.create(**settings)
@@ -186,7 +186,7 @@ def make_transformer(config: Config) -> Any:
     if name in GRAINED:
         settings = {**GRAINED[name], "cond_vocab_size": NUM_CLASSES}
     else:
-        settings = presets.load(MODELS[name], "rqtransformer")["model"] | (TINY if name == "tiny" else {})
+        settings = presets.load(MODELS[name], 2)["model"] | (TINY if name == "tiny" else {})
         if config["code_shape"][-1] == 1:
             settings["spatial_layers"] += settings["depth_layers"]
             settings["depth_layers"] = 0
@@ -207,7 +207,7 @@ def make_tokenizer(config: Config, dtype: str | None = None) -> Any:
     Raises:
       ValueError: a code shape that is not that of a tokenizer which decides it.
     """
-    settings = presets.load(config["tokenizer"], "rqvae")["model"] | {"codebook_size": config["codebook_size"]}
+    settings = presets.load(config["tokenizer"], 1)["model"] | {"codebook_size": config["codebook_size"]}
     if "code_shape" in settings:
         settings["code_shape"] = config["code_shape"]
     if "code_depth" in settings:

@@ -16,8 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import timing, weights
-from configs import rqtransformer, rqvae
+from benchmarks import presets, timing, weights
 from rq_jax import checkpoint, models, recipes
 from rq_jax.data import Dataset, Splits, make_dataset
 from rq_jax.data.conditions import check_condition
@@ -29,7 +28,7 @@ from rq_jax.recipes import transformer
 from rq_jax.recipes.codes import fill_from_tokenizer
 from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import make_optimizer
-from rq_jax.training.settings import loop_settings, plain, resolve_durations
+from rq_jax.training.settings import loop_settings, resolve_durations
 
 # Durations in epochs change no speed, so that the size of the data set need not be known.
 STEPS_PER_EPOCH = 1000
@@ -46,7 +45,7 @@ Recipe = recipes.Tokenizer | recipes.Transformer
 def load_settings(config: Config) -> Settings:
     """The preset of a configuration, changed as the command line says; of stage 2 with its tokenizer's settings."""
     preset = f"{config['preset']},quicktest" if config.get("quicktest") else config["preset"]
-    settings = plain((rqvae if config["stage"] == 1 else rqtransformer).get_config(preset))
+    settings = presets.load(preset, config["stage"])
     settings["data"]["batch_size"] = config.get("batch") or settings["data"]["batch_size"]
     settings["model"]["dtype"] = config.get("dtype") or settings["model"]["dtype"]
     if config.get("accumulation_steps"):
@@ -62,7 +61,7 @@ def load_settings(config: Config) -> Settings:
 
 def tokenizer_settings(settings: Settings) -> Settings:
     """The preset of the tokenizer that a preset of stage 2 expects."""
-    return plain(rqvae.get_config(settings["tokenizer_preset"]))
+    return presets.load(settings["tokenizer_preset"], 1)
 
 
 def make_recipe(settings: Settings, mesh: jax.sharding.Mesh, place: Callable[[Any], Any]) -> Recipe:
@@ -76,8 +75,8 @@ def make_recipe(settings: Settings, mesh: jax.sharding.Mesh, place: Callable[[An
     Raises:
       ValueError: settings that are not allowed.
     """
-    make = {"rqvae": _tokenizer_recipe, "rqtransformer": _transformer_recipe}[settings["model"]["name"]]
-    return make(settings, mesh, place)
+    make = {recipes.Tokenizer: _tokenizer_recipe, recipes.Transformer: _transformer_recipe}
+    return make[recipes.RECIPES[settings["model"]["name"]]](settings, mesh, place)
 
 
 def _tokenizer_recipe(settings: Settings, mesh: jax.sharding.Mesh, place: Callable[[Any], Any]) -> recipes.Tokenizer:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import benchmark
-from benchmarks import roofline, sample, sweep, timing
+from benchmarks import roofline, sample, sweep, timing, train
 from rq_jax import sampling
 from rq_jax.devices.peaks import Peaks
 from rq_jax.grains import num_codes
@@ -74,6 +74,17 @@ def test_sample_and_decode_run():
     assert decoded["count"] == 2 and decoded["flops"] == pytest.approx(decoder_work(tokenizer, 2).flops)
 
 
+def test_the_step_of_stage_1():
+    argv = "train", "--preset=dqvae:demo", "--quicktest", "--batch=8", "--no_perceptual", "--no_adversary"
+    (config,) = groups(*argv)[0]
+    mesh = helpers.make_mesh(1)
+    recipe = train.make_recipe(train.load_settings(config), mesh, lambda shapes: shapes)
+    assert recipe.model.num_grains == 2 and recipe.model.thresholds == (1.0,)  # measured by a run, before it trains
+    state, batch = jax.eval_shape(recipe.init, jax.random.key(0)), train.batch_shapes(recipe, config["batch"])
+    (work,) = train.step_work(recipe, state, batch, 3).values()
+    assert work.flops > 3 * 8 * 2 * decoder_work(recipe.model).flops
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -84,6 +95,8 @@ def test_sample_and_decode_run():
         (f"decode --code_shape=4x4x1 {TOKENIZER}", "--code_shape: 4x4x1 is not that of the tokenizer 'dqvae:demo,quicktest'; allowed is 8x8x1"),
         ("decode --tokenizer=vqvae:demo", "preset: 'vqvae' is unknown; allowed are"),
         ("decode --tokenizer=dqvae:none", "preset 'none' is unknown"),
+        ("train --preset=rqtransformer:demo", "preset: 'rqtransformer' is unknown; allowed are 'rqvae' and 'dqvae'"),
+        ("train --stage=2 --preset=dqvae:demo", "preset: 'dqvae' is unknown; allowed"),
     ],
 )  # fmt: skip
 def test_refused(argv, message):
