@@ -1,5 +1,6 @@
 """`config.json` of a run or model directory: written atomically; its shape and sizes are checked where it is read."""
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,12 +20,13 @@ _FILTER = ("temperature", "top_k", "top_p")
 _SAMPLE = (*_FILTER, "guidance", *(f"position_{name}" for name in _FILTER))
 # Layers and blocks take time to build; sizes beyond these are mistakes, and would take hours or all memory.
 _MOST_DEPTH = 256
-_MOST_LAYERS = {
-    "num_res_blocks": 100, "decoder_num_res_blocks": 100, "num_layers": 100, "spatial_layers": 1000,
-    "depth_layers": 1000, "position_layers": 1000, "content_layers": 1000, "code_depth": _MOST_DEPTH,
-}  # fmt: skip
 _MOST_LEVELS = 16
+# By how the name of a setting ends; the first that fits counts.
+_MOST = {
+    "num_res_blocks": 100, "num_layers": 100, "_layers": 1000, "code_depth": _MOST_DEPTH, "num_grains": _MOST_LEVELS,
+}  # fmt: skip
 _LARGEST = 2**24
+_MOST_CELLS = 2**20  # of a code grid
 
 
 def write_config(directory: str | os.PathLike, config: Mapping[str, Any]) -> None:
@@ -97,10 +99,14 @@ def _sample_problems(sample: Mapping[str, Any]) -> Iterator[str]:
 def _model_problems(model: Mapping[str, Any]) -> Iterator[str]:
     for name, value in model.items():
         values = value if isinstance(value, list) else [value]
-        most = _MOST_LAYERS.get(name, _LARGEST)
+        most = next((most for end, most in _MOST.items() if name.endswith(end)), _LARGEST)
         if any(type(each) in (int, float) and not abs(each) <= most for each in values):
             yield f"{quoted(name)} of the model is {quoted(value)}; at most {most} is read"
         if len(values) > (_MOST_LEVELS if name.endswith("width_multipliers") else _MOST_DEPTH):
             yield f"{quoted(name)} of the model has {len(values)} entries, which no model has"
-        if name == "code_shape" and any(type(depth) is int and depth > _MOST_DEPTH for depth in values[-1:]):
-            yield f"'code_shape' of the model has a depth of {quoted(values[-1])}; at most {_MOST_DEPTH} is read"
+        if name == "code_shape" and all(type(each) is int for each in values):
+            *grid, depth = values or [0]
+            if depth > _MOST_DEPTH:
+                yield f"'code_shape' of the model has a depth of {quoted(depth)}; at most {_MOST_DEPTH} is read"
+            if math.prod(grid) > _MOST_CELLS:
+                yield f"'code_shape' of the model is {quoted(value)}; at most {_MOST_CELLS} cells are read"

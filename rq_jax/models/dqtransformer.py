@@ -381,10 +381,9 @@ def _ids_of_finest(layout: GrainLayout) -> tuple[np.ndarray, np.ndarray]:
 
     A cell is the finest cell at its top left, a special token its like.
     """
-    last, ids, starts = layout.num_grains - 1, [], []
-    raster = np.arange(layout.cells(last)).reshape(layout.code_grid)
-    for g in range(layout.num_grains):
-        starts.append(len(ids))
-        step = 1 << (last - g)
-        ids += [*raster[::step, ::step].ravel(), *range(layout.position_pad(last), layout.position_size(last))]
-    return np.array(ids, np.int32), np.array(starts, np.int32)
+    last = layout.num_grains - 1
+    raster = np.arange(layout.cells(last), dtype=np.int32).reshape(layout.code_grid)
+    special = np.arange(layout.position_pad(last), layout.position_size(last), dtype=np.int32)
+    cells = [raster[:: 1 << (last - g), :: 1 << (last - g)].ravel() for g in range(last + 1)]
+    starts = np.cumsum([0, *(layout.position_size(g) for g in range(last))], dtype=np.int32)
+    return np.concatenate([ids for cells_of_grain in cells for ids in (cells_of_grain, special)]), starts

@@ -59,6 +59,19 @@ CONFIGS = {
         {"code_shape": [2, 1, 300]},
         "config.json': 'code_shape' of the model has a depth of '300'; at most 256 is read",
     ),
+    "layers of positions": (
+        {"position_layers": 10**6},
+        "config.json': 'position_layers' of the model is '1000000'; at most 1000 is read",
+    ),
+    "layers of contents": (
+        {"content_layers": 10**6},
+        "config.json': 'content_layers' of the model is '1000000'; at most 1000 is read",
+    ),
+    "grains": ({"num_grains": 17}, "config.json': 'num_grains' of the model is '17'; at most 16 is read"),
+    "cells": (
+        {"code_shape": [2**14, 2**14, 1]},
+        "config.json': 'code_shape' of the model is '[16384, 16384, 1]'; at most 1048576 cells are read",
+    ),
     "beyond 64 bits": ({"code_shape": [2, 1, 2**70]}, "config.json': 'code_shape' of the model is "),
     "endless": ({"dropout": float("inf")}, "config.json': 'dropout' of the model is 'inf'; at most "),
     "levels": ({"width_multipliers": [1] * 99}, "config.json': 'width_multipliers' of the model has 99 entries"),
