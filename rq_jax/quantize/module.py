@@ -25,6 +25,9 @@ _INITS: dict[str, Callable[[jax.Array, tuple[int, int]], jax.Array]] = {
     "normal": nn.initializers.normal(1.0, jnp.float32),
     "uniform": lambda rng, shape: jax.random.uniform(rng, shape, jnp.float32, -1 / shape[0], 1 / shape[0]),
 }
+# Counts of a fresh codebook, whose sums are its table. Counts of 0 are those of the original RQ-VAE, which disagree with
+# the sums: there a code without a restart flies off once others have counts.
+_COUNTS = {"normal": 0.0, "uniform": 1.0}
 
 
 class ResidualQuantizer(nn.Module):
@@ -50,8 +53,9 @@ class ResidualQuantizer(nn.Module):
       codebook_update: "sequential" or "pooled", see `quantize_and_update`.
       use_kmeans_init: the first training call places the codes by k-means.
       codebook_init: a fresh codebook's distribution: "normal", of variance 1, or "uniform" in [-1/K, 1/K), that of
-        DQ-VAE. The moving averages start from the same table (differs from
-        CrossmodalGroup/DynamicVectorQuantization:VQEmbedding, which leaves them at another draw).
+        DQ-VAE. The moving averages start from the same table, those of "normal" with counts of 0, of "uniform" of 1
+        (differs from CrossmodalGroup/DynamicVectorQuantization:VQEmbedding, which leaves the sums at another draw and
+        the counts at 0: without restarts, codes in no use would then grow by some orders of magnitude).
     """
 
     codebook_size: int | tuple[int, ...]
@@ -78,8 +82,9 @@ class ResidualQuantizer(nn.Module):
             return self._join(draw(self.make_rng("params")))
 
         self.codebook_KE = self.variable("codebook", "codebook_KE", tables)
+        count = _COUNTS[self.codebook_init]
         self.counts_K = self.variable(
-            "codebook", "counts_K", lambda: self._join([jnp.zeros(K, jnp.float32) for K in sizes])
+            "codebook", "counts_K", lambda: self._join([jnp.full(K, count, jnp.float32) for K in sizes])
         )
         self.sums_KE = self.variable("codebook", "sums_KE", lambda: self.codebook_KE.value)
 
@@ -187,9 +192,16 @@ class ResidualQuantizer(nn.Module):
                 residual = residual - quantize_once(residual, placed[-1].codebook_KE)[1]
             return placed
 
-        # The counts are those of a fresh codebook until the first update: restored runs keep what they learned.
-        untouched = jnp.stack([jnp.all(state.counts_K == 0) for state in states]).all()
+        untouched = jnp.stack([self._is_fresh(state) for state in states]).all()
         return jax.lax.cond(untouched, place, lambda: states)
+
+    def _is_fresh(self, state: CodebookState) -> jax.Array:
+        """Whether nothing has been counted yet: restored runs keep what they learned."""
+        count = _COUNTS[self.codebook_init]
+        is_fresh = jnp.all(state.counts_K == count)
+        if count:  # which a code also has that has just restarted: but then its vector is no longer of the first draw
+            is_fresh &= jnp.all(jnp.abs(state.codebook_KE) <= 1 / len(state.counts_K))
+        return is_fresh
 
     def _join(self, arrays: list[jax.Array]) -> Any:
         if self.use_shared_codebook:

@@ -4,6 +4,7 @@ Test 6 of the fifteen that the design asks of DQ-VAE stands here; its parity is 
 """
 
 import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -162,18 +163,48 @@ def test_6_a_uniform_codebook_starts_in_agreement_with_its_averages(sizes):
     module = ResidualQuantizer(sizes, E, 2, use_shared_codebook=shared, codebook_init="uniform")
     state = module.init(jax.random.key(0), X)["codebook"]
     assert_same(state["sums_KE"], state["codebook_KE"])
+    assert all(np.all(counts_K == 1) for counts_K in jax.tree.leaves(state["counts_K"]))
     for table_KE in jax.tree.leaves(state["codebook_KE"]):
         bound = 1 / len(table_KE)
         assert 0.99 * bound < float(jnp.abs(table_KE).max()) <= bound
         assert abs(float(table_KE.std()) - bound / np.sqrt(3)) < 0.02 * bound
 
 
-def test_6_a_code_that_survives_the_first_step_keeps_little_of_a_uniform_start():
+def test_6_a_uniform_start_weighs_as_much_as_one_vector():
     module = ResidualQuantizer(50, E, 1, codebook_init="uniform")
     state = CodebookState(**module.init(jax.random.key(0), X)["codebook"])
     after = quantize.ema_update(state, jnp.ones((200, E)), np.zeros(200, int), 0.99, jnp.full((50, E), 3.0))
-    np.testing.assert_allclose(after.codebook_KE[0], 1.0, atol=0.99 / 2 / 50 + 1e-4)
+    expected = (0.99 * state.codebook_KE[0] + 0.01 * 200) / (0.99 + 0.01 * 200)
+    np.testing.assert_allclose(after.codebook_KE[0], expected, rtol=1e-4)
     np.testing.assert_allclose(after.codebook_KE[1:], 3.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_restart", [True, False])
+def test_6_a_uniform_codebook_stays_among_its_vectors_without_restarts(use_restart):
+    """With the switch off, or without its rng stream: a code that nothing uses stays where it is."""
+    module = ResidualQuantizer(50, E, 1, use_restart=use_restart, codebook_init="uniform")
+    state = module.init(jax.random.key(0), X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        output, after = module.apply(state, X, True, mutable=["codebook"])
+    table_KE = np.asarray(after["codebook"]["codebook_KE"])
+    assert np.abs(table_KE).max() <= np.abs(X).max()
+    unused_K = np.setdiff1d(np.arange(50), output.codes)
+    assert len(unused_K) > 30
+    np.testing.assert_allclose(table_KE[unused_K], state["codebook"]["codebook_KE"][unused_K], rtol=1e-4)
+
+
+def test_kmeans_places_a_uniform_codebook_once():
+    """Also where all counts are 1 after it: as many vectors as codes, far apart."""
+    module = ResidualQuantizer(len(X), E, 1, use_kmeans_init=True, codebook_init="uniform")
+    variables, rngs = module.init(jax.random.key(0), X), {"restart": jax.random.key(1)}
+    train = jax.jit(lambda variables, x: module.apply(variables, x, True, rngs=rngs, mutable=["codebook"])[1])
+    first = train(variables, 10 * X)
+    np.testing.assert_array_equal(first["codebook"]["counts_K"], 1)
+    table_KE = np.asarray(first["codebook"]["codebook_KE"])
+    np.testing.assert_allclose(np.sort(table_KE, axis=0), np.sort(10 * X, axis=0), rtol=1e-3)
+    second = np.asarray(train(first, 9 * X)["codebook"]["codebook_KE"])
+    np.testing.assert_allclose(second, 0.999 * table_KE, rtol=1e-3)  # else 0.9 of it
 
 
 # --- bad input ---
