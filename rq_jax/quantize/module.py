@@ -25,8 +25,8 @@ _INITS: dict[str, Callable[[jax.Array, tuple[int, int]], jax.Array]] = {
     "normal": nn.initializers.normal(1.0, jnp.float32),
     "uniform": lambda rng, shape: jax.random.uniform(rng, shape, jnp.float32, -1 / shape[0], 1 / shape[0]),
 }
-# Counts of a fresh codebook, whose sums are its table. Counts of 0 are those of the original RQ-VAE, which disagree with
-# the sums: there a code without a restart flies off once others have counts.
+# Counts of a fresh codebook, whose sums are its table. Counts of 0 are those of the original RQ-VAE, which disagree
+# with the sums: there a code without a restart flies off once others have counts.
 _COUNTS = {"normal": 0.0, "uniform": 1.0}
 
 
