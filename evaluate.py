@@ -115,6 +115,9 @@ def likelihood(transformer: checkpoint.LoadedModel, data: EvaluationData, split:
     figures = measure_likelihood(transformer, data, split, mesh)
     by_depth = ", ".join(f"{nats:.4g}" for nats in figures["nats"])
     tell(f"nats per code, {split}: {figures['mean']:.4g}, by depth {by_depth}")
+    if "position_nats" in figures:
+        by_grain = ", ".join(f"{nats:.4g}" for nats in figures["position_nats"])
+        tell(f"nats per position, {split}: {figures['mean_position_nats']:.4g}, by grain {by_grain}")
     return figures
 
 

@@ -124,7 +124,7 @@ def batch_shapes(recipe: Recipe, batch_size: int) -> dict[str, jax.ShapeDtypeStr
 
     tokenizer = tokenizer_of(recipe)
     shapes = {"image": rows(*tokenizer.image_shape, tokenizer.in_channels, dtype=jnp.float32)}
-    if isinstance(recipe, recipes.Transformer) and recipe.model.is_conditional:
+    if getattr(recipe.model, "is_conditional", False):
         shapes["cond"] = rows(recipe.model.cond_length, dtype=jnp.int32)
     return shapes
 

@@ -13,6 +13,8 @@ import pytest
 from rq_jax import checkpoint, grains, recipes, sampling
 from rq_jax.data.text import train_tokenizer
 from rq_jax.devices import sharding
+from rq_jax.evaluation import likelihood
+from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.recipes.dq_transformer import DQTransformer
 from rq_jax.training import run
 
@@ -240,6 +242,19 @@ def test_figures_of_held_out_images(prepared, whole_run):
     ].mean()
     for name, value in expected.items():
         np.testing.assert_allclose(logged[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_likelihood_of_a_run_is_what_it_logged(whole_run):
+    workdir, _ = whole_run
+    loaded, settings = likelihood.load_transformer(str(workdir))
+    data = EvaluationData(settings, "validation", 4)  # two batches, the last filled up
+    figures = likelihood.measure_likelihood(loaded, data, "validation", helpers.make_mesh())
+    logged = helpers.read_metrics(workdir)[4]
+    names = {"mean": "depth1", "mean_position_nats": "position"}
+    for name, of in names.items():
+        np.testing.assert_allclose(figures[name], logged[f"validation_nats/{of}"], rtol=1e-5)
+    np.testing.assert_allclose(figures["bits_per_image"], logged["bits_per_image"], rtol=1e-5)
+    assert figures["images"] == 5 and len(figures["position_nats"]) == 2
 
 
 def test_a_run_draws_and_can_be_drawn_from(whole_run):

@@ -14,7 +14,6 @@ from rq_jax import checkpoint, losses, models, recipes
 from rq_jax.devices import sharding
 from rq_jax.recipes.adversary import Adversary
 from rq_jax.recipes.tokenizer import Losses as TokenizerLosses
-from rq_jax.recipes.transformer import Losses as TransformerLosses
 from rq_jax.training.optimizer import make_optimizer
 
 pytestmark = pytest.mark.skipif(jax.device_count() != 8, reason="needs eight (fake) devices")
@@ -30,6 +29,14 @@ TRANSFORMER = models.create(
     "rqtransformer", codebook_size=64, code_shape=(3, 5, 3), code_dim=16, model_dim=64, num_heads=4, spatial_layers=3,
     depth_layers=2, cond_vocab_size=10, use_remat=True,
 )  # fmt: skip
+GRAINED = models.create(
+    "dqvae", image_size=(8, 20), num_grains=2, router="random", code_dim=16, codebook_size=64, width=16,
+    width_multipliers=(1, 1, 2), num_res_blocks=1, norm_groups=4, attention_resolutions=(), z_channels=8, use_remat=True,
+)  # fmt: skip
+PACKED = models.create(
+    "dqtransformer", codebook_size=64, code_shape=(4, 10, 1), num_grains=2, code_dim=16, model_dim=64, num_heads=4,
+    position_layers=2, content_layers=2, cond_vocab_size=10, use_remat=True,
+)  # fmt: skip
 DISCRIMINATOR = models.create("discriminator", width=16, num_layers=1)
 MESHES = {"data": (8, 1, 1), "fsdp": (1, 8, 1), "tensor": (4, 1, 2), "all": (2, 2, 2)}
 
@@ -43,15 +50,16 @@ class Compiled(NamedTuple):
     gradients: int
 
 
-def transformer_recipe(mesh, num_steps, **options):
+def transformer_recipe(mesh, num_steps, is_packed=False, **options):
     options = {"name": "adamw", "learning_rate": 0.1, "total_steps": 9, "accumulation_steps": num_steps, **options}
     optimizer = make_optimizer(**options)
     whole = functools.partial(jax.ShapeDtypeStruct, sharding=sharding.replicated(mesh))
-    variables = jax.tree.map(lambda x: whole(x.shape, x.dtype), models.abstract_variables(TOKENIZER))
-    tokenizer = checkpoint.LoadedModel(TOKENIZER, {}, {}, None)
-    return recipes.Transformer(
-        TRANSFORMER, tokenizer, optimizer, TransformerLosses(), mesh, tokenizer_variables=variables
+    kind, model, frozen = (
+        (recipes.DQTransformer, PACKED, GRAINED) if is_packed else (recipes.Transformer, TRANSFORMER, TOKENIZER)
     )
+    variables = jax.tree.map(lambda x: whole(x.shape, x.dtype), models.abstract_variables(frozen))
+    tokenizer = checkpoint.LoadedModel(frozen, {}, {}, None)
+    return kind(model, tokenizer, optimizer, kind.losses_class(), mesh, tokenizer_variables=variables)
 
 
 def tokenizer_recipe(mesh):
@@ -107,6 +115,13 @@ CASES = [
     pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
     for case in [*((stage, name, 1) for stage in (1, 2) for name in MESHES), *((2, name, 4) for name in MESHES)]
 ]
+
+
+def test_of_packed_codes_nothing_travels_but_gradients_once_an_update():
+    step = compiled(2, MESHES["data"], 4, is_packed=True)
+    assert [each for each in step.collectives if is_of_images(each)] == []
+    assert {(each.opcode, each.times) for each in step.collectives} == {("all-reduce", 1)}
+    assert step.gradients <= reduced(step) <= step.gradients + 1000  # and sums of losses
 
 
 @pytest.mark.parametrize("stage, mesh, num_steps", CASES)
