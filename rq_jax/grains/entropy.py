@@ -43,8 +43,7 @@ def patch_entropy(
     checks.integers("patch_size", patch_size, 1)
     checks.above("sigma", sigma, 0)
     checks.shape("images", images.shape, ("B", "H", "W", (1, 3)))
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images: dtype {images.dtype} is not floating-point; scale them to [-1, 1]")
+    checks.floating("images", images.dtype, fix="scale them to [-1, 1]")
     for axis, size in zip("HW", images.shape[1:3], strict=True):
         checks.multiple_of("images", size, patch_size, "the size of a patch", axis=axis)
     images = images.astype(jnp.float32)

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rq_jax import quantize
 from rq_jax.nn.conv import Conv
@@ -96,12 +97,13 @@ class Autoencoder(nn.Module):
         """Images from codes (B, h, w, D), or from the first `depth` codes of every position.
 
         Raises:
-          ValueError: codes of another shape, outside the codebook, or a depth outside 1..D.
+          ValueError: codes of another shape, of no type of integers or outside the codebook, or a depth outside 1..D.
         """
-        checks.shape("codes", codes.shape, ("B", *self.code_shape))
+        checks.shape("codes", np.shape(codes), ("B", *self.code_shape))
         D = self.code_shape[-1]
         depth = D if depth is None else depth
         checks.in_range("depth", depth, 1, D, "the code depth of this model")
+        codes = codes if isinstance(codes, jax.Array) else np.asarray(codes)
         vectors = self.code_vectors(codes[..., :depth]).sum(-2)
         return self.decode(quantize.unfold_patches(vectors, self.latent_grid))
 
@@ -125,6 +127,7 @@ class Autoencoder(nn.Module):
 
     def _check_images(self, images: jax.Array) -> None:
         checks.shape("images", images.shape, ("B", *self.image_shape, self.in_channels))
+        checks.floating("images", images.dtype, fix="scale them to [-1, 1]")
 
     def _latents(self, features: jax.Array) -> jax.Array:
         return self.quant_conv(features).astype(jnp.float32)
@@ -183,6 +186,7 @@ class Autoencoder(nn.Module):
           ValueError: settings out of range, or that do not fit together.
         """
         checks.one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
+        checks.side_or_sides("model.image_size", self.image_size)
         for name in ("width", "num_res_blocks", "z_channels", "in_channels", "norm_groups"):
             checks.at_least(f"model.{name}", getattr(self, name), 1)
         checks.within("model.dropout", self.dropout, 0, 1, below=True)

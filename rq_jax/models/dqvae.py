@@ -137,7 +137,8 @@ class DQVAE(Autoencoder):
           `DQVAEOutput`; the reconstruction is linear, unclipped, with the straight-through gradient.
 
         Raises:
-          ValueError: images or a grain map of another shape, grains outside 0..G-1, or noise that nothing reads.
+          ValueError: images or a grain map of another shape, images of integers, grains outside 0..G-1, or noise that
+            nothing reads.
         """
         merged, routing, gates = self._encode(images, train, grains, gate_noise)
         latents, weights = self._latents(merged), cell_weights(routing.grains, self.num_grains)
@@ -155,7 +156,7 @@ class DQVAE(Autoencoder):
           grains: (B, u, v), in place of the router's.
 
         Raises:
-          ValueError: images or a grain map of another shape, or grains outside 0..G-1.
+          ValueError: images or a grain map of another shape, images of integers, or grains outside 0..G-1.
         """
         return self._latents(self._encode(images, grains=grains)[0])
 
@@ -179,7 +180,7 @@ class DQVAE(Autoencoder):
           depth: 1..D; None is D.
 
         Raises:
-          ValueError: codes of another shape, outside the codebook, or a depth outside 1..D.
+          ValueError: codes of another shape, of no type of integers or outside the codebook, or a depth outside 1..D.
         """
         return super().decode_codes(codes.codes if isinstance(codes, GrainedCodes) else codes, depth)
 
@@ -232,7 +233,7 @@ class DQVAE(Autoencoder):
     def _gate_noise(self, shape: tuple[int, ...], given: jax.Array | None) -> jax.Array:
         if given is None:
             return jax.random.gumbel(self._key("gate"), shape, jnp.float32)
-        checks.shape("gate_noise", given.shape, shape)
+        checks.shape("gate_noise", np.shape(given), shape)
         return jnp.asarray(given, jnp.float32)
 
     def _key(self, stream: str) -> jax.Array:

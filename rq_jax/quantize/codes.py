@@ -78,23 +78,26 @@ def lookup(codes: jax.Array, codebook: Codebook) -> jax.Array:
       Vectors (..., D, E). Under a JAX transformation codes outside [0, K_d) give NaN.
 
     Raises:
-      ValueError: a concrete code outside [0, K_d), or more depths than codebooks.
+      ValueError: a concrete code outside [0, K_d), codes of no type of integers, or more depths than codebooks.
 
     >>> lookup(jnp.array([2, 0]), jnp.array([[0.0], [1.0], [2.0]])).tolist()
     [[2.0], [0.0]]
     """
-    depth = codes.shape[-1]
+    depth = np.shape(codes)[-1]
     used = codebook if is_shared(codebook) else codebook[:depth]
     check_codes(codes, codebook_sizes(used, depth))
-    return _lookup(codes, used)
+    return _lookup(jnp.asarray(codes), used)
 
 
 def check_codes(codes: Any, sizes: Sequence[int], what: str = "codes") -> None:
     """Check that concrete codes (..., D) lie in [0, K_d). A compiled program could not raise, only clamp or fill.
 
     Raises:
-      ValueError: naming the first offending value, its depth and the allowed range.
+      ValueError: codes of no type of integers, or naming the first offending value, its depth and the allowed range.
     """
+    codes = codes if isinstance(codes, jax.Array) else np.asarray(codes)
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(f"{what}: dtype {codes.dtype} is no type of integers; give codes as integers, such as int32")
     if isinstance(codes, jax.core.Tracer):
         return
     codes = np.asarray(codes)

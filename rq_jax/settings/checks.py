@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
+import jax.numpy as jnp
 import numpy as np
 
 Axis = int | str | range | tuple[int, ...]
@@ -117,6 +118,18 @@ def shape(name: str, actual: Sequence[int], allowed: Sequence[Axis]) -> None:
         axes = [shown_axis(axis) for axis in allowed]
         shown = f"({axes[0]},)" if len(axes) == 1 else f"({', '.join(axes)})"
         _refuse(name, f"shape {tuple(actual)}", "does not fit", fix=f"allowed is {shown}")
+
+
+def floating(name: str, dtype: Any, fix: str = "") -> None:
+    """The type of an array whose entries are floating-point numbers, of any width."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        _refuse(name, f"dtype {dtype}", "is not floating-point", fix=fix)
+
+
+def side_or_sides(setting: str, value: Any) -> None:
+    """The size of an image: one side, or its height and width."""
+    if np.shape(value) not in ((), (2,)):
+        _refuse(setting, value, "is no size of an image", fix="give one side, or (height, width)")
 
 
 def _refuse(setting: str, value: Any, rule: str, meaning: str = "", fix: str = "") -> NoReturn:

@@ -432,6 +432,7 @@ SETTINGS = {
     "colours": (dict(in_channels=4), r"^model.in_channels: 4 has no entropy, which is of gray or RGB; take 1 or 3, or"),
     "depth": (dict(code_depth=0), r"^model.code_depth: 0 must be at least 1$"),
     "code shape": (dict(code_shape=(4, 6, 1)), r"^model.code_shape: unknown; allowed are attention_resolutions, code_de"),
+    "sides": (dict(image_size=(8, 12, 3)), r"^model.image_size: \(8, 12, 3\) is no size of an image; give one side, or \("),
     "codebook": (dict(codebook_init="ones"), r"^model.codebook_init: 'ones' is unknown"),
 }  # fmt: skip
 
@@ -471,6 +472,18 @@ CALLS = {
         lambda m, v: m.apply(v, IMAGES[:, :4], method="route"),
         r"^images: shape \(2, 4, 12, 3\) does not fit",
     ),
+    "images of integers": (
+        lambda m, v: m.clone(router="random").apply(v, np.zeros(IMAGES.shape, np.uint8), method="route"),
+        r"^images: dtype uint8 is not floating-point; scale them to \[-1, 1\]",
+    ),
+    "codes in a list, of another shape": (
+        lambda m, v: m.apply(v, [[0, 1]], method="decode_codes"),
+        r"^codes: shape \(1, 2\) does not fit; allowed is \(B, 4, 6, 1\)",
+    ),
+    "codes of floats": (
+        lambda m, v: m.apply(v, np.zeros((B, 4, 6, 1)).tolist(), method="decode_codes"),
+        r"^codes: dtype float64 is no type of integers; give codes as integers, such as int32",
+    ),
     "codes outside the codebook": (
         lambda m, v: m.apply(v, GrainedCodes(jnp.full((B, 4, 6, 1), K), MAP), method="decode_codes"),
         r"^codes: 7 at depth 0 is outside \[0, 7\)",
@@ -494,4 +507,4 @@ def test_a_router_that_draws_asks_for_its_stream():
             jax.eval_shape(lambda v, m=model: m.apply(v, IMAGES, True, mutable=["codebook"]), variables)
     with pytest.raises(ValueError, match=r"^gate_noise: shape \(2, 2, 3\) does not fit; allowed is \(2, 2, 3, 2\)"):
         model, variables = build(router="feature")
-        jax.eval_shape(lambda v: model.apply(v, IMAGES, True, gate_noise=MAP, mutable=["codebook"]), variables)
+        jax.eval_shape(lambda v: model.apply(v, IMAGES, True, gate_noise=MAP.tolist(), mutable=["codebook"]), variables)

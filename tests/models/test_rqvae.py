@@ -309,6 +309,14 @@ CALLS = {
         lambda m, v: m.apply(v, jnp.ones((B, H, W, 1)), method="encode_to_codes"),
         r"^images: shape \(2, 6, 10, 1\) does not fit",
     ),
+    "images of integers": (
+        lambda m, v: m.apply(v, np.zeros((B, H, W, C), np.uint8)),
+        r"^images: dtype uint8 is not floating-point; scale them to \[-1, 1\]",
+    ),
+    "codes of floats": (
+        lambda m, v: m.apply(v, jnp.zeros((B, h, w, D)), method="decode_codes"),
+        r"^codes: dtype float32 is no type of integers; give codes as integers, such as int32",
+    ),
     "codes of another shape": (
         lambda m, v: m.apply(v, jnp.zeros((B, w, h, D), int), method="decode_codes"),
         r"^codes: shape \(2, 5, 3, 4\) does not fit; allowed is \(B, 3, 5, 4\)",
@@ -328,6 +336,13 @@ CALLS = {
 }
 
 
+def test_codes_may_be_a_list():
+    model, variables = build()
+    codes = np.zeros((B, h, w, D), int)
+    actual = jax.eval_shape(lambda v: model.apply(v, codes.tolist(), method="decode_codes"), variables)
+    assert actual.shape == (B, H, W, C)
+
+
 @pytest.mark.parametrize("mistake", CALLS)
 def test_wrong_arguments_get_one_line(mistake):
     call, message = CALLS[mistake]
@@ -339,6 +354,10 @@ SETTINGS = {
     "dtype": (
         {"dtype": "float16"},
         r"^model.dtype: 'float16' is unknown; allowed are 'float32' and 'bfloat16'$",
+    ),
+    "one side": (
+        {"image_size": (8,)},
+        r"^model.image_size: \(8,\) is no size of an image; give one side, or \(height, width\)$",
     ),
     "code shape": (
         {"code_shape": (3, 5)},
