@@ -317,6 +317,7 @@ class DQVAE(Autoencoder):
         checks.one_of("model.gate_activation", self.gate_activation, ACTIVATIONS)
         if self.thresholds is not None:
             check_thresholds("model.thresholds", self.thresholds, self.num_grains)
+            checks.unread("model.thresholds", self.thresholds, "entropy", self.router, fix="leave them out")
         if self.router == "entropy":
             if self.thresholds is None:
                 raise ValueError(

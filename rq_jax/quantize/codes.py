@@ -10,6 +10,7 @@ import numpy as np
 from einops import rearrange
 
 from rq_jax.quantize.search import best_codes
+from rq_jax.settings import checks
 
 Codebook = jax.Array | tuple[jax.Array, ...]
 
@@ -96,8 +97,7 @@ def check_codes(codes: Any, sizes: Sequence[int], what: str = "codes") -> None:
       ValueError: codes of no type of integers, or naming the first offending value, its depth and the allowed range.
     """
     codes = codes if isinstance(codes, jax.Array) else np.asarray(codes)
-    if not np.issubdtype(codes.dtype, np.integer):
-        raise ValueError(f"{what}: dtype {codes.dtype} is no type of integers; give codes as integers, such as int32")
+    checks.integer_type(what, codes)
     if isinstance(codes, jax.core.Tracer):
         return
     codes = np.asarray(codes)

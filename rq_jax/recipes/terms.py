@@ -59,8 +59,10 @@ class Losses:
         losses.check_adversarial_losses(self.discriminator_loss, self.generator_loss)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is not str and not all(0 <= number < math.inf for number in np.ravel(value)):
-                raise ValueError(f"loss.{field.name}: {value} must be finite and at least 0")
+            if field.type is not str:
+                checks.numbers(f"loss.{field.name}", value, sequence=field.name == "budget_weight")
+                if not all(0 <= number < math.inf for number in np.ravel(value)):
+                    raise ValueError(f"loss.{field.name}: {value} must be finite and at least 0")
 
     def check_starts(self, total_steps: int) -> None:
         """Every term begins within the run.
@@ -80,9 +82,15 @@ class Losses:
         """The model feeds every term that has a weight.
 
         Raises:
-          ValueError: a budget for a model without a router that trains, or for another number of grains.
+          ValueError: a budget for a model without a router that trains, or for another number of grains; none for a
+            router that trains.
         """
         if not np.any(self.budget_weight):
+            if model.budget_targets is not None:
+                raise ValueError(
+                    f"loss.budget_weight: {self.budget_weight} holds no share of a router that trains to "
+                    "model.fine_ratio; set it above 0, as the released 20.0 for 2 grains or 1.0 for 3"
+                )
             return
         if model.budget_targets is None:
             raise ValueError(

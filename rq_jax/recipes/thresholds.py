@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from rq_jax import checkpoint, models
 from rq_jax.data import Splits, load_thresholds, measure_thresholds
 from rq_jax.data.entropy import Calibration, describe
 from rq_jax.devices import hosts
-from rq_jax.files import write_atomic
+from rq_jax.files import local_path, write_atomic
 
 FILE = "thresholds.json"  # in the run directory
 
@@ -27,12 +27,11 @@ def provisional_model(settings: Mapping[str, Any]) -> nn.Module:
 
     Others stand in for these: they decide neither shapes nor costs.
     """
-    if settings.get("thresholds", ()) is not None:
+    if settings.get("thresholds", ()) is not None or settings.get("router", "entropy") != "entropy":
         return models.create(**settings)
     count = settings.get("num_grains", 2)
     stand_ins = tuple(range(1, count)) if isinstance(count, int) else ()
-    model = models.create(**{**settings, "thresholds": tuple(map(float, stand_ins))})
-    return model if model.entropy_settings else models.create(**settings)
+    return models.create(**{**settings, "thresholds": tuple(map(float, stand_ins))})
 
 
 def check(config: Mapping[str, Any], model: nn.Module) -> None:
@@ -59,9 +58,13 @@ def calibration_of(config: Mapping[str, Any], model: Any, data: Splits) -> Calib
     )  # fmt: skip
 
 
-def read(path: str | os.PathLike, model: Any, calibration: Calibration) -> tuple[float, ...]:
-    """The thresholds of a file that give the model's grains their shares; errors as `data.load_thresholds`."""
-    return tuple(map(float, load_thresholds(path, model.shares, calibration, model.num_grains)))
+def of_file(path: str | os.PathLike, model: Any, calibration: Calibration) -> tuple[float, ...]:
+    """The thresholds of a file that give the model's grains their shares, as process 0 reads them.
+
+    Raises:
+      ValueError: as `data.load_thresholds`, or a file that process 0 cannot read; on every process.
+    """
+    return tuple(_of_first_process(lambda: _read(path, model, calibration)))
 
 
 def of_run(
@@ -80,17 +83,32 @@ def of_run(
       ValueError: as `data.load_thresholds` and `data.measure_thresholds`; on every process.
     """
     if given:
-        return read(given, model, calibration)
-    values, refusal = None, ""
+        return of_file(given, model, calibration)
+    return tuple(_of_first_process(lambda: _measured(Path(workdir) / FILE, model, calibration, data)))
+
+
+def _of_first_process(action: Callable[[], Any]) -> Any:
+    """What an action on process 0 gives, as JSON holds it, or the ValueError of its refusal, on every process."""
+    value, refusal = None, ""
     if jax.process_index() == 0:
         try:
-            values = _measured(Path(workdir) / FILE, model, calibration, data)
+            value = action()
         except (OSError, ValueError) as error:  # told to the others, who would wait for this process
             refusal = str(error)
-    values, refusal = json.loads(hosts.of_first_process(json.dumps([values, refusal])))
+    value, refusal = json.loads(hosts.of_first_process(json.dumps([value, refusal])))
     if refusal:
         raise ValueError(refusal)
-    return tuple(values)
+    return value
+
+
+def _read(path: str | os.PathLike, model: Any, calibration: Calibration) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, load_thresholds(path, model.shares, calibration, model.num_grains)))
+    except OSError as error:
+        raise ValueError(
+            f"thresholds: '{path}' cannot be read ({error.strerror}); give a file of python -m rq_jax.data.entropy, or "
+            "leave it out to measure them"
+        ) from error
 
 
 def _measured(path: Path, model: Any, calibration: Calibration, data: Splits) -> tuple[float, ...]:
@@ -98,14 +116,14 @@ def _measured(path: Path, model: Any, calibration: Calibration, data: Splits) ->
         histogram = measure_thresholds(path, data.ordered, calibration, [model.shares])
         for line in describe(histogram, model.shares):
             logger.info("thresholds: %s", line)
-    return read(path, model, calibration)
+    return _read(path, model, calibration)
 
 
 def bind(workdir: str | os.PathLike, given: str | None, thresholds: tuple[float, ...], is_fresh: bool) -> None:
     """Check that a resumed run keeps its thresholds, and copy a given file into the run directory.
 
     Raises:
-      ValueError: other thresholds, naming both.
+      ValueError: other thresholds, naming both, or a file that process 0 cannot copy; on every process.
     """
     if not is_fresh:
         before = checkpoint.read_config(workdir)["model"].get("thresholds")
@@ -114,6 +132,7 @@ def bind(workdir: str | os.PathLike, given: str | None, thresholds: tuple[float,
                 f"model.thresholds: {list(thresholds)} differ from {before}, with which the run in '{workdir}' was "
                 "started; give those, or a new --workdir"
             )
-    path = Path(workdir).absolute() / FILE
-    if given and jax.process_index() == 0 and Path(given) != path:
-        write_atomic(path, Path(given).read_bytes())
+    if given:
+        source, path = local_path(given), Path(workdir) / FILE
+        if source.absolute() != path.absolute():
+            _of_first_process(lambda: write_atomic(path, source.read_bytes()))

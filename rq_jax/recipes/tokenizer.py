@@ -128,7 +128,7 @@ class Tokenizer:
         if model.entropy_settings and config["model"].get("thresholds") is None:
             calibration = thresholds.calibration_of(config, model, data)
             if given := config.get("thresholds"):
-                _ = thresholds.read(given, model, calibration)  # raises where it is of other data
+                _ = thresholds.of_file(given, model, calibration)  # raises where it is of other data
         sharding.check_batch_size(mesh, data.train.batch_size)
         with_steps = functools.partial(resolve_durations, steps_per_epoch=data.train.steps_per_epoch)
         terms = construct(Losses, "loss", with_steps(config["loss"], "loss", LOSS_DURATIONS))

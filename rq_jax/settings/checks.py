@@ -9,6 +9,7 @@ satisfies none.
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any, NoReturn
 
 import jax.numpy as jnp
@@ -35,6 +36,13 @@ def integer_type(setting: str, value: Any) -> None:
     """Values of an integer type, whatever they are: for arrays on a device, and inside a program."""
     if not np.issubdtype(value.dtype, np.integer):
         _refuse(setting, f"dtype {value.dtype}", "must be an integer type")
+
+
+def numbers(setting: str, value: Any, *, sequence: bool = False) -> None:
+    """A real number, which True is not; with `sequence` also a flat sequence of at least one."""
+    entries = value if sequence and isinstance(value, tuple | list) else [value]
+    if not entries or not all(isinstance(each, Real) and not isinstance(each, bool) for each in entries):
+        _refuse(setting, repr(value), "must be a number" + " or a sequence of numbers" * sequence)
 
 
 def finite(setting: str, values: Any, *, least: float = -math.inf) -> None:
@@ -97,10 +105,10 @@ def one_per_depth(setting: str, value: Any, depth: int) -> None:
         _refuse(setting, value, f"has {len(value)} entries for code depth {depth}", fix="give one per depth")
 
 
-def unread(setting: str, value: Any, reader: str, chosen: str) -> None:
-    """A setting that only the choice `reader` reads is 0 under every other choice."""
+def unread(setting: str, value: Any, reader: str, chosen: str, fix: str = "set it to 0") -> None:
+    """A setting that only the choice `reader` reads is 0 or unset under every other choice."""
     if value and chosen != reader:
-        _refuse(setting, value, f"is read by '{reader}' only, not by '{chosen}'", fix="set it to 0")
+        _refuse(setting, value, f"is read by '{reader}' only, not by '{chosen}'", fix=fix)
 
 
 def shape(name: str, actual: Sequence[int], allowed: Sequence[Axis]) -> None:
@@ -123,7 +131,7 @@ def shape(name: str, actual: Sequence[int], allowed: Sequence[Axis]) -> None:
 def floating(name: str, dtype: Any, fix: str = "") -> None:
     """The type of an array whose entries are floating-point numbers, of any width."""
     if not jnp.issubdtype(dtype, jnp.floating):
-        _refuse(name, f"dtype {dtype}", "is not floating-point", fix=fix)
+        _refuse(name, f"dtype {jnp.dtype(dtype)}", "is not floating-point", fix=fix)
 
 
 def side_or_sides(setting: str, value: Any) -> None:

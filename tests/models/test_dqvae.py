@@ -35,6 +35,8 @@ def images_of(model):
 @functools.cache
 def build(**settings):
     """A model and random variables, every bias and norm included."""
+    if settings.get("router", "entropy") != "entropy":
+        settings["thresholds"] = None
     model, rng = create("dqvae", **{**BASE, **settings}), np.random.default_rng(0)
 
     def fill(path, leaf):
@@ -424,6 +426,10 @@ SETTINGS = {
         {**TRIPLE, "thresholds": (2.0, 1.0)},
         r"^model.thresholds: \[2.0, 1.0\] must be finite and increasing",
     ),
+    "thresholds for another router": (
+        dict(router="random"),
+        r"^model.thresholds: \(2.0,\) is read by 'entropy' only, not by 'random'; leave them out$",
+    ),
     "router": (dict(router="dice"), r"^model.router: 'dice' is unknown; allowed are 'entropy', 'feature' and 'random'$"),
     "bins": (dict(entropy_bins="old"), r"^model.entropy_bins: 'old' is unknown"),
     "gate layers": (dict(gate_layers=3), r"^model.gate_layers: 3 is outside 1..2, the layers of a feature router$"),
@@ -473,7 +479,7 @@ CALLS = {
         r"^images: shape \(2, 4, 12, 3\) does not fit",
     ),
     "images of integers": (
-        lambda m, v: m.clone(router="random").apply(v, np.zeros(IMAGES.shape, np.uint8), method="route"),
+        lambda m, v: m.clone(router="random", thresholds=None).apply(v, np.zeros(IMAGES.shape, np.uint8), method="route"),
         r"^images: dtype uint8 is not floating-point; scale them to \[-1, 1\]",
     ),
     "codes in a list, of another shape": (
@@ -482,7 +488,7 @@ CALLS = {
     ),
     "codes of floats": (
         lambda m, v: m.apply(v, np.zeros((B, 4, 6, 1)).tolist(), method="decode_codes"),
-        r"^codes: dtype float64 is no type of integers; give codes as integers, such as int32",
+        r"^codes: dtype float64 must be an integer type",
     ),
     "codes outside the codebook": (
         lambda m, v: m.apply(v, GrainedCodes(jnp.full((B, 4, 6, 1), K), MAP), method="decode_codes"),

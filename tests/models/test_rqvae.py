@@ -315,7 +315,7 @@ CALLS = {
     ),
     "codes of floats": (
         lambda m, v: m.apply(v, jnp.zeros((B, h, w, D)), method="decode_codes"),
-        r"^codes: dtype float32 is no type of integers; give codes as integers, such as int32",
+        r"^codes: dtype float32 must be an integer type",
     ),
     "codes of another shape": (
         lambda m, v: m.apply(v, jnp.zeros((B, w, h, D), int), method="decode_codes"),

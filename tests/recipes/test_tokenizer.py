@@ -213,6 +213,14 @@ def test_terms_begin_at_their_steps():
     assert Losses().phase(9) == Phase()
 
 
+@pytest.mark.parametrize("weight", [(), "a", None, True, ((1.0,),), (1.0, None)])
+def test_a_weight_that_is_no_number_is_named(weight):
+    with pytest.raises(ValueError, match=r"^loss.budget_weight: .* must be a number or a sequence of numbers$"):
+        Losses(budget_weight=weight)
+    with pytest.raises(ValueError, match=r"^loss.perceptual_weight: .* must be a number$"):
+        Losses(perceptual_weight=weight)
+
+
 def test_commitment_weight_weighs_the_pull_on_the_encoder(start, pictures):
     steps = [
         jax.device_get(run_step(start, pictures, read=decoder_bias_and_losses, loss__commitment_weight=weight))

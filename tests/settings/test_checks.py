@@ -1,5 +1,6 @@
 """Rules for single settings: what passes, and the one line that the rest gets."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,6 +12,7 @@ PASS = [
     (checks.at_least, (np.array([2.0, 5.0]), 1), {"whole": True}),
     (checks.integers, (1, 1), {}),
     (checks.integers, ((np.int64(3), 1), 1), {}),
+    (checks.integer_type, (np.zeros(2, np.uint16),), {}),
     (checks.finite, ([[-1.0, 5.0]],), {}),
     (checks.finite, (np.zeros(0),), {"least": 0}),
     (checks.above, (1e-9, 0), {}),
@@ -27,7 +29,13 @@ PASS = [
     (checks.unread, (0.0, "sgd", "adam"), {}),
     (checks.unread, (0.9, "sgd", "sgd"), {}),
     (checks.shape, ((2, 3, 5), ("B", 3, range(6))), {}),
+    (checks.unread, (None, "sgd", "adam"), {}),
     (checks.shape, ((2, 3), ("B", (1, 3))), {}),
+    (checks.numbers, (np.float32(1.0),), {}),
+    (checks.numbers, ([1, 0.5],), {"sequence": True}),
+    (checks.floating, (jnp.bfloat16,), {}),
+    (checks.side_or_sides, (16,), {}),
+    (checks.side_or_sides, ((16, 8),), {}),
 ]
 REFUSE = [
     (checks.at_least, (-1, 0), {}, "x: -1 must be at least 0"),
@@ -38,6 +46,8 @@ REFUSE = [
     (checks.integers, (2.0, 1), {}, "x: 2.0 must be an integer and at least 1"),
     (checks.integers, (True, 1), {}, "x: True must be an integer and at least 1"),
     (checks.integers, ((2.5, 3), 1), {}, "x: (2.5, 3) must be an integer and at least 1"),
+    (checks.integer_type, (np.zeros(2, np.float32),), {}, "x: dtype float32 must be an integer type"),
+    (checks.integer_type, (np.zeros(2, bool),), {}, "x: dtype bool must be an integer type"),
     (checks.finite, ([1.0, np.inf, np.nan],), {}, "x: inf must be finite"),
     (checks.finite, ([[1.0, np.nan]],), {"least": 0}, "x: nan must be finite and at least 0"),
     (checks.finite, ([1.0, -2.0],), {"least": 0}, "x: -2.0 must be finite and at least 0"),
@@ -65,6 +75,18 @@ REFUSE = [
     (checks.shape, ((2, 6), (2, range(6))), {}, "x: shape (2, 6) does not fit; allowed is (2, 0..5)"),
     (checks.shape, ((2, 2), (2, (1, 3))), {}, "x: shape (2, 2) does not fit; allowed is (2, 1 or 3)"),
     (checks.shape, ((2, 3, 1), (2, 3)), {}, "x: shape (2, 3, 1) does not fit; allowed is (2, 3)"),
+    (checks.unread, ((1.0,), "a", "b"), {"fix": "mend it"}, "x: (1.0,) is read by 'a' only, not by 'b'; mend it"),
+    (checks.numbers, (True,), {}, "x: True must be a number"),
+    (checks.numbers, ((1.0,),), {}, "x: (1.0,) must be a number"),
+    (checks.numbers, ((),), {"sequence": True}, "x: () must be a number or a sequence of numbers"),
+    (checks.numbers, ("a",), {"sequence": True}, "x: 'a' must be a number or a sequence of numbers"),
+    (checks.floating, (np.uint8,), {"fix": "mend it"}, "x: dtype uint8 is not floating-point; mend it"),
+    (
+        checks.side_or_sides,
+        ((16,),),
+        {},
+        "x: (16,) is no size of an image; give one side, or (height, width)",
+    ),
 ]
 
 
