@@ -14,7 +14,7 @@ ifneq ($(filter-out cuda12 cuda13 tpu,$(DEVICE)),)
 $(error DEVICE: '$(DEVICE)' is unknown; allowed are cuda12, cuda13, tpu, or none for CPUs)
 endif
 
-.PHONY: setup aot demo emoji emoji-figures test test-all gpu reliability bench lint clean
+.PHONY: setup aot demo demo-dq emoji emoji-figures test test-all gpu reliability bench lint clean
 
 setup: $(INSTALLED) $(DEVICE:%=$(INSTALLED)-%)
 
@@ -56,6 +56,15 @@ demo: setup
 	$(PYTHON) sample.py --checkpoint=$(RUNS)/rqtransformer --out=$(RUNS)/samples \
 	  --num_images=100 --batch_size=50 --seed=0 --neighbours=3
 	@echo "Pictures: $(RUNS)/samples (samples), $(RUNS)/rqvae/pictures (reconstructions)"
+
+# The same of DQ: thresholds are measured by the first command, grain maps drawn by all.
+demo-dq: setup
+	$(PYTHON) -m rq_jax.data.prepare twemoji
+	$(PYTHON) train_vae.py --config=configs/dqvae.py:demo --workdir=$(RUNS)/dqvae
+	$(PYTHON) train_transformer.py --config=configs/dqtransformer.py:demo --workdir=$(RUNS)/dqtransformer \
+	  --config.tokenizer=$(RUNS)/dqvae
+	$(PYTHON) sample.py --checkpoint=$(RUNS)/dqtransformer --out=$(RUNS)/dq_samples --num_images=50 --batch_size=50
+	@echo "Pictures: $(RUNS)/dq_samples (samples and their grains), $(RUNS)/dqvae/pictures (grains and reconstructions)"
 
 # The pair in checkpoints/emoji with its figures, anew: about three and a half hours on two CPU cores.
 emoji: setup
