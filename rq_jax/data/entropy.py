@@ -298,7 +298,8 @@ def load_thresholds(
         raise ValueError(f"thresholds: '{path}' was measured on other data: {what}; {again}, or give the right file")
     keys = [_key(share) for share in shares_above(ratios)]
     for key in keys:
-        if type(number := quantiles.get(key)) not in (int, float) or not abs(number) < 3e38:
+        number = quantiles.get(key)
+        if type(number) is not float and not (type(number) is int and abs(number) < 2**31):  # JSON has any integer
             asked = ",".join(f"{ratio:g}" for ratio in ratios)
             raise ValueError(f"thresholds: '{path}' has none for the share {key}; {again} --fine_ratio={asked}")
     thresholds = np.array([quantiles[key] for key in keys], np.float32)

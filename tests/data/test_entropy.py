@@ -224,6 +224,8 @@ def test_a_file_of_other_data_is_refused_and_the_fields_named(tmp_path):
         ((0.5, 0.6), 3, {}, "fine_ratio: .* add up to 1.1"),
         ((0.25,), 2, {}, "has none for the share 0.25; measure with .* --fine_ratio=0.25"),
         ((0.5,), 2, {"quantiles": {"0.5": "high"}}, "has none for the share 0.5"),
+        ((0.5,), 2, {"quantiles": {"0.5": 10**400}}, "has none for the share 0.5"),
+        ((0.5,), 2, {"quantiles": {"0.5": True}}, "has none for the share 0.5"),
         ((0.3, 0.2), 3, {"quantiles": {"0.5": 2.0, "0.2": 1.0}}, r"\[2.0, 1.0\] must be finite and increasing"),
         ((0.3, 0.2), 3, {"quantiles": {"0.5": 2.0, "0.2": 2.0}}, r"\[2.0, 2.0\] must be finite and increasing"),
         ((0.5,), 2, {"quantiles": {"0.5": float("nan")}}, "must be finite"),
