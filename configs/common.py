@@ -175,38 +175,46 @@ def transformer_base(model: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def build(
-    preset: str,
-    config: ConfigDict,
-    presets: Mapping[str, Overrides],
-    quicktest: Callable[[ConfigDict], Overrides],
-) -> ConfigDict:
-    """Turns the argument of a config file into a config.
+def getter(
+    base: Callable[[], ConfigDict], presets: Mapping[str, Overrides], quicktest: Callable[[ConfigDict], Overrides]
+) -> Callable[..., ConfigDict]:
+    """The function `get_config` of a config file.
 
     Args:
-        preset: a name of `presets`, optionally followed by ",quicktest"; "quicktest" alone shrinks "demo".
-        config: the file's base; it is changed.
+        base: the config that presets change; a new one each time.
         presets: name -> overrides.
         quicktest: what shrinks a finished config to a run of four small steps.
-
-    Returns:
-        The locked config.
-
-    Raises:
-        ValueError: no preset has that name.
-        KeyError: a preset names a key that the base does not have.
     """
-    name, *variants = ("demo,quicktest" if preset == "quicktest" else preset).split(",")
-    if name not in presets:
-        near = "".join(f"did you mean {match}? " for match in get_close_matches(name, presets, 1))
-        raise ValueError(f"preset {name!r} is unknown; {near}allowed are {', '.join(presets)}")
-    if variants not in ([], ["quicktest"]):
-        raise ValueError(f"preset {preset!r} is unknown; after {name} only ',quicktest' is allowed, which shrinks it")
-    config.lock()
-    config.update_from_flattened_dict(presets[name])
-    if variants:
-        config.update_from_flattened_dict(quicktest(config))
-    return config
+
+    def get_config(preset: str = "demo") -> ConfigDict:
+        """The config of a preset.
+
+        Args:
+            preset: a name of `presets`, optionally followed by ",quicktest"; "quicktest" alone shrinks "demo".
+
+        Returns:
+            The locked config.
+
+        Raises:
+            ValueError: no preset has that name.
+            KeyError: a preset names a key that the base does not have.
+        """
+        name, *variants = ("demo,quicktest" if preset == "quicktest" else preset).split(",")
+        if name not in presets:
+            near = "".join(f"did you mean {match}? " for match in get_close_matches(name, presets, 1))
+            raise ValueError(f"preset {name!r} is unknown; {near}allowed are {', '.join(presets)}")
+        if variants not in ([], ["quicktest"]):
+            raise ValueError(
+                f"preset {preset!r} is unknown; after {name} only ',quicktest' is allowed, which shrinks it"
+            )
+        config = base()
+        config.lock()
+        config.update_from_flattened_dict(presets[name])
+        if variants:
+            config.update_from_flattened_dict(quicktest(config))
+        return config
+
+    return get_config
 
 
 def quicktest(config: ConfigDict) -> dict[str, Any]:

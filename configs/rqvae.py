@@ -202,16 +202,4 @@ def quicktest(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def get_config(preset: str = "demo") -> ConfigDict:
-    """The config of a stage-1 preset.
-
-    Args:
-        preset: a name of PRESETS, optionally followed by ",quicktest"; "quicktest" alone shrinks "demo".
-
-    Returns:
-        The locked config.
-
-    Raises:
-        ValueError: no preset has that name.
-    """
-    return common.build(preset, base(), PRESETS, quicktest)
+get_config = common.getter(base, PRESETS, quicktest)

@@ -3,11 +3,14 @@
 import contextlib
 import functools
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -152,6 +155,33 @@ def _drawn_variables(model, seed):
 def drawn_variables(model, seed: int = 0) -> dict[str, Any]:
     """Variables as `init` draws them, on the host: drawn once a process for a model and a seed."""
     return jax.tree.map(lambda x: x, _drawn_variables(model, seed))  # the dictionaries are the caller's own
+
+
+def filled_variables(model) -> dict[str, Any]:
+    """Random variables, every bias and norm included: quicker than compiling `init`, and none is 0 or 1."""
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        if path[0].key == "codebook":
+            return jnp.asarray(noise if leaf.ndim > 1 else 0 * noise)
+        if path[-1].key == "kernel":
+            return jnp.asarray(noise / np.sqrt(np.prod(leaf.shape[:-1])))
+        return jnp.asarray(0.1 * noise + (path[-1].key == "scale"))
+
+    return jax.tree_util.tree_map_with_path(fill, models.abstract_variables(model))
+
+
+def interrupt_at_log(monkeypatch: pytest.MonkeyPatch, recipe: type, number: int) -> None:
+    """A run of this recipe gets Ctrl-C as it writes its log the given time."""
+    summarize, logged = recipe.summarize, iter(range(1, 10**6))
+
+    def summarize_and_stop(self, means):
+        if next(logged) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return summarize(self, means)
+
+    monkeypatch.setattr(recipe, "summarize", summarize_and_stop)
 
 
 def save_tokenizer(directory: Path, pictures: Path, seed: int = 0, **overrides) -> Path:

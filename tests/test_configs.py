@@ -398,7 +398,7 @@ def test_quicktest_alone_shrinks_the_demo(file):
 
 def test_preset_with_an_unknown_key_is_refused():
     with pytest.raises(KeyError, match="widht"):
-        common.build("typo", rqvae.base(), {"typo": {"model.widht": 32}}, rqvae.quicktest)
+        common.getter(rqvae.base, {"typo": {"model.widht": 32}}, rqvae.quicktest)("typo")
 
 
 def from_flags(file, preset, *overrides):

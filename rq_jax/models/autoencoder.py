@@ -15,7 +15,7 @@ from rq_jax.settings import checks
 class Autoencoder(nn.Module):
     """A convolutional autoencoder around a residual quantizer. Images are NHWC in [-1, 1].
 
-    A tokenizer adds `code_shape`, `latent_grid`, `encode`, and a forward pass.
+    A tokenizer adds `code_shape`, `latent_grid`, `encode`, `check`, and a forward pass.
 
     Attributes:
       image_size: side of the images, or (H, W).
@@ -179,19 +179,15 @@ class Autoencoder(nn.Module):
 
     # --- checks ---
 
-    def check(self) -> None:
-        """Check every setting.
-
-        Raises:
-          ValueError: settings out of range, or that do not fit together.
-        """
+    def _check_networks(self) -> None:
         checks.one_of("model.dtype", self.dtype, ("float32", "bfloat16"))
         checks.side_or_sides("model.image_size", self.image_size)
         for name in ("width", "num_res_blocks", "z_channels", "in_channels", "norm_groups"):
             checks.at_least(f"model.{name}", getattr(self, name), 1)
         checks.within("model.dropout", self.dropout, 0, 1, below=True)
         self._check_levels("width_multipliers", self.width_multipliers)
-        self._check_own()
+
+    def _check_quantizer(self) -> None:
         names = {"decay": "codebook_decay", "depth": self.depth_setting}
         quantize.check_settings(
             quantize.ResidualQuantizer(**self._quantizer_settings, parent=None),
@@ -201,10 +197,6 @@ class Autoencoder(nn.Module):
     def _check_levels(self, setting: str, multipliers: tuple[int, ...]) -> None:
         if not multipliers or min(multipliers) < 1:
             raise ValueError(f"model.{setting}: {multipliers} must be one positive integer a level, at least one")
-
-    def _check_own(self) -> None:
-        """Check what this kind of tokenizer adds, and that its grids fit the image."""
-        raise NotImplementedError
 
     def _check_image(self, factor: int, meaning: str) -> None:
         for axis, size in zip("HW", self.image_shape, strict=True):

@@ -301,7 +301,13 @@ class DQVAE(Autoencoder):
 
     # --- checks ---
 
-    def _check_own(self) -> None:
+    def check(self) -> None:
+        """Check every setting.
+
+        Raises:
+          ValueError: settings out of range, or that do not fit together.
+        """
+        self._check_networks()
         checks.in_range(
             "model.num_grains", self.num_grains, 2, len(self.width_multipliers), "the levels of the encoder"
         )
@@ -309,6 +315,7 @@ class DQVAE(Autoencoder):
         _ = self.shares  # raises
         self._check_router()
         self._check_decoder()
+        self._check_quantizer()
 
     def _check_router(self) -> None:
         checks.one_of("model.router", self.router, ROUTERS)

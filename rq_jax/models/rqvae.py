@@ -80,7 +80,17 @@ class RQVAE(Autoencoder, kw_only=True):
     def _downsampling(self) -> int:
         return 2 ** (len(self.width_multipliers) - 1)
 
-    def _check_own(self) -> None:
+    def check(self) -> None:
+        """Check every setting.
+
+        Raises:
+          ValueError: settings out of range, or that do not fit together.
+        """
+        self._check_networks()
+        self._check_grid()
+        self._check_quantizer()
+
+    def _check_grid(self) -> None:
         """The image divides into latents, the latents into code vectors."""
         checks.positive_triple("model.code_shape", self.code_shape, "(h, w, depth)")
         self._check_image(self._downsampling, f"the downsampling of {len(self.width_multipliers)} levels")

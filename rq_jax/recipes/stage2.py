@@ -1,5 +1,6 @@
 """What the recipes of stage 2 share: frozen tokenizer, settings, state and update of a transformer over its codes."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +76,7 @@ class CondLosses:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stage2:
+class Stage2(abc.ABC):
     """Recipe of stage 2, see `training.loop.Recipe`; a subclass says what a step adds up and an evaluation shows.
 
     Attributes:
@@ -259,6 +260,7 @@ class Stage2:
 
     def phase(self, step: int) -> None:
         """Every step has the same program."""
+        return None
 
     @property
     def frozen(self) -> Any:
@@ -296,6 +298,7 @@ class Stage2:
         state, update = apply_gradients(state, self.optimizer, grads, means["loss"], state.model_state, self.ema_decay)
         return state, {**means, **update}
 
+    @abc.abstractmethod
     def _prepare(
         self, batch: Mapping[str, jax.Array], rngs: Mapping[str, jax.Array], model_state: Any, frozen: Any
     ) -> tuple[Any, Callable[..., Any]]:
@@ -305,7 +308,6 @@ class Stage2:
           Rows (B, ...) to split, and (params, some of the rows, rngs) -> losses and gradients, see
           `accumulate_gradients`.
         """
-        raise NotImplementedError
 
     def _differentiate(self, objective: Callable[[Any, Any], Any], params: Any, rows: Any) -> tuple[Any, Any]:
         """Losses and gradients of some rows, by part where devices add up their own.

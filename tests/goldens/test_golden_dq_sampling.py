@@ -13,8 +13,11 @@ from rq_jax.sampling.as_released import Carry, code_probabilities, position_prob
 
 GREEDY = {
     "greedy.0": {}, "topk1.0": {"temperature": 0.9, "top_k": 1, "position_top_k": 1},
-    "greedy_free_fine.0": {"as_released": "free"}, "greedy.1": {}, "greedy.2": {}, "greedy_batch": {},
+    "greedy_free_fine.0": {"as_released": "free"},
 }  # fmt: skip
+GREEDY_BY_CLASS = {"greedy.1": {}, "greedy.2": {}, "greedy_batch": {}}
+RECORDED = [(model, run) for model in ("dqt-uncond", "dqt-class") for run in GREEDY]
+RECORDED += [("dqt-class", run) for run in GREEDY_BY_CLASS]
 
 
 def recorded(dq_transformer, run):
@@ -35,14 +38,12 @@ def recorded(dq_transformer, run):
     return PackedCodes(content[..., None], position, grain, length), blocks[0][0].shape[1], labels
 
 
-@pytest.mark.parametrize("run", GREEDY)
+@pytest.mark.parametrize("dq_transformer, run", RECORDED, indirect=["dq_transformer"])
 def test_greedy_runs(dq_transformer, run):
     model, variables, io, *_ = dq_transformer
-    if f"{run}.coarse_content" not in io:
-        pytest.skip("recorded of the class model alone")
     tokens, _, labels = recorded(dq_transformer, run)
     expected = unpack(jax.tree.map(jnp.asarray, tokens), model.layout).codes
-    settings = {"temperature": 0.0, "as_released": "fixed", **GREEDY[run]}
+    settings = {"temperature": 0.0, "as_released": "fixed", **(GREEDY | GREEDY_BY_CLASS)[run]}
     drawn = generate(model, variables, jax.random.key(0), len(tokens.content), labels, **settings)
     np.testing.assert_array_equal(drawn.codes, expected.codes)
     np.testing.assert_array_equal(drawn.grains, expected.grains)

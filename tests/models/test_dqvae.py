@@ -7,6 +7,7 @@ goldens/test_golden_dqvae.py.
 import functools
 import inspect
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 
 from rq_jax import grains, losses, quantize
 from rq_jax.grains import GrainedCodes
-from rq_jax.models import TOKENIZERS, abstract_variables, create, init_variables, router
+from rq_jax.models import TOKENIZERS, create, init_variables, router
 from rq_jax.models.dqvae import DQVAE
 
 B, K, E = 2, 7, 6  # K is the number of no grid's cells
@@ -37,17 +38,8 @@ def build(**settings):
     """A model and random variables, every bias and norm included."""
     if settings.get("router", "entropy") != "entropy":
         settings["thresholds"] = None
-    model, rng = create("dqvae", **{**BASE, **settings}), np.random.default_rng(0)
-
-    def fill(path, leaf):
-        noise = rng.normal(size=leaf.shape).astype(np.float32)
-        if path[0].key == "codebook":
-            return jnp.asarray(noise if leaf.ndim > 1 else 0 * noise)
-        if path[-1].key == "kernel":
-            return jnp.asarray(noise / np.sqrt(np.prod(leaf.shape[:-1])))
-        return jnp.asarray(0.1 * noise + (path[-1].key == "scale"))
-
-    return model, jax.tree_util.tree_map_with_path(fill, abstract_variables(model))
+    model = create("dqvae", **{**BASE, **settings})
+    return model, helpers.filled_variables(model)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method", "depth"))

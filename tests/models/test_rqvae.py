@@ -3,6 +3,7 @@
 import functools
 
 import flax
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,17 +31,8 @@ IMAGES = np.random.default_rng(0).uniform(-1, 1, (B, H, W, C)).astype(np.float32
 @functools.cache
 def build(**settings):
     """A model and random variables, every bias and norm included (quicker than compiling `init`)."""
-    model, rng = create("rqvae", **{**BASE, **settings}), np.random.default_rng(0)
-
-    def fill(path, leaf):
-        noise = rng.normal(size=leaf.shape).astype(np.float32)
-        if path[0].key == "codebook":
-            return jnp.asarray(noise if leaf.ndim > 1 else 0 * noise)
-        if path[-1].key == "kernel":
-            return jnp.asarray(noise / np.sqrt(np.prod(leaf.shape[:-1])))
-        return jnp.asarray(0.1 * noise + (path[-1].key == "scale"))
-
-    return model, jax.tree_util.tree_map_with_path(fill, abstract_variables(model))
+    model = create("rqvae", **{**BASE, **settings})
+    return model, helpers.filled_variables(model)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method", "train", "depth"))

@@ -42,11 +42,6 @@ def quick():
         yield
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return helpers.write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
 def prepared(pictures, mesh=None, **settings):
     """A run on one device, where nothing is partitioned and programs compile faster."""
     return _prepared(pictures, mesh or helpers.make_mesh(), tuple(sorted({**SETTINGS, **settings}.items())))

@@ -1,8 +1,6 @@
 """Stage 2 of packed codes: the objective by hand, micro-batches, devices, whole runs with resume, what is refused."""
 
 import functools
-import os
-import signal
 from typing import Any, NamedTuple
 
 import helpers
@@ -198,15 +196,8 @@ def whole_run(prepared, tmp_path_factory):
 
 
 def test_resumed_run_is_the_uninterrupted_one(prepared, whole_run, tmp_path, monkeypatch):
-    summarize, logged = DQTransformer.summarize, iter(range(1, 100))
-
-    def summarize_and_stop(recipe, means):
-        if next(logged) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return summarize(recipe, means)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(DQTransformer, "summarize", summarize_and_stop)
+        helpers.interrupt_at_log(patch, DQTransformer, 3)
         run(*prepared, tmp_path)
     state = run(*prepared, tmp_path)
     helpers.assert_equal(helpers.host(state), helpers.host(whole_run[1]))

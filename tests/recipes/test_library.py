@@ -154,11 +154,6 @@ def test_recipes_refuse_settings_that_do_not_fit(trained_tokenizer):
 # --- the run of a config -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return helpers.write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
 def test_a_prepared_run_is_what_training_run_takes(pictures):
     mesh = helpers.make_mesh()
     prepared = recipes.prepare(helpers.vae_config(pictures, loop__keep_best=True), stage=1, mesh=mesh)

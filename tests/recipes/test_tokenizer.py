@@ -33,11 +33,6 @@ def quick():
         yield
 
 
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return helpers.write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
 def prepare(pictures, mesh=None, **settings):
     """A run on one device, where nothing is partitioned and programs compile faster."""
     return recipes.prepare(helpers.vae_config(pictures, **settings), mesh=mesh or helpers.make_mesh())

@@ -1,8 +1,6 @@
 """Stage 1 of tokenizers with grains: budget, figures, devices, thresholds, whole runs with resume, and what is refused."""
 
 import json
-import os
-import signal
 
 import helpers
 import jax
@@ -25,11 +23,6 @@ FEATURE = {"preset": "imagenet256_triple", "model__fine_ratio": (0.3, 0.2), "los
 def quick():
     with helpers.quick_compilation():
         yield
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    return helpers.write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 def prepare(pictures, mesh=None, **settings):
@@ -173,15 +166,8 @@ def test_a_run_logs_and_shows_grains(whole_run, pictures):
 
 
 def test_resumed_run_is_the_uninterrupted_one(prepared, whole_run, tmp_path, monkeypatch):
-    summarize, logged = Tokenizer.summarize, iter(range(1, 100))
-
-    def summarize_and_stop(recipe, means):
-        if next(logged) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return summarize(recipe, means)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Tokenizer, "summarize", summarize_and_stop)
+        helpers.interrupt_at_log(patch, Tokenizer, 3)
         run(*prepared, tmp_path)
     measured = (tmp_path / "thresholds.json").stat().st_mtime_ns
     state = run(*prepared, tmp_path)
