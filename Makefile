@@ -57,7 +57,7 @@ demo: setup
 	  --num_images=100 --batch_size=50 --seed=0 --neighbours=3
 	@echo "Pictures: $(RUNS)/samples (samples), $(RUNS)/rqvae/pictures (reconstructions)"
 
-# The same of DQ: thresholds are measured by the first command, grain maps drawn by all.
+# The same of DQ. Thresholds are measured by train_vae.py, before its first step.
 demo-dq: setup
 	$(PYTHON) -m rq_jax.data.prepare twemoji
 	$(PYTHON) train_vae.py --config=configs/dqvae.py:demo --workdir=$(RUNS)/dqvae

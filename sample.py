@@ -21,7 +21,7 @@ from rq_jax.evaluation.grain_maps import grains_of
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, trained_on
 from rq_jax.evaluation.samples import first_codes, read_draws
 from rq_jax.files import atomic_path, write_json
-from rq_jax.grains import GrainedCodes, num_codes
+from rq_jax.grains import GrainedCodes
 from rq_jax.report import grain_maps, grids
 from rq_jax.report.progress import Progress
 from rq_jax.sampling.images import DECODED_PER_DEVICE, draw, draw_settings
@@ -194,8 +194,7 @@ def save_grid(path: Path, images: np.ndarray, captions: list[str], grains: np.nd
     scale = max(1, 64 // images.shape[1])
     if grains is not None:
         grains, G = grains[: len(images)], model.num_grains
-        counts = np.asarray(num_codes(grains, G)).tolist()
-        images, captions = grain_maps.pairs(images, captions, counts, grains, G, scale)
+        images, captions = grain_maps.pairs(images, captions, grains, G, scale)
         scale = 1
     grids.save_png(path, grids.captioned_grid(images, captions, columns=10, scale=scale))
 

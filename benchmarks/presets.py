@@ -2,12 +2,13 @@
 
 from typing import Any
 
-from configs import dqvae, rqtransformer, rqvae
+from configs import dqtransformer, dqvae, rqtransformer, rqvae
+from rq_jax.recipes.thresholds import with_stand_ins
 from rq_jax.settings import checks
 from rq_jax.training.settings import plain
 
 # Config files by stage; a name that says none is of the first.
-FILES = {1: {"rqvae": rqvae, "dqvae": dqvae}, 2: {"rqtransformer": rqtransformer}}
+FILES = {1: {"rqvae": rqvae, "dqvae": dqvae}, 2: {"rqtransformer": rqtransformer, "dqtransformer": dqtransformer}}
 
 
 def load(name: str, stage: int) -> dict[str, Any]:
@@ -24,7 +25,4 @@ def load(name: str, stage: int) -> dict[str, Any]:
     if colon:
         checks.one_of("preset", file, tuple(files))
     settings = plain((files[file] if colon else next(iter(files.values()))).get_config(preset))
-    model = settings["model"]
-    if model.get("router") == "entropy" and model["thresholds"] is None:  # measured before training
-        model["thresholds"] = tuple(map(float, range(1, model["num_grains"])))
-    return settings
+    return {**settings, "model": with_stand_ins(settings["model"])}  # of thresholds that training would measure

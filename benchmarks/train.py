@@ -24,7 +24,6 @@ from rq_jax.data.sources import examples
 from rq_jax.devices import sharding
 from rq_jax.models.flops import Work, count_traced, encoder_work
 from rq_jax.pretrained import vgg_lpips
-from rq_jax.recipes import transformer
 from rq_jax.recipes.codes import fill_from_tokenizer
 from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import make_optimizer
@@ -36,7 +35,7 @@ LAST_STEP = 2**31 - 1  # every term of the objective has begun there
 
 Config = dict[str, Any]  # what is measured, as a record has it
 Settings = dict[str, Any]  # a preset as nested dicts
-Recipe = recipes.Tokenizer | recipes.Transformer
+Recipe = recipes.Tokenizer | recipes.Transformer | recipes.DQTransformer
 
 
 # --- recipes without files ---
@@ -53,7 +52,8 @@ def load_settings(config: Config) -> Settings:
     if config.get("gradients"):
         settings["optim"]["use_sharded_gradients"] = config["gradients"] == "sharded"
     if config["stage"] == 2:
-        return fill_from_tokenizer(settings, tokenizer_settings(settings))
+        kind = recipes.RECIPES[settings["model"]["name"]]
+        return fill_from_tokenizer(settings, tokenizer_settings(settings), kind.has_grains)
     settings["loss"]["perceptual_weight"] *= config.get("perceptual", True)
     settings["loss"]["adversarial_weight"] *= config.get("adversary", True)
     return settings
@@ -61,7 +61,8 @@ def load_settings(config: Config) -> Settings:
 
 def tokenizer_settings(settings: Settings) -> Settings:
     """The preset of the tokenizer that a preset of stage 2 expects."""
-    return presets.load(settings["tokenizer_preset"], 1)
+    file = "dqvae" if recipes.RECIPES[settings["model"]["name"]].has_grains else "rqvae"
+    return presets.load(f"{file}:{settings['tokenizer_preset']}", 1)
 
 
 def make_recipe(settings: Settings, mesh: jax.sharding.Mesh, place: Callable[[Any], Any]) -> Recipe:
@@ -75,8 +76,8 @@ def make_recipe(settings: Settings, mesh: jax.sharding.Mesh, place: Callable[[An
     Raises:
       ValueError: settings that are not allowed.
     """
-    make = {recipes.Tokenizer: _tokenizer_recipe, recipes.Transformer: _transformer_recipe}
-    return make[recipes.RECIPES[settings["model"]["name"]]](settings, mesh, place)
+    is_tokenizer = recipes.RECIPES[settings["model"]["name"]] is recipes.Tokenizer
+    return (_tokenizer_recipe if is_tokenizer else _transformer_recipe)(settings, mesh, place)
 
 
 def _tokenizer_recipe(settings: Settings, mesh: jax.sharding.Mesh, place: Callable[[Any], Any]) -> recipes.Tokenizer:
@@ -95,15 +96,16 @@ def _tokenizer_recipe(settings: Settings, mesh: jax.sharding.Mesh, place: Callab
 
 def _transformer_recipe(
     settings: Settings, mesh: jax.sharding.Mesh, place: Callable[[Any], Any]
-) -> recipes.Transformer:
+) -> recipes.Transformer | recipes.DQTransformer:
+    kind = recipes.RECIPES[settings["model"]["name"]]
     tokenizer = models.create(**tokenizer_settings(settings)["model"])
     total_steps = loop_settings(settings["loop"], STEPS_PER_EPOCH).total_steps
     optim = resolve_durations(settings["optim"], "optim", ("warmup", "hold"), STEPS_PER_EPOCH)
-    return recipes.Transformer(
+    return kind(
         models.create(**settings["model"]),
         checkpoint.LoadedModel(tokenizer, {}, tokenizer_settings(settings), None),
         construct(make_optimizer, "optim", optim, total_steps=total_steps),
-        construct(transformer.Losses, "loss", settings["loss"]),
+        construct(kind.losses_class, "loss", settings["loss"]),
         mesh,
         ema_decay=settings["loop"]["ema_decay"],
         seed=settings["seed"],
@@ -230,7 +232,7 @@ def step_work(recipe: Recipe, state: Any, batch: Mapping[str, Any], steps: int) 
     update = functools.partial(recipe.update, phase=recipe.phase(LAST_STEP))
     counts, stages = count_traced(update, state, batch, recipe.frozen), {}
     flops, traffic = steps * counts.flops, steps * counts.bytes
-    if isinstance(recipe, recipes.Transformer):
+    if not isinstance(recipe, recipes.Tokenizer):
         stages["tokenizer"] = encoder_work(recipe.tokenizer.model) * (steps * batch["image"].shape[0])
         flops, traffic = flops - stages["tokenizer"].flops, traffic - stages["tokenizer"].bytes
     return stages | {"training": Work(flops, traffic, recipe.model.dtype)}

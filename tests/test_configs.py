@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from configs import common, dqtransformer, dqvae, rqtransformer, rqvae
 from rq_jax import models
+from rq_jax.recipes.thresholds import with_stand_ins
 
 FILES = {"rqvae": rqvae, "dqvae": dqvae, "rqtransformer": rqtransformer, "dqtransformer": dqtransformer}
 TOKENIZERS = "rqvae", "dqvae"
@@ -200,9 +201,7 @@ def model_options(file, preset):
         tokenizer = models.create(**model_options(frozen, config.tokenizer_preset))
         decided = ("codebook_size", "code_shape", "code_dim", *["num_grains"] * (frozen == "dqvae"))
         options |= {key: getattr(tokenizer, key) for key in decided}
-    if options.get("router") == "entropy":  # measured before training
-        options["thresholds"] = tuple(map(float, range(1, options["num_grains"])))
-    return options
+    return with_stand_ins(options)
 
 
 @functools.cache

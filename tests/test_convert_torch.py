@@ -292,7 +292,7 @@ def test_sampling_from_a_converted_pair(tmp_path, stage2):
 
 def test_training_on_a_converted_tokenizer(tmp_path, stage1):
     config = helpers.transformer_config(tmp_path)
-    config = fill_from_tokenizer(config, checkpoint.read_tokenizer_config(stage1))
+    config = fill_from_tokenizer(config, checkpoint.read_tokenizer_config(stage1), has_grains=False)
     sizes = [config["model"][name] for name in ("code_shape", "codebook_size", "code_dim")]
     assert sizes == [(8, 4, 3), 7, 6]
     assert tuple(config["data"]["image_size"]) == (16, 8)

@@ -15,6 +15,7 @@ import evaluate
 import sample
 from rq_jax import checkpoint
 from rq_jax.data import make_dataset
+from rq_jax.evaluation.tokenizer import _short_names
 from rq_jax.report import grids
 
 # Three grains, two codes at each place from tables of unlike size.
@@ -96,6 +97,13 @@ def test_figures_count_each_code_once(root, measured, name):
     norms = np.split(np.linalg.norm(vectors, axis=-1), np.cumsum(counts)[:-1])
     expected = np.mean([one.mean(0) for one in norms], axis=0)
     np.testing.assert_allclose(found["code_norm"], expected, rtol=1e-4)
+
+
+def test_tokenizers_of_one_name_are_told_apart():
+    names = _short_names(["runs/a/vae", "runs/b/vae", "runs/other"])
+    assert list(names.values()) == ["a/vae", "b/vae", "other"]
+    assert list(_short_names(["vae"]).values()) == ["vae"]
+    assert list(_short_names(["vae", "a/vae"]).values()) == ["vae", "a/vae"]
 
 
 def test_what_is_shown(root, measured):

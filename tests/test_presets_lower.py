@@ -19,6 +19,7 @@ from rq_jax.checkpoint import LoadedModel
 from rq_jax.pretrained import vgg_lpips
 from rq_jax.recipes import adversary, tokenizer
 from rq_jax.recipes.codes import fill_from_tokenizer
+from rq_jax.recipes.thresholds import with_stand_ins
 from rq_jax.training.optimizer import make_optimizer
 
 ROWS = 2  # of a micro-batch
@@ -79,10 +80,7 @@ SCALARS = (
 def tokenizer_program(preset, file=rqvae) -> str:
     config = file.get_config(preset)
     assert config.loss.perceptual_weight and config.loss.adversarial_weight
-    model = dict(config.model)
-    if model.get("router") == "entropy":  # thresholds are measured before training
-        model["thresholds"] = tuple(map(float, range(1, model["num_grains"])))
-    return program_of(config, model=model, discriminator=dict(config.discriminator))
+    return program_of(config, model=with_stand_ins(dict(config.model)), discriminator=dict(config.discriminator))
 
 
 def tokenizer_recipe(program: str) -> recipes.Tokenizer:
@@ -134,7 +132,7 @@ def settings_of(preset, file=rqtransformer):
     config, tokenizers = file.get_config(preset), {rqtransformer: rqvae, dqtransformer: dqvae}[file]
     frozen = json.loads(tokenizer_program(config.tokenizer_preset, tokenizers))["model"]
     settings = {"tokenizer": "", "model": dict(config.model), "data": {}}
-    return config, fill_from_tokenizer(settings, {"model": frozen})["model"], frozen
+    return config, fill_from_tokenizer(settings, {"model": frozen}, "num_grains" in frozen)["model"], frozen
 
 
 def transformer_program(preset, file=rqtransformer) -> str:

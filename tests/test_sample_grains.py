@@ -78,6 +78,8 @@ def test_grain_maps_of_a_split_are_those_of_its_images(trained, tmp_path):
     np.testing.assert_array_equal(grains, np.asarray(routed)[[0, 1, 2, 3, 4, 0]])
     later = grain_maps.grains_of(loaded, "validation", np.arange(4, 7))  # row i % 3 belongs to image i
     np.testing.assert_array_equal(later, np.asarray(routed)[[1, 4, 0]])
+    again = grain_maps.grains_of(loaded, "validation", np.arange(7, 30))  # more than there are
+    np.testing.assert_array_equal(again, routed)
 
 
 @pytest.mark.parametrize("count", [4, 64])

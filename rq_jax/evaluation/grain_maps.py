@@ -45,7 +45,7 @@ def grains_of(loaded: LoadedModel, source: str, image_ids: np.ndarray) -> np.nda
     def route(variables, images):
         return tokenizer.model.apply(variables, sharding.scale(images), method="route").grains
 
-    needed = np.asarray(image_ids) % dataset.num_examples
+    needed = np.asarray(image_ids)[: dataset.num_examples] % dataset.num_examples  # each of the split at most once
     grains = []
     for start in range(0, len(needed), _BATCH_SIZE):
         indices = np.resize(needed[start : start + _BATCH_SIZE], _BATCH_SIZE)  # one shape for all

@@ -43,15 +43,15 @@ def describe_grains(counts: Counts) -> dict[str, float]:
     return {name: float(value) for name, value in figures.items()}
 
 
-def bits_per_image(model: Any, num_codes: float) -> float:
+def bits_per_image(model: Any, codes_per_image: float) -> float:
     """Bits of an image at a fixed length of every symbol, without an entropy coder.
 
     log2 K_d of each of the D codes that stand together, and, with grains, log2 G of each region for the grain map.
 
     Args:
       model: a tokenizer.
-      num_codes: places of an image that are coded, D codes each: of one without grains all of its grid, else as
+      codes_per_image: places of an image that are coded, D codes each: of one without grains all of its grid, else as
         `grains.num_codes` counts them; also a mean over images.
     """
     regions = math.prod(model.code_shape[:2]) // 4 ** (model.num_grains - 1)
-    return num_codes * sum(map(math.log2, model.codebook_sizes)) + regions * math.log2(model.num_grains)
+    return codes_per_image * sum(map(math.log2, model.codebook_sizes)) + regions * math.log2(model.num_grains)

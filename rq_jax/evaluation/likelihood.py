@@ -36,7 +36,17 @@ def code_nats(model: Any, variables: Any, codes: jax.Array, cond: jax.Array | No
     return cross_entropy_by_depth(classify, max(model.codebook_sizes), hidden, codes, num_devices=num_devices)
 
 
-def stream_nats(
+def hidden_nats(
+    model: Any, variables: Any, hidden: jax.Array, deep_hidden: jax.Array, tokens: PackedCodes, num_devices: int = 1
+) -> StreamNats:
+    """`losses.stream_nats` of the hidden states of a `DQTransformer`, classified chunk by chunk."""
+    classify = [
+        functools.partial(model.apply, variables, method=f"classify_{what}") for what in ("position", "content")
+    ]
+    return stream_nats_of_hidden(*classify, hidden, deep_hidden, tokens, model.layout, num_devices)
+
+
+def code_stream_nats(
     model: Any, variables: Any, packed: PackedCodes, cond: jax.Array | None, num_devices: int = 1
 ) -> StreamNats:
     """Nats of each image under a transformer over packed codes, of all positions and of the codes alone.
@@ -54,10 +64,7 @@ def stream_nats(
     hidden = model.apply(variables, packed, cond, method="hidden")
     layout, content = model.layout, hidden.tokens.content
     targets = hidden.tokens._replace(content=jnp.where(content < layout.codebook_size, content, layout.content_pad))
-    classify = [
-        functools.partial(model.apply, variables, method=f"classify_{what}") for what in ("position", "content")
-    ]
-    return stream_nats_of_hidden(*classify, hidden.position, hidden.content, targets, layout, num_devices)
+    return hidden_nats(model, variables, hidden.position, hidden.content, targets, num_devices)
 
 
 def image_nats(model: Any, variables: Any, codes: Any, cond: jax.Array | None, num_devices: int = 1) -> dict[str, Any]:
@@ -67,11 +74,11 @@ def image_nats(model: Any, variables: Any, codes: Any, cond: jax.Array | None, n
       codes: as the tokenizer's `encode_to_codes` gives them; all else as for `code_nats`.
 
     Returns:
-      {"nats": `code_nats`}, or the sums and counts of `stream_nats` by their names.
+      {"nats": `code_nats`}, or the sums and counts of `code_stream_nats` by their names.
     """
     if not isinstance(codes, GrainedCodes):
         return {"nats": code_nats(model, variables, codes, cond, num_devices)}
-    return stream_nats(model, variables, pack(codes, model.layout), cond, num_devices)._asdict()
+    return code_stream_nats(model, variables, pack(codes, model.layout), cond, num_devices)._asdict()
 
 
 def make_measure(
@@ -168,7 +175,7 @@ def measure_likelihood(
 
 
 def describe_streams(sums: Mapping[str, Any]) -> dict[str, Any]:
-    """Figures of the sums of `stream_nats` over images, as JSON holds them.
+    """Figures of the sums of `code_stream_nats` over images, as JSON holds them.
 
     Args:
       sums: from `make_measure`.

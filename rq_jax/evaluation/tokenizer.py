@@ -233,17 +233,29 @@ def compare_tokenizers(
       where there are any, and their reconstructions, by code depth where there is one tokenizer, else from all codes.
     """
     results, rows = {}, {}
+    names = _short_names(list(tokenizers))
     for directory, loaded in tokenizers.items():
         figures, shown = measure_tokenizer(loaded, data, mesh, perceptual, title=directory)
         results[directory] = figures
         if len(tokenizers) == 1:
             rows = rows_by_depth(shown, figures["psnr"], loaded.model.num_grains, scale)
         else:
-            name, (images, reconstructions, *maps) = Path(directory).name, shown
-            rows |= {"original": enlarge(images, scale)}
+            name, (images, reconstructions, *maps) = names[directory], shown
+            rows = rows or {"original": enlarge(images, scale)}
             rows |= _map_rows(f"{name}: ", images, maps, loaded.model.num_grains, scale)
             rows |= {f"{name}: {figures['psnr'][-1]:.1f} dB": enlarge(reconstructions[-1], scale)}
     return results, rows
+
+
+def _short_names(directories: Sequence[str]) -> dict[str, str]:
+    """The last part of each path, or as many as tell it from the others."""
+    parts = {directory: Path(directory).parts for directory in directories}
+    names = {}
+    for directory, own in parts.items():
+        others = [other for name, other in parts.items() if name != directory]
+        count = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
+        names[directory] = str(Path(*own[-count:]))
+    return names
 
 
 def rows_by_depth(

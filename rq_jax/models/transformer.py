@@ -148,7 +148,7 @@ class CodeTransformer(nn.Module, kw_only=True):
                 raise ValueError(f"cond: this model needs a condition of shape (B, {self.cond_length}), none was given")
             return jnp.zeros((batch, 1), jnp.int32)
         cond = jnp.asarray(cond)
-        checks.integer_type("cond", cond)
+        checks.integer_type("cond", cond.dtype)
         cond = cond[:, None] if cond.ndim == 1 else cond
         checks.shape("cond", cond.shape, (batch, self.cond_length))
         tokens = self.cond_vocab_size + self.use_null_cond

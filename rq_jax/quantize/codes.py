@@ -97,7 +97,7 @@ def check_codes(codes: Any, sizes: Sequence[int], what: str = "codes") -> None:
       ValueError: codes of no type of integers, or naming the first offending value, its depth and the allowed range.
     """
     codes = codes if isinstance(codes, jax.Array) else np.asarray(codes)
-    checks.integer_type(what, codes)
+    checks.integer_type(what, codes.dtype)
     if isinstance(codes, jax.core.Tracer):
         return
     codes = np.asarray(codes)

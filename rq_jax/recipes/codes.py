@@ -307,8 +307,14 @@ def codebook_of(variables: Any) -> Any:
     return _as_tuple(variables["codebook"]["codebook_KE"])
 
 
-def fill_from_tokenizer(config: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> dict[str, Any]:
+def fill_from_tokenizer(
+    config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], has_grains: bool
+) -> dict[str, Any]:
     """The stage-2 config with what the tokenizer decides in `model` and `data`; what is set by hand must agree.
+
+    Args:
+      config: of stage 2; tokenizer_config: of stage 1.
+      has_grains: whether the model takes tokenizers with grains, or without.
 
     Raises:
       ValueError: a tokenizer of the other kind, or naming the setting, its value and the tokenizer's.
@@ -316,13 +322,12 @@ def fill_from_tokenizer(config: Mapping[str, Any], tokenizer_config: Mapping[str
     tokenizer, model = dict(tokenizer_config["model"]), dict(config["model"])
     names = ["codebook_size", "code_shape", "code_dim"]
     holds = f"tokenizer: '{config['tokenizer']}' holds a '{tokenizer['name']}', whose regions have"
-    if model["name"] == "dqtransformer":
-        if tokenizer["name"] != "dqvae":
-            raise ValueError(f"{holds} equal numbers of codes; a 'dqtransformer' takes a 'dqvae'")
+    if has_grains != ("num_grains" in tokenizer):
+        has, takes = ("equal", "dqvae") if has_grains else ("unlike", "rqvae")
+        raise ValueError(f"{holds} {has} numbers of codes; a model '{model['name']}' takes an '{takes}'")
+    if has_grains:
         names.append("num_grains")
         tokenizer["code_shape"] = models.create(**tokenizer).code_shape
-    elif tokenizer["name"] == "dqvae":
-        raise ValueError(f"{holds} unlike numbers of codes; an '{model['name']}' takes an 'rqvae'")
     for name in names:
         decided, given = (_as_tuple(settings.get(name)) for settings in (tokenizer, model))
         if given is not None and given != decided:

@@ -11,7 +11,7 @@ import numpy as np
 
 from rq_jax import grains, losses, sampling
 from rq_jax.devices import sharding
-from rq_jax.evaluation.likelihood import describe_streams
+from rq_jax.evaluation.likelihood import describe_streams, hidden_nats
 from rq_jax.recipes.stage2 import CondLosses, Stage2
 from rq_jax.report import grain_maps, grids
 from rq_jax.settings import checks
@@ -32,11 +32,6 @@ class Losses(CondLosses):
 
     content_weight: float = 1.0
     position_weight: float = 1.0
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("content_weight", "position_weight"):
-            checks.at_least(f"loss.{name}", getattr(self, name), 0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,17 +84,12 @@ class DQTransformer(Stage2):
     def _loss_and_grads(self, params, rows, rngs, model_state, counts):
         position_counts_G, content_counts_D, captions = counts
         # The update takes means over micro-batches and parts, of which each adds its share of the whole.
-        shares = self.optimizer.accumulation_steps * (sharding.num_parts(self.mesh, self._part_axes))
+        shares = self.optimizer.accumulation_steps * sharding.num_parts(self.mesh, self._part_axes)
         share_weights = functools.partial(sharding.with_copies, self.mesh, inside=self._part_axes)
 
         def nats(params: Any, part: Any) -> losses.StreamNats:
-            variables = {"params": params, **model_state}
-            classify = [
-                functools.partial(self.model.apply, variables, method=f"classify_{what}")
-                for what in ("position", "content")
-            ]
-            return losses.stream_nats_of_hidden(
-                *classify, **part, layout=self.model.layout, num_devices=self._devices_of_an_image
+            return hidden_nats(
+                self.model, {"params": params, **model_state}, **part, num_devices=self._devices_of_an_image
             )
 
         def objective(params: Any, rows: Mapping[str, Any]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -138,8 +128,8 @@ class DQTransformer(Stage2):
                 scalars[f"unigram_nats/depth{d + 1}"] = float(self.unigram_nats_D[d])
         (_, maps), images = self._generate(state)
         G, maps = self.model.num_grains, np.asarray(maps)
-        numbers, scale = np.asarray(grains.num_codes(maps, G)).tolist(), max(1, 64 // images.shape[1])
-        cells, captions = grain_maps.pairs(images, self._captions(len(images)), numbers, maps, G, scale)
+        scale = max(1, 64 // images.shape[1])
+        cells, captions = grain_maps.pairs(images, self._captions(len(images)), maps, G, scale)
         return scalars, {"samples": grids.captioned_grid(cells, captions, columns=12)}
 
     def _captions(self, count: int) -> list[str]:

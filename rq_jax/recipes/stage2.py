@@ -46,6 +46,9 @@ class CondLosses:
     cond_dropout: float = 0.0
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.type is float:
+                checks.amount(f"loss.{field.name}", getattr(self, field.name))
         checks.within("loss.cond_dropout", self.cond_dropout, 0, 1, below=True)
 
     def check_model(self, model: Any) -> None:
@@ -111,9 +114,8 @@ class Stage2(abc.ABC):
 
     losses_class: ClassVar[type]
     has_grains: ClassVar[bool]  # of the tokenizers that it takes
-    parts: ClassVar[
-        Mapping[str, tuple[str, int]]
-    ]  # of each metric with several values: their name, and the first number
+    # Of each metric with several values: their name, and the first number.
+    parts: ClassVar[Mapping[str, tuple[str, int]]]
     title: ClassVar[str] = "stage 2"
     accumulates: ClassVar[bool] = True
     criterion: ClassVar[str] = "validation_loss"
@@ -146,7 +148,7 @@ class Stage2(abc.ABC):
                 "config.tokenizer: unset; give --config.tokenizer=<workdir of a stage-1 run>, this preset expects one "
                 f"of configs/{'dqvae' if cls.has_grains else 'rqvae'}.py:{config['tokenizer_preset']}"
             )
-        return fill_from_tokenizer(config, checkpoint.read_tokenizer_config(config["tokenizer"]))
+        return fill_from_tokenizer(config, checkpoint.read_tokenizer_config(config["tokenizer"]), cls.has_grains)
 
     @staticmethod
     def data_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """The terms of stage 1's objective, their weights, and when they begin."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -60,9 +59,7 @@ class Losses:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is not str:
-                checks.numbers(f"loss.{field.name}", value, sequence=field.name == "budget_weight")
-                if not all(0 <= number < math.inf for number in np.ravel(value)):
-                    raise ValueError(f"loss.{field.name}: {value} must be finite and at least 0")
+                checks.amount(f"loss.{field.name}", value, sequence=field.name == "budget_weight")
 
     def check_starts(self, total_steps: int) -> None:
         """Every term begins within the run.

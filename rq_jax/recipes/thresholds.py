@@ -23,15 +23,20 @@ logger = logging.getLogger(__name__)
 
 
 def provisional_model(settings: Mapping[str, Any]) -> nn.Module:
-    """The model of the config section `model`, of which everything is checked but thresholds that are yet to come.
+    """The model of the config section `model`, of which everything is checked but thresholds that are yet to come."""
+    return models.create(**with_stand_ins(settings))
 
-    Others stand in for these: they decide neither shapes nor costs.
+
+def with_stand_ins(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The config section `model` with thresholds in place of those that are yet to come.
+
+    They decide neither shapes nor costs.
     """
     if settings.get("thresholds", ()) is not None or settings.get("router", "entropy") != "entropy":
-        return models.create(**settings)
+        return dict(settings)
     count = settings.get("num_grains", 2)
-    stand_ins = tuple(range(1, count)) if isinstance(count, int) else ()
-    return models.create(**{**settings, "thresholds": tuple(map(float, stand_ins))})
+    stand_ins = tuple(map(float, range(1, count))) if isinstance(count, int) else ()
+    return {**settings, "thresholds": stand_ins}
 
 
 def check(config: Mapping[str, Any], model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from einops import repeat
 
+from rq_jax.grains import num_codes
 from rq_jax.report.grids import to_uint8
 
 _HUES = 0.62, 0.07  # from grain 0 (blue) over green to the finest (orange)
@@ -47,22 +48,20 @@ def enlarge(images: Any, scale: int) -> np.ndarray:
 
 
 def pairs(
-    images: Any, captions: Sequence[str], codes_per_image: Sequence[int], grains: Any, num_grains: int, scale: int = 1
+    images: Any, captions: Sequence[str], grains: Any, num_grains: int, scale: int = 1
 ) -> tuple[np.ndarray, list[str]]:
     """Each image, and beside it the same under its grain map, for `grids.captioned_grid`.
 
     Args:
       images, grains, num_grains, scale: as in `draw_grains`.
-      captions: of the images.
-      codes_per_image: for the captions of the maps.
+      captions: of the images; those of the maps are their numbers of codes.
 
     Returns:
       uint8 (2 B, scale * H, scale * W, 3), and their captions.
     """
+    counts = (f"{count} codes" for count in np.asarray(num_codes(grains, num_grains)))
     plain = enlarge(images, scale)
     plain = np.broadcast_to(plain, (*plain.shape[:-1], 3))
     both = np.stack([plain, draw_grains(images, grains, num_grains, scale)], axis=1)
-    names = [
-        text for pair in zip(captions, (f"{count} codes" for count in codes_per_image), strict=True) for text in pair
-    ]
+    names = [text for pair in zip(captions, counts, strict=True) for text in pair]
     return both.reshape(-1, *both.shape[2:]), names

@@ -218,7 +218,7 @@ def _check_cond(model: Any, cond: Any, num_images: int) -> jax.Array:
     if not model.is_conditional:
         raise ValueError("cond: this model is unconditional; leave the condition out")
     cond = _array(cond)
-    checks.integer_type("cond", cond)
+    checks.integer_type("cond", cond.dtype)
     cond = cond[:, None] if cond.ndim == 1 else cond
     checks.shape("cond", cond.shape, (num_images, model.cond_length))
     bad = [] if isinstance(cond, jax.Array) else cond[(cond < 0) | (cond >= model.cond_vocab_size)]

@@ -32,10 +32,10 @@ def integers(setting: str, value: Any, least: int) -> None:
         _refuse(setting, value, f"must be an integer and at least {least}")
 
 
-def integer_type(setting: str, value: Any) -> None:
-    """Values of an integer type, whatever they are: for arrays on a device, and inside a program."""
-    if not np.issubdtype(value.dtype, np.integer):
-        _refuse(setting, f"dtype {value.dtype}", "must be an integer type")
+def integer_type(name: str, dtype: Any) -> None:
+    """The type of an array whose entries are integers, of any width."""
+    if not jnp.issubdtype(dtype, jnp.integer):
+        _refuse(name, f"dtype {jnp.dtype(dtype)}", "must be an integer type")
 
 
 def numbers(setting: str, value: Any, *, sequence: bool = False) -> None:
@@ -50,6 +50,12 @@ def finite(setting: str, values: Any, *, least: float = -math.inf) -> None:
     numbers = np.asarray(values).ravel()
     if not np.all(good := np.isfinite(numbers) & (numbers >= least)):
         _refuse(setting, numbers[~good][0], "must be finite" + f" and at least {least}" * (least > -math.inf))
+
+
+def amount(setting: str, value: Any, *, sequence: bool = False) -> None:
+    """A finite number of at least 0, such as a weight; with `sequence` also a flat sequence of at least one."""
+    numbers(setting, value, sequence=sequence)
+    finite(setting, value, least=0)
 
 
 def above(setting: str, value: Any, bound: float, *, fix: str = "") -> None:

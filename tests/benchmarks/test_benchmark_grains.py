@@ -10,7 +10,7 @@ from benchmarks import roofline, sample, sweep, timing, train
 from rq_jax import sampling
 from rq_jax.devices.peaks import Peaks
 from rq_jax.grains import num_codes
-from rq_jax.models.flops import decoder_work
+from rq_jax.models.flops import decoder_work, encoder_work
 
 TOKENIZER = "--tokenizer=dqvae:demo,quicktest"  # images of 16x16 on grids of 8x8
 PEAKS = Peaks("toy", {"float32": 1e9, "bfloat16": 2e9}, 1e9)
@@ -83,6 +83,16 @@ def test_the_step_of_stage_1():
     state, batch = jax.eval_shape(recipe.init, jax.random.key(0)), train.batch_shapes(recipe, config["batch"])
     (work,) = train.step_work(recipe, state, batch, 3).values()
     assert work.flops > 3 * 8 * 2 * decoder_work(recipe.model).flops
+
+
+def test_the_step_of_stage_2():
+    (config,) = groups("train", "--stage=2", "--preset=dqtransformer:demo", "--quicktest", "--batch=8")[0]
+    recipe = train.make_recipe(train.load_settings(config), helpers.make_mesh(1), lambda shapes: shapes)
+    assert recipe.model.num_grains == recipe.tokenizer.model.num_grains == 2
+    state, batch = jax.eval_shape(recipe.init, jax.random.key(0)), train.batch_shapes(recipe, config["batch"])
+    work = train.step_work(recipe, state, batch, 3)
+    assert work["tokenizer"].flops == 3 * 8 * encoder_work(recipe.tokenizer.model).flops
+    assert work["training"].flops > 3 * 8 * recipe.flops_per_image / 2
 
 
 @pytest.mark.parametrize(

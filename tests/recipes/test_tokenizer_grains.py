@@ -296,6 +296,6 @@ def test_bad_settings_are_refused_in_one_line(whole_run, pictures, tmp_path, not
 
 def test_a_transformer_of_one_grain_refuses_the_tokenizer(whole_run, pictures):
     with pytest.raises(
-        ValueError, match="^tokenizer: '.*' holds a 'dqvae', whose regions have unlike numbers of codes; an 'rqt"
+        ValueError, match="^tokenizer: '.*' holds a 'dqvae', whose regions have unlike numbers of codes; a model 'rqt"
     ):
         recipes.prepare(helpers.transformer_config(pictures, tokenizer=str(whole_run[0])))
