@@ -108,7 +108,8 @@ bench: setup
 	$(PYTHON) benchmark.py train --stage=2 --steps=2 --runs=3 --out=$(BENCH)/train_transformer.json
 	$(PYTHON) benchmark.py data --out=$(BENCH)/data.json
 
-# make results-depth, -adversary, -coarse_to_fine, -updates, -soft_labels, -filter; runs that two tables share are made once.
+# make results-depth, -adversary, -coarse_to_fine, -updates, -soft_labels, -filter, and of DQ -dq_rate, -dq_ratio,
+# -dq_layers, -dq_split, -dq_depth; runs that two tables share are made once.
 results-%: setup
 	$(PYTHON) -m benchmarks.ablate $*
 

@@ -33,6 +33,7 @@ NOTE = "ablation.json"  # in the directory of a run that is finished
 NUM_SAMPLES = 447  # as many as the bundled set holds out, and of their classes
 NUM_QUICK = 16  # with --quicktest
 NUM_SHOWN = 10  # in the image of a table
+OF_TOKENIZER = ("psnr", "num_codes", "bits_per_image")  # beside the figures of samples
 
 Run = tuple[str, int]  # row, seed
 Figures = dict[str, Any]  # name -> number, or list by depth
@@ -106,53 +107,50 @@ def core_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def train(args: argparse.Namespace, stage: int, row: str, seed: int, changes: Mapping[str, Any]) -> Figures:
-    """Train a row.
+def config_of(row: str) -> tuple[str, dict[str, Any]]:
+    """Name of the config that a row trains, and what it changes in the preset `demo`."""
+    config, shared, rows = next(group for group in ablations.TRAINED if row in group[-1])
+    return config, {**shared, **rows[row]}
 
-    Args:
-      args: the command line.
-      stage: 1 or 2.
-      row, seed: name the run.
-      changes: settings of the preset, by dotted name.
+
+def train(args: argparse.Namespace, row: str, seed: int) -> Figures:
+    """Train a row of `ablations.TRAINED`; from a transformer, also draw unfiltered.
+
+    The tokenizer of a transformer is trained before it, if need be.
 
     Returns:
       The note, with the number of steps.
     """
-    script, config = [("train_vae.py", "rqvae"), ("train_transformer.py", "rqtransformer")][stage - 1]
-    directory = directory_of(args, row, seed)
-    if args.quicktest:  # the preset has durations of its own
-        changes = {name: value for name, value in changes.items() if not name.endswith("_steps")}
+    (config, changes), directory = config_of(row), directory_of(args, row, seed)
+    is_transformer = "tokenizer" in changes
+    if is_transformer:
+        changes["tokenizer"] = str(tokenizer_of(args, row))
+    if args.quicktest:  # the preset has durations and levels of its own
+        own = ("_steps", "width_multipliers")
+        changes = {name: value for name, value in changes.items() if not name.endswith(own)}
     settings = {
         "config": f"configs/{config}.py:demo{',quicktest' if args.quicktest else ''}",
         "config.seed": seed,
         **{f"config.{name}": value for name, value in changes.items()},
     }
+    script = "train_transformer.py" if is_transformer else "train_vae.py"
 
     def run() -> Figures:
         shown = run_script(script, *(f"--{name}={value}" for name, value in settings.items()), f"--workdir={directory}")
         return {"command": shown, "steps": curves.read_metrics(ROOT / directory / METRICS_FILE)["loss"][0][-1]}
 
-    return once(directory, settings, run)
-
-
-def train_tokenizer(args: argparse.Namespace, row: str, seed: int) -> Figures:
-    """Train a row of `ablations.TOKENIZERS`."""
-    return train(args, 1, row, seed, {**ablations.TOKENIZER_CHANGES, **ablations.TOKENIZERS[row]})
-
-
-def base_tokenizer(args: argparse.Namespace) -> Path:
-    """The tokenizer behind all rows of `ablations.TRANSFORMERS`, trained if need be."""
-    train_tokenizer(args, ablations.BASE, 0)
-    return directory_of(args, ablations.BASE, 0)
-
-
-def train_transformer(args: argparse.Namespace, row: str, seed: int) -> Figures:
-    """Train a row of `ablations.TRANSFORMERS` and draw from it, unfiltered."""
-    tokenizer = {"tokenizer": str(base_tokenizer(args))}
-    changes = {**tokenizer, **ablations.TRANSFORMER_CHANGES, **ablations.TRANSFORMERS[row]}
-    note, directory = train(args, 2, row, seed, changes), directory_of(args, row, seed)
-    draw(args, directory / "samples", directory, seed, {"top_p": 1.0})
+    note = once(directory, settings, run)
+    if is_transformer:
+        names = ("top_p", "position_top_p") if config == "dqtransformer" else ("top_p",)
+        draw(args, directory / "samples", directory, seed, dict.fromkeys(names, 1.0))
     return note
+
+
+def tokenizer_of(args: argparse.Namespace, row: str) -> Path:
+    """The tokenizer of a transformer, trained if need be."""
+    tokenizer = config_of(row)[1]["tokenizer"], 0
+    train(args, *tokenizer)
+    return directory_of(args, *tokenizer)
 
 
 def draw_filtered(args: argparse.Namespace, row: str, seed: int) -> Figures:
@@ -216,6 +214,10 @@ def measure_tokenizers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[F
         run: {**record["results"][place], "kernel_distance": distances[f"reconstructions by {place}"]}
         for run, place in places.items()
     }
+    for run, place in places.items():
+        logged = curves.read_metrics(ROOT / place / METRICS_FILE)
+        if "grain_share/grain1" in logged:  # in training: of a learned router, with its noise
+            figures[run]["fine_share_in_training"] = logged["grain_share/grain1"][1][-1]
     shown = [f"--checkpoint={place}" for (_, seed), place in places.items() if seed == args.seeds[0]]
     out = Path(args.workdir) / "evaluations" / f"{args.table}_images"
     run_script("evaluate.py", *shown, "--no_perceptual", f"--out={out}")
@@ -223,49 +225,62 @@ def measure_tokenizers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[F
 
 
 def measure_samples(
-    args: argparse.Namespace, tokenizer: Path, places: Mapping[Run, Path]
+    args: argparse.Namespace, tokenizers: Mapping[Run, Path], places: Mapping[Run, Path]
 ) -> tuple[Figures, dict[Run, Figures]]:
-    """Marks to compare with, and the figures of each set of samples."""
-    options = [f"--samples={place}" for place in places.values()]
-    record, distances = evaluate(args, f"--checkpoint={tokenizer}", "--no_perceptual", *options)
+    """Marks to compare with, and the figures of each set of samples and of the tokenizer behind it."""
+    options = [f"--checkpoint={place}" for place in dict.fromkeys(tokenizers.values())]
+    options += [f"--samples={place}" for place in places.values()]
+    record, distances = evaluate(args, *options, "--no_perceptual")
     nearest = record["samples"]["median_squared_distance_to_nearest_training_picture"]
+    rebuilt = {run: distances[f"reconstructions by {place}"][-1] for run, place in tokenizers.items()}
     figures = {
-        run: {"kernel_distance": distances[f"samples {place}"], "nearest": nearest[f"samples {place}"]}
+        run: {
+            **{name: record["results"][str(tokenizers[run])][name] for name in OF_TOKENIZER},
+            "kernel_distance": distances[f"samples {place}"], "kernel_distance_of_reconstructions": rebuilt[run],
+            "nearest": nearest[f"samples {place}"],
+        }
         for run, place in places.items()
-    }
+    }  # fmt: skip
     marks = {
         "kernel distance of training pictures": distances["training pictures"],
-        "kernel distance of reconstructions": distances[f"reconstructions by {tokenizer}"][-1],
         "distance to training of held-out pictures": nearest["held-out pictures"],
     }
+    if len(set(tokenizers.values())) == 1:
+        marks["kernel distance of reconstructions"] = next(iter(rebuilt.values()))
     return marks, figures
 
 
 def measure_transformers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[Figures, dict[Run, Figures]]:
     """Marks to compare with, and the figures of each run."""
     places = {run: directory_of(args, *run) for run in runs}
-    samples = {run: place / "samples" for run, place in places.items()}
-    marks, figures = measure_samples(args, base_tokenizer(args), samples)
+    tokenizers = {run: tokenizer_of(args, run[0]) for run in places}
+    marks, figures = measure_samples(args, tokenizers, {run: place / "samples" for run, place in places.items()})
     for run, place in places.items():
         logged = {name: values[-1] for name, (_, values) in curves.read_metrics(ROOT / place / METRICS_FILE).items()}
-        by_depth = [logged[name] for name in sorted(logged) if name.startswith("validation_nats/")]
+        by_depth = [logged[name] for name in sorted(logged) if name.startswith("validation_nats/depth")]
         figures[run] |= {name: logged[name] for name in ("validation_loss", "loss")} | {"validation_nats": by_depth}
+        if "validation_nats/position" in logged:
+            figures[run] |= {
+                "content_nats": float(np.mean(by_depth)), "position_nats": logged["validation_nats/position"],
+                "bits_of_samples": logged["bits_per_image"],
+            }  # fmt: skip
     return marks, figures
 
 
 def measure_filters(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[Figures, dict[Run, Figures]]:
     """Marks to compare with, and the figures of each run."""
-    return measure_samples(args, Path(args.checkpoint) / "tokenizer", {run: directory_of(args, *run) for run in runs})
+    places = {run: directory_of(args, *run) for run in runs}
+    return measure_samples(args, dict.fromkeys(places, Path(args.checkpoint) / "tokenizer"), places)
 
 
 # --- tables ---
 
-# Rows, how one is run, how all are measured, columns.
-KINDS = (
-    (ablations.TOKENIZERS, train_tokenizer, measure_tokenizers, tables.TOKENIZER_COLUMNS),
-    (ablations.TRANSFORMERS, train_transformer, measure_transformers, tables.TRANSFORMER_COLUMNS),
-    (ablations.FILTERS, draw_filtered, measure_filters, tables.SAMPLE_COLUMNS),
-)
+# How the rows are run, how all are measured.
+KINDS = {
+    "tokenizers": (train, measure_tokenizers),
+    "transformers": (train, measure_transformers),
+    "filters": (draw_filtered, measure_filters),
+}
 PROTOCOL = (
     "Held-out images of the bundled set. Mean over seeds, sample standard deviation; lists are by code depth 1..D, "
     "cells the full depth. Kernel distance: KID's unbiased estimate on EfficientNet-Lite0 features to the held-out "
@@ -275,13 +290,22 @@ PROTOCOL = (
 )
 
 
+def kind_of(row: str) -> str:
+    """The key of `KINDS` for a row."""
+    if row in ablations.FILTERS:
+        return "filters"
+    return "transformers" if "tokenizer" in config_of(row)[1] else "tokenizers"
+
+
 def draw_table(args: argparse.Namespace, rows: list[tables.Row], marks: Figures, path: Path) -> None:
     """Draw the image of a table: curves over depth or filter, samples or reconstructions of the first seed."""
     if args.table == "coarse_to_fine":
         tables.depth_curves(rows, path)
     elif args.table == "filter":
         tables.filter_curves(rows, marks, path)
-    elif args.table == "soft_labels":
+    elif args.table in ("dq_rate", "dq_ratio"):
+        tables.rate_curves(rows, tables.COLUMNS[args.table], path)
+    elif kind_of(rows[0]["row"]) == "transformers":
         shown = np.linspace(0, (NUM_QUICK if args.quicktest else NUM_SAMPLES) - 1, NUM_SHOWN).astype(int)
         runs = {row["row"]: ROOT / directory_of(args, row["row"], args.seeds[0]) for row in rows}
         tables.sample_grid({name: run / "samples" / "images" for name, run in runs.items()}, shown, path)
@@ -297,15 +321,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
       ValueError: bad arguments, or a --workdir of other runs.
     """
     names, out = ablations.TABLES[args.table], ROOT / args.out
-    settings, run_row, measure, columns = next(kind for kind in KINDS if names[0] in kind[0])
-    by_depth = args.table == "coarse_to_fine"
-    columns = tables.DEPTH_COLUMNS if by_depth else columns
+    kind = kind_of(names[0])
+    run_row, measure = KINDS[kind]
+    columns, by_depth = tables.COLUMNS.get(args.table, tables.COLUMNS[kind]), args.table == "coarse_to_fine"
     runs = [(row, seed) for seed in args.seeds for row in names]
     notes = {key: run_row(args, *key) for key in runs}
     marks, figures = measure(args, runs)
     rows = [
         {
-            "row": row, "changes": settings[row], "seeds": args.seeds,
+            "row": row, "changes": ablations.ROWS[row], "seeds": args.seeds,
             "runs": [notes[row, seed] for seed in args.seeds],
             "figures": tables.over_seeds([figures[row, seed] for seed in args.seeds]),
         }

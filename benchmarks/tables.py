@@ -25,8 +25,27 @@ DEPTH_COLUMNS = {
     **TOKENIZER_COLUMNS, "codes used": "code_usage", "code perplexity": "code_perplexity", "code norm": "code_norm",
 }  # fmt: skip
 SAMPLE_COLUMNS = {"kernel distance": "kernel_distance", "distance to training": "nearest"}
-# Without the training loss, whose targets differ by row.
-TRANSFORMER_COLUMNS = {"validation loss, nats": "validation_loss", **SAMPLE_COLUMNS}
+_COSTS = {"codes": "num_codes", "bits": "bits_per_image"}
+_GRAIN_NATS = {"nats per code": "content_nats", "nats per position": "position_nats"}
+# Of a table, else of its kind. Without the training loss of transformers, whose targets differ by row.
+COLUMNS = {
+    "tokenizers": TOKENIZER_COLUMNS,
+    "transformers": {"validation loss, nats": "validation_loss", **SAMPLE_COLUMNS},
+    "filters": SAMPLE_COLUMNS,
+    "coarse_to_fine": DEPTH_COLUMNS,
+    "dq_rate": {**_COSTS, **TOKENIZER_COLUMNS},
+    "dq_depth": {**_COSTS, **TOKENIZER_COLUMNS},
+    "dq_ratio": {
+        **_COSTS,
+        "PSNR, dB": "psnr",
+        "kernel distance of reconstructions": "kernel_distance_of_reconstructions",
+        "of samples": "kernel_distance",
+        **_GRAIN_NATS,
+        "bits under the transformer": "bits_of_samples",
+    },
+    "dq_layers": {**_GRAIN_NATS, **SAMPLE_COLUMNS},
+    "dq_split": {**_GRAIN_NATS, **SAMPLE_COLUMNS},
+}
 
 
 def over_seeds(runs: list[Figures]) -> dict[str, dict[str, Any]]:
@@ -73,6 +92,22 @@ def depth_curves(rows: Sequence[Row], path: Path) -> None:
             depths = range(1, len(figure["mean"]) + 1)
             panels[title][row["row"]] = list(depths), figure["mean"], figure["std"] or [0.0] * len(depths)
     curves.panels(panels, "code depth", path)
+
+
+def rate_curves(rows: Sequence[Row], columns: Mapping[str, str], path: Path) -> None:
+    """Draw the columns of a table over codes and bits of an image, a line for what rows are called before a comma."""
+    panels: dict[str, dict[str, tuple[list, list, list]]] = {}
+    for title, name in columns.items():
+        for cost, x in _COSTS.items():
+            if name not in _COSTS.values():
+                lines = panels[f"{title}, over {cost}"] = {}
+                for row in sorted(rows, key=lambda row: row["figures"][x]["mean"]):
+                    label = row["row"].rpartition(", ")[0]
+                    points = lines.setdefault(label, ([], [], []))
+                    mean, std = (np.atleast_1d(row["figures"][name][of] or 0.0)[-1] for of in ("mean", "std"))
+                    for values, value in zip(points, (row["figures"][x]["mean"], mean, std), strict=True):
+                        values.append(value)
+    curves.panels(panels, "", path)
 
 
 def filter_curves(rows: Sequence[Row], marks: Figures, path: Path) -> None:

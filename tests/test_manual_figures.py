@@ -35,7 +35,10 @@ def test_ablation_tables_are_those_of_their_files():
     page = _text("docs/results.md")
     for name in ablations.TABLES:
         assert f"`make results-{name}`" in page
-        shown = (ROOT / "results" / f"{name}.md").read_text(encoding="utf-8") in page
+        if not (path := ROOT / "results" / f"{name}.md").is_file():
+            assert f"`make results-{name}`" in page.partition("### Not yet made")[2], name
+            continue
+        shown = path.read_text(encoding="utf-8") in page
         assert shown or f"../results/{name}.png" in page, name
 
 

@@ -214,6 +214,7 @@ def _summarize(model: Any, sums: dict[str, jax.Array]) -> dict[str, Any]:
         "code_usage": [float(np.mean(counts_DK[d, : sizes[d]] > 0)) for d in range(D)],
         "codes_used": metrics.overall_code_usage(counts_DK, sizes, model.use_shared_codebook),
         "code_perplexity": [float(metrics.code_perplexity(counts_DK[d])) for d in range(D)],
+        "num_codes": mean * D,
         "bits_per_image": bits_per_image(model, mean),
         **grains,
     }

@@ -1,5 +1,6 @@
 """benchmarks.ablate: its commands, notes, tables and images, with the scripts that it runs replaced by what they write."""
 
+import importlib
 import json
 import re
 import signal
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import ablate, scripts
-from configs import ablations, rqtransformer, rqvae
+from configs import ablations
 from rq_jax import checkpoint
 from rq_jax.report import grids
 
@@ -33,6 +34,8 @@ class Scripts:
             out = self.root / values["workdir"]
             out.mkdir(parents=True, exist_ok=True)
             scalars = {"loss": 2.0 + int(values["config.seed"]), "validation_loss": 3.0, "validation_nats/depth1": 1.0, "validation_nats/depth2": 5.0}  # fmt: skip
+            if "configs/dq" in values["config"]:
+                scalars |= {"grain_share/grain1": 0.4, "validation_nats/position": 0.5, "bits_per_image": 300.0}
             (out / "metrics.jsonl").write_text(json.dumps({"step": 7, **scalars}) + "\n")
         elif script == "sample.py":
             for i in range(ablate.NUM_SAMPLES):
@@ -45,13 +48,19 @@ class Scripts:
 
     def write_evaluation(self, out, given):
         tokenizers, samples = ([value for name, value in given if name == kind] for kind in ("checkpoint", "samples"))
-        seed = lambda place: int(re.search(r"seed(\d+)", place)[1])  # noqa: E731
+        seed = lambda place: int((re.search(r"seed(\d+)", place) or [0, 0])[1])  # noqa: E731
         by_depth = lambda place: [20.0 + seed(place), 25.0 + seed(place)]  # noqa: E731
         names = ("psnr", "ssim", "distance", "sharpness", "code_usage", "code_perplexity", "code_norm")
         results = {
-            place: {"images": 447, "codes_used": 0.5, "fingerprint": "x", **{name: by_depth(place) for name in names}}
+            place: {
+                "images": 447,
+                "codes_used": 0.5,
+                "num_codes": 32.0,
+                "bits_per_image": 288.0,
+                "fingerprint": "x",
+                **{name: by_depth(place) for name in names},
+            }  # fmt: skip
             for place in tokenizers
-            if "seed" in place
         }
         of = {"training pictures": {"mean": 0.1, "std": 0.0}}
         of |= {f"reconstructions by {place}": {"mean": [0.3, 0.2], "std": [0.0, 0.0]} for place in tokenizers}
@@ -199,16 +208,39 @@ def test_a_seed_counts_once():
         ablate.parse_args(["depth", "--seeds=0,1,0"])
 
 
-@pytest.mark.parametrize(
-    "config, rows, shared",
-    [
-        (rqvae, ablations.TOKENIZERS, ablations.TOKENIZER_CHANGES),
-        (rqtransformer, ablations.TRANSFORMERS, ablations.TRANSFORMER_CHANGES),
-    ],
-)
-def test_rows_change_settings_that_exist(config, rows, shared):
+@pytest.mark.parametrize("name, shared, rows", ablations.TRAINED)
+def test_rows_change_settings_that_exist(name, shared, rows):
+    config = importlib.import_module(f"configs.{name}")
     for changes in rows.values():
         config.get_config("demo").update_from_flattened_dict({**shared, **changes})  # raises where a key does not exist
+
+
+def test_every_row_has_one_name_and_every_name_a_row():
+    names = [name for *_, rows in ablations.TRAINED for name in rows] + list(ablations.FILTERS)
+    assert len(names) == len(set(names)) and set().union(*ablations.TABLES.values()) <= set(names)
+
+
+def test_tables_of_grains_show_codes_bits_and_the_share_of_a_learned_router(fake_scripts, undrawn, tmp_path):
+    rows = made("dq_rate", "--seeds=0")["rows"]
+    lines = (tmp_path / "results" / "dq_rate.md").read_text().splitlines()
+    assert lines[0].startswith("|  | codes | bits | PSNR, dB |") and lines[2].startswith(
+        "| fixed, 4x4 | 32 | 288 | 25 |"
+    )
+    shares = {row["row"]: row["figures"].get("fine_share_in_training", {}).get("mean") for row in rows}
+    assert shares["fixed, 8x8"] is None and shares["feature, 32 codes"] == 0.4
+    trained = {values["config"] for script, given in fake_scripts.lines if (values := dict(given)).get("workdir")}
+    assert trained == {"configs/rqvae.py:demo", "configs/dqvae.py:demo"}
+
+
+def test_the_curve_over_fine_ratios_has_a_tokenizer_for_each(fake_scripts, undrawn):
+    rows = made("dq_ratio", "--seeds=1")["rows"]
+    given = [dict(given) for script, given in fake_scripts.lines if script == "train_transformer.py"]
+    assert [values["config.tokenizer"] for values in given] == [
+        f"runs/ablations/entropy_{ratio}_fine-seed0" for ratio in (0.1, 0.3, 0.5, 0.7, 0.9)
+    ]
+    assert rows[0]["figures"]["position_nats"]["mean"] == 0.5
+    drawn = [dict(given) for script, given in fake_scripts.lines if script == "sample.py"]
+    assert {(values["top_p"], values["position_top_p"]) for values in drawn} == {("1.0", "1.0")}
 
 
 def test_a_command_that_fails_ends_the_table(monkeypatch, tmp_path):
