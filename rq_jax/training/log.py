@@ -16,12 +16,13 @@ import jax
 import numpy as np
 
 from rq_jax.files import open_in_place, write_atomic
+from rq_jax.report import page
 from rq_jax.report.grids import encode_png
 from rq_jax.training import monitor
 
 logger = logging.getLogger(__name__)
 
-METRICS_FILE = "metrics.jsonl"
+METRICS_FILE = page.METRICS
 
 
 class Rate:
@@ -62,9 +63,9 @@ class Rate:
 class MetricWriter:
     """Writes scalars and images of a run to disk, with the interface of clu's metric writers.
 
-    Writes `metrics.jsonl` (a line per call), `pictures/<name>_<step>.png`, and TensorBoard event files if tensorboardX
-    is installed. A full or read-only disk costs metrics but never the run: one warning is logged, and each later call
-    tries again.
+    Writes `metrics.jsonl` (a line per call), `pictures/<name>_<step>.png`, the report `index.html`, and TensorBoard
+    event files if tensorboardX is installed. A full or read-only disk costs metrics but never the run: one warning is
+    logged, and each later call tries again.
 
     Args:
       directory: of the run.
@@ -138,6 +139,15 @@ class MetricWriter:
                 write_atomic(self._directory / "pictures" / file_name, png)
             size = dict(zip(("height", "width", "colorspace"), np.shape(image), strict=True))
             self._add_events(step, [{"tag": name, "image": {**size, "encoded_image_string": png}}])
+
+    def write_page(self) -> None:
+        """Write the report of the run as it stands, `index.html` in its directory."""
+        if self._enabled:
+            with self._tolerate_full_disk():
+                try:
+                    page.write_page([self._directory], self._directory / page.PAGE)
+                except ValueError as error:  # a log that somebody else wrote into
+                    logger.warning("no report of %s: %s", self._directory, error)
 
     def flush(self) -> None:
         """Flush TensorBoard events; nothing else is buffered."""

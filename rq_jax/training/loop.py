@@ -16,7 +16,7 @@ from rq_jax.data import Splits
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import explained_memory
 from rq_jax.files import RunLock, local_path, write_atomic
-from rq_jax.report import curves
+from rq_jax.report import curves, page
 from rq_jax.report.parameters import parameter_table
 from rq_jax.report.progress import Progress
 from rq_jax.training import monitor
@@ -178,6 +178,7 @@ class _Run:
                 self._after_step(step, last)
                 if step % settings.evaluate_every_steps == 0 or last:
                     evaluator.run(state, step)
+                    parts.writer.write_page()
                     self._log.restart(step)
                 # An evaluation that a signal cut short has polled already, and a second poll would not repeat it.
                 stopping = self._status.owes_evaluation or parts.stop.poll()
@@ -295,4 +296,4 @@ def _finish(workdir: str, names: Sequence[str]) -> None:
         return
     directory = Path(workdir)
     curves.curves(directory / METRICS_FILE, names, directory / "pictures" / "curves.png")
-    print(f"images: {directory / 'pictures'}")
+    print(f"images: {directory / 'pictures'}, report: {directory / page.PAGE}")
