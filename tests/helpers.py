@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.interpreters.partial_eval import dce_jaxpr
 from jax.sharding import AxisType
 from PIL import Image
@@ -360,6 +361,14 @@ def program_text(recipe, state, batch, phase=None, read=whole) -> str:
 
     program = jax.make_jaxpr(step)(state, batch, recipe.frozen).jaxpr
     return str(dce_jaxpr(program, [True] * len(program.outvars))[0])
+
+
+def equations(jaxpr):
+    """Every equation of a program, those of its loops and inner programs included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 def without_average(state, metrics):

@@ -13,6 +13,7 @@ import numpy as np
 
 from rq_jax import quantize
 from rq_jax.sampling.draws import draw, guide, size, stretches, uniforms_of_images, with_null, words
+from rq_jax.sampling.edit import DRAWN, check_kept
 from rq_jax.sampling.filter import at_most, check_filter, filter_logits
 from rq_jax.sampling.grain_inputs import prepare
 from rq_jax.settings import checks
@@ -50,6 +51,7 @@ def generate(
     top_p: Any = None,
     guidance: float | None = None,
     prefix: Any = None,
+    kept: jax.typing.ArrayLike | None = None,
     position_temperature: float | jax.Array | None = None,
     position_top_k: int | jax.Array | None = None,
     position_top_p: float | jax.Array | None = None,
@@ -63,7 +65,8 @@ def generate(
     order and device count; in bfloat16 at equal batch shape.
 
     Args:
-      model: an `RQTransformer`, or a `DQTransformer`, which alone takes position_*, grains and as_released.
+      model: an `RQTransformer`, which alone takes kept, or a `DQTransformer`, which alone takes position_*, grains and
+        as_released.
       variables: its variables, with the tokenizer's codebook.
       rng: key; `rng_of_seed` makes one of any seed.
       num_images: n.
@@ -74,6 +77,9 @@ def generate(
         those with the condition (c) and with the null condition (u). None: off.
       prefix: kept as it is: codes (n, T0, D) of the first T0 positions in raster order; for a `DQTransformer`
         `PackedCodes`, of each image the first `length` tokens.
+      kept: codes anywhere that are kept as they are, (n, h, w, D) with `edit.DRAWN` for those to be drawn: each is put
+        in the place of the draw, so that what comes after sees it and what comes before does not. Other codes kept
+        never recompile. Positions that all images keep from the first on take less time as a prefix.
       position_temperature, position_top_k, position_top_p: of positions, one value; temperature None: that of codes.
       grains: (n, u, v), the grain of every region: positions are known, and only codes are drawn.
       as_released: "fixed" or "free": as the original draws two grains, see `sampling.as_released`.
@@ -94,12 +100,13 @@ def generate(
     of_position: Any = position_temperature, position_top_k, position_top_p
     program: Any = _generate
     if hasattr(model, "layout"):
+        _refuse("kept", kept, "this model draws codes with grains, of which only the first can be kept")
         alone = {"guidance": guidance, "prefix": prefix, "grains": grains}
         program, of_position, inputs = prepare(model, num_images, of_position, as_released, **alone)
         filters = (filters[0][0] if of_position[0] is None else of_position[0], *of_position[1:]), filters
     else:
         _refuse_grains(*of_position, grains, as_released)
-        inputs = (_check_prefix(model, prefix, num_images),)
+        inputs = _check_known(model, prefix, kept, num_images)
     of_images = *of_images, inputs
     image_ids_2n, cond, inputs = of_images if sharding is None else jax.device_put(of_images, sharding)
     guidance = None if guidance is None else jnp.float32(guidance)
@@ -107,7 +114,7 @@ def generate(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _generate(model, variables, rng, image_ids_2B, cond_BU, settings, guidance, prefix_BPD):
+def _generate(model, variables, rng, image_ids_2B, cond_BU, settings, guidance, prefix_BPD, kept_BhwD):
     (h, w, D), B = model.code_shape, prefix_BPD.shape[0]
     T, P = h * w, prefix_BPD.shape[1]
     if P == T:
@@ -115,6 +122,7 @@ def _generate(model, variables, rng, image_ids_2B, cond_BU, settings, guidance, 
     variables = model.for_inference(variables)
     # Two for each code.
     uniforms_TD2B = uniforms_of_images(rng, image_ids_2B, (T, D, 2))
+    kept_TDB = None if kept_BhwD is None else jnp.moveaxis(kept_BhwD.reshape(B, T, D), 0, -1)
     if guidance is not None:
         cond_BU = with_null(cond_BU, model.cond_vocab_size)
 
@@ -125,7 +133,7 @@ def _generate(model, variables, rng, image_ids_2B, cond_BU, settings, guidance, 
         """The same codes for both rows of an image: they see what was drawn from the guided logits."""
         return codes if guidance is None else jnp.repeat(codes, 2, axis=0)
 
-    def draw_position(context, cache, uniforms_D2B):
+    def draw_position(context, cache, uniforms_D2B, kept_DB):
         """Codes (B, D) of one position: the depth stack, one code after the other."""
         codes_Bd = jnp.zeros((B, 0), jnp.int32)
         for d in range(D):
@@ -133,12 +141,14 @@ def _generate(model, variables, rng, image_ids_2B, cond_BU, settings, guidance, 
             logits = guide(apply("classify", hidden, d), guidance)
             values: Any = [None if values_D is None else values_D[d] for values_D in settings]
             code_B = draw(uniforms_D2B[d], filter_logits(logits, *values))
+            if kept_DB is not None:
+                code_B = jnp.where(kept_DB[d] == DRAWN, code_B, kept_DB[d])
             codes_Bd = jnp.concatenate([codes_Bd, code_B[:, None]], axis=1)
         return codes_Bd, cache
 
-    def step(carry, uniforms_D2B):
+    def step(carry, of_position):
         context, cache = carry
-        codes_BD, cache = draw_position(context, cache, uniforms_D2B)
+        codes_BD, cache = draw_position(context, cache, *of_position)
         context, _, cache = apply("spatial", for_all(codes_BD)[:, None], None, cache)
         return (context[:, 0], cache), codes_BD
 
@@ -152,7 +162,8 @@ def _generate(model, variables, rng, image_ids_2B, cond_BU, settings, guidance, 
         context, cache = carry
         # Shapes in a scan are static: the cache gets room for the condition and all positions of this stretch at once.
         carry = context, cache._replace(spatial=cache.spatial.resize(U + end))
-        carry, codes_TBD = jax.lax.scan(step, carry, uniforms_TD2B[start:end])
+        kept = None if kept_TDB is None else kept_TDB[start:end]
+        carry, codes_TBD = jax.lax.scan(step, carry, (uniforms_TD2B[start:end], kept))
         drawn.append(codes_TBD)
     codes = jnp.concatenate([prefix_BPD, jnp.concatenate(drawn).swapaxes(0, 1)], axis=1)
     return codes.reshape(B, h, w, D)
@@ -169,10 +180,12 @@ def _refuse_grains(*values: Any) -> None:
     """What is of packed codes has no meaning for a grid of codes."""
     names = ("position_temperature", "position_top_k", "position_top_p", "grains", "as_released")
     for name, value in zip(names, values, strict=True):
-        if value is not None:
-            raise ValueError(
-                f"{name}: this model draws code grids, which have neither positions nor grains; leave it out"
-            )
+        _refuse(name, value, "this model draws code grids, which have neither positions nor grains")
+
+
+def _refuse(name: str, value: Any, why: str) -> None:
+    if value is not None:
+        raise ValueError(f"{name}: {why}; leave it out")
 
 
 def _code_filter(model: Any, temperature: Any, top_k: Any, top_p: Any) -> tuple[jax.Array, Any, Any]:
@@ -226,6 +239,18 @@ def _check_cond(model: Any, cond: Any, num_images: int) -> jax.Array:
         what = "class" if model.cond_length == 1 else "condition token"
         raise ValueError(f"cond: {what} {bad[0]} is outside [0, {model.cond_vocab_size})")
     return jnp.asarray(cond, jnp.int32)
+
+
+def _check_known(model: Any, prefix: Any, kept: Any, num_images: int) -> tuple[jax.Array, jax.Array | None]:
+    """The first codes, and those that are kept anywhere."""
+    if kept is None:
+        return _check_prefix(model, prefix, num_images), None
+    _refuse("prefix", prefix, "kept holds all codes that are known")
+    kept = _array(kept)
+    checked = check_kept(model, kept, num_images)
+    if isinstance(kept, np.ndarray) and (kept != DRAWN).all():  # nothing is left to draw
+        return checked.reshape(num_images, -1, model.code_shape[-1]), None
+    return _check_prefix(model, None, num_images), checked
 
 
 def _check_prefix(model: Any, prefix: Any, num_images: int) -> jax.Array:

@@ -78,6 +78,7 @@ def draw(
     weights: str = "float32",
     conds: np.ndarray | None = None,
     prefix: Any = None,
+    kept: np.ndarray | None = None,
     grains: np.ndarray | None = None,
     compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     **settings: Any,
@@ -98,6 +99,7 @@ def draw(
       weights: dtype of the transformer's weights in memory, see `inference_weights.for_inference`.
       conds: (m, U), which the images take in turn by id; None for an unconditional model.
       prefix: what images begin with, of m images as `generate` takes it; likewise.
+      kept: (m, h, w, D), codes that are kept anywhere, as `generate` takes them; likewise.
       grains: (m, u, v), grain maps of a `DQTransformer`, likewise.
       compiling: makes a context that is entered while the programs of the first batch compile.
       **settings: further keywords of `generate`, such as temperature and guidance.
@@ -109,7 +111,7 @@ def draw(
       ValueError: a first index or a seed out of range.
     """
     checks.within("first_index", first_index, 0, 2**62)
-    of_grains = {} if grains is None else {"grains": grains}
+    of_images = {"prefix": prefix, "kept": kept, "grains": grains}
     rng, end, pending = rng_of_seed(seed), first_index + num_images, None
     num_devices = 1 if sharding is None else sharding.num_devices
     share = -(-batch_size // num_devices)
@@ -128,7 +130,7 @@ def draw(
     for first in range(first_index, end, batch_size):
         # A last batch that is not full draws images nobody asked for, so that nothing is compiled twice.
         ids = np.arange(first, first + batch_size)
-        in_turn = jax.tree.map(lambda array, ids=ids: array[ids % len(array)], {"prefix": prefix, **of_grains})
+        in_turn = jax.tree.map(lambda array, ids=ids: array[ids % len(array)], of_images)
         cond = None if conds is None else conds[ids % len(conds)]
         with compiling() if pending is None else contextlib.nullcontext():
             codes = draw_codes(cond=cond, image_ids=ids, **in_turn)

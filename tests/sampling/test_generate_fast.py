@@ -11,7 +11,6 @@ import pytest
 from goldens import make_goldens as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.extend.core import jaxprs_in_params
 from toy_transformer import CLASS, CONDS, TEXT, UNEQUAL, B, D, T, build, h, run, w
 
 from benchmarks import hlo, roofline
@@ -197,20 +196,13 @@ def test_the_program_sorts_nothing_makes_no_noise_in_the_loop_and_copies_no_cach
     assert counts.flops == pytest.approx(work, rel=0.1)
     assert not counts.loop_ops.get("while", 0)  # without a filter nothing searches for its threshold
     whole = jax.make_jaxpr(program)(variables, 5, 0.9).jaxpr
-    loops = [equation for equation in equations(whole) if equation.primitive.name == "scan"]
+    loops = [equation for equation in helpers.equations(whole) if equation.primitive.name == "scan"]
     assert loops and "random_bits" in names(whole)
     assert not any({"random_bits", "threefry2x32", "sort"} & names(loop.params["jaxpr"].jaxpr) for loop in loops)
 
 
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from equations(inner)
-
-
 def names(jaxpr):
-    return {equation.primitive.name for equation in equations(jaxpr)}
+    return {equation.primitive.name for equation in helpers.equations(jaxpr)}
 
 
 # --- the growing cache ----------------------------------------------------------------------------
