@@ -4,8 +4,9 @@ python sample.py --out=samples [--checkpoint=runs/rqtransformer] --num_images=36
 """
 
 import argparse
+import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from rq_jax import checkpoint
 from rq_jax.devices import hosts, sharding
-from rq_jax.evaluation import neighbours
+from rq_jax.evaluation import edits, neighbours
 from rq_jax.evaluation.conditions import choose_conditions, class_names
 from rq_jax.evaluation.grain_maps import grains_of
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, trained_on
@@ -24,6 +25,7 @@ from rq_jax.files import atomic_path, write_json
 from rq_jax.grains import GrainedCodes
 from rq_jax.report import grain_maps, grids
 from rq_jax.report.progress import Progress
+from rq_jax.sampling import edit
 from rq_jax.sampling.images import DECODED_PER_DEVICE, draw, draw_settings
 from rq_jax.settings import checks
 from rq_jax.settings.text import quoted
@@ -72,6 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--prefix", type=cli.path, help="codes.npz of an earlier run whose first positions are kept, image by image")
     order = "how many positions of --prefix are kept, in raster order; of a model with grains, how many codes"
     add("--prefix_positions", type=int, default=0, help=order)
+    _add_edit_flags(add)
     add("--temperature", type=_per_depth(float), help="one value, or one per depth separated by commas; 0 is greedy")
     add("--top_k", type=_per_depth(int), help="as --temperature; default of all four: the checkpoint's config")
     add("--top_p", type=_per_depth(float), help="as --temperature")
@@ -88,6 +91,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--neighbours", type=int, default=0, help="also show this many nearest training images beside 12 samples")
     cli.add_process_flags(parser)
     return parser.parse_args(argv)
+
+
+def _add_edit_flags(add: Callable[..., Any]) -> None:
+    source = "edit these images, in turn: a codes .npz of an earlier run, or train, validation or a split's name"
+    add("--edit_of", type=cli.path, help=source)
+    add("--keep_rows", type=int, help="keep so many rows of their codes, from the top, and draw the rest")
+    add("--keep_box", type=_box, help="keep top,left,height,width of the code grid")
+    before = "what comes before the box in raster order (default: keep)"
+    add("--before_box", choices=edit.BEFORE, help=before)
+    add("--from_depth", type=int, help="keep so many codes of every position, and draw the finer ones")
+    add("--finer_of", type=cli.path, help="take the finer codes of these images instead, given as --edit_of")
+
+
+def _box(text: str) -> tuple[int, ...]:
+    try:
+        top, left, height, width = map(int, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no top,left,height,width; give four numbers") from None
+    return top, left, height, width
 
 
 def _per_depth(kind: type):
@@ -113,15 +135,22 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--classes: {args.classes} and --classes_of: {args.classes_of} exclude one another")
     if bool(args.prefix) != bool(args.prefix_positions):
         raise ValueError(f"--prefix: {args.prefix} and --prefix_positions: {args.prefix_positions} belong together")
+    edit_settings(args).check(args.prefix)
+
+
+def edit_settings(args: argparse.Namespace) -> edits.EditSettings:
+    """The flags of an edit."""
+    return edits.EditSettings(*(getattr(args, name) for name in edits.EditSettings._fields))
 
 
 def conditions(
     loaded: checkpoint.LoadedModel, args: argparse.Namespace, carried: np.ndarray | None = None
 ) -> tuple[np.ndarray | None, list[str]]:
-    """The conditions (m, U) that the images take in turn, and their names; `carried` are those of --prefix."""
+    """The conditions (m, U) that the images take in turn, and their names; `carried` are those of given codes."""
+    carrier = f"--prefix: '{args.prefix}'" if args.prefix else f"--edit_of: '{args.edit_of}'"
     return choose_conditions(
         loaded, args.checkpoint, args.first_index + args.num_images, args.seed,
-        classes=args.classes, classes_of=args.classes_of, prompts=args.prompt, prefix=args.prefix, carried=carried,
+        classes=args.classes, classes_of=args.classes_of, prompts=args.prompt, carried=carried, carrier=carrier,
     )  # fmt: skip
 
 
@@ -141,6 +170,51 @@ def load(args: argparse.Namespace) -> checkpoint.LoadedModel:
     return loaded
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is drawn.
+
+    Attributes:
+      ids: of the images.
+      conds: (m, U), which they take in turn by id, or None.
+      names: of the conditions.
+      settings: of the draw, by the names that `generate` gives them.
+      known: codes and grain maps that are given, likewise.
+      edited: the images that are edited, or None.
+    """
+
+    ids: np.ndarray
+    conds: np.ndarray | None
+    names: list[str]
+    settings: dict[str, Any]
+    known: dict[str, Any]
+    edited: edits.Edit | None
+
+    def captions(self, count: int) -> list[str]:
+        """Names of the conditions of the first images."""
+        return [self.names[i % len(self.names)] for i in self.ids[:count]]
+
+
+def plan(args: argparse.Namespace, loaded: checkpoint.LoadedModel) -> Plan:
+    """What the flags ask for; those that are wrong are refused before anything compiles."""
+    ids = np.arange(args.first_index, args.first_index + args.num_images)
+    given = {name: getattr(args, name) for name in (*FILTER, *(f"position_{name}" for name in FILTER), "guidance")}
+    settings = draw_settings(loaded.model, loaded.config.get("sample") or {}, given)
+    has_own = any(getattr(args, name) is not None for name in ("classes", "classes_of", "prompt"))
+    chosen = conditions(loaded, args) if has_own else None
+    edited, earlier, known = None, None, {}
+    if args.edit_of:
+        edited = edits.prepare(loaded, args.checkpoint, edit_settings(args), ids)
+        earlier, known["kept"] = edited.originals, edited.kept
+    elif args.prefix:
+        earlier = read_draws(args.prefix)
+        known["prefix"] = first_codes(earlier, args.prefix_positions, loaded.model)
+    conds, names = chosen or conditions(loaded, args, earlier and earlier.conds)
+    if args.grains_of:
+        known["grains"] = grains_of(loaded, args.grains_of, ids)
+    return Plan(ids, conds, names, settings, known, edited)
+
+
 def run(args: argparse.Namespace) -> Path:
     """Draws and writes everything; of several processes each draws a part, and the first writes what is of all.
 
@@ -157,36 +231,38 @@ def run(args: argparse.Namespace) -> Path:
         )
     args.weights = args.weights or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     loaded = load(args)
-    ids = np.arange(args.first_index, args.first_index + args.num_images)
-    earlier = read_draws(args.prefix) if args.prefix else None
-    conds, names = conditions(loaded, args, None if earlier is None else earlier.conds)
-    given = {name: getattr(args, name) for name in (*FILTER, *(f"position_{name}" for name in FILTER), "guidance")}
-    settings = draw_settings(loaded.model, loaded.config.get("sample") or {}, given)
-    kept = {} if earlier is None else {"prefix": first_codes(earlier, args.prefix_positions, loaded.model)}
-    if args.grains_of:
-        kept["grains"] = grains_of(loaded, args.grains_of, ids)
-    codes, shown = jax.tree.map(hosts.rows_of_all, draw_part(args, loaded, conds=conds, **kept, **settings))
-    out, tag = Path(args.out), f"{args.first_index:06d}"
-    grid = out / f"grid_{tag}.png"
-    if jax.process_index():
-        return grid
+    planned = plan(args, loaded)
+    codes, shown = draw_part(args, loaded, conds=planned.conds, **planned.known, **planned.settings)
+    codes, shown = jax.tree.map(hosts.rows_of_all, (codes, shown))
+    if jax.process_index() == 0:
+        write(args, loaded, planned, codes, shown)
+    return Path(args.out) / f"grid_{args.first_index:06d}.png"
+
+
+def write(
+    args: argparse.Namespace, loaded: checkpoint.LoadedModel, planned: Plan, codes: Any, shown: np.ndarray
+) -> None:
+    """Writes what is of all images: codes, settings, and the sheets of the first."""
+    out, tag, ids, conds = Path(args.out), f"{args.first_index:06d}", planned.ids, planned.conds
     cond = {} if conds is None else {"cond": conds[ids % len(conds)]}
     arrays = codes._asdict() if isinstance(codes, GrainedCodes) else {"codes": codes}
     with atomic_path(out / f"codes_{tag}.npz") as partial, open(partial, "wb") as file:
         np.savez(file, **arrays, image_ids=ids, **cond)
-    captions = [names[i % len(names)] for i in ids[: len(shown)]]
-    save_grid(grid, shown, captions, arrays.get("grains"), loaded.model)
+    captions = planned.captions(len(shown))
+    save_grid(out / f"grid_{tag}.png", shown, captions, arrays.get("grains"), loaded.model)
     drawn_from = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
     flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
-    record = {**flags, **settings, **{name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}}
-    write_json(out / f"settings_{tag}.json", record)
-    print(f"samples: {grid}")
+    fingerprints = {name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}
+    write_json(out / f"settings_{tag}.json", {**flags, **planned.settings, **fingerprints})
+    print(f"samples: {out / f'grid_{tag}.png'}")
+    if planned.edited:
+        sheet = out / f"edit_{tag}.png"
+        grids.save_png(sheet, planned.edited.sheet(loaded, ids, shown, captions))
+        print(f"edited images: {sheet}")
     if args.neighbours:
-        sheet = out / f"neighbours_{tag}.png"
-        num = neighbours.NUM_SHOWN
+        sheet, num = out / f"neighbours_{tag}.png", neighbours.NUM_SHOWN
         grids.save_png(sheet, neighbours.sample_sheet(loaded.config, shown[:num], captions[:num], args.neighbours))
         print(f"nearest training images: {sheet}")
-    return grid
 
 
 def save_grid(path: Path, images: np.ndarray, captions: list[str], grains: np.ndarray | None, model: Any) -> None:

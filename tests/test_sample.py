@@ -252,6 +252,20 @@ def test_a_prefix_goes_on_with_its_classes(trained, tmp_path):
         draw(trained, tmp_path / "bad", f"--prefix={tmp_path / 'bad.npz'}", prefix[1], kind="class")
 
 
+def test_a_prefix_goes_on_with_its_texts(trained, tmp_path):
+    prompts = "--prompt=A red BEE", "--prompt=green elk"
+    whole = draw(trained, tmp_path / "whole", *prompts, kind="text", first=1)
+    prefix = f"--prefix={tmp_path / 'whole' / 'codes_000001.npz'}", "--prefix_positions=5"
+    same = draw(trained, tmp_path / "same", *prefix, kind="text", first=1)
+    np.testing.assert_array_equal(same.cond, whole.cond)
+    np.testing.assert_array_equal(same.codes, whole.codes)
+    loaded = checkpoint.load_model(trained.stage2["text"])
+    args = sample.parse_args(["--out=x", f"--checkpoint={trained.stage2['text']}", *prefix])
+    assert sample.conditions(loaded, args, whole.cond)[1] == ["green elk", "a red bee", "green elk"]
+    with pytest.raises(ValueError, match="^--prefix: '.*' holds no texts of 6 tokens 0..39; give --prompt$"):
+        sample.conditions(loaded, args, whole.cond + 40)
+
+
 def test_guidance_of_one_is_none_and_more_is_more(trained, tmp_path):
     plain = draw(trained, tmp_path / "a", kind="guided")
     one = draw(trained, tmp_path / "b", "--guidance=1", kind="guided")

@@ -113,6 +113,10 @@ def test_refused(trained, drawn, tmp_path):
         ([f"--grains_of={tmp_path / 'plain.npz'}"], "--grains_of: .*plain.npz' holds no grains"),
         ([f"--grains_of={tmp_path / 'grains.npz'}"], "--grains_of: "),
         (["--grains_of=test"], "test"),
+        (
+            ["--edit_of=train", "--from_depth=1"],
+            "^--edit_of: train is for code grids, and the codes of this model have gr",
+        ),
         ([f"--prefix={tmp_path / 'codes.npz'}", "--prefix_positions=1"], "--prefix: codes: 510 at"),
         (
             [f"--prefix={tmp_path / 'plain.npz'}", "--prefix_positions=1"],

@@ -23,8 +23,8 @@ def choose_conditions(
     classes: str | None = None,
     classes_of: str | None = None,
     prompts: list[str] | None = None,
-    prefix: str | None = None,
     carried: np.ndarray | None = None,
+    carrier: str = "",
 ) -> tuple[np.ndarray | None, list[str]]:
     """The conditions that images take in turn, by id.
 
@@ -36,8 +36,8 @@ def choose_conditions(
       classes: names or numbers, separated by commas; see `parse_classes`.
       classes_of: a split whose classes are taken, in order.
       prompts: texts, which a text-conditional model needs.
-      prefix: file of an earlier run, for the error.
-      carried: its conditions (m, 1), which are kept unless others are given.
+      carried: conditions (m, U) of the images that are continued or edited, which are kept unless others are given.
+      carrier: flag and file that they come from, for the error.
 
     Returns:
       The conditions (m, U), None for an unconditional model, and their m names. Without any given, classes are as
@@ -57,7 +57,7 @@ def choose_conditions(
     if kind == "unconditional":
         return None, [""]
     if kind == "text":
-        return _tokens(prompts, directory, model.cond_length), prompts
+        return _texts(prompts, directory, model, carried, carrier)
     V = model.cond_vocab_size
     names, counts = _known_classes(loaded.config, V, directory)
     if classes_of is not None:
@@ -65,7 +65,7 @@ def choose_conditions(
     elif classes is not None:
         numbers = parse_classes(classes, names)
     elif carried is not None:
-        numbers = _carried_classes(carried, V, prefix)
+        numbers = _carried(carried, 1, V, f"{carrier} holds no classes 0..{V - 1}; give --classes")[:, 0].tolist()
     elif counts:
         numbers = draw_classes(counts, seed, num_images)
     else:
@@ -166,15 +166,23 @@ def classes_of_split(config: dict[str, Any], split: str) -> list[int]:
     return [int(label) for batch in batches for label in batch["cond"][batch["mask"], 0]]
 
 
-def _tokens(prompts: list[str] | None, directory: str, length: int) -> np.ndarray:
+def _texts(
+    prompts: list[str] | None, directory: str, model: Any, carried: np.ndarray | None, carrier: str
+) -> tuple[np.ndarray, list[str]]:
     from rq_jax.data import load_tokenizer
 
-    if not prompts:
+    if not prompts and carried is None:
         raise ValueError("--prompt: missing, this model draws images of a text; give one or more")
-    return load_tokenizer(Path(directory) / "text_tokenizer.json", length)(prompts)
+    tokenizer = load_tokenizer(Path(directory) / "text_tokenizer.json", model.cond_length)
+    if prompts:
+        return tokenizer(prompts), prompts
+    U, V = model.cond_length, model.cond_vocab_size
+    tokens = _carried(carried, U, V, f"{carrier} holds no texts of {U} tokens 0..{V - 1}; give --prompt")
+    return tokens, [tokenizer.decode(row) for row in tokens]
 
 
-def _carried_classes(carried: np.ndarray, num_classes: int, prefix: str | None) -> list[int]:
-    if carried.size != len(carried) or not ((carried >= 0) & (carried < num_classes)).all():
-        raise ValueError(f"--prefix: '{prefix}' holds no classes 0..{num_classes - 1}; give --classes")
-    return carried.flatten().tolist()
+def _carried(conds: np.ndarray, length: int, vocab_size: int, message: str) -> np.ndarray:
+    """The conditions of an earlier run, as (m, length)."""
+    if conds.shape[1:] != (length,) or not ((conds >= 0) & (conds < vocab_size)).all():
+        raise ValueError(message)
+    return conds

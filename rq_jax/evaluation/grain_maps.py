@@ -7,11 +7,9 @@ import numpy as np
 
 from rq_jax.checkpoint import LoadedModel
 from rq_jax.devices import sharding
-from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
 from rq_jax.evaluation.samples import read_draws
+from rq_jax.evaluation.split_images import map_split
 from rq_jax.grains import check_grains
-
-_BATCH_SIZE = 64
 
 
 def grains_of(loaded: LoadedModel, source: str, image_ids: np.ndarray) -> np.ndarray:
@@ -36,25 +34,10 @@ def grains_of(loaded: LoadedModel, source: str, image_ids: np.ndarray) -> np.nda
             raise ValueError(f"--grains_of: '{source}' holds no grains; give the codes .npz of a model that has them")
         check_grains("--grains_of", grains, layout.num_grains, layout.region_grid, len(grains))
         return grains
-    settings = trained_on(loaded.config, IMAGE_SETTINGS)
-    if "name" not in settings:
-        raise ValueError(f"--grains_of: {source} needs the data set of the model, which names none; give a codes .npz")
-    dataset, tokenizer = EvaluationData(settings, batch_size=_BATCH_SIZE).open(source), loaded.tokenizer
+    tokenizer = loaded.tokenizer
 
     @jax.jit
     def route(variables, images):
         return tokenizer.model.apply(variables, sharding.scale(images), method="route").grains
 
-    needed = np.asarray(image_ids)[: dataset.num_examples] % dataset.num_examples  # each of the split at most once
-    grains = []
-    for start in range(0, len(needed), _BATCH_SIZE):
-        indices = np.resize(needed[start : start + _BATCH_SIZE], _BATCH_SIZE)  # one shape for all
-        images = dataset.examples(indices.tolist())["image"]
-        if (damaged := np.isin(indices, list(dataset.source.damaged))).any():  # others stand in for them
-            raise ValueError(
-                f"--grains_of: image {indices[damaged][0]} of the split '{source}' cannot be read; mend it, or give a "
-                "codes .npz"
-            )
-        grains.append(np.asarray(route(tokenizer.variables, images)))
-    maps = np.concatenate(grains)[: len(needed)]
-    return np.roll(maps, int(image_ids[0]) % len(maps), axis=0)
+    return map_split(lambda batch: route(tokenizer.variables, batch["image"]), loaded, source, image_ids, "--grains_of")

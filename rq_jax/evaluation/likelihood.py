@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 from rq_jax.checkpoint import LoadedModel, load_model
 from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import accumulate, counted
-from rq_jax.evaluation.protocol import CONDITION_SETTINGS, EvaluationData, image_settings, trained_on
+from rq_jax.evaluation.protocol import EvaluationData, condition_settings, image_settings
 from rq_jax.grains import GrainedCodes, PackedCodes, pack
 from rq_jax.losses import StreamNats, cross_entropy_by_depth, stream_nats_of_hidden
 
@@ -139,10 +138,7 @@ def load_transformer(
         raise ValueError(f"--likelihood: '{directory}' carries no tokenizer; give the directory of a stage-2 run")
     tokenizer = loaded.tokenizer.model
     settings = image_settings(loaded.config, (*tokenizer.image_shape, tokenizer.in_channels), directory, name, data_dir)
-    settings |= trained_on(loaded.config, CONDITION_SETTINGS)
-    if "text_key" in settings:
-        settings["text_tokenizer"] = str(Path(directory) / "text_tokenizer.json")
-    return loaded, settings
+    return loaded, settings | condition_settings(loaded.config, directory)
 
 
 # The program of one split is that of the next.

@@ -66,6 +66,14 @@ def trained_on(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: data[name] for name in names if data.get(name) is not None}
 
 
+def condition_settings(config: dict[str, Any], directory: str) -> dict[str, Any]:
+    """Settings of `make_dataset` for the conditions of a transformer, with its text tokenizer in its directory."""
+    settings = trained_on(config, CONDITION_SETTINGS)
+    if "text_key" in settings:
+        settings["text_tokenizer"] = str(Path(directory) / "text_tokenizer.json")
+    return settings
+
+
 def image_settings(
     config: dict[str, Any] | None,
     image_shape: tuple[int, int, int],
