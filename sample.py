@@ -17,7 +17,7 @@ import numpy as np
 from rq_jax import checkpoint
 from rq_jax.devices import hosts, sharding
 from rq_jax.evaluation import edits, neighbours
-from rq_jax.evaluation.conditions import choose_conditions, class_names
+from rq_jax.evaluation.conditions import choose_conditions, class_names, kind_of, read_prompts
 from rq_jax.evaluation.grain_maps import grains_of
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, trained_on
 from rq_jax.evaluation.samples import first_codes, read_draws
@@ -32,7 +32,7 @@ from rq_jax.settings.text import quoted
 from rq_jax.training import cli
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
-NUM_IN_GRID = 100
+NUM_IMAGES, NUM_IN_GRID = 36, 100
 UNRECORDED = ("list_classes", "coordinator", "num_processes", "process_id")  # flags that change no image
 LAST_ID = 2**62
 FILTER = ("temperature", "top_k", "top_p")
@@ -51,7 +51,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=cli.path, help="directory of the results")
     add("--step", type=int, help="checkpoint to load (default: the best where one was kept, else the newest)")
     add("--no_ema", action="store_true", help="weights as trained, not their average")
-    add("--num_images", type=int, default=36)
+    num = f"default: {NUM_IMAGES}, or with --per_prompt all of them, of which fewer are a slice"
+    add("--num_images", type=int, help=num)
     size = "images drawn at a time by the devices of a process, which share them evenly: rounded up to a multiple"
     add("--batch_size", type=int, default=36, help=size)
     add(
@@ -71,6 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     split = "train, validation or a split's own name: image i takes the class of its i-th image, in turn"
     add("--classes_of", help=split)
     add("--prompt", action="append", help="a text, given once or more; image i takes the i-th in turn")
+    add("--prompts", type=cli.path, help="texts of a file instead: a line each of a .txt, or a list in a .json")
+    add("--per_prompt", type=int, help="images of each prompt")
     add("--prefix", type=cli.path, help="codes.npz of an earlier run whose first positions are kept, image by image")
     order = "how many positions of --prefix are kept, in raster order; of a model with grains, how many codes"
     add("--prefix_positions", type=int, default=0, help=order)
@@ -118,6 +121,36 @@ def _per_depth(kind: type):
         return values[0] if len(values) == 1 else values
 
     return number
+
+
+def settle(args: argparse.Namespace) -> None:
+    """Fills in what the flags leave open: the prompts of a file, the number of images, the dtype of the weights.
+
+    Raises:
+      ValueError, FileNotFoundError: prompts that cannot be read, or that do not fit the number of images.
+    """
+    args.weights = args.weights or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    if args.prompts is not None:
+        if args.prompt:
+            raise ValueError(f"--prompt: {quoted(args.prompt[0])} and --prompts: {args.prompts} exclude one another")
+        args.prompt = read_prompts(args.prompts)
+    num_prompts = len(args.prompt or ())
+    if args.per_prompt is None:
+        args.num_images = NUM_IMAGES if args.num_images is None else args.num_images
+        if num_prompts > args.first_index + args.num_images:
+            raise ValueError(
+                f"--num_images: {args.num_images} are fewer than the {num_prompts} prompts; give more, or --per_prompt"
+            )
+        return
+    checks.at_least("--per_prompt", args.per_prompt, 1)
+    if not num_prompts:
+        raise ValueError(f"--per_prompt: {args.per_prompt} needs --prompt or --prompts; give some, or --num_images")
+    total = num_prompts * args.per_prompt
+    args.num_images = total - args.first_index if args.num_images is None else args.num_images
+    last = args.first_index + max(args.num_images, 1) - 1
+    checks.in_range(
+        "--first_index and --num_images: the last image id", last, 0, total - 1, "the images of all prompts"
+    )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -224,12 +257,12 @@ def run(args: argparse.Namespace) -> Path:
     Raises:
       ValueError, FileNotFoundError: bad arguments or checkpoint, before anything compiles.
     """
+    settle(args)
     check(args)
     if args.neighbours and jax.process_count() > 1:  # the others would end while the first compares
         raise ValueError(
             f"--neighbours: {args.neighbours} is for one process, not for {jax.process_count()}; leave it out"
         )
-    args.weights = args.weights or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     loaded = load(args)
     planned = plan(args, loaded)
     codes, shown = draw_part(args, loaded, conds=planned.conds, **planned.known, **planned.settings)
@@ -244,14 +277,17 @@ def write(
 ) -> None:
     """Writes what is of all images: codes, settings, and the sheets of the first."""
     out, tag, ids, conds = Path(args.out), f"{args.first_index:06d}", planned.ids, planned.conds
-    cond = {} if conds is None else {"cond": conds[ids % len(conds)]}
+    of_images = {} if conds is None else {"cond": conds[ids % len(conds)]}
+    if kind_of(loaded) == "text":
+        of_images["prompts"] = np.array(planned.captions(len(ids)))
     arrays = codes._asdict() if isinstance(codes, GrainedCodes) else {"codes": codes}
     with atomic_path(out / f"codes_{tag}.npz") as partial, open(partial, "wb") as file:
-        np.savez(file, **arrays, image_ids=ids, **cond)
+        np.savez(file, **arrays, image_ids=ids, **of_images)
     captions = planned.captions(len(shown))
     save_grid(out / f"grid_{tag}.png", shown, captions, arrays.get("grains"), loaded.model)
     drawn_from = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
     flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
+    flags["prompt"] = None if args.prompts else args.prompt  # those of a file are beside the codes
     fingerprints = {name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}
     write_json(out / f"settings_{tag}.json", {**flags, **planned.settings, **fingerprints})
     print(f"samples: {out / f'grid_{tag}.png'}")

@@ -308,7 +308,8 @@ def test_a_text_model_takes_its_text_tokenizer(tmp_path, stage1, capsys):
     out = convert(tmp_path, STAGE2, state, *flags, out="with_text")
     assert capsys.readouterr().out.endswith("--prompt='a red house'\n")
     conds, _ = sample.conditions(
-        checkpoint.load_model(out), sample.parse_args([f"--checkpoint={out}", "--out=x", "--prompt=b"])
+        checkpoint.load_model(out),
+        sample.parse_args([f"--checkpoint={out}", "--out=x", "--prompt=b", "--num_images=1"]),
     )
     assert conds.shape == (1, 4)
     train_tokenizer(["a b c d e f g h"], 30, vocabulary)

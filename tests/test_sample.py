@@ -260,7 +260,8 @@ def test_a_prefix_goes_on_with_its_texts(trained, tmp_path):
     np.testing.assert_array_equal(same.cond, whole.cond)
     np.testing.assert_array_equal(same.codes, whole.codes)
     loaded = checkpoint.load_model(trained.stage2["text"])
-    args = sample.parse_args(["--out=x", f"--checkpoint={trained.stage2['text']}", *prefix])
+    run = f"--checkpoint={trained.stage2['text']}"
+    args = sample.parse_args(["--out=x", "--num_images=3", run, *prefix])
     assert sample.conditions(loaded, args, whole.cond)[1] == ["green elk", "a red bee", "green elk"]
     with pytest.raises(ValueError, match="^--prefix: '.*' holds no texts of 6 tokens 0..39; give --prompt$"):
         sample.conditions(loaded, args, whole.cond + 40)
@@ -314,6 +315,29 @@ def test_prompts_go_through_the_runs_own_tokenizer(trained, tmp_path):
     swapped = draw(trained, tmp_path / "b", *(f"--prompt={text}" for text in prompts[::-1]), kind="text")
     assert all(helpers.differs(drawn.codes[i], swapped.codes[i]) for i in range(3))
     assert drawn.settings["prompt"] == prompts
+
+
+def test_prompts_of_a_file_are_drawn_so_often_each_and_go_with_the_codes(trained, tmp_path, monkeypatch):
+    prompts, seen, captioned_grid = ["a red round bee", "green \u00e9lk"], [], grids.captioned_grid
+    monkeypatch.setattr(
+        grids,
+        "captioned_grid",
+        lambda images, captions, **_: seen.append(captions) or captioned_grid(images, captions, **_),
+    )
+    (tmp_path / "prompts.txt").write_text("\ufeffa red round bee \r\n\n green \u00e9lk\n", encoding="utf-8")
+    (tmp_path / "prompts.json").write_text(json.dumps(prompts))
+    flags = f"--checkpoint={trained.stage2['text']}", "--batch_size=4", "--per_prompt=2"
+    for name, more in (("txt", []), ("json", ["--first_index=1", "--num_images=2"])):  # the latter a slice
+        file = tmp_path / f"prompts.{name}"
+        args = sample.parse_args([*flags, f"--prompts={file}", f"--out={tmp_path / name}", *more])
+        sample.run(args)
+        tag = f"{args.first_index:06d}"
+        with np.load(tmp_path / name / f"codes_{tag}.npz") as codes:
+            expected = [prompts[i % 2] for i in codes["image_ids"]]
+            assert codes["prompts"].tolist() == expected == seen[-1]
+        settings = json.loads((tmp_path / name / f"settings_{tag}.json").read_text())
+        assert (settings["prompts"], settings["prompt"]) == (str(file), None)
+        assert settings["num_images"] == len(expected) == (4 if name == "txt" else 2)
 
 
 def test_grid_says_what_each_image_is(trained, tmp_path, monkeypatch):
@@ -391,6 +415,18 @@ REFUSED = {
     "classes of none": ("unconditional", ["--classes=1"], "--classes: 1 is for a class-conditional model, this one is unc"),
     "classes of text": ("text", ["--classes=1"], "--classes: 1 is for a class-conditional model, this one is text"),
     "prompt of classes": ("class", ["--prompt=bee"], r"--prompt: \['bee'\] is for a text-conditional model, this one is class"),
+    "prompts of classes": ("class", ["--prompts={}/a.txt"], r"--prompt: \['a', 'b'\] is for a text-conditional model, this one is class"),
+    "both prompts": ("text", ["--prompt=a", "--prompts={}/a.txt"], "--prompt: 'a' and --prompts: .*a.txt exclude one another"),
+    "more prompts than images": ("text", ["--prompts={}/a.txt", "--num_images=1"], "--num_images: 1 are fewer than the 2 prompts; give more, or --per_p"),
+    "images of no prompt": ("class", ["--per_prompt=2"], "--per_prompt: 2 needs --prompt or --prompts; give some, or --num_images"),
+    "no image of a prompt": ("text", ["--prompt=a", "--per_prompt=0"], "--per_prompt: 0 must be at least 1"),
+    "images beyond the prompts": ("text", ["--prompt=a", "--per_prompt=2", "--num_images=3"], r"the last image id: 2 is outside 0\.\.1, the images of all prompts"),
+    "no prompts file": ("text", ["--prompts={}/gone.txt"], "--prompts: '.*gone.txt' is no file; give a .txt or a .json of texts"),
+    "other prompts file": ("text", ["--prompts={}/a.csv"], "--prompts: '.*a.csv' is neither .txt, of a text a line, nor .json, of a list"),
+    "blank prompts": ("text", ["--prompts={}/blank.txt"], "--prompts: '.*blank.txt' holds no text; give one or more"),
+    "damaged prompts": ("text", ["--prompts={}/latin.txt"], "--prompts: '.*latin.txt': 'utf-8' codec can't decode"),
+    "prompts by key": ("text", ["--prompts={}/a.json"], "--prompts: '.*a.json' holds a dict, not a list"),
+    "prompts and numbers": ("text", ["--prompts={}/b.json"], "--prompts: '.*b.json' holds more than texts; give a list of strings"),
     "no prompt": ("text", [], "--prompt: missing, this model draws images of a text"),
     "class number": ("class", ["--classes=1,5"], "--classes: '5' is no class; allowed are 0..4 and the names that --list_classes shows"),
     "class name": ("class", ["--classes=fox"], "--classes: 'fox' is no class"),
@@ -415,8 +451,12 @@ def nothing_compiles(monkeypatch):
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_arguments_are_refused_in_one_line(trained, tmp_path, nothing_compiles, case):
     kind, flags, message = REFUSED[case]
+    files = {"a.txt": b"a\nb", "blank.txt": b" \n", "latin.txt": b"\xe9", "a.json": b'{"a": 1}', "b.json": b'["a", 1]'}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    flags = [flag.replace("{}", str(tmp_path)) for flag in flags]
     arguments = [f"--checkpoint={trained.stage2[kind]}", f"--out={tmp_path / 'out'}", *flags]
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         sample.run(sample.parse_args(arguments))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import csv
 import difflib
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from rq_jax.checkpoint import LoadedModel
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
+from rq_jax.files import read_json
 from rq_jax.settings.text import quoted
 
 
@@ -71,6 +73,30 @@ def choose_conditions(
     else:
         numbers = list(range(V))
     return np.array(numbers)[:, None], [names[i] for i in numbers]
+
+
+def read_prompts(path: str | os.PathLike) -> list[str]:
+    """The texts of a file: the lines of a .txt that are not blank, or the strings of a list in a .json.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: another kind of file, or none with texts.
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".json"):
+        raise ValueError(f"--prompts: '{path}' is neither .txt, of a text a line, nor .json, of a list of texts")
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts: '{path}' is no file; give a .txt or a .json of texts")
+    try:
+        texts = read_json(path, list) if path.suffix == ".json" else path.read_text("utf-8-sig").split("\n")
+    except ValueError as error:
+        raise ValueError(f"--prompts: {error}" if path.suffix == ".json" else f"--prompts: '{path}': {error}") from None
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"--prompts: '{path}' holds more than texts; give a list of strings")
+    prompts = [text.strip() for text in texts if text.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts: '{path}' holds no text; give one or more")
+    return prompts
 
 
 def kind_of(loaded: LoadedModel) -> str:
