@@ -31,6 +31,7 @@ TRAIN = [
     "tokenizers>=0.20",
     "tensorboardX>=2.6.5",
     "h5py>=3.12",  # the weights of the perceptual loss
+    "scipy>=1.13",  # Fréchet distances; jax needs it too
     "pyyaml>=6",  # the configs of published checkpoints
 ]
 # The bundled images: Twemoji art and the names that go with it.
