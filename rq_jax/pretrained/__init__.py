@@ -1,1 +1,4 @@
-"""Frozen networks that judge images: VGG16 for LPIPS, EfficientNet-Lite0 for distances between sets of images."""
+"""Frozen networks that judge images.
+
+VGG16 for LPIPS; EfficientNet-Lite0 for distances between sets of images; Inception for FID and IS.
+"""

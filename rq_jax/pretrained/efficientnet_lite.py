@@ -6,16 +6,14 @@ features carries the name of the network: it is neither FID nor KID of the liter
 
 import logging
 import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from rq_jax.interop import state_file
-from rq_jax.pretrained.files import array_of, check_digest, package_file
+from rq_jax.pretrained.files import UNVERIFIED, check_digest, open_weights, package_file
+from rq_jax.pretrained.preprocess import as_rgb, resize
 
 SIZE, NUM_FEATURES, NUM_CLASSES = 224, 1280, 1000
 STEM_WIDTH = 32
@@ -92,10 +90,18 @@ class FeatureNet(NamedTuple):
     Attributes:
       name: "efficientnet_lite0", which belongs to every figure of these features.
       variables: {"params": of `EfficientNetLite0`, "classifier": {"kernel": (1280, 1000), "bias": (1000,)}}, 19 MB.
+      sha256: of the weight file.
+      weights: the package that holds a file of that digest, or "unverified".
     """
 
     name: str
     variables: dict[str, Any]
+    sha256: str = ""
+    weights: str = UNVERIFIED
+
+    @property
+    def num_features(self) -> int:
+        return NUM_FEATURES
 
     def features(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
         """Features of images, which are clipped to [-1, 1] and resized to 224x224 (bicubic, antialiased).
@@ -110,11 +116,7 @@ class FeatureNet(NamedTuple):
         Raises:
           ValueError: another shape.
         """
-        if images.ndim != 4 or images.shape[-1] not in (1, 3):
-            raise ValueError(f"images: shape {images.shape} is not (B, H, W, C) with 1 or 3 channels")
-        shape = (images.shape[0], SIZE, SIZE, 3)
-        x = jnp.broadcast_to(jnp.clip(images.astype(jnp.float32), -1, 1), (*images.shape[:-1], 3))
-        x = jax.image.resize(x, shape, "bicubic")
+        x = resize(as_rgb(images), SIZE, SIZE, "bicubic")
         x = (127.5 * (x + 1) - _SHIFT) / _SCALE
         return EfficientNetLite0().apply({"params": variables["params"]}, x)
 
@@ -149,29 +151,14 @@ def load(path: str | os.PathLike[str] | None = None) -> FeatureNet:
     if path is None:
         path = package_file(_PACKAGE, *_FILE, "features", "or leave out what measures samples")
         check_digest(path, "sha256", _SHA256, f"install {_PACKAGE}")
-    path = Path(path)
-    state = state_file.read_state(path)
-
-    def array(key: str, *shape: int) -> np.ndarray:
-        return array_of(state, key, shape, path, "EfficientNet-Lite0 weights")
-
-    def conv(name: str, norm: str, kernel_shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        rows, columns, inputs, width = kernel_shape
-        kernel = array(f"{name}.weight", width, inputs, rows, columns).transpose(2, 3, 1, 0)
-        weight, bias, mean, var = (
-            array(f"{norm}.{part}", width) for part in ("weight", "bias", "running_mean", "running_var")
-        )
-        scale = weight / np.sqrt(var + _EPSILON)
-        return {"kernel": kernel * scale, "bias": bias - mean * scale}
-
-    params = {}
-    for name, shapes in abstract_variables()["params"].items():
-        torch_name, norm = _torch_names(name)
-        params[name] = conv(torch_name, norm, shapes["kernel"].shape)
-    kernel = np.ascontiguousarray(array("_fc.weight", NUM_CLASSES, NUM_FEATURES).T)
-    classifier = {"kernel": kernel, "bias": array("_fc.bias", NUM_CLASSES)}
-    logger.info("features: efficientnet_lite0 ('%s')", path)
-    return FeatureNet("efficientnet_lite0", {"params": params, "classifier": classifier})
+    file = open_weights(path, "EfficientNet-Lite0 weights", {_SHA256: _PACKAGE})
+    params = {
+        name: file.folded_conv(*_torch_names(name), shapes["kernel"].shape, _EPSILON)
+        for name, shapes in abstract_variables()["params"].items()
+    }
+    classifier = file.linear("_fc", NUM_FEATURES, NUM_CLASSES)
+    logger.info("features: efficientnet_lite0 ('%s', %s)", path, file.published)
+    return FeatureNet("efficientnet_lite0", {"params": params, "classifier": classifier}, file.sha256, file.published)
 
 
 def _torch_names(name: str) -> tuple[str, str]:

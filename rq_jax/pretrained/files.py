@@ -1,12 +1,18 @@
 """Weight files: paths inside installed packages, digests, arrays."""
 
+import dataclasses
 import hashlib
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from rq_jax.interop import state_file
+
+UNVERIFIED = "unverified"  # weights whose digest is none that is published
 
 
 def package_file(requirement: str, module: str, relative: str, name: str, remedy: str) -> Path:
@@ -73,3 +79,68 @@ def check_digest(path: Path, algorithm: str, expected: str, remedy: str, if_abse
     actual = digest(path, algorithm, if_absent or remedy)
     if actual != expected:
         raise ValueError(f"'{path}' has {algorithm} {actual}, expected is {expected}; {remedy}")
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFile:
+    """A state dict in a file, whose arrays are asked for by name and shape.
+
+    Attributes:
+      path: of the file.
+      content: what the right file holds, for messages.
+      state: its arrays by name.
+      sha256: of the file.
+      published: name of the published file with that digest, or "unverified".
+    """
+
+    path: Path
+    content: str
+    state: Any
+    sha256: str
+    published: str
+
+    def array(self, key: str, *shape: int) -> np.ndarray:
+        """An array in float32; see `array_of`."""
+        return array_of(self.state, key, shape, self.path, self.content)
+
+    def linear(self, name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:
+        """A layer that PyTorch stores as (outputs, inputs): "kernel" (inputs, outputs) and "bias" (outputs,)."""
+        kernel = np.ascontiguousarray(self.array(f"{name}.weight", outputs, inputs).T)
+        return {"kernel": kernel, "bias": self.array(f"{name}.bias", outputs)}
+
+    def folded_conv(self, name: str, norm: str, kernel_shape: tuple[int, ...], epsilon: float) -> dict[str, np.ndarray]:
+        """A convolution without bias and the batch normalisation behind it as one convolution.
+
+        Args:
+          name, norm: of the two in the file.
+          kernel_shape: (rows, columns, inputs, outputs).
+          epsilon: of the normalisation.
+
+        Returns:
+          "kernel" of that shape and "bias" (outputs,).
+        """
+        rows, columns, inputs, width = kernel_shape
+        kernel = self.array(f"{name}.weight", width, inputs, rows, columns).transpose(2, 3, 1, 0)
+        weight, bias, mean, var = (
+            self.array(f"{norm}.{part}", width) for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight / np.sqrt(var + epsilon)
+        return {"kernel": kernel * scale, "bias": bias - mean * scale}
+
+
+def open_weights(path: str | os.PathLike[str], content: str, published: Mapping[str, str]) -> WeightFile:
+    """Open a weight file that a user names, and compare its digest with the published ones.
+
+    Args:
+      path: of a state dict, see `state_file.read_state`.
+      content: what the right file holds, for messages.
+      published: sha256, or as much of its beginning as is published, to the name of a file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: damaged, or of a kind that is not read.
+    """
+    path = Path(path).expanduser()
+    sha256 = digest(path, "sha256", f"give a file of {content}")
+    names = [name for start, name in published.items() if sha256.startswith(start)]
+    return WeightFile(path, content, state_file.read_state(path), sha256, names[0] if names else UNVERIFIED)
