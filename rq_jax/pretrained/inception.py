@@ -4,29 +4,27 @@ TensorFlow's network of 2015-12-05, on which the published FID, rFID and IS are 
 in mixed blocks leave padding out, the last block takes a maximum in place of one, and there are 1008 classes.
 """
 
-import logging
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax.pretrained.files import UNVERIFIED, open_weights
-from rq_jax.pretrained.preprocess import as_rgb, resize
+from rq_jax.pretrained import classifier
+from rq_jax.pretrained.classifier import Classifier
+from rq_jax.pretrained.files import open_weights
+from rq_jax.pretrained.preprocess import resize
 
-SIZE, NUM_FEATURES, NUM_CLASSES = 299, 2048, 1008
+SIZE, NUM_CLASSES = 299, 1008
 _EPSILON = 1e-3  # of the batch normalisations
 _CONTENT = "the FID Inception, such as pt_inception-2015-12-05-6726825d.pth"
 PUBLISHED = {
     "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2": "pt_inception-2015-12-05-6726825d.pth",
 }
 
-logger = logging.getLogger(__name__)
-
-# Name, width and kernel of the convolutions that follow one another in a branch.
-Chain = tuple[tuple[str, int, tuple[int, int]], ...]
+# Kernels.
 _ONE, _THREE, _FIVE, _ROW, _COLUMN = (1, 1), (3, 3), (5, 5), (1, 7), (7, 1)
 
 
@@ -138,78 +136,34 @@ def _mixed_8(x: jax.Array, name: str, pool: Any) -> jax.Array:
     return jnp.concatenate(branches, -1)
 
 
-class Inception(NamedTuple):
-    """The network and its weights.
+def preprocess(images: jax.Array) -> jax.Array:
+    """Images (B, H, W, 3) in [-1, 1] as the network sees them: 299x299, bilinear and not antialiased.
 
-    Attributes:
-      name: "inception_2015", which belongs to every figure of these features; with the published weights these are FID,
-        rFID and IS.
-      variables: {"params": of `InceptionV3`, "classifier": {"kernel": (2048, 1008), "bias": (1008,)}}, 95 MB.
-      sha256: of the weight file.
-      weights: name of the published file with that digest, or "unverified".
+    As pytorch-fid:InceptionV3.forward, which shifts the range after the resize: the same but for rounding.
     """
-
-    name: str
-    variables: dict[str, Any]
-    sha256: str = ""
-    weights: str = UNVERIFIED
-
-    @property
-    def num_features(self) -> int:
-        return NUM_FEATURES
-
-    def features(self, variables: dict[str, Any], images: jax.Array) -> jax.Array:
-        """Pooled features of images, which are clipped to [-1, 1] and resized to 299x299 (bilinear, not antialiased).
-
-        Args:
-          variables: those of this object, or a copy on the devices.
-          images: (B, H, W, C) in [-1, 1], C 1 or 3; a grey image counts as three equal channels.
-
-        Returns:
-          (B, 2048), float32 with float32 products on every device.
-
-        Raises:
-          ValueError: another shape.
-        """
-        # As pytorch-fid:InceptionV3.forward, which scales after the resize: the same but for rounding.
-        x = resize(as_rgb(images), SIZE, SIZE, "bilinear", antialias=False)
-        with jax.default_matmul_precision("highest"):
-            return InceptionV3().apply({"params": variables["params"]}, x)
-
-    def logits(self, variables: dict[str, Any], features: jax.Array) -> jax.Array:
-        """Logits (..., 1008) from features (..., 2048), with their biases, as the inception score takes them."""
-        bias = variables["classifier"]["bias"].reshape((1,) * (features.ndim - 1) + (NUM_CLASSES,))
-        return jnp.dot(features, variables["classifier"]["kernel"], precision=jax.lax.Precision.HIGHEST) + bias
+    return resize(images, SIZE, SIZE, "bilinear", antialias=False)
 
 
 def abstract_variables() -> dict[str, Any]:
-    """Shapes and dtypes of `Inception.variables`, read from no file."""
-    image = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.float32)
-    kernel = jax.ShapeDtypeStruct((NUM_FEATURES, NUM_CLASSES), jnp.float32)
-    classifier = {"kernel": kernel, "bias": jax.ShapeDtypeStruct((NUM_CLASSES,), jnp.float32)}
-    params = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"]
-    return {"params": params, "classifier": classifier}
+    """Shapes and dtypes of the weights, read from no file."""
+    return classifier.abstract_variables(InceptionV3(), SIZE, NUM_CLASSES)
 
 
-def load(path: str | os.PathLike[str]) -> Inception:
+def load(path: str | os.PathLike[str]) -> Classifier:
     """Load the weights.
 
     Args:
-      path: a state dict with the names of pytorch-fid's; that of torch-fidelity is the same file. A file with another
-        digest is taken and called unverified.
+      path: a state dict with the names of pytorch-fid's; torch-fidelity's is the same file. A file with another digest
+        is taken and called unverified.
 
     Returns:
-      The network, with its weights as NumPy arrays.
+      The network "inception_2015", with its weights as NumPy arrays, 95 MB. Of the published weights its features give
+      FID and rFID, its logits, with their biases, IS.
 
     Raises:
       FileNotFoundError: no such file.
       ValueError: damaged, or of another network.
     """
     file = open_weights(path, _CONTENT, PUBLISHED)
-    params = {
-        name: file.folded_conv(f"{name}.conv", f"{name}.bn", shapes["kernel"].shape, _EPSILON)
-        for name, shapes in abstract_variables()["params"].items()
-    }
-    classifier = file.linear("fc", NUM_FEATURES, NUM_CLASSES)
-    logger.info("features: inception_2015 ('%s', %s)", path, file.published)
-    return Inception("inception_2015", {"params": params, "classifier": classifier}, file.sha256, file.published)
+    args = InceptionV3(), preprocess, abstract_variables(), lambda name: (f"{name}.conv", f"{name}.bn")
+    return classifier.read(file, "inception_2015", *args, "fc", _EPSILON)

@@ -120,7 +120,26 @@ def inception_outputs(network, images):
         return {"features": features.numpy(), "logits": network.fc(features).numpy()}
 
 
-ORIGINALS = {"inception": (inception, inception_outputs)}
+def resnet():
+    return import_torchvision().models.resnet101(weights=None)
+
+
+def resnet_outputs(network, images):
+    """Features and logits of images (B, H, W, 3) in [-1, 1], preprocessed as torchvision's weights of 2015 want it."""
+    import torch
+    from torchvision.transforms import functional as F
+
+    x = (torch.tensor(images).permute(0, 3, 1, 2) + 1) / 2
+    x = F.center_crop(F.resize(x, 256, F.InterpolationMode.BILINEAR, antialias=True), 224)
+    x = F.normalize(x, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    fc, network.fc = network.fc, torch.nn.Identity()
+    with torch.no_grad():
+        features = network(x)
+        network.fc = fc
+        return {"features": features.numpy(), "logits": fc(features).numpy()}
+
+
+ORIGINALS = {"inception": (inception, inception_outputs), "resnet": (resnet, resnet_outputs)}
 
 
 def main():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rq_jax.pretrained import efficientnet_lite
+from rq_jax.pretrained.classifier import Classifier
 from rq_jax.pretrained.efficientnet_lite import NUM_CLASSES, NUM_FEATURES, SIZE
 
 
@@ -74,7 +75,7 @@ def plain_features(state, x):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_strict_promotion_is_enough(channels):
     variables = efficientnet_lite.abstract_variables()
-    net = efficientnet_lite.FeatureNet("abstract", variables)
+    net = Classifier("abstract", variables, efficientnet_lite.EfficientNetLite0(), efficientnet_lite.preprocess)
     image = jax.ShapeDtypeStruct((2, 20, 24, channels), jnp.float32)
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         features = jax.eval_shape(net.features, variables, image)
