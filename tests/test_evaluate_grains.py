@@ -40,8 +40,8 @@ def root(tmp_path_factory):
     return root
 
 
-def evaluated(root, *flags, out="out"):
-    return evaluate.run(evaluate.parse_args([*flags, f"--out={root / out}", "--batch_size=8", "--no_perceptual"]))
+def evaluated(root, *line, out="out"):
+    return evaluate.run(evaluate.parse_args([*line, f"--out={root / out}", "--batch_size=8"]))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,8 @@ def measured(root):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         drawn = grids.labelled_grid
         patch.setattr(grids, "labelled_grid", lambda given: rows.update(given) or drawn(given))
-        record = evaluated(root, *(f"--checkpoint={root / name}" for name in NAMES))
+        tokenizers = (f"--checkpoint={root / name}" for name in NAMES)
+        record = evaluated(root, "tokenizer", *tokenizers, "--no_perceptual", "--distances=none")
     return record, rows, printed.getvalue()
 
 
@@ -138,9 +139,9 @@ def test_shipped_models_keep_their_grains_and_their_samples_are_measured(root, m
     flags = f"--checkpoint={root / 'shipped'}", f"--out={root / 'samples'}", "--num_images=6", "--batch_size=3"
     sample.run(sample.parse_args(list(flags)))
     data = "--data_name=folder", f"--data_dir={root / 'pictures'}"
-    record = evaluated(root, f"--samples={root / 'samples'}", *data, "--subset_size=2", "--num_subsets=2", out="drawn")
+    line = "samples", f"--samples={root / 'samples'}", *data
+    record = evaluated(root, *line, "--subset_size=2", "--num_subsets=2", out="drawn")
     drawn = f"samples {root / 'samples'}"
     assert record["samples"]["images"] == {str(root / "samples"): 6}
     distance = record["kernel_distance"]["of"]
     assert distance[drawn]["mean"] > distance["training pictures"]["mean"]
-    assert (root / "drawn" / "neighbours.png").is_file()

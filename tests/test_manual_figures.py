@@ -44,9 +44,11 @@ def test_ablation_tables_are_those_of_their_files():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md", "checkpoints/emoji/README.md"])
 def test_figures_of_the_shipped_model(page):
-    record = _read(ROOT / "checkpoints" / "emoji" / "figures" / "evaluation.json")
-    (tokenizer,) = record["results"].values()
-    distances = {name.split()[0]: value for name, value in record["kernel_distance"]["of"].items()}
+    commands = ("tokenizer", "samples", "neighbours", "likelihood")
+    records = {name: _read(ROOT / "checkpoints" / "emoji" / "figures" / f"{name}.json") for name in commands}
+    (tokenizer,) = records["tokenizer"]["results"].values()
+    of = records["tokenizer"]["kernel_distance"]["of"] | records["samples"]["kernel_distance"]["of"]
+    distances = {name.split()[0]: value for name, value in of.items()}
     reconstructions = distances["reconstructions"]
     _has(
         page,
@@ -59,7 +61,7 @@ def test_figures_of_the_shipped_model(page):
         _has(page, _row("kernel distance", reconstructions["mean"]))
         _has(page, f"kernel distance of {distances['samples']['mean']:.3f}", f"{distances['training']['mean']:.3f}.")
         return
-    nats, percent = record["likelihood"], lambda share: f"{100 * share:.1f} %"
+    nats, percent = records["likelihood"]["likelihood"], lambda share: f"{100 * share:.1f} %"
     _has(
         page,
         _row("kernel distance of reconstructions", reconstructions["mean"]),
@@ -71,11 +73,12 @@ def test_figures_of_the_shipped_model(page):
         f"{reconstructions['mean'][-1]:.3f} ± {reconstructions['std'][-1]:.3f}",
     )  # fmt: skip
     if page == "checkpoints/emoji/README.md":
-        nearest = record["samples"]["median_squared_distance_to_nearest_training_picture"]
+        nearest = records["neighbours"]["samples"]["median_squared_distance_to_nearest_training_picture"]
         ours, theirs = (round(value) for _, value in sorted(nearest.items(), reverse=True))
         _has(page, f"{nats['train']['mean']:.2f} nats a code against {nats['validation']['mean']:.2f}")
         _has(page, f"nearest training image is {ours}, that of a held-out image {theirs}.")
-        _has(page, f"{record['kernel_distance']['num_subsets']} subsets of {record['kernel_distance']['subset_size']}")
+        subsets = records["samples"]["kernel_distance"]
+        _has(page, f"{subsets['num_subsets']} subsets of {subsets['subset_size']}")
 
 
 def test_programs_compiled_for_devices_that_are_not_here():

@@ -25,7 +25,7 @@ README = TEXTS["README.md"]
 INLINE = [
     code for text in TEXTS.values() for code in re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
 ]
-FILES = {"sample.py", "model.safetensors", "evaluation.json", "data.json"}  # not keys of the sections of these names
+FILES = {"sample.py", "model.safetensors", "data.json"}  # not keys of the sections of these names
 BLOCKS = [
     (page, *block) for page, text in TEXTS.items() for block in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.M | re.S)
 ]
@@ -143,6 +143,7 @@ def test_flags_between_backticks_exist(monkeypatch):
     named = {flag for code in INLINE if not code.startswith("pip ") for flag in re.findall(r"--\w+", code)}
     known = {f"--{name}" for name in TRAINING_FLAGS} | {"--signal"}  # of Slurm
     example = {"benchmark.py": ("quantize",), "convert_torch.py": ("--export=a", "--out=b")}
+    example["evaluate.py"] = ("likelihood", "--checkpoint=a", "--out=b")
     example["-m rq_jax.data.entropy"] = ("--out=a", "--name=b")
     modules = ("-m rq_jax.data.prepare", "-m rq_jax.data.entropy")
     for script in ("sample.py", "evaluate.py", "convert_torch.py", "benchmark.py", *modules):
@@ -151,7 +152,7 @@ def test_flags_between_backticks_exist(monkeypatch):
             parser = _parse(patch, script, example.get(script, arguments))
         known |= _options(parser)
         assert script.startswith("-m") or _texts(parser) <= TEXT_FLAGS, "a path needs type=cli.path"
-    assert {"--kernel_distance", "--classes_of", "--strict"} <= named
+    assert {"--distances", "--classes_of", "--strict"} <= named
     assert named - known == set()
 
 

@@ -33,9 +33,10 @@ class Features(NamedTuple):
 
 
 class FeatureExtractor:
-    """A feature network whose batches are spread over a mesh."""
+    """A feature network whose batches are spread over a mesh; `name` is the network's."""
 
     def __init__(self, net: Classifier, mesh: jax.sharding.Mesh):
+        self.name = net.name
         self._mesh, everywhere = mesh, sharding.replicated(mesh)
         self._variables = jax.device_put(net.variables, everywhere)
         self._features = jax.jit(net.features, out_shardings=everywhere)

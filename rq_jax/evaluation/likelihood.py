@@ -135,7 +135,7 @@ def load_transformer(
     """
     loaded = load_model(directory, step, ema)
     if loaded.tokenizer is None:
-        raise ValueError(f"--likelihood: '{directory}' carries no tokenizer; give the directory of a stage-2 run")
+        raise ValueError(f"--checkpoint: '{directory}' carries no tokenizer; give the directory of a stage-2 run")
     tokenizer = loaded.tokenizer.model
     settings = image_settings(loaded.config, (*tokenizer.image_shape, tokenizer.in_channels), directory, name, data_dir)
     return loaded, settings | condition_settings(loaded.config, directory)

@@ -27,6 +27,7 @@ class Scripts:
         self.root, self.lines = root, []
 
     def __call__(self, script, *options):
+        command, *options = options if script == "evaluate.py" else ("", *options)
         given = [tuple(str(option).removeprefix("--").partition("=")[::2]) for option in options]
         self.lines.append((script, given))
         values = dict(given)
@@ -43,10 +44,10 @@ class Scripts:
                     self.root / values["out"] / "images" / f"{i:06d}.png", np.zeros((SIDE, SIDE, 3), np.uint8)
                 )
         else:
-            self.write_evaluation(self.root / values["out"], given)
+            self.write_evaluation(self.root / values["out"], command, given)
         return f"python {script}"
 
-    def write_evaluation(self, out, given):
+    def write_evaluation(self, out, command, given):
         tokenizers, samples = ([value for name, value in given if name == kind] for kind in ("checkpoint", "samples"))
         seed = lambda place: int((re.search(r"seed(\d+)", place) or [0, 0])[1])  # noqa: E731
         by_depth = lambda place: [20.0 + seed(place), 25.0 + seed(place)]  # noqa: E731
@@ -71,7 +72,7 @@ class Scripts:
             "samples": {"median_squared_distance_to_nearest_training_picture": nearest},
         }  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
-        (out / "evaluation.json").write_text(json.dumps(record))
+        (out / f"{command}.json").write_text(json.dumps(record))
         grids.save_png(out / "reconstructions.png", np.zeros((SIDE, SIDE, 3), np.uint8))
 
 
@@ -170,7 +171,9 @@ def test_filters_draw_from_the_model_that_is_named(fake_scripts, undrawn):
     made("filter", "--seeds=0", "--checkpoint=elsewhere")
     drawn = [dict(given) for script, given in fake_scripts.lines if script == "sample.py"]
     assert {given["checkpoint"] for given in drawn} == {"elsewhere"} and drawn[0]["top_p"] == "0.3"
-    assert fake_scripts.lines[-1][1][0] == ("checkpoint", "elsewhere/tokenizer")
+    measured = [given[0] for script, given in fake_scripts.lines if script == "evaluate.py"]
+    place = "runs/ablations/top_p_0.3-seed0"
+    assert measured == [("checkpoint", "elsewhere/tokenizer"), ("samples", place), ("samples", place)]
 
 
 def test_a_model_that_was_trained_anew_is_another(fake_scripts, undrawn, monkeypatch):

