@@ -125,27 +125,24 @@ def code_perplexity(counts: jax.Array) -> jax.Array:
     return jnp.exp(-jnp.sum(shares * jnp.log(jnp.where(shares > 0, shares, 1.0)), axis=-1))
 
 
-def unigram_cross_entropy(
-    counts: jax.Array, codes: jax.Array, sizes: Sequence[int] | None = None, weights: jax.Array | None = None
-) -> jax.Array:
-    """Cross-entropy in nats, per depth, of codes under the code frequencies of another set.
+def unigram_cross_entropy(counts: np.ndarray, held_out: np.ndarray, sizes: Sequence[int] | None = None) -> np.ndarray:
+    """Cross-entropy in nats of the symbols of one set under their frequencies in another: the mark to beat.
 
     Args:
-      counts: (D, K) of the training set; one is added to each, so that unseen codes have a finite cost.
-      codes: (..., D).
-      sizes: the D codebook sizes, where they differ: what a row of `counts` has beyond is no code. Default: all K.
-      weights: (...), what the codes at a position count in the mean, such as `grains.cell_weights`; None is 1.
+      counts: (..., K), how often the training set has each symbol, at each depth for instance; one is added to each, so
+        that unseen symbols have a finite cost.
+      held_out: (..., K), how often the other set has it; at least one in each row.
+      sizes: how many symbols each row (...) has, where they differ: the rest of it is none. Default: all K.
 
     Returns:
-      (D,): the mark that a model of the codes has to beat.
+      (...) float64, means over the symbols of the other set.
     """
-    smoothed_DK = counts + 1
-    if sizes is not None:
-        smoothed_DK = jnp.where(np.arange(counts.shape[-1]) < np.asarray(sizes)[:, None], smoothed_DK, 0)
-    log_shares_DK = jnp.log(smoothed_DK / smoothed_DK.sum(-1, keepdims=True))
-    flat_ND = codes.reshape(-1, codes.shape[-1])
-    nats_ND = -log_shares_DK[jnp.arange(flat_ND.shape[-1]), flat_ND]
-    return nats_ND.mean(0) if weights is None else jnp.average(nats_ND, axis=0, weights=weights.ravel())
+    counts, held_out = (np.asarray(array, np.float64) for array in (counts, held_out))
+    is_symbol = True if sizes is None else np.arange(counts.shape[-1]) < np.asarray(sizes)[..., None]
+    smoothed = np.where(is_symbol, counts + 1, 0)
+    shares = smoothed / smoothed.sum(-1, keepdims=True)
+    nats = -held_out * np.log(np.where(is_symbol, shares, 1))
+    return nats.sum(-1) / held_out.sum(-1)
 
 
 def kernel_distances(

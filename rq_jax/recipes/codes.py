@@ -1,10 +1,10 @@
-"""A frozen tokenizer for stage 2: how often each code occurs, the unigram mark, cached latents, codes of a step."""
+"""A frozen tokenizer for stage 2: how often each code and position occurs, the unigram marks, codes of a step."""
 
 import contextlib
 import functools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import checkpoint, metrics, models
-from rq_jax.data import CacheDataset, Dataset, Splits, fingerprint, read_meta, write_cache
+from rq_jax import metrics, models
+from rq_jax.data import Dataset, Splits, fingerprint
 from rq_jax.devices import hosts, sharding
 from rq_jax.files import read_json, write_json
 from rq_jax.grains import GrainedCodes, cell_weights
@@ -37,12 +37,43 @@ class CodeFigures(NamedTuple):
       class_counts: how often each class, where all were counted; else None.
       unigram_nats_D: cross-entropy of the held-out codes under these frequencies.
       spread_D: over how many codes a soft code spreads; None where none is used.
+      position_nats_G: cross-entropy of the held-out positions of each grain under their frequencies in the training
+        set, where a start token is one symbol, whatever its class; None without grains, as what follows.
+      mean_position_nats: of all positions together.
+      tokens_per_image: mean over the training images.
     """
 
     counts_DK: np.ndarray
     class_counts: list[int] | None
     unigram_nats_D: np.ndarray
     spread_D: np.ndarray | None
+    position_nats_G: np.ndarray | None = None
+    mean_position_nats: float | None = None
+    tokens_per_image: float | None = None
+
+
+class Counts(NamedTuple):
+    """How often a data set has what stage 2 predicts.
+
+    Attributes:
+      images: so many were counted.
+      codes_DK: each code at each depth; one of a coarse region counts once.
+      classes_V: each class; None without classes.
+      regions_Guv: how many images have each grain in each region; None without grains.
+    """
+
+    images: Any
+    codes_DK: Any
+    classes_V: Any
+    regions_Guv: Any
+
+    @property
+    def positions(self) -> list[np.ndarray]:
+        """How often each position of each grain is to be predicted: its cells, eos and, but for grain 0, sos."""
+        return [
+            np.concatenate([np.repeat(regions_uv, 4**g), [self.images] * (1 + (g > 0))])
+            for g, regions_uv in enumerate(self.regions_Guv)
+        ]
 
 
 class CodeCounter:
@@ -65,83 +96,84 @@ class CodeCounter:
           num_steps: micro-batches that a batch is encoded in, a divisor of the images of a device.
           num_validation_steps: the same of held-out images.
         """
-        self._tokenizer, self._variables, self._mesh = tokenizer, variables, mesh
+        self.tokenizer, self._variables, self._mesh = tokenizer, variables, mesh
         self._num_steps, self._num_validation_steps = num_steps, num_validation_steps
-        self._jit = functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
 
     def measure(self, data: Splits, temperature: float | None) -> CodeFigures:
         """All figures of a data set; `temperature` is that of the soft codes, None where none is used."""
-        counts_DK, class_counts = self.count(data.ordered)
-        unigram_nats_D = self.unigram_nats(data.validation, counts_DK)
-        spread_D = None if temperature is None else self.soft_spread(data.validation, temperature)
-        return CodeFigures(counts_DK, class_counts, unigram_nats_D, spread_D)
+        counted, held_out = self.count(data.ordered), self.count(data.validation, is_held_out=True)
+        sizes = self.tokenizer.codebook_sizes
+        return CodeFigures(
+            counted.codes_DK,
+            None if counted.classes_V is None else counted.classes_V.tolist(),
+            metrics.unigram_cross_entropy(counted.codes_DK, held_out.codes_DK, sizes),
+            None if temperature is None else self.soft_spread(data.validation, temperature),
+            **_of_positions(counted, held_out),
+        )
 
-    def _encode(self, variables: Any, images: jax.Array, num_steps: int) -> tuple[jax.Array, jax.Array | None]:
-        """Codes (B, h, w, D), and what those of a cell count (B, h, w); None is 1."""
-        encode = functools.partial(self._tokenizer.apply, variables, method="encode_to_codes")
-        codes = sharding.map_micro_batches(encode, images, num_steps)
-        if isinstance(codes, GrainedCodes):
-            return codes.codes, cell_weights(codes.grains, self._tokenizer.num_grains)
-        return codes, None
-
-    def count(self, dataset: Dataset) -> tuple[np.ndarray, list[int] | None]:
-        """How often the data set has each code, and each class.
-
-        Returns:
-          Counts of the codes (D, K) of `NUM_COUNTED` images or all, and of the classes where all were counted, else
-          None.
-        """
-        V, K = dataset.num_classes, max(self._tokenizer.codebook_sizes)
-
-        @self._jit
-        def count(variables: Any, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array | None]:
-            codes, weights = self._encode(variables, batch["image"], self._num_steps)
-            # Rows that fill up a batch count as one more code, which is dropped.
-            codes = jnp.where(batch["mask"][:, None, None, None], codes, K)
-            classes_V = jnp.bincount(batch["cond"][:, 0], batch["mask"].astype(jnp.int32), length=V) if V else None
-            return metrics.code_counts(codes, K + 1, weights)[:, :K], classes_V
-
-        names = ("image", "mask", "cond") if V else ("image", "mask")
-        counts, seen = None, 0
+    def count(self, dataset: Dataset, is_held_out: bool = False) -> Counts:
+        """Counts of the first `NUM_COUNTED` images, of classes where these are all; or of all held-out images."""
+        names = ("image", "mask", *["cond"] * bool(dataset.num_classes))
+        num_steps = self._num_validation_steps if is_held_out else self._num_steps
+        total, seen = None, 0
         for batch in dataset.iterator():
             placed = sharding.put_batch(self._mesh, {name: batch[name] for name in names})
-            of_batch = count(self._variables, placed)
-            counts = of_batch if counts is None else jax.tree.map(jnp.add, counts, of_batch)
+            of_batch = self._count_batch(self._variables, placed, num_steps, dataset.num_classes)
+            total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
             seen += len(placed["image"])
-            if seen >= NUM_COUNTED:
+            if not is_held_out and seen >= NUM_COUNTED:
                 break
-        counts_DK, classes_V = jax.device_get(counts)
-        is_whole = seen >= dataset.num_examples
-        return counts_DK, classes_V.tolist() if V and is_whole else None
+        total = jax.device_get(total)
+        return total if seen >= dataset.num_examples else total._replace(classes_V=None)
 
-    def unigram_nats(self, dataset: Dataset, counts_DK: np.ndarray) -> np.ndarray:
-        """Cross-entropy in nats (D,) of the codes of a data set under the frequencies of `counts_DK`."""
+    @functools.cached_property
+    def _count_batch(self) -> Callable[..., Counts]:
+        K, G = max(self.tokenizer.codebook_sizes), self.tokenizer.num_grains
 
-        @self._jit
-        def encode_all(variables: Any, images: jax.Array, mask: jax.Array) -> tuple[Any, ...]:
-            return *self._encode(variables, images, self._num_validation_steps), mask
+        @functools.partial(jax.jit, static_argnums=(2, 3), out_shardings=sharding.replicated(self._mesh))
+        def count(variables: Any, batch: Mapping[str, jax.Array], num_steps: int, V: int | None) -> Counts:
+            encode = functools.partial(self.tokenizer.apply, variables, method="encode_to_codes")
+            codes, mask_B = sharding.map_micro_batches(encode, batch["image"], num_steps), batch["mask"]
+            weights, regions_Guv = None, None
+            if isinstance(codes, GrainedCodes):
+                codes, grains = codes
+                weights = cell_weights(grains, G)
+                is_grain = jax.nn.one_hot(grains, G, dtype=jnp.int32, axis=1)
+                regions_Guv = jnp.sum(is_grain * mask_B[:, None, None, None].astype(jnp.int32), axis=0)
+            # Rows that fill up a batch count as one more code, which is dropped.
+            codes = jnp.where(mask_B[:, None, None, None], codes, K)
+            counts_DK = metrics.code_counts(codes, K + 1, weights)[:, :K]
+            numbers_B = mask_B.astype(jnp.int32)
+            classes_V = jnp.bincount(batch["cond"][:, 0], numbers_B, length=V) if V else None
+            return Counts(jnp.sum(numbers_B), counts_DK, classes_V, regions_Guv)
 
-        total, count, sizes = 0.0, 0, self._tokenizer.codebook_sizes
-        for batch in dataset.iterator():
-            placed = sharding.put_batch(self._mesh, {name: batch[name] for name in ("image", "mask")})
-            codes, weights, mask = jax.device_get(encode_all(self._variables, placed["image"], placed["mask"]))
-            weights = None if weights is None else weights[mask]
-            share = mask.sum() if weights is None else weights.sum()
-            nats_D = metrics.unigram_cross_entropy(counts_DK, codes[mask], sizes, weights)
-            total, count = total + nats_D * float(share), count + share
-        return np.asarray(total) / count
+        return count
 
     def soft_spread(self, dataset: Dataset, temperature: float) -> np.ndarray:
         """Over how many codes a soft code spreads at each depth (D,), on the first images."""
 
-        @self._jit
+        @functools.partial(jax.jit, out_shardings=sharding.replicated(self._mesh))
         def perplexity(variables: Any, images: jax.Array) -> jax.Array:
-            soft, _ = self._tokenizer.apply(variables, images[:NUM_SPREAD], temperature, method="soft_codes")
+            soft, _ = self.tokenizer.apply(variables, images[:NUM_SPREAD], temperature, method="soft_codes")
             entropy = -jnp.sum(soft * jnp.log(jnp.where(soft > 0, soft, 1.0)), axis=-1)
             return jnp.exp(entropy.mean((0, 1, 2)))
 
         images = sharding.put_batch(self._mesh, next(dataset.iterator())["image"])
         return np.asarray(perplexity(self._variables, images))
+
+
+def _of_positions(counted: Counts, held_out: Counts) -> dict[str, Any]:
+    """Those of the `CodeFigures` that only tokenizers with grains have."""
+    if counted.regions_Guv is None:
+        return {}
+    pairs = list(zip(counted.positions, held_out.positions, strict=True))
+    nats_G = np.array([metrics.unigram_cross_entropy(*pair) for pair in pairs])
+    numbers, numbers_G = (np.array([each.sum() for each in column]) for column in zip(*pairs, strict=True))
+    return {
+        "position_nats_G": nats_G,
+        "mean_position_nats": np.average(nats_G, weights=numbers_G),
+        "tokens_per_image": 1 + numbers.sum() / counted.images,  # nothing predicts the first
+    }
 
 
 def num_validation_steps(config: Mapping[str, Any], optimizer: Optimizer) -> int:
@@ -164,10 +196,10 @@ def kept_figures(
     if is_first:
         record = read_json(workdir / fingerprint.RECORD)
         made_from = {"tokenizer": tokenizer_mark, "temperature": temperature, "counted": NUM_COUNTED, "data": record}
-        made_from["held out"] = data.validation.num_examples
+        made_from |= {"held out": data.validation.num_examples, **routing_of(counter.tokenizer)}
     if kept := hosts.of_first_process(_read_figures(path, made_from) if is_first else ""):
         figures = json.loads(kept)
-        arrays = {name: None if value is None else np.asarray(value) for name, value in figures.items()}
+        arrays = {name: np.asarray(value) if isinstance(value, list) else value for name, value in figures.items()}
         return CodeFigures(**{**arrays, "class_counts": figures["class_counts"]})
     measured = counter.measure(data, temperature)
     if is_first:
@@ -205,75 +237,9 @@ def report_usage(counts_DK: np.ndarray, sizes: tuple[int, ...], is_shared: bool)
     print(f"tokenizer: {100 * overall:.1f} % of its codes used on training images; by depth {by_depth} %")
 
 
-def check_cache(data: Mapping[str, Any]) -> None:
-    """The transforms of a config's `data` can be read back from a cache of latents.
-
-    Raises:
-      ValueError: a random transform that the cache would leave out, or several processes.
-    """
-    if jax.process_count() > 1:
-        raise ValueError(f"loop.use_latent_cache: True is for one process, not {jax.process_count()}; set it to False")
-    if data["train_transform"] != data["eval_transform"] or data["text_dropout"]:
-        raise ValueError(
-            f"loop.use_latent_cache: it would hold images as '{data['eval_transform']}' makes them, whole captions, "
-            f"but training wants '{data['train_transform']}' and text_dropout {data['text_dropout']}; set them equal "
-            "and 0"
-        )
-    if data["flip_probability"] not in (0, 0.5):
-        raise ValueError(
-            "loop.use_latent_cache: it would draw an image or its mirror image with equal chances, but "
-            f"data.flip_probability is {data['flip_probability']}; set it to 0 or 0.5"
-        )
-
-
-# Settings of the config section `data` that latents do not depend on: random transforms, which `check_cache` excludes.
-_NOT_CACHED = ("validation_split", "train_transform", "flip_probability", "text_dropout")
-
-
 def encode(tokenizer: nn.Module, variables: Any, images: jax.Array) -> jax.Array:
     """Latents of images, without a gradient."""
     return jax.lax.stop_gradient(tokenizer.apply(variables, images, method="encode"))
-
-
-def cached_latents(
-    tokenizer: nn.Module,
-    variables: Any,
-    ordered: Dataset,
-    data: Mapping[str, Any],
-    directory: Path,
-    seed: int,
-) -> CacheDataset:
-    """The training set as latents, computed once: of every image and, where flips are on, of its mirror image.
-
-    Args:
-      tokenizer, variables: a cache of other variables is made again.
-      ordered: the training set, once through.
-      data: the config section.
-      directory: of the cache.
-      seed: of the order of the batches.
-    """
-    use_flips = data["flip_probability"] > 0
-    made_from = {
-        "tokenizer": checkpoint.fingerprint(variables),
-        "mirror images": use_flips,
-        **fingerprint.of_settings({name: value for name, value in data.items() if name not in _NOT_CACHED}),
-        **fingerprint.of_dataset(ordered),
-    }
-    encode_batch = jax.jit(lambda variables, images: encode(tokenizer, variables, sharding.scale(images)))
-
-    def batches() -> Iterator[dict[str, np.ndarray]]:
-        for batch in ordered.iterator():
-            images = batch.pop("image")
-            views = [images, images[:, :, ::-1]] if use_flips else [images]
-            yield {**batch, "latents": np.stack([np.asarray(encode_batch(variables, view)) for view in views], axis=1)}
-
-    meta = read_meta(directory)
-    if meta is None or meta["fingerprint"] != made_from:
-        if meta is not None:
-            what = fingerprint.difference(meta["fingerprint"], made_from)
-            logger.warning("'%s': the latents are computed again: %s", directory, what or "an older version made them")
-        write_cache(directory, batches(), {"fingerprint": made_from}, ordered.num_examples)
-    return CacheDataset(directory, data["batch_size"], True, seed, num_threads=data["num_threads"])
 
 
 def draw(
@@ -300,6 +266,14 @@ def draw(
     # Whole, or XLA splits it as soft labels are, and gathers it again for every block of the search.
     codebook = sharding.split_batch(mesh, codebook_of(variables), axes=())
     return sharding.split_batch(mesh, jax.lax.stop_gradient(draw_codes(latents, codebook=codebook)))
+
+
+def routing_of(tokenizer: nn.Module) -> dict[str, Any]:
+    """What decides the codes of a tokenizer beside its variables, as JSON reads it back: how it gives grains."""
+    if tokenizer.num_grains == 1:
+        return {}
+    names = "router", "thresholds", "entropy_bins", "fine_ratio"
+    return json.loads(json.dumps({f"tokenizer.{name}": getattr(tokenizer, name) for name in names}, default=float))
 
 
 def codebook_of(variables: Any) -> Any:

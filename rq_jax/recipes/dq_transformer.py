@@ -69,10 +69,7 @@ class DQTransformer(Stage2):
 
     def _prepare(self, batch, rngs, model_state, frozen):
         """Tokens of all images, before any is split off: what the means are over has to be known."""
-        images = sharding.split_batch(self.mesh, batch["image"], sharding.AXES)
-        encode = functools.partial(self.tokenizer.model.apply, frozen, method="encode_to_codes")
-        codes = sharding.map_micro_batches(encode, images, self.optimizer.accumulation_steps)
-        packed = sharding.split_batch(self.mesh, grains.pack(codes, self.model.layout))
+        packed = sharding.split_batch(self.mesh, grains.pack(self._codes(batch, frozen), self.model.layout))
         cond, dropped = self.losses.drop(rngs["cond"], batch.get("cond"), self.model)
         rows = {"packed": packed, "cond": cond, "target_cond": batch.get("cond"), "dropped": dropped}
         counts = [jnp.sum(x, axis=0) for x in losses.stream_counts(packed, self.model.layout)]
@@ -80,6 +77,12 @@ class DQTransformer(Stage2):
             float(len(packed.length)) if dropped is None else jnp.maximum(jnp.sum(~dropped, dtype=jnp.float32), 1)
         )
         return rows, functools.partial(self._loss_and_grads, model_state=model_state, counts=(*counts, captions))
+
+    def _codes(self, batch: Mapping[str, jax.Array], frozen: Any) -> grains.GrainedCodes:
+        """Codes and grains of a batch of images."""
+        images = sharding.split_batch(self.mesh, batch["image"], sharding.AXES)
+        encode = functools.partial(self.tokenizer.model.apply, frozen, method="encode_to_codes")
+        return sharding.map_micro_batches(encode, images, self.optimizer.accumulation_steps)
 
     def _loss_and_grads(self, params, rows, rngs, model_state, counts):
         position_counts_G, content_counts_D, captions = counts
@@ -115,17 +118,14 @@ class DQTransformer(Stage2):
 
     def report(self, state: TrainState, sums: Any, shown: None) -> tuple[dict[str, float], dict[str, np.ndarray]]:
         """Nats of the nearest codes and of their positions, bits per image, and samples beside their grain maps."""
-        figures = describe_streams(sums)
-        scalars = {"validation_loss": figures["mean"] + float(np.mean(figures["position_nats"]))}
-        scalars |= {
-            "bits_per_image": figures["bits_per_image"],
-            "validation_nats/position": figures["mean_position_nats"],
-        }
-        scalars |= {f"validation_nats/grain{g}": value for g, value in enumerate(figures["position_nats"])}
-        for d, value in enumerate(figures["nats"]):
-            scalars[f"validation_nats/depth{d + 1}"] = value
-            if self.unigram_nats_D is not None:
-                scalars[f"unigram_nats/depth{d + 1}"] = float(self.unigram_nats_D[d])
+        held_out, marks = describe_streams(sums), self.figures
+        scalars = {"validation_loss": held_out["mean"] + float(np.mean(held_out["position_nats"]))}
+        scalars["bits_per_image"] = held_out["bits_per_image"]
+        scalars |= _named(
+            "validation_nats", held_out["nats"], held_out["position_nats"], held_out["mean_position_nats"]
+        )
+        if marks is not None:
+            scalars |= _named("unigram_nats", marks.unigram_nats_D, marks.position_nats_G, marks.mean_position_nats)
         (_, maps), images = self._generate(state)
         G, maps = self.model.num_grains, np.asarray(maps)
         scale = max(1, 64 // images.shape[1])
@@ -138,3 +138,10 @@ class DQTransformer(Stage2):
         if not names or self.model.is_text or not self.model.is_conditional:
             return [str(i) for i in range(count)]
         return [names[y] for y in self.shown_cond[:, 0]]
+
+
+def _named(name: str, nats_D: Any, position_nats_G: Any, mean_position_nats: Any) -> dict[str, float]:
+    """Nats as they are logged, of contents by depth and of positions over all and by grain."""
+    named = {f"{name}/depth{d}": float(value) for d, value in enumerate(nats_D, start=1)}
+    named[f"{name}/position"] = float(mean_position_nats)
+    return named | {f"{name}/grain{g}": float(value) for g, value in enumerate(position_nats_G)}

@@ -19,6 +19,7 @@ from rq_jax.devices import sharding
 from rq_jax.evaluation import likelihood
 from rq_jax.models.flops import transformer_flops
 from rq_jax.recipes import codes as frozen_codes
+from rq_jax.recipes import latent_cache
 from rq_jax.recipes.codes import fill_from_tokenizer
 from rq_jax.settings import checks
 from rq_jax.settings.construct import construct
@@ -94,7 +95,7 @@ class Stage2(abc.ABC):
       seed: of the initial weights and of all random draws.
       config: resolved config, written into the run directory; None: that of the model alone.
       tokenizer_variables: those of `tokenizer` on the mesh; placed there where None.
-      unigram_nats_D: cross-entropy of the held-out codes under the training set's frequencies: the mark to beat.
+      figures: of the codes, with the marks to beat; None before `start`.
     """
 
     model: nn.Module
@@ -110,7 +111,7 @@ class Stage2(abc.ABC):
     seed: int = 0
     config: Mapping[str, Any] | None = None
     tokenizer_variables: Any = None
-    unigram_nats_D: np.ndarray | None = None
+    figures: frozen_codes.CodeFigures | None = None
 
     losses_class: ClassVar[type]
     has_grains: ClassVar[bool]  # of the tokenizers that it takes
@@ -174,7 +175,7 @@ class Stage2(abc.ABC):
         optimizer = construct(make_optimizer, "optim", optim, total_steps=total_steps)
         sharding.check_batch_size(mesh, data.train.batch_size, optimizer.accumulation_steps)
         if use_latent_cache := config["loop"].get("use_latent_cache", False):
-            frozen_codes.check_cache(config["data"])
+            latent_cache.check(config["data"])
         text = config["data"]["text_tokenizer"] if config["data"]["text_key"] else None
         return cls(
             model, checkpoint.load_tokenizer(config["tokenizer"]), optimizer, terms, mesh,
@@ -198,10 +199,10 @@ class Stage2(abc.ABC):
     # --- state ---
 
     def start(self, workdir: str, data: Splits, is_fresh: bool) -> tuple["Stage2", Splits]:
-        """Bind the tokenizer to the run, count its codes on the training set once, and fill the cache of latents.
+        """Bind the tokenizer to the run, count its codes on the training set once, and fill the cache.
 
         Returns:
-          The recipe with the mark to beat, class names and class counts; the data, cached where that was asked for.
+          The recipe with the marks to beat, class names and class counts; the data, cached where that was asked for.
 
         Raises:
           ValueError: the run was started with another tokenizer or other data.
@@ -218,12 +219,10 @@ class Stage2(abc.ABC):
         if figures.spread_D is not None:
             frozen_codes.report_soft_codes(figures.spread_D, self.model.codebook_sizes[0], temperature)
         if self.use_latent_cache:
-            data = data._replace(train=frozen_codes.cached_latents(
-                self.tokenizer.model, self.tokenizer_variables, data.ordered, self.config["data"],
-                Path(workdir) / "latents", self.seed,
-            ))  # fmt: skip
+            cached = self.tokenizer.model, self.tokenizer_variables, data.ordered, self.config["data"]
+            data = data._replace(train=latent_cache.open_cache(*cached, Path(workdir), self.seed))
         config = {**self.config, "class_names": data.ordered.class_names, "class_counts": figures.class_counts}
-        return dataclasses.replace(self, config=config, unigram_nats_D=figures.unigram_nats_D), data
+        return dataclasses.replace(self, config=config, figures=figures), data
 
     @property
     def soft_temperature(self) -> float | None:
@@ -366,5 +365,9 @@ class Stage2(abc.ABC):
 
     @property
     def flops_per_image(self) -> float:
-        """Of the model, forward and backward."""
-        return sum(transformer_flops(self.model, train=True).values())
+        """Of the model, forward and backward; with grains of the mean number of tokens, once it is known.
+
+        Pads are no work of the model: a step that spends less time on them has a higher utilization.
+        """
+        tokens = None if self.figures is None else self.figures.tokens_per_image
+        return sum(transformer_flops(self.model, train=True, tokens=None if tokens is None else round(tokens)).values())

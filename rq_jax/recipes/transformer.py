@@ -143,7 +143,7 @@ class Transformer(Stage2):
         scalars["bits_per_image"] = float(nats_D.sum() * h * w / math.log(2))
         for d in range(D):
             scalars[f"validation_nats/depth{d + 1}"] = float(nats_D[d])
-            if self.unigram_nats_D is not None:
-                scalars[f"unigram_nats/depth{d + 1}"] = float(self.unigram_nats_D[d])
+            if self.figures is not None:
+                scalars[f"unigram_nats/depth{d + 1}"] = float(self.figures.unigram_nats_D[d])
         _, images = self._generate(state)
         return scalars, {"samples": grids.grid(images, columns=9, scale=max(1, 64 // images.shape[1]))}

@@ -1,6 +1,9 @@
 """Stage 2 of packed codes: the objective by hand, micro-batches, devices, whole runs with resume, what is refused."""
 
+import dataclasses
 import functools
+import json
+import shutil
 from typing import Any, NamedTuple
 
 import helpers
@@ -13,6 +16,8 @@ from rq_jax.data.text import train_tokenizer
 from rq_jax.devices import sharding
 from rq_jax.evaluation import likelihood
 from rq_jax.evaluation.protocol import EvaluationData
+from rq_jax.models.flops import transformer_flops
+from rq_jax.recipes.codes import CodeCounter
 from rq_jax.recipes.dq_transformer import DQTransformer
 from rq_jax.training import run
 
@@ -211,6 +216,14 @@ def codes_of(dataset, recipe) -> list[np.ndarray]:
     return [content[content[:, 0] < K] for content in np.asarray(packed.content)]
 
 
+def positions_of(dataset, recipe, g) -> np.ndarray:
+    """The positions of grain g that are to be predicted, of all images."""
+    images = dataset.examples(np.arange(dataset.num_examples))["image"]
+    packed = jax.tree.map(np.asarray, grains.pack(encode(recipe, images), recipe.model.layout))
+    is_token = np.arange(packed.grain.shape[1]) < packed.length[:, None]
+    return packed.position[:, 1:][(is_token & (packed.grain == g))[:, 1:]]
+
+
 def test_figures_of_held_out_images(prepared, whole_run):
     workdir, _ = whole_run
     recipe, data, _ = prepared
@@ -231,8 +244,42 @@ def test_figures_of_held_out_images(prepared, whole_run):
     expected["unigram_nats/depth1"] = -np.log(counts / counts.sum())[
         np.concatenate(codes_of(data.validation, recipe))[:, 0]
     ].mean()
+    marks = []
+    for g, symbols in enumerate((16 + 1, 64 + 2)):  # cells, an end, a start that something predicts
+        counts = np.ones(recipe.model.layout.position_sos(g) + 1)
+        np.add.at(counts, positions_of(data.ordered, recipe, g), 1)
+        special = [recipe.model.layout.position_pad(g), *[recipe.model.layout.position_sos(g)] * (g == 0)]
+        counts[special] = 0
+        assert np.count_nonzero(counts) == symbols
+        with np.errstate(divide="ignore"):
+            marks.append(-np.log(counts / counts.sum())[positions_of(data.validation, recipe, g)])
+        expected[f"unigram_nats/grain{g}"] = marks[g].mean()
+    expected["unigram_nats/position"] = np.concatenate(marks).mean()
     for name, value in expected.items():
         np.testing.assert_allclose(logged[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_figures_of_before_are_measured_again(prepared, whole_run, tmp_path, monkeypatch):
+    workdir = shutil.copytree(whole_run[0], tmp_path / "run")
+    recipe, data, _ = prepared
+    figures = recipe.start(workdir, data, False)[0].figures
+    tokens = 4 + np.array([len(codes) for codes in codes_of(data.ordered, recipe)])
+    assert figures.tokens_per_image == pytest.approx(tokens.mean()) and 20 < tokens.mean() < 68
+    started = dataclasses.replace(recipe, figures=figures)
+    expected = sum(transformer_flops(recipe.model, train=True, tokens=round(tokens.mean())).values())
+    assert started.flops_per_image == expected < recipe.flops_per_image
+    measured = []
+    monkeypatch.setattr(CodeCounter, "measure", lambda *_: measured.append(1) or figures)
+    recipe.start(workdir, data, False)
+    assert not measured
+    record = json.loads((workdir / "codes.json").read_text())
+    del record["figures"]["position_nats_G"]
+    (workdir / "codes.json").write_text(json.dumps(record))
+    recipe.start(workdir, data, False)
+    assert measured == [1]
+    shares = recipe.tokenizer._replace(model=recipe.tokenizer.model.clone(fine_ratio=0.3))
+    dataclasses.replace(recipe, tokenizer=shares).start(workdir, data, False)
+    assert measured == [1, 1]
 
 
 def test_likelihood_of_a_run_is_what_it_logged(whole_run):

@@ -67,7 +67,7 @@ def interrupted_start(trained_tokenizer, splits, tmp_path_factory):
     shown_cond = np.arange(36)[:, None] % 3
     recipe, workdir = make_transformer(trained_tokenizer, shown_cond=shown_cond), tmp_path_factory.mktemp("transformer")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(CodeCounter, "unigram_nats", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        patch.setattr(CodeCounter, "soft_spread", lambda *_: os.kill(os.getpid(), signal.SIGINT))
         run(recipe, splits, settings(3), workdir)
     return workdir, recipe, sorted(path.name for path in workdir.iterdir()), saver.steps_of(workdir / "checkpoints")
 

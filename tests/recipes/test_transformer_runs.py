@@ -21,6 +21,7 @@ from rq_jax.data import make_dataset
 from rq_jax.data.text import train_tokenizer
 from rq_jax.files import RunLock
 from rq_jax.recipes import codes as frozen_codes
+from rq_jax.recipes import latent_cache
 from rq_jax.recipes.codes import CodeCounter
 from rq_jax.recipes.transformer import Transformer
 from rq_jax.sampling import images
@@ -108,19 +109,19 @@ def training_labels(places) -> np.ndarray:
 def test_classes_are_counted_where_all_pictures_are_seen(places, monkeypatch):
     recipe, data, _ = prepare(places)
     counter = CodeCounter(recipe.tokenizer.model, recipe.tokenizer_variables, recipe.mesh)
-    codes, classes = counter.count(data.ordered)
-    assert codes.shape == (D, K) and set(codes.sum(-1)) == {data.ordered.num_examples * h * w}
-    assert classes == np.bincount(training_labels(places), minlength=5).tolist()
+    counts = counter.count(data.ordered)
+    assert counts.codes_DK.shape == (D, K) and set(counts.codes_DK.sum(-1)) == {data.ordered.num_examples * h * w}
+    assert counts.classes_V.tolist() == np.bincount(training_labels(places), minlength=5).tolist()
+    assert counts.images == counts.classes_V.sum() == data.ordered.num_examples and counts.regions_Guv is None
     in_parts = CodeCounter(recipe.tokenizer.model, recipe.tokenizer_variables, recipe.mesh, num_steps=2)
-    assert in_parts.count(data.ordered)[0].tolist() == codes.tolist()
-    np.testing.assert_allclose(
-        in_parts.unigram_nats(data.validation, codes), counter.unigram_nats(data.validation, codes)
-    )
-    assert sum(classes) == data.ordered.num_examples
+    helpers.assert_equal(in_parts.count(data.ordered), counts)
+    held_out = counter.count(data.validation, is_held_out=True)
+    assert held_out.images == data.validation.num_examples
     monkeypatch.setattr(frozen_codes, "NUM_COUNTED", 1)
-    assert data.ordered.batch_size < data.ordered.num_examples and counter.count(data.ordered)[1] is None
+    assert data.ordered.batch_size < data.ordered.num_examples and counter.count(data.ordered).classes_V is None
+    helpers.assert_equal(counter.count(data.validation, is_held_out=True), held_out)
     monkeypatch.undo()
-    assert counter.count(prepare(places, "unconditional").data.ordered)[1] is None
+    assert counter.count(prepare(places, "unconditional").data.ordered).classes_V is None
 
 
 def test_a_run_that_goes_on_counts_no_codes_again(places, whole_run, tmp_path, monkeypatch, capsys):
@@ -139,7 +140,7 @@ def test_a_run_that_goes_on_counts_no_codes_again(places, whole_run, tmp_path, m
         and found.config["class_counts"] == json.loads((workdir / "config.json").read_text())["class_counts"]
     )
     logged = helpers.read_metrics(workdir)[4]
-    assert found.unigram_nats_D.tolist() == [logged[f"unigram_nats/depth{d}"] for d in DEPTHS]
+    assert found.figures.unigram_nats_D.tolist() == [logged[f"unigram_nats/depth{d}"] for d in DEPTHS]
     assert "soft codes at temperature" in capsys.readouterr().out
     warmer = dataclasses.replace(recipe, losses=dataclasses.replace(recipe.losses, temperature=0.25))
     starts = [(warmer, None), (recipe, None), (recipe, "{}"), (recipe, '{"made_from": 1')]
@@ -281,8 +282,8 @@ def test_early_stopping_keeps_the_best_weights(scripted, tmp_path, monkeypatch, 
 
 def open_cache(places, directory, **settings):
     recipe, data, _ = prepare(places, loop__use_latent_cache=True, **settings)
-    arguments = recipe.tokenizer_variables, data.ordered, recipe.config["data"], directory / "latents", recipe.seed
-    return recipe, data, frozen_codes.cached_latents(recipe.tokenizer.model, *arguments)
+    arguments = recipe.tokenizer_variables, data.ordered, recipe.config["data"], directory, recipe.seed
+    return recipe, data, latent_cache.open_cache(recipe.tokenizer.model, *arguments)
 
 
 def make_encoder(recipe):
@@ -322,7 +323,7 @@ def test_cache_is_made_once_for_the_same_pictures_and_tokenizer(places, tmp_path
     def fail(*_):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(frozen_codes, "encode", fail)
+    monkeypatch.setattr(latent_cache, "encode", fail)
     open_cache(places, tmp_path)
     with pytest.raises(AssertionError, match="encoded again"):
         open_cache(places, tmp_path, data__flip_probability=0.5)
@@ -343,9 +344,9 @@ def nothing_compiles(monkeypatch):
         raise AssertionError("settings must be refused before anything compiles")
 
     monkeypatch.setattr(Transformer, "init", fail)
-    for name in ("count", "unigram_nats", "soft_spread"):
+    for name in ("count", "soft_spread"):
         monkeypatch.setattr(CodeCounter, name, fail)
-    monkeypatch.setattr(frozen_codes, "cached_latents", fail)
+    monkeypatch.setattr(latent_cache, "open_cache", fail)
 
 
 TEXT = {"kind": "text"}
