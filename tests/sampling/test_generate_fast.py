@@ -208,20 +208,6 @@ def names(jaxpr):
 # --- the growing cache ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["none", pytest.param("text", marks=pytest.mark.slow)])
-def test_a_cache_that_grows_in_stretches_changes_no_code(kind, monkeypatch):
-    model, variables = build(**({} if kind == "none" else TEXT))
-    monkeypatch.setattr(draws, "_MIN_STRETCH", 100)
-    draw = lambda **more: jax.jit(lambda: generate(model, variables, RNG, B, CONDS[kind], **more))()  # noqa: E731
-    whole = draw()
-    monkeypatch.setattr(draws, "_MIN_STRETCH", 2)
-    monkeypatch.setattr(draws, "_MAX_STRETCHES", 5)
-    _generate.clear_cache()
-    np.testing.assert_array_equal(draw(), whole)
-    np.testing.assert_array_equal(draw(prefix=whole.reshape(B, T, D)[:, :7]), whole)
-    _generate.clear_cache()
-
-
 def test_stretches_cover_every_position_once():
     for start, end, share in ((0, 64, 0.0), (0, 64, 0.36), (0, 64, 5.0), (17, 64, 5.0), (63, 64, 5.0), (0, 1, 5.0)):
         parts = stretches(start, end, share)
@@ -325,3 +311,20 @@ def test_single_rows_with_bfloat16_weights():
     codes = generate(model, rest, RNG, 1, temperature=0.0)
     assert bool(jnp.isfinite(run(model, rest, codes).logits).all())
     np.testing.assert_array_equal(codes[0], generate(model, rest, RNG, 3, temperature=0.0)[0])
+
+
+# --- last, since it forgets the compiled programs -------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["none", pytest.param("text", marks=pytest.mark.slow)])
+def test_a_cache_that_grows_in_stretches_changes_no_code(kind, monkeypatch):
+    model, variables = build(**({} if kind == "none" else TEXT))
+    monkeypatch.setattr(draws, "_MIN_STRETCH", 100)
+    draw = lambda **more: jax.jit(lambda: generate(model, variables, RNG, B, CONDS[kind], **more))()  # noqa: E731
+    whole = draw()
+    monkeypatch.setattr(draws, "_MIN_STRETCH", 2)
+    monkeypatch.setattr(draws, "_MAX_STRETCHES", 5)
+    _generate.clear_cache()
+    np.testing.assert_array_equal(draw(), whole)
+    np.testing.assert_array_equal(draw(prefix=whole.reshape(B, T, D)[:, :7]), whole)
+    _generate.clear_cache()
