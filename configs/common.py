@@ -163,6 +163,7 @@ def transformer_base(model: dict[str, Any]) -> ConfigDict:
         warmup_steps=0,
     )
     config.loop.early_stopping_evaluations = 0
+    config.loop.use_latent_cache = False
     # The first three are one value, or one for each depth.
     config.sample = {
         "temperature": one_or_many(1.0),

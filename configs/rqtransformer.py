@@ -266,7 +266,6 @@ def base() -> ConfigDict:
         "text_weight": 0.0,
         "cond_dropout": 0.0,
     }
-    config.loop.use_latent_cache = False
     return config
 
 

@@ -1,5 +1,6 @@
 """Cache of the features of a dataset: a directory of .npy files, and a dataset that reads them."""
 
+import functools
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -25,10 +26,10 @@ def write_cache(
 
     Args:
       directory: of the cache.
-      batches: dicts of arrays with a common leading axis, stored in their dtypes. "latents" is (B,V,...), V augmented
-        views of each example; everything else is (B,...). Rows whose "mask" (B,) is False are left out.
-      meta: JSON-able origin of the cache, with the entry "fingerprint"; may hold "class_names", "vocab_size" and
-        "text_length" for the dataset.
+      batches: dicts of arrays with a common leading axis, stored in their dtypes. Those with views are (B,V,...), V
+        augmented views of each example; everything else is (B,...). Rows whose "mask" (B,) is False are left out.
+      meta: JSON-able origin of the cache, with the entry "fingerprint"; may hold "views", the names of the arrays with
+        views (without it "latents" alone), and "class_names", "vocab_size" and "text_length" for the dataset.
       num_examples: expected rows, for the progress bar.
 
     Returns:
@@ -89,7 +90,7 @@ def read_meta(directory: str | os.PathLike) -> dict | None:
 class CacheDataset(Dataset):
     """Batches of a cache: endless and shuffled with a random view of each example, or in order with view 0.
 
-    Batches hold the arrays of the cache, "latents" without the axis of views.
+    Batches hold the arrays of the cache, without the axis of views.
     """
 
     def __init__(
@@ -120,12 +121,13 @@ class CacheDataset(Dataset):
         meta = read_meta(directory)
         if meta is None:
             raise FileNotFoundError(f"no cache in {str(directory)!r}: write one with write_cache")
+        choose_view = functools.partial(_choose_view, tuple(meta.get("views", ["latents"])))
         super().__init__(
             _CacheSource(Path(directory).expanduser(), tuple(meta["shapes"])),
             train=train,
             batch_size=batch_size,
-            train_transform=_choose_view,
-            eval_transform=_choose_view,
+            train_transform=choose_view,
+            eval_transform=choose_view,
             seed=seed,
             shard_index=shard_index,
             shard_count=shard_count,
@@ -152,11 +154,13 @@ class _CacheSource:
         return {name: array[int(index) % len(self)] for name, array in self._arrays.items()}
 
 
-def _choose_view(example: Batch, rng: np.random.Generator | None = None) -> Batch:
-    if "latents" not in example:
+def _choose_view(names: tuple[str, ...], example: Batch, rng: np.random.Generator | None = None) -> Batch:
+    """An example with one view, the same of all arrays that have views."""
+    viewed = {name: example[name] for name in names if name in example}
+    if not viewed:
         return example
-    views = example["latents"]
-    return {**example, "latents": views[0 if rng is None else rng.integers(len(views))]}
+    view = 0 if rng is None else rng.integers(len(next(iter(viewed.values()))))
+    return {**example, **{name: array[view] for name, array in viewed.items()}}
 
 
 class _Column:

@@ -49,8 +49,6 @@ class DQTransformer(Stage2):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.use_latent_cache:
-            raise ValueError("loop.use_latent_cache: True is not for models with grains; set it to False")
         longest = self.model.layout.max_tokens
         checks.at_least("model.num_slots", self.model.slots, longest, fix="the longest image has so many tokens")
 
@@ -79,7 +77,9 @@ class DQTransformer(Stage2):
         return rows, functools.partial(self._loss_and_grads, model_state=model_state, counts=(*counts, captions))
 
     def _codes(self, batch: Mapping[str, jax.Array], frozen: Any) -> grains.GrainedCodes:
-        """Codes and grains of a batch of images."""
+        """Codes and grains of a batch of images, or of a cache."""
+        if "codes" in batch:
+            return grains.GrainedCodes(batch["codes"], batch["grains"])
         images = sharding.split_batch(self.mesh, batch["image"], sharding.AXES)
         encode = functools.partial(self.tokenizer.model.apply, frozen, method="encode_to_codes")
         return sharding.map_micro_batches(encode, images, self.optimizer.accumulation_steps)

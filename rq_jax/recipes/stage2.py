@@ -91,7 +91,7 @@ class Stage2(abc.ABC):
       sample: keywords of `sampling.generate` for the grid of an evaluation.
       shown_cond: conditions (36, U) of that grid; None for an unconditional model.
       text_tokenizer: text tokenizer of a text-conditional model: it is kept in the run directory.
-      use_latent_cache: read latents that were computed once, from disk.
+      use_latent_cache: read latents, of a tokenizer with grains codes, that were computed once, from disk.
       seed: of the initial weights and of all random draws.
       config: resolved config, written into the run directory; None: that of the model alone.
       tokenizer_variables: those of `tokenizer` on the mesh; placed there where None.
@@ -284,8 +284,8 @@ class Stage2(abc.ABC):
 
         Args:
           state: see `TrainState`.
-          batch: "image" (B, H, W, C), or "latents" (B, H', W', C') of a cache; "cond" (B, U) where the model takes a
-            condition.
+          batch: "image" (B, H, W, C), or of a cache "latents" (B, H', W', C'), or "codes" (B, h, w, D) and "grains"
+            (B, u, v); "cond" (B, U) where the model takes a condition.
           frozen: the tokenizer's variables.
 
         Returns:

@@ -107,6 +107,17 @@ def test_a_cache_without_latents(tmp_path):
     np.testing.assert_array_equal(batch["codes"], codes)
 
 
+def test_arrays_with_views_show_the_same_one(tmp_path):
+    row, view = np.mgrid[:COUNT, :VIEWS]
+    arrays = {"codes": np.stack([row, view], axis=-1), "grains": 10 * view + row, "index": np.arange(COUNT)}
+    directory = write_cache(tmp_path / "codes", [arrays], {"fingerprint": "x", "views": ["latents", "codes", "grains"]})
+    batch = next(CacheDataset(directory, batch_size=COUNT, train=True, seed=1).iterator())
+    row, view = batch["codes"].T
+    np.testing.assert_array_equal(row, batch["index"])
+    np.testing.assert_array_equal(batch["grains"], 10 * view + row)
+    assert set(view) == {*range(VIEWS)}
+
+
 def test_interrupted_writing_leaves_the_old_cache(tmp_path):
     directory = write_cache(tmp_path / "cache", batches(), META)
 

@@ -17,6 +17,7 @@ from rq_jax.devices import sharding
 from rq_jax.evaluation import likelihood
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.models.flops import transformer_flops
+from rq_jax.recipes import latent_cache
 from rq_jax.recipes.codes import CodeCounter
 from rq_jax.recipes.dq_transformer import DQTransformer
 from rq_jax.training import run
@@ -282,6 +283,36 @@ def test_figures_of_before_are_measured_again(prepared, whole_run, tmp_path, mon
     assert measured == [1, 1]
 
 
+# --- the cache of codes ------------------------------------------------------------------------------------------------
+
+
+def test_cache_holds_the_codes_of_either_view(places, tmp_path, caplog):
+    cached = {"loop__use_latent_cache": True, "data__flip_probability": 0.5}
+    recipe, data, _ = recipes.prepare(make_config(places, **cached), mesh=helpers.make_mesh())
+    arguments = recipe.tokenizer_variables, data.ordered, recipe.config["data"], tmp_path, recipe.seed
+    iterator, mirrored = latent_cache.open_cache(recipe.tokenizer.model, *arguments).iterator(), []
+    for _ in range(3):
+        batch = next(iterator)
+        images = data.train.examples(batch["index"])["image"]
+        views = [encode(recipe, view) for view in (images, images[:, :, ::-1])]
+        fits = np.stack([(view.codes == batch["codes"]).all((1, 2, 3)) for view in views])
+        assert fits.any(0).all()
+        for i, view in enumerate(fits.argmax(0)):
+            np.testing.assert_array_equal(batch["grains"][i], views[view].grains[i])
+        mirrored += list(fits.argmax(0))
+    assert 0 < sum(mirrored) < len(mirrored)
+    latent_cache.open_cache(recipe.tokenizer.model.clone(fine_ratio=0.3), *arguments)
+    words = "the codes are computed again: tokenizer.fine_ratio is 0.3, and was 0.5"
+    assert caplog.messages[-1] == f"'{tmp_path / 'codes'}': {words}"
+
+
+def test_a_step_on_cached_codes_is_that_on_images(places, base):
+    codes = encode(base.recipe, base.batch["image"])
+    batch = {"codes": codes.codes, "grains": codes.grains, "cond": base.batch["cond"]}
+    update = helpers.jit_update(base.recipe, read=lambda state, metrics: metrics)
+    helpers.assert_close(update(base.start, batch, base.recipe.frozen), base.metrics, 1e-6)
+
+
 def test_likelihood_of_a_run_is_what_it_logged(whole_run):
     workdir, _ = whole_run
     loaded, settings = likelihood.load_transformer(str(workdir))
@@ -312,6 +343,10 @@ REFUSED = {
     "another grid": ({"model__code_shape": (4, 4, 1)}, r"^model.code_shape: \(4, 4, 1\) differs from the tokenizer's"),
     "filter of positions": ({"sample__position_top_p": 1.5}, "^sample.position_top_p: 1.5"),
     "weight": ({"loss__position_weight": -1.0}, "^loss.position_weight: -1.0"),
+    "cached crops": (
+        {"loop__use_latent_cache": True, "data__train_transform": "resize_random_crop"},
+        "^loop.use_latent_cache: .*'resize_center_crop'.*'resize_random_crop'",
+    ),
     "no tokenizer": ({"tokenizer": None}, "^config.tokenizer: unset; .* of configs/dqvae.py:imagenet256,quicktest$"),
 }
 
@@ -322,15 +357,6 @@ def test_bad_settings_are_refused_in_one_line(places, monkeypatch, case):
     with pytest.raises(ValueError, match=message) as error:
         recipes.prepare(make_config(places, **settings), mesh=helpers.make_mesh())
     assert "\n" not in str(error.value)
-
-
-def test_a_cache_of_latents_is_refused(places):
-    config = make_config(places).to_dict()
-    config["loop"]["use_latent_cache"] = True
-    with pytest.raises(
-        ValueError, match="^loop.use_latent_cache: True is not for models with grains; set it to False$"
-    ):
-        recipes.prepare(config, mesh=helpers.make_mesh())
 
 
 def test_a_tokenizer_without_grains_is_refused(places):
