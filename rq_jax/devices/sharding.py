@@ -334,11 +334,14 @@ def check_batch_size(
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Place this process's part of a batch on its devices; the global arrays are the parts of `batch_part` in order.
 
-    Bytes of four axes are images: they travel as bytes, and become floats in [-1, 1] there.
+    Bytes of four axes are images: they travel as bytes, and become floats in [-1, 1] there. Arrays that lie on all
+    devices of the mesh already, split or whole, stay as they are.
     """
-    sharding, (_, count) = batch_sharding(mesh), batch_part(mesh)
+    sharding, (_, count), devices = batch_sharding(mesh), batch_part(mesh), set(mesh.devices.flat)
 
     def place(array: Any) -> jax.Array:
+        if isinstance(array, jax.Array) and array.sharding.device_set == devices:
+            return array
         array = np.asarray(array)
         shape = (count * len(array), *array.shape[1:])
         placed = jax.make_array_from_process_local_data(sharding, array, shape)

@@ -60,7 +60,7 @@ class Recipe(Evaluable, Protocol):
         """A `TrainState` at step 0, placed on the mesh."""
 
     def phase(self, step: int) -> Hashable:
-        """Names the program of a step: another phase compiles another one."""
+        """Names the program of a step: another phase compiles another one, as do other shapes of a batch."""
 
     def step(self, state: Any, batch: Any, phase: Hashable) -> tuple[Any, dict[str, jax.Array]]:
         """One jitted update; the state is donated. Its metrics' means go to `summarize`."""
@@ -140,7 +140,7 @@ class _Run:
         self._parts, self._status = parts, RunStatus()
         self._meter = monitor.Meter(recipe.flops_per_image, recipe.model.dtype)
         self._finite = monitor.FiniteGuard(workdir, settings.max_skipped_steps)
-        self._phase: Hashable = None
+        self._programs: set[tuple[Hashable, str]] = set()  # phases and shapes of the steps so far
         self._metrics: Any = None  # of the last step that was dispatched, with its batch
         self._batch: Any = None
 
@@ -202,16 +202,21 @@ class _Run:
         """Dispatch one step, and wait for the one before: the device stays busy and the queue short."""
         parts, previous, previous_batch = self._parts, self._metrics, self._batch
         phase = self._recipe.phase(step)
-        compiles = previous is None or phase != self._phase
-        if compiles:
+        is_new_phase = phase not in {known for known, _ in self._programs}
+        if is_new_phase:
             parts.hang.expect_compilation()
-        self._phase = phase
         # Armed before the batch is read: a reader that hangs is a hang of the run.
         parts.hang.arm()
         parts.profiler.before(step + 1)
         with self._meter.waiting():
             self._batch = next(parts.iterator)
         placed = sharding.put_batch(self._recipe.mesh, self._batch)
+        program = phase, str(jax.tree.map(np.shape, placed))
+        compiles = program not in self._programs
+        self._programs.add(program)
+        if compiles and not is_new_phase:
+            parts.hang.expect_compilation()
+            parts.hang.arm()
         with self._progress.waiting_for("compiling") if compiles else contextlib.nullcontext():
             state, self._metrics = self._recipe.step(state, placed, phase)
         self._log.add(self._metrics)

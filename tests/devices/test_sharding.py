@@ -297,6 +297,14 @@ def test_put_batch_splits_rows_over_data_and_fsdp():
     assert sharding.batch_sharding(mesh) == placed["mask"].sharding
 
 
+def test_put_batch_leaves_what_is_on_all_devices():
+    mesh = sharding.make_mesh()
+    whole = jax.device_put(np.arange(3), sharding.replicated(mesh))
+    placed = sharding.put_batch(mesh, {"whole": whole, "rows": np.arange(8), "on the first": jnp.arange(8)})
+    assert placed["whole"] is whole
+    assert placed["rows"].sharding == placed["on the first"].sharding == sharding.batch_sharding(mesh)
+
+
 class Device:
     def __init__(self, process_index):
         self.process_index = process_index

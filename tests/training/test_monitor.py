@@ -118,8 +118,16 @@ def test_steps_in_time_and_what_is_no_step_are_left_alone():
     assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
 
 
+class GrowingDataset(ToyDataset):
+    """The second batch has another shape than the others."""
+
+    def __next__(self):
+        batch = super().__next__()
+        return {**batch, "unread": np.zeros((8, 1 + (self.position == 2)), np.float32)}
+
+
 def test_the_loop_arms_it(tmp_path):
-    """Step 3 is one that compiles anew; the evaluation has three batches."""
+    """Step 3 is one that compiles anew, as is step 2 for its shapes; the evaluation has three batches."""
     armed = []
 
     class Guard(monitor.HangGuard):
@@ -134,9 +142,12 @@ def test_the_loop_arms_it(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monitor, "HangGuard", Guard)
-        train(tmp_path, phases=(2,), total_steps=3)
-    step, evaluation = ["arm", "disarm"], ["compiles", *["arm"] * 4, "disarm"]
-    assert armed == ["compiles", *step, *step, "compiles", *step, *evaluation, "disarm"]
+        train(tmp_path / "phases", phases=(2,), total_steps=3)
+        step, evaluation = ["arm", "disarm"], ["compiles", *["arm"] * 4, "disarm"]
+        assert armed == ["compiles", *step, *step, "compiles", *step, *evaluation, "disarm"]
+        armed.clear()
+        train(tmp_path / "shapes", GrowingDataset(), total_steps=3)
+        assert armed == ["compiles", *step, "arm", "compiles", *step, *step, *evaluation, "disarm"]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
