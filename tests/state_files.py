@@ -130,7 +130,8 @@ class _Encoder:
                 self.out.write(pickle.GLOBAL + name.replace(" ", "\n").encode() + b"\n")
             case Call(function=function, args=args, attributes=attributes):
                 self.save(function, args)
-                self.out.write(pickle.REDUCE)
+                is_module = isinstance(function, Global) and function.name.startswith("__torch__.")
+                self.out.write(pickle.NEWOBJ if is_module else pickle.REDUCE)
                 if attributes is not None:
                     self.save(attributes)
                     self.out.write(pickle.BUILD)

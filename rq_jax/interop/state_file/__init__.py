@@ -39,8 +39,9 @@ def read_state(path: str | os.PathLike[str]) -> Any:
     dicts; parameters and tensors look alike.
 
     Args:
-      path: of a file by torch.save (zip or the older pickle stream), an .npz or a .safetensors; of an index of several
-        (*.index.json), which lie beside it, or the directory of one.
+      path: of a file by torch.save (zip or the older pickle stream), by torch.jit.save (of which the state dict is
+        read), an .npz or a .safetensors; of an index of several (*.index.json), which lie beside it, or the directory
+        of one.
 
     Returns:
       Nested dicts, lists, tuples, numbers, strings and None with `Tensor` and `Opaque` leaves; a dict of tensors for

@@ -13,6 +13,7 @@ from rq_jax.interop.state_file.files import Invalid
 from rq_jax.interop.state_file.tensor import Tensor, find_dtype
 
 ALLOWED = "only tensors, numbers, strings, lists and dicts are read; save the state_dict alone"
+SCRIPT_MODULES = "__torch__."  # in front of the classes of TorchScript, which are read as dicts of attributes
 Args = tuple[Any, ...]
 _LONGEST = 200  # the table has shorter names only; more is never copied
 

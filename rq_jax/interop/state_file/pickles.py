@@ -16,7 +16,7 @@ from typing import Any
 
 from rq_jax.interop.state_file.files import DAMAGED, Invalid, one_line
 from rq_jax.interop.state_file.limits import check_tree
-from rq_jax.interop.state_file.pickle_names import ALLOWED, Function, Opaque, find, set_item
+from rq_jax.interop.state_file.pickle_names import ALLOWED, SCRIPT_MODULES, Function, Opaque, find, set_item
 from rq_jax.interop.state_file.tensor import Tensor
 from rq_jax.settings.text import quoted
 
@@ -69,6 +69,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.modules: dict[int, dict[Any, Any]] = {}  # of TorchScript, by id; held, so that no id is used again
 
     def run(self, stream: io.BytesIO) -> Any:
         try:
@@ -144,11 +145,14 @@ class _Machine:
         self.push(find(module, name))
 
     def make(self, kind: Any, *parts: Any) -> None:
-        """An object of a class; all of its parts are dropped."""
-        del parts
+        """An object of a class: a dict of attributes of a module of TorchScript; of others all parts are dropped."""
         if type(kind) is not Opaque:
             raise Invalid(f"makes an object of a {_name(kind)}, which is no class; {ALLOWED}")
-        self.push(Opaque(kind.name))  # another one, as a key of a dict
+        if kind.name.startswith(SCRIPT_MODULES) and parts == ((),):
+            self.push({})
+            self.modules[id(self.stack[-1])] = self.stack[-1]
+        else:
+            self.push(Opaque(kind.name))  # another one, as a key of a dict
 
     def call(self, function: Any, args: Any) -> None:
         if type(function) is Opaque:
@@ -164,10 +168,13 @@ class _Machine:
         self.push(value)
 
     def build(self, state: Any) -> None:
-        """Attributes are dropped; state dicts have _metadata."""
+        """Attributes are dropped, but for those of a module of TorchScript; state dicts have _metadata."""
         target = self.stack[-1]
         if type(target) is not Opaque and not type(target) is type(state) is dict:
             raise Invalid(f"sets attributes of a {_name(target)}; {ALLOWED}")
+        if type(target) is dict and id(target) in self.modules:
+            self.spend(len(state))
+            target.update(state)
 
     def load(self, pid: Any) -> None:
         if self.load_storage is None:

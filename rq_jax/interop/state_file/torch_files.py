@@ -1,6 +1,7 @@
 """The two formats of torch.save: a zip (since torch 1.6) and a stream of pickles with the storages behind them.
 
-Zip: <name>/data.pkl holds the objects, <name>/data/<key> the bytes of each storage.
+Zip: <name>/data.pkl holds the objects, <name>/data/<key> the bytes of each storage. One by torch.jit.save also holds a
+program, with constants.pkl: its data.pkl has an object of a class "__torch__..." for each module.
 Stream: pickles of a magic number, a protocol, facts about the machine, the objects and the list of storage keys,
 then for each key the number of elements as int64 and the elements.
 """
@@ -23,7 +24,7 @@ _PROTOCOL = 1001
 
 
 def read_torch_zip(reader: Reader, members: dict[str, zipfile.ZipInfo]) -> Any:
-    """The objects of a zip by torch.save, one of whose members is <name>/data.pkl.
+    """The objects of a zip by torch.save, or the state dict of one by torch.jit.save; <name>/data.pkl is a member.
 
     Raises:
       Invalid: it is no such zip, or holds something that is not read.
@@ -33,8 +34,6 @@ def read_torch_zip(reader: Reader, members: dict[str, zipfile.ZipInfo]) -> Any:
         raise Invalid(
             f"holds the zip member {quoted(strange[0])} beside {quoted(f'{root}data.pkl')}; torch.save puts none there"
         )
-    if f"{root}constants.pkl" in members:
-        raise Invalid("holds a TorchScript program; load it with torch.jit and torch.save its state_dict()")
 
     def find(name: str, limit: int = reader.file.size) -> Storage:
         info = members.get(f"{root}{name}")
@@ -59,7 +58,19 @@ def read_torch_zip(reader: Reader, members: dict[str, zipfile.ZipInfo]) -> Any:
     if f"{root}byteorder" in members:
         _check_order(find("byteorder", 100).head(reader).tobytes() == b"little")
     stream = io.BytesIO(find("data.pkl", MAX_BYTES).head(reader).tobytes())
-    return read_pickle(stream, reader.file.size, load_storage)
+    value = read_pickle(stream, reader.file.size, load_storage)
+    return _state_dict(value) if f"{root}constants.pkl" in members else value
+
+
+def _state_dict(module: Any, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a TorchScript program by dotted name; its code is not looked at."""
+    state: dict[str, Tensor] = {}
+    for name, value in module.items() if type(module) is dict else ():
+        if type(value) is Tensor:
+            state[f"{prefix}{name}"] = value
+        elif type(value) is dict:
+            state |= _state_dict(value, f"{prefix}{name}.")
+    return state
 
 
 def read_torch_stream(reader: Reader) -> Any:

@@ -1,6 +1,7 @@
 """PyTorch's two formats and the tensors in them: what is read, what is refused in one line."""
 
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -292,10 +293,35 @@ def test_what_is_of_another_kind(tmp_path, data, pattern):
     assert_refused(tmp_path / "a.pth", pattern)
 
 
+def script_module(attributes, name="A"):
+    return Call(Global(f"__torch__.torch.nn.{name} {name}"), (), attributes)
+
+
+def test_the_tensors_of_a_torchscript_program_are_a_state_dict(tmp_path):
+    """Its code, which can do anything, is not looked at; the rest of its attributes is dropped."""
+    x, y = (tensor(DATA + i, "Float", str(i)) for i in range(2))
+    inner = {"0": script_module({"weight": y, "training": False, "_is_full_backward_hook": None}, "Linear"), "n": 3}
+    module = script_module({"weight": x, "blocks": script_module(inner, "Sequential"), "list": [x]})
+    members = {"constants.pkl": b"", "code/__torch__.py": b"import os; os.abort()"}
+    found = read_state(write_zip(tmp_path / "a", module, **members))
+    assert list(found) == ["weight", "blocks.0.weight"]
+    np.testing.assert_array_equal(found["blocks.0.weight"], DATA + 1)
+
+
+def test_a_torchscript_program_that_is_none_is_empty_or_refused(tmp_path):
+    members = {"constants.pkl": b""}
+    assert read_state(write_zip(tmp_path / "a", Call(Global("posix system"), ("ls",)), **members)) == {}
+    assert read_state(write_zip(tmp_path / "a", script_module({}), **members)) == {}
+    assert_refused(write_zip(tmp_path / "a", script_module([1]), **members), "sets attributes of a")
+    a_module = pickle.PROTO + b"\2" + pickle.GLOBAL + b"__torch__.A\nA\n" + pickle.BINPUT + b"\0" + pickle.EMPTY_TUPLE
+    circle = pickle.NEWOBJ + pickle.BINPUT + b"\1" + pickle.EMPTY_DICT + pickle.BINUNICODE + b"\1\0\0\0x"
+    circle = a_module + circle + pickle.BINGET + b"\1" + pickle.SETITEM + pickle.BUILD + pickle.STOP
+    assert_refused(write_zip(tmp_path / "a", circle, **members), "a list or dict that holds itself")
+
+
 def test_torch_zips_that_are_not_as_torch_writes_them(tmp_path):
     value = {"x": tensor(DATA, "Float")}
     assert_refused(write_zip(tmp_path / "a", value, byteorder=b"big"), "big-endian machine")
-    assert_refused(write_zip(tmp_path / "a", value, **{"constants.pkl": b""}), "TorchScript program")
     assert_refused(write_stream(tmp_path / "b", value, facts={"little_endian": False}), "big-endian machine")
     assert_refused(write_members(tmp_path / "c", **{"c/data.pkl": b"", "d": b""}), "'d' beside 'c/data.pkl'")
     assert_refused(write_members(tmp_path / "d", x=b""), "is a zip that holds 'x'")

@@ -117,3 +117,12 @@ def test_what_is_refused(tmp_path, is_zip, make, message):
     torch.save(make(), tmp_path / "a.pt", _use_new_zipfile_serialization=is_zip)
     with pytest.raises(StateFileError, match=message):
         read_state(tmp_path / "a.pt")
+
+
+def test_a_torchscript_program_is_read_as_its_state_dict(tmp_path, is_zip):
+    if not is_zip:
+        pytest.skip("torch.jit.save writes zips alone")
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3), torch.nn.Linear(4, 5).half()).eval()
+    model[0].register_buffer("size", torch.tensor(7))
+    torch.jit.script(model).save(tmp_path / "a.pt")
+    assert_same(dict(sorted(read_state(tmp_path / "a.pt").items())), dict(sorted(model.state_dict().items())))
