@@ -29,6 +29,7 @@ TRAIN = [
     "tensorflow-datasets>=4.9.10",
     "importlib-resources>=6",  # needed by tensorflow-datasets 4.9.10, which does not declare it
     "tokenizers>=0.20",
+    "ftfy>=6.3",  # CLIP cleans its texts with it
     "tensorboardX>=2.6.5",
     "h5py>=3.12",  # the weights of the perceptual loss
     "scipy>=1.13",  # Fréchet distances; jax needs it too

@@ -103,10 +103,10 @@ class WeightFile:
         """An array in float32; see `array_of`."""
         return array_of(self.state, key, shape, self.path, self.content)
 
-    def linear(self, name: str, inputs: int, outputs: int) -> dict[str, np.ndarray]:
+    def linear(self, name: str, inputs: int, outputs: int, separator: str = ".") -> dict[str, np.ndarray]:
         """A layer that PyTorch stores as (outputs, inputs): "kernel" (inputs, outputs) and "bias" (outputs,)."""
-        kernel = np.ascontiguousarray(self.array(f"{name}.weight", outputs, inputs).T)
-        return {"kernel": kernel, "bias": self.array(f"{name}.bias", outputs)}
+        kernel = np.ascontiguousarray(self.array(f"{name}{separator}weight", outputs, inputs).T)
+        return {"kernel": kernel, "bias": self.array(f"{name}{separator}bias", outputs)}
 
     def folded_conv(self, name: str, norm: str, kernel_shape: tuple[int, ...], epsilon: float) -> dict[str, np.ndarray]:
         """A convolution without bias and the batch normalisation behind it as one convolution.

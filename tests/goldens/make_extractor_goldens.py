@@ -14,6 +14,14 @@ import numpy as np
 DIRECTORY = Path(__file__).parent / "extractors"
 SEED = 7
 IMAGE_SIZE = (40, 56)  # of the golden outputs
+# Features; image side, layers, width and patch; length, vocabulary, width and layers of texts: a narrow CLIP.
+CLIP_SIZES = (24, 224, 2, 128, 32, 77, 49408, 64, 2)
+CAPTIONS = (
+    "a photo of a cat", "A RED  car!!!  isn't it?", "naïve café — “quoted” ‘x’", "&amp;lt;b&amp;gt; x &quot;y&quot;",
+    "12345 67", "日本語のテキスト", "🙂👩‍👩‍👧 family", "ΟΔΟΣ Σ", "İstanbul ß ﬁ ﬀ", "l’été n'est pas'S 'RE", "", "   ",
+    "<|endoftext|> in the middle <|startoftext|>", "a_b-c/d\\e@f.com", "x" * 300, "word " * 100, "mojibake donâ€™t",
+    "tab\tnew\nline\u00a0no break\u200bzero width", "½ ² Ⅷ ٣", "e\u0301", "a<|EndOfText|>b",
+)  # fmt: skip
 _LIBRARY = []  # lives as long as the operations that it defines
 
 
@@ -39,7 +47,7 @@ def draw_state(shapes, seed=SEED):
         if name.endswith("running_var"):
             state[name] = 1 + u / 2
         elif name == "logit_scale":
-            state[name] = np.float32(4.5) + u / 10
+            state[name] = np.asarray(4.5 + u / 10, np.float32)
         elif name.endswith(("bn3.weight", "downsample.1.weight")):  # what a residual block adds
             state[name] = 0.4 + u / 5
         elif len(shape) > 1:
@@ -139,7 +147,43 @@ def resnet_outputs(network, images):
         return {"features": features.numpy(), "logits": fc(features).numpy()}
 
 
-ORIGINALS = {"inception": (inception, inception_outputs), "resnet": (resnet, resnet_outputs)}
+def clip(sizes=CLIP_SIZES):
+    """OpenAI's network; the sizes in the order of its arguments, which its heads follow from."""
+    import_torchvision()
+    from clip import model
+
+    *most, text_width, text_layers = sizes
+    return model.CLIP(*most, text_width, text_width // 64, text_layers)
+
+
+def clip_tokens(captions=CAPTIONS):
+    import_torchvision()
+    from clip import tokenize
+
+    return tokenize(list(captions), truncate=True).numpy().astype(np.int32)
+
+
+def clip_outputs(network, images):
+    """Features of images (B, H, W, 3), which are rounded to 8 bits, of `CAPTIONS`, and logits, all through its own code."""
+    import torch
+    from clip import clip as original
+    from PIL import Image
+
+    preprocess = original._transform(network.visual.input_resolution)
+    as_bytes = np.floor((images + 1) * 127.5 + 0.5).astype(np.uint8)
+    with torch.no_grad():
+        x = torch.stack([preprocess(Image.fromarray(image)) for image in as_bytes])
+        tokens = torch.tensor(clip_tokens())
+        outputs = {"features": network.encode_image(x), "text_features": network.encode_text(tokens)}
+        outputs["logits"] = network(x, tokens)[0]
+    return {"tokens": tokens.numpy(), **{name: array.numpy() for name, array in outputs.items()}}
+
+
+ORIGINALS = {
+    "inception": (inception, inception_outputs),
+    "resnet": (resnet, resnet_outputs),
+    "clip": (clip, clip_outputs),
+}
 
 
 def main():
