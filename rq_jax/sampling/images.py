@@ -113,11 +113,7 @@ def draw(
     checks.within("first_index", first_index, 0, 2**62)
     of_images = {"prefix": prefix, "kept": kept, "grains": grains}
     rng, end, pending = rng_of_seed(seed), first_index + num_images, None
-    num_devices = 1 if sharding is None else sharding.num_devices
-    share = -(-batch_size // num_devices)
-    batch_size = share * num_devices
-    most = max(1, (decode_batch_size or DECODED_PER_DEVICE * num_devices) // num_devices)
-    num_parts = next(parts for parts in range(-(-share // most), share + 1) if share % parts == 0)
+    batch_size, num_parts = _batches(batch_size, decode_batch_size, sharding)
     everywhere = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
     resting = jax.device_put(_for_inference(model, variables, weights), everywhere)
     tokenizer_variables = jax.device_put(tokenizer.variables, everywhere)
@@ -141,6 +137,43 @@ def draw(
         pending = ids, codes, images
     if pending is not None:
         yield fetch(*pending)
+
+
+def decode_all(
+    tokenizer: Any,
+    codes: Any,
+    *,
+    batch_size: int,
+    decode_batch_size: int | None = None,
+    sharding: NamedSharding | None = None,
+) -> Iterator[np.ndarray]:
+    """Decodes codes batch by batch, with the program of `draw` for batches of that size.
+
+    Args:
+      tokenizer: its `model` and `variables`, as in `checkpoint.LoadedModel`.
+      codes: of n images, as `generate` gives them, on the host.
+      batch_size, decode_batch_size, sharding: as in `draw`.
+
+    Yields:
+      Images (b, H, W, C), uint8, until all n are there.
+    """
+    n = len(jax.tree.leaves(codes)[0])
+    batch_size, num_parts = _batches(batch_size, decode_batch_size, sharding)
+    everywhere = None if sharding is None else NamedSharding(sharding.mesh, PartitionSpec())
+    variables = jax.device_put(tokenizer.variables, everywhere)
+    for start in range(0, n, batch_size):
+        rows = np.resize(np.arange(start, min(start + batch_size, n)), batch_size)
+        batch = jax.device_put(jax.tree.map(lambda array, rows=rows: array[rows], codes), sharding)
+        yield np.asarray(decode(tokenizer.model, variables, batch, num_parts))[: n - start]
+
+
+def _batches(batch_size: int, decode_batch_size: int | None, sharding: NamedSharding | None) -> tuple[int, int]:
+    """The size of batches that devices share evenly, and in how many parts such a batch is decoded."""
+    num_devices = 1 if sharding is None else sharding.num_devices
+    share = -(-batch_size // num_devices)
+    most = max(1, (decode_batch_size or DECODED_PER_DEVICE * num_devices) // num_devices)
+    num_parts = next(parts for parts in range(-(-share // most), share + 1) if share % parts == 0)
+    return share * num_devices, num_parts
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -1,4 +1,4 @@
-"""generate() against the model's forward pass, its determinism and compile count; keep_best()."""
+"""generate() against the model's forward pass, its determinism and compile count."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from toy_transformer import CLASS, CONDS, KINDS, SIZES, TEXT, UNEQUAL, B, D, E, K, M, T, U, V, build, h, run, w
 
 from benchmarks import hlo
-from rq_jax.sampling import filter_logits, generate, keep_best, rng_of_seed
+from rq_jax.sampling import filter_logits, generate, rng_of_seed
 from rq_jax.sampling.generate import _generate
 
 RNG = jax.random.key(5)
@@ -319,20 +319,7 @@ def test_a_forgotten_tokenizer_is_refused():
             generate(model, {**variables, "codebook": {"codebook_KE": table}}, RNG, B)
 
 
-# --- re-ranking -----------------------------------------------------------------------------------
-
-
-def test_keep_best_keeps_the_items_of_highest_score():
-    items = {"codes": jnp.arange(10).reshape(5, 2), "names": jnp.arange(5)}
-    kept, indices = keep_best(items, jnp.array([0.1, 0.7, 0.3, 0.7, 0.2]), 3)
-    assert indices.tolist() == [1, 3, 2]
-    assert kept["codes"].tolist() == [[2, 3], [6, 7], [4, 5]] and kept["names"].tolist() == [1, 3, 2]
-
-
-@pytest.mark.parametrize("keep", [0, 6])
-def test_keep_best_needs_a_number_it_can_keep(keep):
-    with pytest.raises(ValueError, match=rf"^keep: {keep} is outside 1..5, the number of scores$"):
-        keep_best(jnp.ones(5), jnp.ones(5), keep)
+# --- tracing ---------------------------------------------------------------------------------------
 
 
 def test_generate_traces_over_its_arguments():

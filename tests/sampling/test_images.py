@@ -94,6 +94,17 @@ def test_batches_are_rounded_up_to_what_devices_and_parts_share(
     assert seen == {"drawn": drawn, "parts": parts} and ids.tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_codes_at_hand_are_decoded_batch_by_batch(devices):
+    codes = np.random.default_rng(0).integers(-9, 10, (11, 3, 2, 1)).astype(np.int32)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), "data")
+    layout = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    tokenizer = SimpleNamespace(model=Decoder(), variables={})
+    batches = list(images.decode_all(tokenizer, codes, batch_size=5, decode_batch_size=2, sharding=layout))
+    assert [len(batch) for batch in batches] == ([5, 5, 1] if devices == 1 else [8, 3])
+    np.testing.assert_array_equal(np.concatenate(batches), images.decode(Decoder(), {}, codes))
+
+
 def test_only_the_first_batch_is_told_to_compile(monkeypatch):
     events = []
     monkeypatch.setattr(images, "_for_inference", lambda *args: None)
