@@ -4,10 +4,7 @@ python sample.py --out=samples [--checkpoint=runs/rqtransformer] --num_images=36
 """
 
 import argparse
-import dataclasses
-import functools
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +12,24 @@ import jax
 import numpy as np
 
 from rq_jax import checkpoint
-from rq_jax.devices import hosts, sharding
-from rq_jax.evaluation import edits, neighbours
+from rq_jax.evaluation import choices, drawing, edits, neighbours
 from rq_jax.evaluation.conditions import choose_conditions, class_names, kind_of, read_prompts
+from rq_jax.evaluation.drawing import Drawn, Plan
 from rq_jax.evaluation.grain_maps import grains_of
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, trained_on
 from rq_jax.evaluation.samples import first_codes, read_draws
 from rq_jax.files import atomic_path, write_json
 from rq_jax.grains import GrainedCodes
 from rq_jax.report import grain_maps, grids
-from rq_jax.report.progress import Progress
 from rq_jax.sampling import edit
-from rq_jax.sampling.images import DECODED_PER_DEVICE, draw, draw_settings
+from rq_jax.sampling.images import DECODED_PER_DEVICE, LAST_ID, draw_settings
 from rq_jax.settings import checks
 from rq_jax.settings.text import quoted
 from rq_jax.training import cli
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
-NUM_IMAGES, NUM_IN_GRID = 36, 100
+NUM_IMAGES = 36
 UNRECORDED = ("list_classes", "coordinator", "num_processes", "process_id")  # flags that change no image
-LAST_ID = 2**62
 FILTER = ("temperature", "top_k", "top_p")
 
 
@@ -91,6 +86,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance", type=float, help="scale of classifier-free guidance, for models trained with it")
     weights = "of the transformer, in memory (default: bfloat16 on an accelerator, float32 on CPU)"
     add("--weights", choices=("float32", "bfloat16", "int8"), help=weights)
+    add("--keep", type=float, help="draw more, and keep this share of them: the best of each class or prompt")
+    add("--candidates", type=int, help="draw so many for each class or prompt, and keep the best of them")
+    add("--by", choices=tuple(choices.JUDGES), help="what judges them")
+    add("--classifier", type=cli.path, help="torchvision's ResNet-101 (default: EfficientNet-Lite0)")
     add("--neighbours", type=int, default=0, help="also show this many nearest training images beside 12 samples")
     cli.add_process_flags(parser)
     return parser.parse_args(argv)
@@ -169,6 +168,12 @@ def check(args: argparse.Namespace) -> None:
     if bool(args.prefix) != bool(args.prefix_positions):
         raise ValueError(f"--prefix: {args.prefix} and --prefix_positions: {args.prefix_positions} belong together")
     edit_settings(args).check(args.prefix)
+    choice_settings(args).check(prefix=args.prefix, edit_of=args.edit_of)
+
+
+def choice_settings(args: argparse.Namespace) -> choices.ChoiceSettings:
+    """The flags of a choice."""
+    return choices.ChoiceSettings(*(getattr(args, name) for name in choices.ChoiceSettings._fields))
 
 
 def edit_settings(args: argparse.Namespace) -> edits.EditSettings:
@@ -203,31 +208,6 @@ def load(args: argparse.Namespace) -> checkpoint.LoadedModel:
     return loaded
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is drawn.
-
-    Attributes:
-      ids: of the images.
-      conds: (m, U), which they take in turn by id, or None.
-      names: of the conditions.
-      settings: of the draw, by the names that `generate` gives them.
-      known: codes and grain maps that are given, likewise.
-      edited: the images that are edited, or None.
-    """
-
-    ids: np.ndarray
-    conds: np.ndarray | None
-    names: list[str]
-    settings: dict[str, Any]
-    known: dict[str, Any]
-    edited: edits.Edit | None
-
-    def captions(self, count: int) -> list[str]:
-        """Names of the conditions of the first images."""
-        return [self.names[i % len(self.names)] for i in self.ids[:count]]
-
-
 def plan(args: argparse.Namespace, loaded: checkpoint.LoadedModel) -> Plan:
     """What the flags ask for; those that are wrong are refused before anything compiles."""
     ids = np.arange(args.first_index, args.first_index + args.num_images)
@@ -243,9 +223,10 @@ def plan(args: argparse.Namespace, loaded: checkpoint.LoadedModel) -> Plan:
         earlier = read_draws(args.prefix)
         known["prefix"] = first_codes(earlier, args.prefix_positions, loaded.model)
     conds, names = chosen or conditions(loaded, args, earlier and earlier.conds)
+    choice = choices.prepare(loaded, choice_settings(args), ids, conds, names) if args.by else None
     if args.grains_of:
         known["grains"] = grains_of(loaded, args.grains_of, ids)
-    return Plan(ids, conds, names, settings, known, edited)
+    return Plan(ids, conds, names, settings, known, edited, choice)
 
 
 def run(args: argparse.Namespace) -> Path:
@@ -265,31 +246,35 @@ def run(args: argparse.Namespace) -> Path:
         )
     loaded = load(args)
     planned = plan(args, loaded)
-    codes, shown = draw_part(args, loaded, conds=planned.conds, **planned.known, **planned.settings)
-    codes, shown = jax.tree.map(hosts.rows_of_all, (codes, shown))
+    batches = {name: getattr(args, name) for name in ("batch_size", "decode_batch_size", "seed", "weights")}
+    drawn = drawing.draw(loaded, planned, Path(args.out) / "images", **batches)
     if jax.process_index() == 0:
-        write(args, loaded, planned, codes, shown)
+        write(args, loaded, planned, drawn)
     return Path(args.out) / f"grid_{args.first_index:06d}.png"
 
 
-def write(
-    args: argparse.Namespace, loaded: checkpoint.LoadedModel, planned: Plan, codes: Any, shown: np.ndarray
-) -> None:
+def write(args: argparse.Namespace, loaded: checkpoint.LoadedModel, planned: Plan, drawn: Drawn) -> None:
     """Writes what is of all images: codes, settings, and the sheets of the first."""
     out, tag, ids, conds = Path(args.out), f"{args.first_index:06d}", planned.ids, planned.conds
+    codes, shown = drawn.codes, drawn.shown
+    arrays = codes._asdict() if isinstance(codes, GrainedCodes) else {"codes": codes}
     of_images = {} if conds is None else {"cond": conds[ids % len(conds)]}
     if kind_of(loaded) == "text":
         of_images["prompts"] = np.array(planned.captions(len(ids)))
-    arrays = codes._asdict() if isinstance(codes, GrainedCodes) else {"codes": codes}
+    if drawn.scores is not None:
+        of_images["scores"] = drawn.scores
     with atomic_path(out / f"codes_{tag}.npz") as partial, open(partial, "wb") as file:
-        np.savez(file, **arrays, image_ids=ids, **of_images)
+        np.savez(file, **arrays, image_ids=drawn.ids, **of_images)
     captions = planned.captions(len(shown))
     save_grid(out / f"grid_{tag}.png", shown, captions, arrays.get("grains"), loaded.model)
     drawn_from = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
     flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
     flags["prompt"] = None if args.prompts else args.prompt  # those of a file are beside the codes
     fingerprints = {name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}
-    write_json(out / f"settings_{tag}.json", {**flags, **planned.settings, **fingerprints})
+    chosen = {"chosen": drawn.tally} if drawn.tally else {}
+    write_json(out / f"settings_{tag}.json", {**flags, **planned.settings, **fingerprints, **chosen})
+    if chosen:
+        print("chosen by {judge}: {kept} of {drawn} images".format(**drawn.tally))
     print(f"samples: {out / f'grid_{tag}.png'}")
     if planned.edited:
         sheet = out / f"edit_{tag}.png"
@@ -309,42 +294,6 @@ def save_grid(path: Path, images: np.ndarray, captions: list[str], grains: np.nd
         images, captions = grain_maps.pairs(images, captions, grains, G, scale)
         scale = 1
     grids.save_png(path, grids.captioned_grid(images, captions, columns=10, scale=scale))
-
-
-def draw_part(args: argparse.Namespace, loaded: checkpoint.LoadedModel, **settings: Any) -> tuple[Any, np.ndarray]:
-    """Draws this process's part of the images on its devices, and writes each to a file.
-
-    Returns:
-      Their codes, as `sampling.generate` gives them, and those of the images (m, H, W, C), uint8, that the grid shows.
-    """
-    start, stop = (args.num_images * i // jax.process_count() for i in (jax.process_index(), jax.process_index() + 1))
-    slice_ = {name: getattr(args, name) for name in ("batch_size", "decode_batch_size", "seed", "weights")}
-    slice_ |= {"num_images": stop - start, "first_index": args.first_index + start}
-    tokenizer, folder = loaded.tokenizer.model, Path(args.out) / "images"
-    codes = [no_codes(loaded.model)]
-    shown = [np.zeros((0, *tokenizer.image_shape, tokenizer.in_channels), np.uint8)]
-    written: Iterator[None] = iter(())
-    with (
-        Progress(stop - start, unit="image", title="sampling", enabled=jax.process_index() == 0) as progress,
-        ThreadPoolExecutor() as pool,  # the encoder of PNG lets other threads run
-    ):
-        layout = sharding.batch_sharding(sharding.local_mesh())
-        compiling = functools.partial(progress.waiting_for, "compiling")
-        models = (loaded.model, loaded.variables, loaded.tokenizer)
-        for ids, drawn, images in draw(*models, sharding=layout, compiling=compiling, **slice_, **settings):
-            list(written)  # of the batch before: no more than two wait in memory
-            written = pool.map(grids.save_png, [folder / f"{image_id:06d}.png" for image_id in ids], images)
-            codes.append(drawn)
-            shown.append(images[ids < args.first_index + NUM_IN_GRID])
-            progress.update(len(ids))
-        list(written)
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *codes), np.concatenate(shown)
-
-
-def no_codes(model: Any) -> Any:
-    """The codes of no image."""
-    codes, layout = np.zeros((0, *model.code_shape), np.int32), getattr(model, "layout", None)
-    return codes if layout is None else GrainedCodes(codes, np.zeros((0, *layout.region_grid), np.int32))
 
 
 def list_classes(args: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ TESTS_OF = {
     "evaluate": {"test_evaluate.py", "test_evaluate_grains.py", "test_hosts.py"},
     "sample": {
         "test_sample.py",
+        "test_sample_choose.py",
         "test_sample_edit.py",
         "test_sample_grains.py",
         "test_evaluate_grains.py",

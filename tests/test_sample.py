@@ -21,6 +21,7 @@ from rq_jax.data.text import load_tokenizer, train_tokenizer
 from rq_jax.devices import sharding
 from rq_jax.evaluation import neighbours
 from rq_jax.report import grids
+from rq_jax.sampling import images
 
 (h, w, D), K, V = helpers.CODE_SHAPE, helpers.CODEBOOK_SIZE, len(helpers.CLASSES)
 KINDS = ("unconditional", "class", "text", "guided")
@@ -162,10 +163,10 @@ def test_image_depends_on_seed_and_id_alone(trained, tmp_path, monkeypatch):
         draw(trained, tmp_path / "slice", kind="class", num=3, batch=1, first=4),
     ]
     assert len(np.unique(whole.codes.reshape(7, -1), axis=0)) == 7
-    devices, draw_images = [], sample.draw
+    devices, draw_images = [], images.draw
     monkeypatch.setattr(sharding, "local_mesh", helpers.all_local_devices)
     monkeypatch.setattr(
-        sample, "draw", lambda *models, **values: devices.append(values["sharding"]) or draw_images(*models, **values)
+        images, "draw", lambda *models, **values: devices.append(values["sharding"]) or draw_images(*models, **values)
     )
     others = [
         *slices,

@@ -85,6 +85,8 @@ def rows_of_all(rows: np.ndarray) -> np.ndarray:
     """
     if jax.process_count() == 1:
         return rows
+    if rows.dtype.itemsize == 8:  # which JAX would narrow
+        return rows_of_all(np.ascontiguousarray(rows)[..., None].view(np.uint32)).view(rows.dtype)[..., 0]
     from jax.experimental import multihost_utils
 
     counts = np.asarray(multihost_utils.process_allgather(np.int32(len(rows))))

@@ -14,7 +14,7 @@ from rq_jax.grains import GrainedCodes, PackedCodes, check_grains, check_ids, pa
 from rq_jax.settings.text import quoted
 
 # Settings in which the parts of one set of samples may differ, as several hosts draw them.
-_SLICE = ("first_index", "num_images", "batch_size", "neighbours", "out")
+_SLICE = ("first_index", "num_images", "batch_size", "neighbours", "out", "chosen")
 _ARRAYS = ("codes", "image_ids", "cond", "grains")
 _MOST_INFLATION = 100  # times the size of a .npz, which `sample.py` writes without compression
 
@@ -56,10 +56,17 @@ def _check_settings(directory: Path) -> None:
             raise ValueError(f"--samples: '{directory}' holds images of several {shown}; {hint}")
     stems = (path.stem for path in (directory / "images").glob("*.png"))
     found = [int(stem) for stem in stems if stem.isdecimal() and len(stem) < 19]
-    ranges = {(run["first_index"], run["first_index"] + run["num_images"]) for run in runs}
+    ranges = {(run["first_index"], run["first_index"] + _num_drawn(run)) for run in runs}
     earlier = sum(not any(first <= number < end for first, end in ranges) for number in found)
     if runs and earlier:
         raise ValueError(f"--samples: '{directory}' holds {earlier} images of an earlier run; {hint}")
+
+
+def _num_drawn(run: dict[str, Any]) -> int:
+    """Images that were drawn, of which some may have been chosen."""
+    chosen = run.get("chosen")
+    drawn = chosen.get("drawn") if isinstance(chosen, dict) else None
+    return drawn if type(drawn) is int else run["num_images"]
 
 
 def _read_settings(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from rq_jax.sampling.generate import check_guidance, generate
 from rq_jax.settings import checks
 
 DECODED_PER_DEVICE = 32  # images at a time: one of 256x256 takes some 96 MiB of activations in float32
+LAST_ID = 2**62
 
 _FILTER = ("temperature", "top_k", "top_p")
 _OF_POSITION = "position_"  # the same of positions, where a model draws those
@@ -110,7 +111,7 @@ def draw(
     Raises:
       ValueError: a first index or a seed out of range.
     """
-    checks.within("first_index", first_index, 0, 2**62)
+    checks.within("first_index", first_index, 0, LAST_ID)
     of_images = {"prefix": prefix, "kept": kept, "grains": grains}
     rng, end, pending = rng_of_seed(seed), first_index + num_images, None
     batch_size, num_parts = _batches(batch_size, decode_batch_size, sharding)

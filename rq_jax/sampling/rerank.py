@@ -103,23 +103,27 @@ def choose(
       best: of the groups, which takes the samples.
       batch_size: of what is scored together, whatever the size of the batches that are drawn; a last one is filled up.
     """
-    for ids, codes, images in _regrouped(batches, batch_size):
+    for ids, codes, images in in_batches(batches, batch_size):
         filled = np.resize(np.arange(len(ids)), batch_size)
         groups = group_of(ids)
         scores = np.asarray(score(images[filled], groups[filled]))[: len(ids)]
         best.add(ids, groups, scores, codes)
 
 
-def _regrouped(batches: Iterable[Any], size: int) -> Iterator[Any]:
-    """The rows of trees of arrays in trees of `size` rows, the last with fewer."""
+def in_batches(trees: Iterable[Any], size: int) -> Iterator[Any]:
+    """The rows of trees of arrays (b, ...), b of any size, in trees of `size` rows; the last has what is left."""
     waiting = None
-    for batch in batches:
-        waiting = batch if waiting is None else _joined(waiting, batch)
-        while len(waiting[0]) >= size:
+    for tree in trees:
+        waiting = tree if waiting is None else _joined(waiting, tree)
+        while _length(waiting) >= size:
             yield jax.tree.map(lambda array: array[:size], waiting)
             waiting = jax.tree.map(lambda array: array[size:], waiting)
-    if waiting is not None and len(waiting[0]):
+    if waiting is not None and _length(waiting):
         yield waiting
+
+
+def _length(tree: Any) -> int:
+    return len(jax.tree.leaves(tree)[0])
 
 
 def _joined(*trees: Any) -> Any:

@@ -26,6 +26,11 @@ SETTINGS = {"first_index": 0, "num_images": 3, "batch_size": 3, "out": "a", "top
             "^--samples: '.*' holds images of several 'top_p, transformer'; draw",
         ),
         ([{"first_index": 3, "num_images": 2, "batch_size": 8, "out": "b"}], None),  # two hosts, one set
+        ([{"first_index": 3, "num_images": 1, "chosen": {"drawn": 2}}], None),  # of ids 3 and 4 the best
+        (
+            [{"first_index": 3, "num_images": 1, "chosen": [2]}],
+            "^--samples: '.*' holds 1 images of an earlier run; draw",
+        ),
     ],
 )
 def test_samples_of_several_settings_are_refused(tmp_path, others, message):
