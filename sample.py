@@ -88,8 +88,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weights", choices=("float32", "bfloat16", "int8"), help=weights)
     add("--keep", type=float, help="draw more, and keep this share of them: the best of each class or prompt")
     add("--candidates", type=int, help="draw so many for each class or prompt, and keep the best of them")
-    add("--by", choices=tuple(choices.JUDGES), help="what judges them")
-    add("--classifier", type=cli.path, help="torchvision's ResNet-101 (default: EfficientNet-Lite0)")
+    add("--by", choices=tuple(choices.JUDGES), help="what judges them: a classifier for classes, CLIP for prompts")
+    judge = (
+        "its weights: torchvision's ResNet-101 (default: EfficientNet-Lite0), or CLIP ViT-B/32, which has no default"
+    )
+    add("--judge", type=cli.path, help=judge)
     add("--neighbours", type=int, default=0, help="also show this many nearest training images beside 12 samples")
     cli.add_process_flags(parser)
     return parser.parse_args(argv)

@@ -19,7 +19,7 @@ from rq_jax import checkpoint
 from rq_jax.data import make_dataset
 from rq_jax.data.text import load_tokenizer, train_tokenizer
 from rq_jax.devices import sharding
-from rq_jax.evaluation import neighbours
+from rq_jax.evaluation import choices, judges, neighbours
 from rq_jax.report import grids
 from rq_jax.sampling import images
 
@@ -339,6 +339,30 @@ def test_prompts_of_a_file_are_drawn_so_often_each_and_go_with_the_codes(trained
         settings = json.loads((tmp_path / name / f"settings_{tag}.json").read_text())
         assert (settings["prompts"], settings["prompt"]) == (str(file), None)
         assert settings["num_images"] == len(expected) == (4 if name == "txt" else 2)
+
+
+def test_the_best_candidates_of_each_prompt_are_kept(trained, tmp_path, monkeypatch):
+    """By what an image has of red, or of blue."""
+    prompts, channels = ["red bee", "blue elk"], {"red bee": 0, "blue elk": 2}
+
+    def clip_judge(prompts, file):
+        program = jax.jit(lambda _, images, wanted: (images.mean((1, 2)) * wanted).sum(-1))
+        return judges.Judge(file, program, (), np.eye(3, dtype=np.float32)[[channels[prompt] for prompt in prompts]])
+
+    monkeypatch.setattr(choices, "clip_judge", clip_judge)
+    flags = (*(f"--prompt={text}" for text in prompts), "--per_prompt=2")
+    line = [f"--checkpoint={trained.stage2['text']}", *flags, "--batch_size=6"]
+    choice = "--candidates=3", "--by=clip", "--judge=clip.pt"
+    sample.run(sample.parse_args([*line, f"--out={tmp_path / 'best'}", *choice]))
+    every = draw(trained, tmp_path / "every", *flags[:2], kind="text", num=6, batch=6)
+    with np.load(tmp_path / "best" / "codes_000000.npz") as best:
+        assert best["prompts"].tolist() == prompts * 2
+        levels = np.stack([every.image(i).mean((0, 1))[[0, 2]] for i in range(6)])
+        expected = [2 * np.argsort(-levels[::2, 0]), 2 * np.argsort(-levels[1::2, 1]) + 1]
+        assert best["image_ids"].tolist() == [expected[0][0], expected[1][0], expected[0][1], expected[1][1]]
+        np.testing.assert_array_equal(best["cond"], every.cond[:4])
+    settings = json.loads((tmp_path / "best" / "settings_000000.json").read_text())
+    assert (settings["chosen"]["judge"], settings["chosen"]["drawn"]) == ("clip.pt", 6)
 
 
 def test_grid_says_what_each_image_is(trained, tmp_path, monkeypatch):

@@ -97,7 +97,7 @@ def test_candidates_are_of_the_classes_of_the_images(trained, tmp_path, judge):
         (["--keep=0", "--by=classifier"], r"^--keep: 0.0 is outside \(0, 1\]"),
         (["--keep=0.5", "--by=classifier", "--prefix=a.npz", "--prefix_positions=2"], "^--prefix: a.npz and --keep: 0.5 excl"),
         (["--candidates=1", "--by=classifier", "--classes=2"], "^--candidates: 1 must be at least 5; so many are kept of a"),
-        (["--keep=0.5", "--by=classifier", "--classifier=gone.pth"], "gone.pth"),
+        (["--keep=0.5", "--by=classifier", "--judge=gone.pth"], "gone.pth"),
     ],
 )  # fmt: skip
 def test_bad_choices_are_refused_before_anything_is_drawn(trained, tmp_path, flags, message):

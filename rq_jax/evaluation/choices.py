@@ -9,12 +9,12 @@ import numpy as np
 
 from rq_jax.checkpoint import LoadedModel
 from rq_jax.evaluation.conditions import kind_of
-from rq_jax.evaluation.judges import Judge, classifier_judge
+from rq_jax.evaluation.judges import Judge, classifier_judge, clip_judge
 from rq_jax.sampling.images import LAST_ID
 from rq_jax.sampling.rerank import Chosen
 from rq_jax.settings import checks
 
-JUDGES = {"classifier": "class"}  # the condition that each reads
+JUDGES = {"classifier": "class", "clip": "text"}  # the condition that each reads
 
 
 class ChoiceSettings(NamedTuple):
@@ -24,13 +24,13 @@ class ChoiceSettings(NamedTuple):
       keep: share of the samples that stay, in (0, 1].
       candidates: samples that are drawn for each class or prompt.
       by: the judge.
-      classifier: file of its weights, None for the stand-in.
+      judge: file of its weights; None for the stand-in of a classifier.
     """
 
     keep: float | None = None
     candidates: int | None = None
     by: str | None = None
-    classifier: str | None = None
+    judge: str | None = None
 
     def check(self, **others: Any) -> None:
         """Check the values, and which flags are given together.
@@ -51,6 +51,8 @@ class ChoiceSettings(NamedTuple):
             others_needed = ("--by",) if name in amounts else ("--keep", "--candidates")
             if not (self.by if name in amounts else amounts):
                 raise ValueError(f"--{name}: {value} needs {' or '.join(others_needed)}; give both, or neither")
+        if self.by == "clip" and self.judge is None:
+            raise ValueError("--by: clip needs --judge, the file ViT-B-32.pt of OpenAI; give it")
         for name, value in others.items():
             if given and value is not None:
                 raise ValueError(
@@ -118,7 +120,11 @@ def prepare(
     rounds = settings.candidates or math.ceil(round(n / (period * settings.keep), 6))
     last = first + rounds * period - 1
     checks.in_range("--first_index: the last image id drawn", last, 0, LAST_ID, "the ids that an image can have")
-    wanted, group_of_row = np.unique(conds[rows, 0], return_inverse=True)
-    judge = classifier_judge(loaded, wanted, settings.classifier)
+    of_row = conds[rows, 0] if kind == "class" else np.array(names)[rows]
+    wanted, group_of_row = np.unique(of_row, return_inverse=True)
+    if settings.by == "clip":
+        judge = clip_judge(wanted.tolist(), settings.judge)
+    else:
+        judge = classifier_judge(loaded, wanted, settings.judge)
     turn = np.roll(np.arange(period), first % period)  # of id i in place i % period
     return Choice(rounds * period, conds[rows[turn]], group_of_row[turn], group_of_row[(ids - first) % period], judge)

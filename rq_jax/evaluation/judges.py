@@ -1,8 +1,8 @@
-"""Judges by whose scores samples are chosen: how surely a classifier sees the class that an image should have."""
+"""Judges by whose scores samples are chosen: how surely a classifier sees the class, how close CLIP finds the text."""
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,12 @@ from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import counted
 from rq_jax.evaluation.conditions import class_names
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
-from rq_jax.pretrained import efficientnet_lite, resnet
+from rq_jax.pretrained import clip, clip_text, efficientnet_lite, resnet
 from rq_jax.pretrained.classifier import Classifier
 from rq_jax.sampling.rerank import in_batches
 from rq_jax.settings.text import quoted
 
-SCORED_PER_DEVICE = 32  # images of one program, whatever the batches in which samples are drawn
+SCORED_PER_DEVICE = 32  # images or texts of one program, whatever the batches in which samples are drawn
 IMAGENET_CLASSES = 1000
 _FITTED_PER_CLASS = 64  # training images behind the mean of a class, at most
 _LEAST_VARIANCE = 1e-3  # of a feature, in that of the average feature
@@ -103,6 +103,35 @@ def classifier_judge(loaded: LoadedModel, classes: Sequence[int], file: str | No
     return Judge(name, program, (net.variables["params"], center, kernel, bias), np.asarray(classes, np.int32))
 
 
+def clip_judge(prompts: Sequence[str], file: str) -> Judge:
+    """Scores by CLIP: the cosine between the features of an image and of its text.
+
+    Args:
+      prompts: by group.
+      file: OpenAI's ViT-B/32.
+
+    Raises:
+      FileNotFoundError: no such file, or the packages of CLIP's vocabulary are not installed.
+      ValueError: a file of another network, or a text of more than 77 tokens.
+    """
+    tokens, net = clip_text.load_tokenizer()(prompts), clip.load(file)
+
+    @jax.jit
+    def of_texts(variables, tokens):
+        return _unit(net.text_features(variables, tokens))
+
+    @jax.jit
+    def program(variables, images, wanted):
+        return jnp.sum(_unit(net.features(variables, sharding.scale(images))) * wanted, axis=-1)
+
+    features = _map_first(of_texts, {"text": net.variables["text"]}, [(tokens,)])
+    return Judge(net.name, program, {"image": net.variables["image"]}, np.concatenate([found for (found,) in features]))
+
+
+def _unit(features: jax.Array) -> jax.Array:
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)
+
+
 def has_imagenet_classes(loaded: LoadedModel) -> bool:
     """Whether the classes of a transformer are ImageNet's 1,000 in their order.
 
@@ -129,17 +158,16 @@ def fit_class_means(net: Classifier, data: EvaluationData, num_classes: int) -> 
     Returns:
       The center (A,) that is taken off features, kernel (A, C) and bias (C,): -inf for a class without an image.
     """
-    mesh = sharding.local_mesh()
-    variables = jax.device_put(net.variables, sharding.replicated(mesh))
-    features_of = jax.jit(lambda variables, images: net.features(variables, sharding.scale(images)))
+
+    @jax.jit
+    def features_of(variables, images):
+        return net.features(variables, sharding.scale(images))
+
     dataset, A = data.training(), net.num_features
     counts_C, sums_CA, squares_A = np.zeros(num_classes), np.zeros((num_classes, A)), np.zeros(A)
     batches = counted(dataset.iterator(), dataset.num_examples, data.batch_size, "classes of training images")
-    size = SCORED_PER_DEVICE * mesh.size
-    for images, labels in in_batches(_first_of_classes(batches), size):
-        filled = np.resize(np.arange(len(images)), size)
-        placed = jax.device_put(images[filled], sharding.batch_sharding(mesh))
-        features_NA = np.asarray(features_of(variables, placed), np.float64)[: len(images)]
+    for features_NA, labels in _map_first(features_of, net.variables, _first_of_classes(batches)):
+        features_NA = features_NA.astype(np.float64)
         np.add.at(counts_C, labels, 1)
         np.add.at(sums_CA, labels, features_NA)
         squares_A += np.sum(features_NA**2, axis=0)
@@ -156,6 +184,18 @@ def _linear(counts_C: np.ndarray, sums_CA: np.ndarray, squares_A: np.ndarray) ->
     means_CA = means_CA - center_A  # else the logits of all classes were large and alike
     bias_C = np.where(counts_C > 0, -0.5 * np.sum(means_CA**2 / variances_A, axis=1), -np.inf)
     return tuple(array.astype(np.float32) for array in (center_A, (means_CA / variances_A).T, bias_C))
+
+
+def _map_first(
+    program: Callable[[Any, Any], jax.Array], variables: Any, batches: Iterable[tuple[np.ndarray, ...]]
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Batches of any size in batches of one, with what a program makes of the first array in its place."""
+    mesh = sharding.local_mesh()
+    variables, size = jax.device_put(variables, sharding.replicated(mesh)), SCORED_PER_DEVICE * mesh.size
+    for first, *rest in in_batches(batches, size):
+        filled = np.resize(np.arange(len(first)), size)
+        found = program(variables, jax.device_put(first[filled], sharding.batch_sharding(mesh)))
+        yield np.asarray(found)[: len(first)], *rest
 
 
 def _first_of_classes(batches: Iterable[dict[str, np.ndarray]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:

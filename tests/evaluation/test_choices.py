@@ -12,17 +12,18 @@ from rq_jax.sampling.rerank import Chosen
 
 @pytest.fixture(autouse=True)
 def judged(monkeypatch):
-    """The classes that the judge was asked for, group by group."""
+    """What the judges were asked for, group by group."""
     asked = []
     monkeypatch.setattr(choices, "classifier_judge", lambda loaded, classes, file: asked.append(list(classes)))
+    monkeypatch.setattr(choices, "clip_judge", lambda prompts, file: asked.append((prompts, file)))
     return asked
 
 
-def prepare(ids, conds, length=1, **settings):
+def prepare(ids, conds, length=1, by="classifier", **settings):
     model = SimpleNamespace(is_conditional=conds is not None, cond_length=length)
     conds = None if conds is None else np.array(conds)[:, None]
     names = [] if conds is None else [str(cond) for cond in conds]
-    flags = ChoiceSettings(by="classifier", **settings)
+    flags = ChoiceSettings(by=by, **settings)
     return choices.prepare(SimpleNamespace(model=model, config={}), flags, np.array(ids), conds, names)
 
 
@@ -53,6 +54,17 @@ def test_of_every_class_as_many_stay_as_would_be_drawn(judged, ids, conds, setti
         assert drawn_for == [conds[i % len(conds)] for i in candidates]  # those that the ids have without a choice
 
 
+def test_prompts_are_told_apart_by_their_texts(judged):
+    """And not by their first token."""
+    model, conds = SimpleNamespace(is_conditional=True, cond_length=2), np.array([[5, 1], [5, 2]])
+    flags = ChoiceSettings(candidates=4, by="clip", judge="clip.pt")
+    loaded = SimpleNamespace(model=model, config={})
+    choice = choices.prepare(loaded, flags, np.arange(1, 7), conds, ["a red bee", "a green bee"])
+    assert judged == [(["a green bee", "a red bee"], "clip.pt")]
+    assert choice.num_drawn == 8 and choice.slots.tolist() == [0, 1] * 3
+    np.testing.assert_array_equal(choice.conds[choice.groups == 0], [[5, 2]])
+
+
 def test_what_was_chosen_comes_out_in_the_order_of_the_images():
     choice = prepare(range(6), [3, 1, 2], keep=0.5)
     groups = np.array([0, 0, 1, 1, 2, 2])  # of classes 1, 2 and 3
@@ -66,6 +78,7 @@ def test_what_was_chosen_comes_out_in_the_order_of_the_images():
     [
         (range(3), None, 1, {"keep": 0.5}, "^--by: classifier is for a class-conditional model, this one is unconditional; l"),
         (range(3), [0], 6, {"keep": 0.5}, "^--by: classifier is for a class-conditional model, this one is text; leave it out$"),
+        (range(3), [0], 1, {"keep": 0.5, "by": "clip"}, "^--by: clip is for a text-conditional model, this one is class; leave it"),
         (range(5), [0, 1], 1, {"candidates": 2}, "^--candidates: 2 must be at least 3; so many are kept of a class or prompt$"),
         ([2**62], [0], 1, {"keep": 0.5}, "^--first_index: the last image id drawn: 4611686018427387905 is outside 0.."),
     ],
@@ -82,7 +95,8 @@ REFUSED = {
     "twice": ({"keep": 0.5, "candidates": 4, "by": "classifier"}, "^--keep: 0.5 and --candidates: 4 exclude one another$"),
     "no judge": ({"candidates": 4}, "^--candidates: 4 needs --by; give both, or neither$"),
     "no amount": ({"by": "classifier"}, "^--by: classifier needs --keep or --candidates; give both, or neither$"),
-    "file alone": ({"classifier": "a.pth"}, "^--classifier: a.pth needs --keep or --candidates; give both, or neither$"),
+    "no file": ({"keep": 0.5, "by": "clip"}, "^--by: clip needs --judge, the file ViT-B-32.pt of OpenAI; give it$"),
+    "file alone": ({"judge": "a.pth"}, "^--judge: a.pth needs --keep or --candidates; give both, or neither$"),
 }  # fmt: skip
 
 

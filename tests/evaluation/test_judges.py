@@ -1,4 +1,4 @@
-"""Judges of samples: a classifier fitted to class means, log-odds of the wanted class, whose classes are ImageNet's."""
+"""Judges of samples: a classifier fitted to class means, log-odds of the wanted class, whose classes are ImageNet's; CLIP."""
 
 from types import SimpleNamespace
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rq_jax.evaluation import judges
+from rq_jax.pretrained import clip
 from rq_jax.pretrained.classifier import Classifier
 
 A, C = 6, len(helpers.CLASSES)
@@ -37,7 +38,7 @@ def make_net(num_classes=1000):
 @pytest.fixture(autouse=True)
 def net(monkeypatch):
     monkeypatch.setattr(judges.efficientnet_lite, "load", make_net)
-    with helpers.one_device():
+    with helpers.quick_compilation(), helpers.one_device():
         yield make_net()
 
 
@@ -89,6 +90,33 @@ def test_odds_order_images_as_probabilities_do_and_tell_sure_ones_apart(net):
     np.testing.assert_allclose(1 / (1 + np.exp(-scores)), probabilities, rtol=1e-3, atol=1e-30)
     sure = judge.program((net.variables["params"], *(jnp.zeros(n) for n in (A, (A, 3))), jnp.array([0.0, 50, 90])), images[:2], np.array([2, 2]))  # fmt: skip
     np.testing.assert_allclose(sure, 40, rtol=1e-5)  # a probability of 1 in float32
+
+
+def test_clip_scores_an_image_by_its_own_text(monkeypatch):
+    sizes, rng = clip.Sizes(6, 224, 112, 64, 1, 30, 77, 64, 1), np.random.default_rng(0)
+    shapes = clip.abstract_variables(sizes)
+    variables = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) / 4, jnp.float32), shapes)
+    net, encoded = clip.CLIP("clip", variables, sizes), []
+
+    def tokenize(texts):
+        encoded.extend(texts)
+        return np.array([[1, len(text), 29, *[0] * 74] for text in texts], np.int32)
+
+    monkeypatch.setattr(judges.clip, "load", lambda file: net)
+    monkeypatch.setattr(judges.clip_text, "load_tokenizer", lambda: tokenize)
+    monkeypatch.setattr(judges, "SCORED_PER_DEVICE", 2)
+    prompts, images, groups = ["a", "two", "three"], as_bytes(2), np.array([2, 0])
+    judge = judges.clip_judge(prompts, "clip.pt")
+    assert (judge.name, encoded) == ("clip", prompts)
+
+    @jax.jit
+    def cosines_of(images, tokens):
+        features, of_texts = net.features(variables, images), net.text_features(variables, tokens)
+        return net.logits({"logit_scale": jnp.zeros(())}, features, of_texts)
+
+    cosines = cosines_of(images / np.float32(127.5) - 1, tokenize(prompts))
+    np.testing.assert_allclose(judge.start()(images, groups), np.asarray(cosines)[[0, 1], groups], rtol=1e-4, atol=1e-5)
+    assert np.ptp(cosines, axis=1).min() > 0.01
 
 
 @pytest.mark.parametrize(
