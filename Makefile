@@ -65,7 +65,10 @@ demo-dq: setup
 	$(PYTHON) train_transformer.py --config=configs/dqtransformer.py:demo --workdir=$(RUNS)/dqtransformer \
 	  --config.tokenizer=$(RUNS)/dqvae
 	$(PYTHON) sample.py --checkpoint=$(RUNS)/dqtransformer --out=$(RUNS)/dq_samples --num_images=50 --batch_size=50
+	$(PYTHON) evaluate.py tokenizer --checkpoint=$(RUNS)/dqvae --grains=0.1,0.3,0.5,0.7,0.9 --distances=none \
+	  --no_perceptual --out=$(RUNS)/dq_ratios
 	@echo "Pictures: $(RUNS)/dq_samples (samples and their grains), $(RUNS)/dqvae/pictures (grains and reconstructions)"
+	@echo "Reconstructions at fine ratios .1, .3, .5, .7, .9 of this one tokenizer: $(RUNS)/dq_ratios/fine_ratios.png"
 
 # The pair in checkpoints/emoji with its figures, anew: about three and a half hours on two CPU cores.
 emoji: setup

@@ -21,14 +21,14 @@ import numpy as np
 
 from rq_jax import checkpoint
 from rq_jax.devices import sharding
-from rq_jax.evaluation import features, neighbours, protocol
+from rq_jax.evaluation import features, fine_ratios, neighbours, protocol
 from rq_jax.evaluation.likelihood import load_transformer, measure_likelihood
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.evaluation.samples import read_images
 from rq_jax.evaluation.tokenizer import PROTOCOL, compare_tokenizers
 from rq_jax.files import write_json
 from rq_jax.pretrained import efficientnet_lite, vgg_lpips
-from rq_jax.report import grids
+from rq_jax.report import grids, tables
 from rq_jax.settings import checks
 from rq_jax.settings.text import quoted
 from rq_jax.training import cli
@@ -82,6 +82,13 @@ def check_command(argv: Sequence[str]) -> None:
     raise ValueError(f"command: {f'{quoted(argv[0])} is none' if argv else 'missing'}; {fix}")
 
 
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no list of numbers; give for example 0.3,0.5") from None
+
+
 def _list_of(add: Add) -> Add:
     return functools.partial(add, type=cli.path, action="append", default=[])
 
@@ -117,6 +124,8 @@ def add_tokenizer(add: Add) -> None:
     add("--heads", type=cli.path, help="LPIPS heads (default: the package lpips)")
     add("--no_perceptual", action="store_true", help="leave the perceptual distance out")
     marks = "kernel distance of reconstructions at each depth (the default), from all codes, or not at all"
+    ratios = "also at these shares of fine regions, such as 0.1,0.3,0.5,0.7,0.9, of tokenizers with two grains"
+    add("--grains", type=_numbers, default=[], help=ratios)
     add("--distances", choices=("by_depth", "full", "none"), default="by_depth", help=marks)
     add_distances(add)
 
@@ -147,6 +156,7 @@ def measure_tokenizers(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Rec
     tokenizers = {
         directory: checkpoint.load_tokenizer(directory, args.step, not args.no_ema) for directory in args.checkpoint
     }
+    fine_ratios.check(args.grains, tokenizers if args.grains else {})
     data = open_data(args, mesh, tokenizers, {})
     for directory, loaded in tokenizers.items():
         if others := protocol.trained_elsewhere(loaded.config, data.settings):
@@ -165,12 +175,25 @@ def measure_tokenizers(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Rec
         "data": {**data.settings, "split": data.split}, "protocol": PROTOCOL,
         "distance": perceptual.name if perceptual else None, "results": results,
     }  # fmt: skip
-    if extractor:
-        rebuild = {
-            name: features.make_reconstruct(loaded, mesh, args.distances == "by_depth")
+    at_ratios = {}
+    if args.grains:
+        at_ratios = {
+            name: fine_ratios.measure_ratios(loaded, data, mesh, args.grains, perceptual, name)
             for name, loaded in tokenizers.items()
         }
+    if extractor:
+        by_depth = args.distances == "by_depth"
+        rebuild = {name: features.make_reconstruct(loaded, mesh, by_depth) for name, loaded in tokenizers.items()}
+        rebuild |= {
+            f"{name} at fine ratio {each.ratio:g}": features.make_reconstruct(
+                tokenizers[name], mesh, False, each.thresholds
+            )
+            for name, measured in at_ratios.items()
+            for each in measured
+        }
         record["kernel_distance"] = kernel_distances(args, extractor, data, {}, rebuild, subset_size)
+    if at_ratios:
+        record["fine_ratios"] = report_ratios(args.out, at_ratios, record, scale)
     path = Path(args.out) / "reconstructions.png"
     if jax.process_index() == 0:
         grids.save_png(path, grids.labelled_grid(rows))
@@ -180,6 +203,32 @@ def measure_tokenizers(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Rec
         tell(f"{directory}: {', '.join(shown)} over {figures['images']} images")
     tell(f"images: {path}")
     return record
+
+
+def report_ratios(
+    out: str, at_ratios: Mapping[str, Sequence[fine_ratios.AtRatio]], record: Record, scale: int
+) -> dict[str, list[Record]]:
+    """Figures of tokenizers at each fine ratio, as a table, curves and sheets."""
+    found: dict[str, list[Record]] = {}
+    for i, (name, measured) in enumerate(at_ratios.items()):
+        found[name] = []
+        for each in measured:
+            figures = {"fine_ratio": each.ratio, "threshold": float(each.thresholds[0]), **each.figures}
+            if distances := record.get("kernel_distance"):
+                of_ratio = distances["of"][f"reconstructions by {name} at fine ratio {each.ratio:g}"]
+                figures["kernel_distance"] = of_ratio["mean"]
+            found[name].append(figures)
+        tell(f"{name}, thresholds from the entropies of the images themselves:")
+        tell(tables.table([fine_ratios.row(figures) for figures in found[name]]))
+        path = Path(out) / f"fine_ratios{i or ''}.png"
+        if jax.process_index() == 0:
+            grids.save_png(path, grids.labelled_grid(fine_ratios.ratio_rows(measured, scale)))
+        tell(f"grain maps and reconstructions at each fine ratio: {path}")
+    path = Path(out) / "fine_ratio_curves.png"
+    if jax.process_index() == 0:
+        fine_ratios.draw_curves(found, path)
+    tell(f"figures against the fine ratio: {path}")
+    return found
 
 
 def measure_samples(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Record:

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from rq_jax import checkpoint, metrics
+from rq_jax import checkpoint, losses, metrics
 from rq_jax.data import make_dataset
 from rq_jax.data.text import train_tokenizer
 from rq_jax.devices import sharding
@@ -88,6 +88,10 @@ def test_figures_are_means_over_the_images_that_are_there(root, record, training
     np.testing.assert_allclose(found["code_usage"], usage, rtol=1e-5)
     shares = [np.unique(codes[..., d], return_counts=True)[1] / codes[..., d].size for d in range(D)]
     np.testing.assert_allclose(found["code_perplexity"], [np.exp(-np.sum(p * np.log(p))) for p in shares], rtol=1e-4)
+    np.testing.assert_allclose(found["code_entropy"], np.log2(found["code_perplexity"]), rtol=1e-5)
+    latents, sums = apply("encode", images), np.cumsum(apply("code_vectors", codes), axis=-2)
+    losses_D = [losses.commitment_loss(latents, sums[..., d : d + 1, :]) for d in range(D)]
+    np.testing.assert_allclose(found["commitment_loss"], losses_D, rtol=1e-4)
     norms = np.linalg.norm(apply("code_vectors", codes), axis=-1)
     tables = loaded.variables["codebook"]["codebook_KE"]
     table_KE = np.asarray(tables[0] if isinstance(tables, (tuple, list)) else tables)

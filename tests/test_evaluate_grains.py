@@ -5,6 +5,7 @@ import functools
 import io
 from typing import NamedTuple
 
+import compilation
 import helpers
 import jax
 import numpy as np
@@ -13,9 +14,10 @@ import toy_dq_pair
 
 import evaluate
 import sample
-from rq_jax import checkpoint
+from rq_jax import checkpoint, losses, metrics
 from rq_jax.data import make_dataset
 from rq_jax.evaluation.tokenizer import _short_names
+from rq_jax.grains import cell_weights, patch_entropy
 from rq_jax.report import grids
 
 # Three grains, two codes at each place from tables of unlike size.
@@ -77,8 +79,9 @@ def lists_of_codes(codes, grains, num_grains):
 @pytest.mark.parametrize("name", NAMES)
 def test_figures_count_each_code_once(root, measured, name):
     loaded = checkpoint.load_tokenizer(root / name)
-    encode = jax.jit(functools.partial(loaded.model.apply, method="encode_to_codes"))
-    codes, grains = map(np.asarray, encode(loaded.variables, held_out(root)))
+    methods = [functools.partial(loaded.model.apply, method=name) for name in ("encode_to_codes", "encode")]
+    grained, latents = jax.jit(lambda *given: [method(*given) for method in methods])(loaded.variables, held_out(root))
+    codes, grains = map(np.asarray, grained)
     G, sizes = loaded.model.num_grains, loaded.model.codebook_sizes
     lists, found = lists_of_codes(codes, grains, G), measured[0]["results"][str(root / name)]
     assert found["images"] == 5
@@ -94,6 +97,10 @@ def test_figures_count_each_code_once(root, measured, name):
         assert found["code_usage"][d] == pytest.approx(np.mean(shares > 0))
         entropy = -np.sum(shares[shares > 0] * np.log(shares[shares > 0]))
         assert found["code_perplexity"][d] == pytest.approx(np.exp(entropy), rel=1e-4)
+        assert found["code_entropy"][d] == pytest.approx(entropy / np.log(2), rel=1e-4)
+    sums = np.cumsum(loaded.model.apply(loaded.variables, codes, method="code_vectors"), axis=-2)
+    loss = losses.commitment_loss(latents, sums, cell_weights(grains, G))
+    assert np.mean(found["commitment_loss"]) == pytest.approx(float(loss), rel=1e-4)
     vectors = loaded.model.apply(loaded.variables, every, method="code_vectors")
     norms = np.split(np.linalg.norm(vectors, axis=-1), np.cumsum(counts)[:-1])
     expected = np.mean([one.mean(0) for one in norms], axis=0)
@@ -115,6 +122,60 @@ def test_what_is_shown(root, measured):
         costs = f"codes {figures['codes_per_image/mean']:.4g}, bits {figures['bits_per_image']:.4g} over 5 images"
         assert costs in printed
     assert (root / "out" / "reconstructions.png").is_file()
+
+
+RATIOS = 0.25, 0.5, 0.75
+
+
+@pytest.fixture(scope="module")
+def at_ratios(root):
+    """(record, rows of the sheet, what was printed, compiled programs) of the entropy router at three ratios."""
+    sheets, printed = [], io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(evaluate.efficientnet_lite, "load", lambda path: Means())
+        drawn = grids.labelled_grid
+        patch.setattr(grids, "labelled_grid", lambda given: sheets.append(given) or drawn(given))
+        with compilation.count_compilations() as compiled:
+            line = f"--checkpoint={root / 'tokenizer'}", f"--grains={','.join(map(str, RATIOS))}", "--no_perceptual"
+            record = evaluated(root, "tokenizer", *line, "--num_subsets=2", "--distances=full", out="ratios")
+    return record, sheets[0], printed.getvalue(), compiled.names
+
+
+def test_figures_at_each_fine_ratio(root, at_ratios):
+    record, loaded = at_ratios[0], checkpoint.load_tokenizer(root / "tokenizer")
+    images = held_out(root)
+    entropies = patch_entropy(images, loaded.model.region_size)
+    reconstruct = jax.jit(functools.partial(loaded.model.apply, method="reconstruct_by_depth"))
+    for ratio, found in zip(RATIOS, record["fine_ratios"][str(root / "tokenizer")], strict=True):
+        grains = np.asarray(entropies > found["threshold"])
+        # Random images have no ties: the share is the nearest that so many regions have.
+        assert found["fine_ratio"] == ratio and grains.sum() == np.rint(ratio * grains.size)
+        assert found["grain_share/grain1"] == pytest.approx(grains.mean())
+        rebuilt = reconstruct(loaded.variables, images, grains=grains.astype(np.int32))
+        psnr = float(np.mean(metrics.psnr(images, rebuilt)))
+        assert found["psnr"] == [pytest.approx(psnr, rel=1e-4)]
+        name = f"reconstructions by {root / 'tokenizer'} at fine ratio {ratio:g}"
+        assert found["kernel_distance"] == record["kernel_distance"]["of"][name]["mean"]
+
+
+def test_one_program_serves_all_fine_ratios(at_ratios):
+    names = at_ratios[3]
+    # One more is that of the router's own grains.
+    assert names.count("jit(sum_figures)") == names.count("jit(_reconstruct)") == 2, names
+
+
+def test_fine_ratios_are_shown(root, at_ratios):
+    record, rows, printed, _ = at_ratios
+    figures = record["fine_ratios"][str(root / "tokenizer")]
+    expected = ["original"]
+    for each in figures:
+        expected += [f"fine {each['fine_ratio']:g}: {each['codes_per_image/mean']:.0f} codes"]
+        expected += [f"fine {each['fine_ratio']:g}: {each['psnr'][0]:.1f} dB"]
+    assert list(rows) == expected
+    assert "fine ratio  given  PSNR, dB" in printed and f"{figures[1]['bits_per_image']:.4g}\n" in printed
+    assert {path.name for path in (root / "ratios").iterdir()} == {
+        "fine_ratios.png", "fine_ratio_curves.png", "reconstructions.png", "tokenizer.json",
+    }  # fmt: skip
 
 
 class Means(NamedTuple):

@@ -11,6 +11,7 @@ from rq_jax import metrics
 from rq_jax.checkpoint import LoadedModel
 from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import counted
+from rq_jax.evaluation.grains import given_grains
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.pretrained.classifier import Classifier
 
@@ -102,15 +103,21 @@ def extract_all(
     return extract_split("features of held-out images", data.held_out()), sets
 
 
-def make_reconstruct(loaded: LoadedModel, mesh: jax.sharding.Mesh, by_depth: bool) -> Rebuild:
-    """Images (B, H, W, C) to reconstructions of that shape: one for each code depth, or only that from all codes."""
-    first = 0 if by_depth else -1
+def make_reconstruct(
+    loaded: LoadedModel, mesh: jax.sharding.Mesh, by_depth: bool, thresholds: np.ndarray | None = None
+) -> Rebuild:
+    """Images (B, H, W, C) to reconstructions of that shape: one for each code depth, or only that from all codes.
 
-    @jax.jit
-    def reconstruct(variables, images):
-        return tuple(loaded.model.apply(variables, images, method="reconstruct_by_depth")[first:])
+    Thresholds give the grains, see `given_grains`; one program serves all of them.
+    """
+    placed = jax.device_put(loaded.variables, sharding.replicated(mesh))
+    return functools.partial(_reconstruct, loaded.model, 0 if by_depth else -1, placed, thresholds)
 
-    return functools.partial(reconstruct, jax.device_put(loaded.variables, sharding.replicated(mesh)))
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _reconstruct(model: Any, first: int, variables: Any, thresholds: Any, images: jax.Array) -> tuple[jax.Array, ...]:
+    given = given_grains(model, images, thresholds)
+    return tuple(model.apply(variables, images, **given, method="reconstruct_by_depth")[first:])
 
 
 def kernel_distances(

@@ -7,9 +7,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax.grains import num_codes
+from rq_jax.grains import num_codes, patch_entropy, route_by_entropy
 
 Counts = dict[str, Any]
+
+
+def region_entropies(model: Any, images: jax.Array) -> jax.Array:
+    """Entropies (B, u, v) in nats of the regions of a tokenizer with grains, whatever its router goes by."""
+    return patch_entropy(images, model.region_size, model.entropy_bins)
+
+
+def given_grains(model: Any, images: jax.Array, thresholds: jax.Array | None) -> dict[str, jax.Array]:
+    """The argument `grains` of a tokenizer's methods: regions by entropy above thresholds; none without thresholds.
+
+    Args:
+      model: a tokenizer, with grains where there are thresholds.
+      images: (B, H, W, C) in [-1, 1].
+      thresholds: (G - 1,) in nats, increasing; they may be traced, so that one program serves all.
+    """
+    return {} if thresholds is None else {"grains": route_by_entropy(region_entropies(model, images), thresholds)}
 
 
 def count_grains(grains: jax.Array, num_grains: int, mask: jax.Array | None = None) -> Counts:

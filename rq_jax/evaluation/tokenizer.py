@@ -14,7 +14,7 @@ from rq_jax import losses, metrics
 from rq_jax.checkpoint import LoadedModel, fingerprint
 from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import accumulate, counted
-from rq_jax.evaluation.grains import bits_per_image, count_grains, describe_grains
+from rq_jax.evaluation.grains import bits_per_image, count_grains, describe_grains, given_grains
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.grains import num_codes
 from rq_jax.pretrained.vgg_lpips import Perceptual
@@ -23,7 +23,7 @@ from rq_jax.report.grain_maps import draw_grains, enlarge
 from rq_jax.settings import checks
 
 # What the figures of `measure_tokenizer` are.
-PROTOCOL = "clipped to [-1, 1]; lists are by code depth 1..D; means over pictures; sharpness: a ratio of two"
+PROTOCOL = "clipped to [-1, 1]; lists are by code depth 1..D; means over pictures; sharpness: a ratio; entropy in bits"
 NUM_SHOWN = 8
 
 Measure = Callable[[Any, dict[str, np.ndarray]], tuple[dict[str, Any], tuple[jax.Array, ...]]]
@@ -78,8 +78,9 @@ def make_measure(
       mesh: its data and fsdp devices share a batch evenly.
       reconstruction: "mse" or "l1", summed as "validation_loss"; None leaves it out.
       perceptual: the distance to measure, with its variables where they are to be read; None leaves it out.
-      by_depth: gives "ssim" and "distance/<name>" one value per code depth as well, and adds the sums behind
-        sharpness ("detail", "detail_of_originals"), code norms ("code_norm") and code usage ("counts", (D, K)).
+      by_depth: gives "ssim" and "distance/<name>" one value per code depth as well, and adds the commitment loss, the
+        sums behind sharpness ("detail", "detail_of_originals"), code norms ("code_norm") and code usage ("counts",
+        (D, K)).
       num_shown: how many images of the batch are returned.
 
     Returns:
@@ -102,13 +103,17 @@ def _place(mesh: jax.sharding.Mesh, batch: Mapping[str, np.ndarray]) -> dict[str
 
 
 def _make_measure_placed(model, mesh, perceptual, reconstruction, by_depth, num_shown):
-    """As `make_measure` of a batch on the devices; beside the images that are shown it gives which of them count."""
+    """As `make_measure` of a batch on the devices; beside the images that are shown it gives which of them count.
+
+    Thresholds may come with the batch, see `given_grains`.
+    """
 
     @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
-    def sum_figures(variables, images, mask, perceptual_variables):
-        output = model.apply(variables, images)
+    def sum_figures(variables, images, mask, perceptual_variables, thresholds):
+        given = given_grains(model, images, thresholds)
+        output = model.apply(variables, images, **given)
         full = output.reconstruction
-        reconstructions = model.apply(variables, images, method="reconstruct_by_depth")
+        reconstructions = model.apply(variables, images, **given, method="reconstruct_by_depth")
         measured = reconstructions if by_depth else full
         figures = {"psnr": metrics.psnr(images, reconstructions)}
         if reconstruction is not None:
@@ -125,6 +130,7 @@ def _make_measure_placed(model, mesh, perceptual, reconstruction, by_depth, num_
         shown = images[:num_shown], reconstructions[:, :num_shown]
         if by_depth:
             figures |= _detail_and_norms(model, variables, images, reconstructions, output)
+            figures["commitment_loss"] = _commitment_losses(output)
             counts["counts"] = _count_codes(model, output, mask)
         if output.grains is not None:
             counts["grains"] = count_grains(output.grains, model.num_grains, mask)
@@ -136,9 +142,9 @@ def _make_measure_placed(model, mesh, perceptual, reconstruction, by_depth, num_
         # Only what is shown leaves the device.
         return {**sums, **counts}, (*shown, mask[:num_shown])
 
-    def measure_placed(variables, placed):
+    def measure_placed(variables, placed, thresholds=None):
         frozen = perceptual.variables if perceptual else None
-        return sum_figures(variables, placed["image"], placed["mask"], frozen)
+        return sum_figures(variables, placed["image"], placed["mask"], frozen, thresholds)
 
     return measure_placed
 
@@ -157,6 +163,18 @@ def _detail_and_norms(
     }
 
 
+def _commitment_losses(output: Any) -> jax.Array:
+    """Commitment loss (D, B) of each image and depth, whose mean is that of training."""
+
+    def of_image(latents, partial_sums, weights):
+        alone = latents[None], partial_sums[None], None if weights is None else weights[None]
+        return losses.commitment_loss(*alone)
+
+    by_image = jax.vmap(of_image, in_axes=(0, 0, None if output.cell_weights is None else 0))
+    by_depth = jax.vmap(by_image, in_axes=(None, -3, None))
+    return by_depth(output.latents, output.partial_sums[..., None, :], output.cell_weights)
+
+
 def _count_codes(model: Any, output: Any, mask: jax.Array) -> jax.Array:
     """How often each code occurs at each depth (D, K) in the images that the mask counts; each of an image once."""
     K = int(np.max(model.codebook_size))
@@ -170,8 +188,9 @@ def measure_tokenizer(
     mesh: jax.sharding.Mesh,
     perceptual: Perceptual | None = None,
     title: str = "",
-) -> tuple[dict[str, Any], tuple[np.ndarray, ...]]:
-    """Measures a tokenizer on the held-out images.
+    thresholds: Sequence[np.ndarray | None] = (None,),
+) -> list[tuple[dict[str, Any], tuple[np.ndarray, ...]]]:
+    """Measures a tokenizer on the held-out images, which are read once.
 
     Args:
       loaded: the tokenizer.
@@ -179,21 +198,31 @@ def measure_tokenizer(
       mesh: of the devices that share a batch.
       perceptual: the distance to measure, with its variables where they are to be read.
       title: of the progress bar.
+      thresholds: of each measurement, which share one program; see `given_grains`. None: the model as it is.
 
     Returns:
-      Its figures, as JSON holds them; of the first held-out images what `make_measure` shows.
+      Of each measurement its figures, as JSON holds them; of the first held-out images what `make_measure` shows.
     """
     measure = _make_measure_placed(loaded.model, mesh, perceptual, None, True, NUM_SHOWN)
     variables = jax.device_put(loaded.variables, sharding.replicated(mesh))
     dataset = data.held_out()
 
-    def measure_batch(batch: dict[str, np.ndarray]) -> tuple[Any, Any]:
-        return measure(variables, _place(mesh, batch))
+    def measure_batch(batch: dict[str, np.ndarray]) -> tuple[list, list]:
+        placed = _place(mesh, batch)
+        sums, shown = zip(*(measure(variables, placed, each) for each in thresholds), strict=True)
+        return list(sums), list(shown)
 
-    sums, shown = accumulate(measure_batch, counted(dataset.iterator(), dataset.num_examples, data.batch_size, title))
-    images, reconstructions, *grains, is_real = map(np.asarray, shown)
-    figures = {**_summarize(loaded.model, sums), "fingerprint": fingerprint(loaded.variables)}
-    return figures, (images[is_real], reconstructions[:, is_real], *(one[is_real] for one in grains))
+    batches = counted(dataset.iterator(), dataset.num_examples, data.batch_size, title)
+    return [
+        (_summarize(loaded.model, sums), _real(*map(np.asarray, shown)))
+        for sums, shown in zip(*accumulate(measure_batch, batches), strict=True)
+    ]
+
+
+def _real(images: np.ndarray, reconstructions: np.ndarray, *grains_and_mask: np.ndarray) -> tuple[np.ndarray, ...]:
+    """What a measure shows, without what fills up the batch."""
+    *grains, is_real = grains_and_mask
+    return (images[is_real], reconstructions[:, is_real], *(one[is_real] for one in grains))
 
 
 def _summarize(model: Any, sums: dict[str, jax.Array]) -> dict[str, Any]:
@@ -204,6 +233,7 @@ def _summarize(model: Any, sums: dict[str, jax.Array]) -> dict[str, Any]:
     mean = grains.get("codes_per_image/mean", math.prod(model.code_shape[:2]))
     sums = {name.split("/")[0]: np.asarray(value) for name, value in sums.items()}
     count, counts_DK = int(sums.pop("count")), sums.pop("counts")
+    perplexity_D = np.asarray(metrics.code_perplexity(counts_DK))
     sharpness_D = sums.pop("detail") / sums.pop("detail_of_originals")
     D = model.code_shape[-1]
     sizes = np.broadcast_to(model.codebook_size, D)
@@ -213,7 +243,9 @@ def _summarize(model: Any, sums: dict[str, jax.Array]) -> dict[str, Any]:
         "sharpness": sharpness_D.tolist(),
         "code_usage": [float(np.mean(counts_DK[d, : sizes[d]] > 0)) for d in range(D)],
         "codes_used": metrics.overall_code_usage(counts_DK, sizes, model.use_shared_codebook),
-        "code_perplexity": [float(metrics.code_perplexity(counts_DK[d])) for d in range(D)],
+        "code_perplexity": perplexity_D.tolist(),
+        "code_entropy": np.log2(perplexity_D).tolist(),
+        "codes_per_image/mean": mean,
         "num_codes": mean * D,
         "bits_per_image": bits_per_image(model, mean),
         **grains,
@@ -236,8 +268,8 @@ def compare_tokenizers(
     results, rows = {}, {}
     names = _short_names(list(tokenizers))
     for directory, loaded in tokenizers.items():
-        figures, shown = measure_tokenizer(loaded, data, mesh, perceptual, title=directory)
-        results[directory] = figures
+        ((figures, shown),) = measure_tokenizer(loaded, data, mesh, perceptual, title=directory)
+        results[directory] = {**figures, "fingerprint": fingerprint(loaded.variables)}
         if len(tokenizers) == 1:
             rows = rows_by_depth(shown, figures["psnr"], loaded.model.num_grains, scale)
         else:

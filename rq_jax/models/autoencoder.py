@@ -118,9 +118,14 @@ class Autoencoder(nn.Module):
         vectors = quantize.fold_patches(self.encode(images), self.code_shape[:2])
         return quantize.soft_codes(vectors, self.quantizer.codebook, self.code_shape[-1], temperature, rng)
 
-    def reconstruct_by_depth(self, images: jax.Array) -> jax.Array:
-        """Reconstructions (D, B, H, W, C) from the first 1, 2, ..., D codes of every position (paper, figure 3)."""
-        sums = self._quantize(self.encode(images)).partial_sums
+    def reconstruct_by_depth(self, images: jax.Array, **given: Any) -> jax.Array:
+        """Reconstructions (D, B, H, W, C) from the first 1, 2, ..., D codes of every position (paper, figure 3).
+
+        Args:
+          images: (B, H, W, C).
+          **given: further arguments of `encode`.
+        """
+        sums = self._quantize(self.encode(images, **given)).partial_sums
         return jnp.stack(
             [self.decode(quantize.unfold_patches(sums[..., d, :], self.latent_grid)) for d in range(sums.shape[-2])]
         )
