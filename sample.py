@@ -60,7 +60,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     classes = (
         "names or numbers, separated by commas; image i takes the i-th in turn. A name goes before a number, and "
         "stands in double quotes where it holds a comma: --classes='\"tench, Tinca tinca\",3' (default: those of "
-        "--prefix, else as frequent as in the training set, if the checkpoint records that, else all in turn)"
+        "given codes, else as frequent as in the training set, if the checkpoint records that, else all in turn)"
     )
     add("--classes", help=classes)
     add("--list_classes", action="store_true", help="print the numbers and names of all classes, and draw nothing")
@@ -86,13 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--guidance", type=float, help="scale of classifier-free guidance, for models trained with it")
     weights = "of the transformer, in memory (default: bfloat16 on an accelerator, float32 on CPU)"
     add("--weights", choices=("float32", "bfloat16", "int8"), help=weights)
-    add("--keep", type=float, help="draw more, and keep this share of them: the best of each class or prompt")
-    add("--candidates", type=int, help="draw so many for each class or prompt, and keep the best of them")
-    add("--by", choices=tuple(choices.JUDGES), help="what judges them: a classifier for classes, CLIP for prompts")
-    judge = (
-        "its weights: torchvision's ResNet-101 (default: EfficientNet-Lite0), or CLIP ViT-B/32, which has no default"
-    )
-    add("--judge", type=cli.path, help=judge)
+    _add_choice_flags(add)
     add("--neighbours", type=int, default=0, help="also show this many nearest training images beside 12 samples")
     cli.add_process_flags(parser)
     return parser.parse_args(argv)
@@ -107,6 +101,16 @@ def _add_edit_flags(add: Callable[..., Any]) -> None:
     add("--before_box", choices=edit.BEFORE, help=before)
     add("--from_depth", type=int, help="keep so many codes of every position, and draw the finer ones")
     add("--finer_of", type=cli.path, help="take the finer codes of these images instead, given as --edit_of")
+
+
+def _add_choice_flags(add: Callable[..., Any]) -> None:
+    add("--keep", type=float, help="draw more, and keep this share of them: the best of each class or prompt")
+    add("--candidates", type=int, help="draw so many for each class or prompt, and keep the best of them")
+    add("--by", choices=tuple(choices.JUDGES), help="what judges them: a classifier for classes, CLIP for prompts")
+    judge = (
+        "its weights: torchvision's ResNet-101 (default: EfficientNet-Lite0), or CLIP ViT-B/32, which has no default"
+    )
+    add("--judge", type=cli.path, help=judge)
 
 
 def _box(text: str) -> tuple[int, ...]:

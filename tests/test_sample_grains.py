@@ -3,6 +3,8 @@
 import json
 
 import helpers
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_dq_pair
@@ -10,7 +12,7 @@ from PIL import Image
 
 import sample
 from rq_jax import checkpoint
-from rq_jax.evaluation import grain_maps
+from rq_jax.evaluation import choices, grain_maps, judges
 from rq_jax.grains import cell_weights
 
 
@@ -80,6 +82,18 @@ def test_grain_maps_of_a_split_are_those_of_its_images(trained, tmp_path):
     np.testing.assert_array_equal(later, np.asarray(routed)[[1, 4, 0]])
     again = grain_maps.grains_of(loaded, "validation", np.arange(7, 30))  # more than there are
     np.testing.assert_array_equal(again, routed)
+
+
+def test_the_best_are_chosen_with_their_grains(trained, tmp_path, monkeypatch):
+    program = jax.jit(lambda _, images, wanted: images.astype(jnp.float32).mean((1, 2, 3)))
+    judge = judges.Judge("brightness", program, (), np.zeros(3, int))
+    monkeypatch.setattr(choices, "classifier_judge", lambda *_: judge)
+    grid, every, maps = draw(trained, tmp_path / "all", num=6)
+    levels = [np.asarray(Image.open(grid.parent / "images" / f"{i:06d}.png")).mean() for i in range(6)]
+    _, codes, grains = draw(trained, tmp_path / "best", "--keep=0.5", "--by=classifier")
+    best = [i if levels[i] >= levels[i + 3] else i + 3 for i in range(3)]  # of each class
+    np.testing.assert_array_equal(codes, every[best])
+    np.testing.assert_array_equal(grains, maps[best])
 
 
 @pytest.mark.parametrize("count", [4, 64])
