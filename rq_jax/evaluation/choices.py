@@ -48,16 +48,15 @@ class ChoiceSettings(NamedTuple):
         if len(amounts) > 1:
             raise ValueError(f"--keep: {self.keep} and --candidates: {self.candidates} exclude one another")
         for name, value in given.items():
-            others_needed = ("--by",) if name in amounts else ("--keep", "--candidates")
             if not (self.by if name in amounts else amounts):
-                raise ValueError(f"--{name}: {value} needs {' or '.join(others_needed)}; give both, or neither")
+                needed = "--by" if name in amounts else "--keep or --candidates"
+                raise ValueError(f"--{name}: {value} needs {needed}; give both, or neither")
         if self.by == "clip" and self.judge is None:
             raise ValueError("--by: clip needs --judge, the file ViT-B-32.pt of OpenAI; give it")
         for name, value in others.items():
-            if given and value is not None:
-                raise ValueError(
-                    f"--{name}: {value} and --{next(iter(given))}: {self[0] or self[1]} exclude one another"
-                )
+            for amount in amounts:
+                if value is not None:
+                    raise ValueError(f"--{name}: {value} and --{amount}: {given[amount]} exclude one another")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,9 +114,9 @@ def prepare(
     n, first = len(ids), int(ids[0])
     period = min(n, len(conds))  # the conditions of the images, which repeat from there on
     rows = ids[:period] % len(conds)
-    least = -(-n // period)
-    checks.at_least("--candidates", settings.candidates or least, least, fix="so many are kept of a class or prompt")
-    rounds = settings.candidates or math.ceil(round(n / (period * settings.keep), 6))
+    if (rounds := settings.candidates) is None:
+        rounds = math.ceil(round(n / (period * settings.keep), 6))  # 1 / 0.05 is a little above 20
+    checks.at_least("--candidates", rounds, -(-n // period), fix="so many are kept of a class or prompt")
     last = first + rounds * period - 1
     checks.in_range("--first_index: the last image id drawn", last, 0, LAST_ID, "the ids that an image can have")
     of_row = conds[rows, 0] if kind == "class" else np.array(names)[rows]

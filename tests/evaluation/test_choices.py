@@ -79,6 +79,7 @@ def test_what_was_chosen_comes_out_in_the_order_of_the_images():
         (range(3), None, 1, {"keep": 0.5}, "^--by: classifier is for a class-conditional model, this one is unconditional; l"),
         (range(3), [0], 6, {"keep": 0.5}, "^--by: classifier is for a class-conditional model, this one is text; leave it out$"),
         (range(3), [0], 1, {"keep": 0.5, "by": "clip"}, "^--by: clip is for a text-conditional model, this one is class; leave it"),
+        (range(3), [0, 1], 1, {"candidates": 0}, "^--candidates: 0 must be at least 2; so many are kept of a class or prompt$"),
         (range(5), [0, 1], 1, {"candidates": 2}, "^--candidates: 2 must be at least 3; so many are kept of a class or prompt$"),
         ([2**62], [0], 1, {"keep": 0.5}, "^--first_index: the last image id drawn: 4611686018427387905 is outside 0.."),
     ],
