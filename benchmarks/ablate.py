@@ -23,6 +23,7 @@ from benchmarks import tables
 from benchmarks.scripts import ROOT, run_script, shown_command
 from configs import ablations
 from rq_jax import checkpoint
+from rq_jax.evaluation import stamps
 from rq_jax.evaluation.protocol import environment
 from rq_jax.files import write_atomic, write_json
 from rq_jax.report import curves
@@ -37,6 +38,7 @@ OF_TOKENIZER = ("psnr", "num_codes", "bits_per_image")  # beside the figures of 
 
 Run = tuple[str, int]  # row, seed
 Figures = dict[str, Any]  # name -> number, or list by depth
+Measured = tuple[Figures, dict[Run, Figures], Figures]  # marks, figures of each run, protocols of the figures
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -208,8 +210,24 @@ def mean_distances(record: Figures) -> Figures:
     return {name: distance["mean"] for name, distance in record["kernel_distance"]["of"].items()}
 
 
-def measure_tokenizers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[Figures, dict[Run, Figures]]:
-    """Marks to compare with, and the figures of each run."""
+def protocols_of(records: Iterable[Figures], rows: Iterable[str]) -> Figures:
+    """Of each figure the stamp of its protocol, which all rows of a table have in common, with its fields.
+
+    Args:
+      records: of evaluate.py.
+      rows: what was measured in these; marks beside the rows have protocols of their own.
+
+    Raises:
+      ValueError: a figure of unlike protocols.
+    """
+    records, rows = list(records), set(rows)
+    protocols = {stamp: fields for record in records for stamp, fields in record["protocols"].items()}
+    values = [one for record in records for one in stamps.read(record, record["command"]) if one.of in rows]
+    return {name: {"stamp": stamp, **protocols[stamp]} for name, stamp in stamps.check_alike(values, protocols).items()}
+
+
+def measure_tokenizers(args: argparse.Namespace, runs: Iterable[Run]) -> Measured:
+    """Marks to compare with, the figures of each run, and their protocols."""
     places = {run: str(directory_of(args, *run)) for run in runs}
     depths = "by_depth" if args.table == "coarse_to_fine" else "full"
     options = [f"--checkpoint={place}" for place in places.values()]
@@ -226,19 +244,19 @@ def measure_tokenizers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[F
     shown = [f"--checkpoint={place}" for (_, seed), place in places.items() if seed == args.seeds[0]]
     out = Path(args.workdir) / "evaluations" / f"{args.table}_images"
     run_script("evaluate.py", "tokenizer", *shown, "--no_perceptual", "--distances=none", f"--out={out}")
-    return {"kernel distance of training pictures": distances["training pictures"]}, figures
+    rows = [name for place in places.values() for name in (place, f"reconstructions by {place}")]
+    marks = {"kernel distance of training pictures": distances["training pictures"]}
+    return marks, figures, protocols_of([record], rows)
 
 
-def measure_samples(
-    args: argparse.Namespace, tokenizers: Mapping[Run, Path], places: Mapping[Run, Path]
-) -> tuple[Figures, dict[Run, Figures]]:
-    """Marks to compare with, and the figures of each set of samples and of the tokenizer behind it."""
+def measure_samples(args: argparse.Namespace, tokenizers: Mapping[Run, Path], places: Mapping[Run, Path]) -> Measured:
+    """Marks to compare with, the figures of each set of samples and of the tokenizer behind it, and their protocols."""
     line = [*(f"--checkpoint={place}" for place in dict.fromkeys(tokenizers.values())), "--no_perceptual"]
     record = evaluate(args, "tokenizer", *line, "--distances=full")
     rebuilt = mean_distances(record)
     options = [f"--samples={place}" for place in places.values()] + ["--data_name=twemoji"]
-    distances = mean_distances(evaluate(args, "samples", *options))
-    neighbours = evaluate(args, "neighbours", *options)
+    samples, neighbours = evaluate(args, "samples", *options), evaluate(args, "neighbours", *options)
+    distances = mean_distances(samples)
     nearest = neighbours["samples"]["median_squared_distance_to_nearest_training_picture"]
     of_reconstructions = {run: rebuilt[f"reconstructions by {place}"][-1] for run, place in tokenizers.items()}
     figures = {
@@ -255,14 +273,19 @@ def measure_samples(
     }
     if len(set(tokenizers.values())) == 1:
         marks["kernel distance of reconstructions"] = next(iter(of_reconstructions.values()))
-    return marks, figures
+    protocols = protocols_of([record], map(str, tokenizers.values()))
+    protocols |= protocols_of([samples, neighbours], [f"samples {place}" for place in places.values()])
+    rebuilt_by = protocols_of([record], [f"reconstructions by {place}" for place in tokenizers.values()])
+    protocols["kernel_distance_of_reconstructions"] = rebuilt_by["kernel_distance"]
+    return marks, figures, protocols
 
 
-def measure_transformers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[Figures, dict[Run, Figures]]:
-    """Marks to compare with, and the figures of each run."""
+def measure_transformers(args: argparse.Namespace, runs: Iterable[Run]) -> Measured:
+    """As `measure_samples`, with the losses of each run."""
     places = {run: directory_of(args, *run) for run in runs}
     tokenizers = {run: tokenizer_of(args, run[0]) for run in places}
-    marks, figures = measure_samples(args, tokenizers, {run: place / "samples" for run, place in places.items()})
+    samples = {run: place / "samples" for run, place in places.items()}
+    marks, figures, protocols = measure_samples(args, tokenizers, samples)
     for run, place in places.items():
         logged = {name: values[-1] for name, (_, values) in curves.read_metrics(ROOT / place / METRICS_FILE).items()}
         by_depth = [logged[name] for name in sorted(logged) if name.startswith("validation_nats/depth")]
@@ -272,11 +295,11 @@ def measure_transformers(args: argparse.Namespace, runs: Iterable[Run]) -> tuple
                 "content_nats": float(np.mean(by_depth)), "position_nats": logged["validation_nats/position"],
                 "bits_of_samples": logged["bits_per_image"],
             }  # fmt: skip
-    return marks, figures
+    return marks, figures, protocols
 
 
-def measure_filters(args: argparse.Namespace, runs: Iterable[Run]) -> tuple[Figures, dict[Run, Figures]]:
-    """Marks to compare with, and the figures of each run."""
+def measure_filters(args: argparse.Namespace, runs: Iterable[Run]) -> Measured:
+    """As `measure_samples`."""
     places = {run: directory_of(args, *run) for run in runs}
     return measure_samples(args, dict.fromkeys(places, Path(args.checkpoint) / "tokenizer"), places)
 
@@ -334,7 +357,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     columns, by_depth = tables.COLUMNS.get(args.table, tables.COLUMNS[kind]), args.table == "coarse_to_fine"
     runs = [(row, seed) for seed in args.seeds for row in names]
     notes = {key: run_row(args, *key) for key in runs}
-    marks, figures = measure(args, runs)
+    marks, figures, protocols = measure(args, runs)
     rows = [
         {
             "row": row, "changes": ablations.ROWS[row], "seeds": args.seeds,
@@ -344,7 +367,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for row in names
     ]  # fmt: skip
     record = {
-        "table": args.table, "command": args.command, "protocol": PROTOCOL, "marks": marks,
+        "table": args.table, "command": args.command, "protocol": PROTOCOL, "protocols": protocols, "marks": marks,
         "environment": environment(ROOT), "rows": rows,
     }  # fmt: skip
     text = tables.markdown(columns, rows, by_depth)
@@ -352,6 +375,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     write_json(out / f"{args.table}.json", record)
     write_atomic(out / f"{args.table}.md", text.encode())
     print(text, *(f"{name}: {value:.4g}" for name, value in marks.items()), sep="\n")
+    print("protocols:", ", ".join(f"{name} {protocol['stamp']}" for name, protocol in protocols.items()))
     print(f"table: {Path(args.out) / args.table}.md, .json, .png")
     return record
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 import sample
 from rq_jax.evaluation import choices, judges
-from rq_jax.evaluation.samples import read_images
+from rq_jax.evaluation.image_sets import open_images
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +79,7 @@ def test_the_best_of_each_class_are_kept_whatever_the_batches(trained, tmp_path,
     three = draw(trained, tmp_path / "three", classes, *flags, batch=3)
     for name in ("image_ids", "cond", "codes", "scores"):
         np.testing.assert_array_equal(getattr(three, name), getattr(found, name))
-    assert read_images(tmp_path / "three").shape[0] == 5  # evaluate.py takes them for one set
+    assert open_images(tmp_path / "three").num_images == 5  # evaluate.py takes them for one set
     last = int(found.image_ids[-1])
     again = draw(trained, tmp_path / "again", "--classes=1", num=1, first=last)  # by its id and class
     np.testing.assert_array_equal(again.codes, found.codes[-1:])

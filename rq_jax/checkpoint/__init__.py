@@ -15,6 +15,7 @@ from rq_jax.checkpoint.load import (
     read_tokenizer_config,
     ship,
     start_from,
+    step_of,
 )
 from rq_jax.checkpoint.model_dir import fingerprint, save_model
 from rq_jax.checkpoint.saver import Checkpointer, SaveFailed
@@ -33,5 +34,6 @@ __all__ = [
     "save_model",
     "ship",
     "start_from",
+    "step_of",
     "write_config",
 ]

@@ -149,6 +149,16 @@ def read_tokenizer_config(directory: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
+def step_of(directory: str | os.PathLike, step: int | None = None, ema: bool = True) -> int | None:
+    """The step of the checkpoint that `load_model` takes; None of a model directory, which has no steps.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_model`.
+    """
+    directory = local_path(directory).absolute()
+    return None if (directory / WEIGHTS).is_file() else int(_find_checkpoint(directory, step, ema).name)
+
+
 def has_checkpoint(directory: str | os.PathLike) -> bool:
     """Whether a run directory holds a checkpoint to resume from."""
     return bool(steps_of(local_path(directory) / CHECKPOINTS))

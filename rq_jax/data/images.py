@@ -4,6 +4,7 @@ Only the decoders that are named here run, whatever a file contains and whatever
 that start other programs. An image whose pixels can be read is read, whatever stands beside them in the file.
 """
 
+import contextlib
 import functools
 import io
 import os
@@ -72,6 +73,22 @@ def read_image(path: str | os.PathLike, channels: int | None = None) -> np.ndarr
         return decode_image(read_file(path), channels)
     except (OSError, ValueError) as error:
         raise ValueError(f"'{path}' is no readable image ({error}); remove or replace it") from None
+
+
+def image_shape(path: str | os.PathLike) -> tuple[int, int, int]:
+    """(H, W, C) of the image that `read_image` makes of a file, from its header where that is enough.
+
+    Raises:
+      ValueError: as `read_image`.
+    """
+    from PIL import Image
+
+    with contextlib.suppress(Exception):  # decoders raise nearly any type for damaged bytes
+        if is_regular(path):
+            with Image.open(path, formats=FORMATS) as image:
+                if image.mode in ("L", "RGB", "RGBA", "P") and not image.getexif():  # which may turn it
+                    return image.height, image.width, 1 if image.mode == "L" else 3
+    return read_image(path).shape
 
 
 def decode_image(encoded: bytes, channels: int | None = None) -> np.ndarray:

@@ -18,7 +18,7 @@ from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.evaluation.tokenizer import measure_tokenizer
 from rq_jax.grains import check_ratios, num_codes
 from rq_jax.pretrained.vgg_lpips import Perceptual
-from rq_jax.report import curves
+from rq_jax.report import curves, tables
 from rq_jax.report.grain_maps import draw_grains, enlarge
 
 NUM_BINS = 32  # of `grains.patch_entropy`
@@ -111,6 +111,11 @@ def ratio_rows(measured: Sequence[AtRatio], scale: int = 1) -> dict[str, np.ndar
         rows[f"fine {each.ratio:g}: {codes:.0f} codes"] = draw_grains(images, grains, 2, scale)
         rows[f"fine {each.ratio:g}: {psnr:.1f} dB"] = enlarge(reconstructions[-1], scale)
     return rows
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> str:
+    """The figures at each ratio as text."""
+    return tables.table([row(figures) for figures in records])
 
 
 def row(figures: Mapping[str, Any]) -> dict[str, Any]:

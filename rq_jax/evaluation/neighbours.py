@@ -1,28 +1,53 @@
-"""Nearest training images of samples, by pixels or by features."""
+"""Nearest images of samples, by features or by pixels."""
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from rq_jax.evaluation import features
+from rq_jax.evaluation import manifold
 from rq_jax.evaluation.features import Features
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
-from rq_jax.report import grids
+from rq_jax.report import curves, grids
 
-NUM_SHOWN, SHOWN_SIZE = 12, 64
-
-
-def feature_distances(x_NA: np.ndarray, y_MA: np.ndarray) -> np.ndarray:
-    """Squared distances (N, M) between two sets of feature vectors."""
-    return np.sum(x_NA**2, axis=-1)[:, None] + np.sum(y_MA**2, axis=-1) - 2 * x_NA @ y_MA.T
+NUM_SHOWN, SHOWN_SIZE, NUM_NEAREST = 12, 64, 3
+MEDIAN = "median_squared_distance_to_nearest_training_picture"
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def median_to_nearest(distances_NM: np.ndarray) -> float:
-    """Median over N images of the distance to the nearest of M."""
-    return float(np.median(distances_NM.min(axis=-1)))
+class Nearest(NamedTuple):
+    """The nearest of a second set for each image of a first.
+
+    Attributes:
+      distances: (N, R), squared, in ascending order.
+      positions: (N, R), in the second set.
+    """
+
+    distances: np.ndarray
+    positions: np.ndarray
+
+    @property
+    def median(self) -> float:
+        """Of the distances to the nearest."""
+        return float(np.median(self.distances[:, 0]))
+
+    @property
+    def quantiles(self) -> dict[str, float]:
+        """Of the distances to the nearest, by share."""
+        values = np.quantile(self.distances[:, 0], QUANTILES)
+        return {f"{share:g}": float(value) for share, value in zip(QUANTILES, values, strict=True)}
+
+
+def find_nearest(features: Features, others: Features, count: int = NUM_NEAREST) -> Nearest:
+    """The nearest of the others by their features, without a matrix of all distances.
+
+    Args:
+      features, others: of two sets of images.
+      count: R, at most; fewer where there are fewer others.
+    """
+    distances, places = manifold.nearest(features.vectors, others.vectors, min(count, len(others.positions)))
+    return Nearest(distances, others.positions[places])
 
 
 def pixel_distances(images: np.ndarray, dataset: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -43,39 +68,6 @@ def pixel_distances(images: np.ndarray, dataset: Any) -> tuple[np.ndarray, np.nd
     return np.concatenate(distances, axis=1), np.concatenate(positions)
 
 
-def find_neighbours(
-    out: str, samples: Mapping[str, np.ndarray], data: EvaluationData, held_out: Features, sets: Mapping[str, Features]
-) -> tuple[dict[str, Any], dict[str, Path]]:
-    """How near samples and held-out images lie to training images.
-
-    Writes a sheet of the nearest for each directory; of several processes the first writes.
-
-    Args:
-      out: directory of the sheets.
-      samples: directory -> images (N, H, W, C) in [-1, 1].
-      data: the images that are measured on.
-      held_out, sets: from `features.extract_all`.
-
-    Returns:
-      Numbers of samples and median distances, as JSON holds them; the sheet of each directory.
-    """
-    training, dataset = sets[features.TRAINING], data.training()
-    compared = {name: sets[name] for name in (f"samples {directory}" for directory in samples)}
-    compared["held-out pictures"] = held_out
-    distances = {name: feature_distances(one.vectors, training.vectors) for name, one in compared.items()}
-    sheets = {directory: Path(out) / f"neighbours{i or ''}.png" for i, directory in enumerate(samples)}
-    if jax.process_index() == 0:
-        for directory, path in sheets.items():
-            shown, nearest = samples[directory][:NUM_SHOWN], distances[f"samples {directory}"][:NUM_SHOWN]
-            grids.save_png(path, draw_sheet(shown, nearest, training.positions, dataset, 3))
-    median = {name: median_to_nearest(distances_NM) for name, distances_NM in distances.items()}
-    record = {
-        "images": {directory: len(images) for directory, images in samples.items()},
-        "median_squared_distance_to_nearest_training_picture": median,
-    }
-    return record, sheets
-
-
 def sample_sheet(config: dict[str, Any], images: np.ndarray, names: Sequence[str], num_neighbours: int) -> np.ndarray:
     """Samples beside the training images nearest to them in mean squared pixel distance, with the classes of both.
 
@@ -90,37 +82,39 @@ def sample_sheet(config: dict[str, Any], images: np.ndarray, names: Sequence[str
     """
     data = EvaluationData(trained_on(config, (*IMAGE_SETTINGS, "label_key")), batch_size=256)
     distances_NM, positions_M = pixel_distances(images, data.training())
-    return draw_sheet(images, distances_NM, positions_M, data.training(), num_neighbours, names)
+    order_NR = np.argsort(distances_NM, axis=-1, kind="stable")[:, :num_neighbours]
+    return draw_sheet(images, positions_M[order_NR], data.training(), names)
 
 
 def draw_sheet(
-    images: np.ndarray,
-    distances_NM: np.ndarray,
-    positions_M: np.ndarray,
-    dataset: Any,
-    num_neighbours: int,
-    names: Sequence[str] | None = None,
+    images: np.ndarray, nearest_NR: np.ndarray, dataset: Any, names: Sequence[str] | None = None
 ) -> np.ndarray:
     """Samples beside the images of a data set nearest to them.
 
     Args:
       images: samples (N, H, W, C), uint8 or floats in [-1, 1].
-      distances_NM: of the samples to M images.
-      positions_M: of these images in the data set.
+      nearest_NR: positions of their R nearest images in the data set, the first N rows of it.
       dataset: where they are read; where it has classes, their names are written below.
-      num_neighbours: images beside each sample.
       names: of the samples, written below them where there is any.
 
     Returns:
       The sheet, uint8 HWC.
     """
-    order_NR = np.argsort(distances_NM, axis=-1, kind="stable")[:, :num_neighbours]
     rows, captions = {"sample": grids.to_uint8(images)}, {}
     if names is not None and any(names):
         captions["sample"] = names
-    for rank, nearest_N in enumerate(positions_M[order_NR].T.tolist(), start=1):
+    for rank, nearest_N in enumerate(nearest_NR[: len(images)].T.tolist(), start=1):
         batch = dataset.examples(nearest_N)
         rows[f"nearest {rank}"] = grids.to_uint8(batch["image"])
         if dataset.class_names is not None:
             captions[f"nearest {rank}"] = [dataset.class_names[label] for label in batch["cond"][:, 0]]
     return grids.labelled_grid(rows, scale=max(1, SHOWN_SIZE // images.shape[1]), captions=captions)
+
+
+def draw_distances(nearest: Mapping[str, Nearest], path: str | os.PathLike) -> None:
+    """Draws the share of each set within a distance of its nearest image, as PNG."""
+    lines = {}
+    for name, one in nearest.items():
+        distances = np.sort(one.distances[:, 0])
+        lines[name] = distances.tolist(), ((np.arange(len(distances)) + 1) / len(distances)).tolist(), None
+    curves.panels({"share of the images": lines}, "squared distance to the nearest image, at most", path)

@@ -13,7 +13,9 @@ import jax
 import numpy as np
 
 from rq_jax.checkpoint import LoadedModel
-from rq_jax.data import Dataset, make_dataset
+from rq_jax.data import Dataset, fingerprint, make_dataset
+from rq_jax.devices import hosts
+from rq_jax.evaluation.stamps import digest_of
 from rq_jax.files import local_path
 from rq_jax.settings.text import quoted
 
@@ -39,12 +41,37 @@ class EvaluationData:
     split: str = "validation"
     batch_size: int = 32
     part: tuple[int, int] = (0, 1)
+    _opened: dict[str, Dataset] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def open(self, split: str) -> Dataset:
-        """A split, once through and in order, its images as bytes."""
-        index, count = self.part
-        shard = {"batch_size": self.batch_size, "shard_index": index, "shard_count": count}
-        return make_dataset(**self.settings, split=split, train=False, **shard).as_bytes()
+        """A split, once through and in order, its images as bytes; it is opened once."""
+        if split not in self._opened:
+            index, count = self.part
+            shard = {"batch_size": self.batch_size, "shard_index": index, "shard_count": count}
+            self._opened[split] = make_dataset(**self.settings, split=split, train=False, **shard).as_bytes()
+        return self._opened[split]
+
+    def split_name(self, split: str) -> str:
+        """A split's own name; of a list of names in a file, that of the file."""
+        own = {"train": "train_split", "validation": "validation_split"}.get(split)
+        name = self.settings.get(own, split) if own else split
+        return Path(name).name if str(name).endswith(".txt") else name
+
+    def fields(self, split: str) -> dict[str, Any]:
+        """The fields of the images of a split in the protocol of a figure; every process has to ask.
+
+        Images that turned out damaged by now do not count: ask when all are read.
+        """
+        dataset = self.open(split)
+        entries = {name: value for name, value in fingerprint.of_dataset(dataset).items() if name != "file times"}
+        damaged = sorted(set(hosts.rows_of_all(np.array(sorted(dataset.source.damaged), np.int64)).tolist()))
+        return {
+            "data": self.settings["name"], "split": self.split_name(split),
+            "images": dataset.num_examples - len(damaged), "ids": digest_of([entries, damaged]),
+            "crop": self.settings.get("eval_transform", "resize_center_crop"),
+            "resize": "Pillow, bilinear, antialiased", "size": list(self.settings["image_size"]),
+            "channels": self.settings["channels"],
+        }  # fmt: skip
 
     def held_out(self) -> Dataset:
         """The held-out images."""
@@ -103,13 +130,11 @@ def image_settings(
     return data | {"image_size": list(image_shape[:2]), "channels": image_shape[2]}  # a list, as JSON gives it back
 
 
-def shared_settings(
-    tokenizers: Mapping[str, LoadedModel], samples: Mapping[str, np.ndarray], name: str | None, data_dir: str | None
-) -> dict[str, Any]:
-    """Settings that choose the images to measure on, of the one shape that all tokenizers and samples have.
+def shared_settings(tokenizers: Mapping[str, LoadedModel], name: str | None, data_dir: str | None) -> dict[str, Any]:
+    """Settings that choose the images to measure on, of the one shape that all tokenizers have.
 
     Args:
-      tokenizers, samples: by directory; at least one of them.
+      tokenizers: by directory.
       name, data_dir: of another data set than that of the first tokenizer.
 
     Raises:
@@ -118,12 +143,8 @@ def shared_settings(
     shapes = {each: (*loaded.model.image_shape, loaded.model.in_channels) for each, loaded in tokenizers.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"--checkpoint: images of several shapes {shapes}; compare tokenizers of one shape")
-    shapes |= {directory: images.shape[1:] for directory, images in samples.items()}
-    if len(set(shapes.values())) > 1:
-        raise ValueError(f"--samples: images of several shapes {shapes}; compare one shape")
     directory, shape = next(iter(shapes.items()))
-    config = tokenizers[directory].config if directory in tokenizers else None
-    return image_settings(config, shape, directory, name, data_dir)
+    return image_settings(tokenizers[directory].config, shape, directory, name, data_dir)
 
 
 def trained_elsewhere(config: dict[str, Any], settings: dict[str, Any]) -> str | None:

@@ -1,14 +1,12 @@
 """Samples read back from a directory: images to measure, codes to continue."""
 
-import os
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rq_jax.data.images import read_image
-from rq_jax.data.listing import list_images
 from rq_jax.files import read_json
 from rq_jax.grains import GrainedCodes, PackedCodes, check_grains, check_ids, pack
 from rq_jax.settings.text import quoted
@@ -19,33 +17,7 @@ _ARRAYS = ("codes", "image_ids", "cond", "grains")
 _MOST_INFLATION = 100  # times the size of a .npz, which `sample.py` writes without compression
 
 
-def read_images(directory: str | os.PathLike) -> np.ndarray:
-    """Reads the images below a folder, or below the folder `images` in it, sorted by path, as a data set's are read.
-
-    Returns:
-      (N, H, W, C), float32 in [-1, 1].
-
-    Raises:
-      FileNotFoundError: no images are there.
-      ValueError: images of several shapes, or samples drawn with several settings.
-    """
-    directory = Path(directory)
-    _check_settings(directory)
-    folder = directory / "images" if (directory / "images").is_dir() else directory
-    listing = list_images(folder)
-    listing.tell()
-    if not listing.paths:
-        raise FileNotFoundError(f"--samples: '{directory}' holds no images; give the --out of sample.py")
-    images = [read_image(folder / path) for path in listing.paths]
-    if len({image.shape[-1] for image in images}) > 1:  # grey ones beside colours
-        images = [np.broadcast_to(image, (*image.shape[:2], 3)) for image in images]
-    shapes = {image.shape for image in images}
-    if len(shapes) > 1:
-        raise ValueError(f"--samples: '{directory}' holds images of several shapes {sorted(shapes)}; give one size")
-    return np.stack(images).astype(np.float32) / 127.5 - 1
-
-
-def _check_settings(directory: Path) -> None:
+def check_settings(directory: Path) -> None:
     """Raises ValueError for samples drawn with several settings: an earlier run may have left some behind."""
     runs = [_read_settings(path) for path in sorted(directory.glob("settings_*.json"))]
     hint = "draw into an empty --out"
@@ -75,6 +47,40 @@ def _read_settings(path: Path) -> dict[str, Any]:
         if type(run.get(name)) is not int or not 0 <= run[name] < 2**63:
             raise ValueError(f"--samples: '{path}': {name} is {quoted(run.get(name))}, not a number of images")
     return run
+
+
+def subject_of(directory: Path) -> dict[str, Any]:
+    """What sample.py records of the model and the sampler behind samples; empty for other folders."""
+    paths = sorted(directory.glob("settings_*.json"))
+    run = read_json(paths[0]) if paths else {}
+    kept = (run.keys() - set(_SLICE)) | {"chosen"}
+    return {name: value for name, value in run.items() if name in kept and value is not None}
+
+
+def read_conditions(directory: Path, names: Sequence[str]) -> tuple[np.ndarray | None, list[str] | None]:
+    """The conditions that samples were drawn with, as the codes files of sample.py hold them.
+
+    Args:
+      directory: of the samples.
+      names: of their files, without suffix: the ids of the images.
+
+    Returns:
+      Conditions (N, U) in the order of the names, (N, 0) of samples without one, None where one is not known; the texts
+      behind them, None where there are none.
+    """
+    conditions: dict[int, np.ndarray] = {}
+    prompts: dict[int, str] = {}
+    for path in sorted(directory.glob("codes_*.npz")):
+        draws = _read_arrays(str(path), "--samples", "draw again", ("image_ids", "cond", "prompts"))
+        ids = [int(i) for i in draws.get("image_ids", ())]
+        conditions |= dict(zip(ids, draws.get("cond", np.zeros((len(ids), 0), np.int32)), strict=False))
+        prompts |= dict(zip(ids, map(str, draws.get("prompts", ())), strict=False))
+    try:
+        ids = [int(name) for name in names]
+        found = np.stack([conditions[i] for i in ids])
+    except (KeyError, ValueError):  # other images
+        return None, None
+    return found, [prompts[i] for i in ids] if all(i in prompts for i in ids) else None
 
 
 class Draws(NamedTuple):
@@ -157,14 +163,14 @@ def first_codes(draws: Draws, num_positions: int, model: Any) -> np.ndarray | Pa
     return packed._replace(length=np.minimum(length_B, packed.length).astype(np.int32))
 
 
-def _read_arrays(path: str, flag: str, hint: str) -> dict[str, np.ndarray]:
+def _read_arrays(path: str, flag: str, hint: str, names: Sequence[str] = _ARRAYS) -> dict[str, np.ndarray]:
     """The arrays of a .npz that `sample.py` writes; its members are bounded before they are inflated."""
     with zipfile.ZipFile(path) as archive:
-        members = [member for member in archive.infolist() if member.filename.removesuffix(".npy") in _ARRAYS]
+        members = [member for member in archive.infolist() if member.filename.removesuffix(".npy") in names]
     if sum(member.file_size for member in members) > _MOST_INFLATION * Path(path).stat().st_size:
         raise ValueError(f"{flag}: '{path}' inflates to more than {_MOST_INFLATION} times its size; {hint}")
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in _ARRAYS if name in file}
+            return {name: file[name] for name in names if name in file}
     except Exception as error:  # RuntimeError for an encrypted member, zlib.error, BadZipFile, ...
         raise ValueError(f"{flag}: '{path}' cannot be read ({quoted(error)}); {hint}") from error

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import losses, metrics
-from rq_jax.checkpoint import LoadedModel, fingerprint
+from rq_jax.checkpoint import LoadedModel
 from rq_jax.devices import sharding
 from rq_jax.evaluation.accumulate import accumulate, counted
 from rq_jax.evaluation.grains import bits_per_image, count_grains, describe_grains, given_grains
@@ -23,7 +23,10 @@ from rq_jax.report.grain_maps import draw_grains, enlarge
 from rq_jax.settings import checks
 
 # What the figures of `measure_tokenizer` are.
-PROTOCOL = "clipped to [-1, 1]; lists are by code depth 1..D; means over pictures; sharpness: a ratio; entropy in bits"
+PROTOCOL = (
+    "clipped to [-1, 1]; lists are by code depth 1..D; means over pictures; sharpness: a ratio of two; usage, "
+    f"perplexity and entropy (in bits) over all pictures; SSIM: window {metrics.SSIM_WINDOW}, sigma 1.5"
+)
 NUM_SHOWN = 8
 
 Measure = Callable[[Any, dict[str, np.ndarray]], tuple[dict[str, Any], tuple[jax.Array, ...]]]
@@ -269,7 +272,7 @@ def compare_tokenizers(
     names = _short_names(list(tokenizers))
     for directory, loaded in tokenizers.items():
         ((figures, shown),) = measure_tokenizer(loaded, data, mesh, perceptual, title=directory)
-        results[directory] = {**figures, "fingerprint": fingerprint(loaded.variables)}
+        results[directory] = figures
         if len(tokenizers) == 1:
             rows = rows_by_depth(shown, figures["psnr"], loaded.model.num_grains, scale)
         else:

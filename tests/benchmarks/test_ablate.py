@@ -15,6 +15,7 @@ from PIL import Image
 from benchmarks import ablate, scripts
 from configs import ablations
 from rq_jax import checkpoint
+from rq_jax.evaluation import stamps
 from rq_jax.report import grids
 
 SIDE = 16
@@ -25,6 +26,7 @@ class Scripts:
 
     def __init__(self, root):
         self.root, self.lines = root, []
+        self.images = {}  # of sets that were measured on another number
 
     def __call__(self, script, *options):
         command, *options = options if script == "evaluate.py" else ("", *options)
@@ -68,9 +70,15 @@ class Scripts:
         of |= {f"samples {place}": {"mean": 1.0 + seed(place), "std": 0.0} for place in samples}
         nearest = {f"samples {place}": 0.5 for place in samples} | {"held-out pictures": 0.6}
         record = {
-            "results": results, "kernel_distance": {"of": of},
+            "command": command, "results": results, "kernel_distance": {"of": of},
             "samples": {"median_squared_distance_to_nearest_training_picture": nearest},
         }  # fmt: skip
+        fields = lambda place: {"images": self.images.get(place, 447)}  # noqa: E731
+        figures = [stamps.Figure("psnr", place, ("results", place, "psnr"), {"estimator": "dB"}) for place in results]
+        figures += [
+            stamps.Figure("kernel_distance", name, ("kernel_distance", "of", name), fields(name)) for name in of
+        ]
+        stamps.attach(record, figures, {})
         out.mkdir(parents=True, exist_ok=True)
         (out / f"{command}.json").write_text(json.dumps(record))
         grids.save_png(out / "reconstructions.png", np.zeros((SIDE, SIDE, 3), np.uint8))
@@ -165,6 +173,18 @@ def test_transformers_share_the_tokenizer_of_the_first_seed(fake_scripts):
     assert figures["kernel_distance"]["values"] == [2.0, 3.0] and figures["loss"]["values"] == [3.0, 4.0]
     assert figures["validation_nats"]["mean"] == [1.0, 5.0]
     assert record["marks"]["kernel distance of reconstructions"] == 0.2
+
+
+def test_a_table_tells_its_protocols_and_has_one_a_column(fake_scripts, undrawn, capsys):
+    fields, stamp = {"images": 447}, stamps.stamp_of({"images": 447})
+    record = made("filter", "--seeds=0")
+    assert list(record["protocols"]) == ["psnr", "kernel_distance", "kernel_distance_of_reconstructions"]
+    assert record["protocols"]["kernel_distance"] == {"stamp": stamp, **fields}
+    assert f", kernel_distance {stamp}, " in capsys.readouterr().out
+    fake_scripts.images["samples runs/ablations/top_p_0.3-seed0"] = 446
+    message = "^protocols: unlike of kernel_distance: images 44[67] against 44[67]; measure both alike$"
+    with pytest.raises(ValueError, match=message):
+        made("filter", "--seeds=0")
 
 
 def test_filters_draw_from_the_model_that_is_named(fake_scripts, undrawn):

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from rq_jax.evaluation import neighbours
+from rq_jax.evaluation.features import Features
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.report import grids
 
@@ -42,7 +43,8 @@ def test_the_sheet_shows_the_image_at_the_position(folder, monkeypatch):
     monkeypatch.setattr(grids, "labelled_grid", lambda rows, scale, captions: seen.update(rows, scale=scale))
     images = np.stack([read(paths[5]), read(paths[1])])
     distances, positions = neighbours.pixel_distances(images, data.training())
-    neighbours.draw_sheet(images, distances, positions, data.training(), 2)
+    order = np.argsort(distances)[:, :2]
+    neighbours.draw_sheet(images, positions[order], data.training())
     np.testing.assert_array_equal(seen["sample"], images)
     np.testing.assert_array_equal(seen["nearest 1"], images)
     second = positions[np.argsort(distances)[:, 1]]
@@ -63,9 +65,15 @@ def test_the_sheet_names_the_classes_of_samples_and_neighbours(folder, monkeypat
     assert seen == {}
 
 
-def test_feature_distances():
+def test_nearest_by_features(tmp_path):
     rng = np.random.default_rng(0)
-    x_NA, y_MA = rng.normal(size=(3, 5)), rng.normal(size=(4, 5))
-    distances = neighbours.feature_distances(x_NA, y_MA)
-    np.testing.assert_allclose(distances, ((x_NA[:, None] - y_MA) ** 2).sum(-1), rtol=1e-9)
-    assert neighbours.median_to_nearest(distances) == pytest.approx(np.median(distances.min(1)))
+    x_NA, y_MA = rng.normal(size=(30, 5)), rng.normal(size=(40, 5))
+    positions = np.delete(np.arange(41), 7)  # one of them was damaged
+    found = neighbours.find_nearest(Features(x_NA, np.arange(30)), Features(y_MA, positions))
+    distances = ((x_NA[:, None] - y_MA) ** 2).sum(-1)
+    np.testing.assert_allclose(found.distances, np.sort(distances)[:, :3], rtol=1e-9)
+    np.testing.assert_array_equal(found.positions, positions[np.argsort(distances)[:, :3]])
+    assert found.median == found.quantiles["0.5"] == pytest.approx(np.median(distances.min(1)))
+    assert found.quantiles["0.05"] < found.quantiles["0.95"]
+    neighbours.draw_distances({"x": found, "again": found}, tmp_path / "distances.png")
+    assert Image.open(tmp_path / "distances.png").width > 100

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rq_jax import losses, metrics, models
+from rq_jax import losses, metrics, models, quantize
 from rq_jax.evaluation.tokenizer import make_measure, picture, rows_by_depth
 from rq_jax.pretrained.vgg_lpips import Perceptual
 from rq_jax.report import grids
@@ -80,6 +80,8 @@ def test_the_figures_of_training(tokenizer, images, rebuilt, kind):
 
 def test_the_figures_by_depth(tokenizer, images, rebuilt, by_depth):
     (model, variables), (reconstructions, _, codes) = tokenizer, rebuilt
+    latents = np.asarray(jax.jit(functools.partial(model.apply, method="encode"))(variables, images))
+    latents = quantize.fold_patches(latents, model.code_shape[:2])
     sums, (shown, shown_by_depth) = by_depth(variables, {"image": images, "mask": MASK})
     vectors = jax.jit(functools.partial(model.apply, method="code_vectors"))(variables, codes)
     norms = jnp.linalg.norm(vectors, axis=-1)
@@ -90,6 +92,7 @@ def test_the_figures_by_depth(tokenizer, images, rebuilt, by_depth):
         "detail": metrics.laplacian_energy(reconstructions),
         "detail_of_originals": metrics.laplacian_energy(images),
         "code_norm": norms.mean((1, 2)).T,
+        "commitment_loss": np.mean((latents[..., None, :] - np.cumsum(vectors, -2)) ** 2, (1, 2, 4)).T,
     }
     expected = {name: value[..., MASK].sum(-1) for name, value in expected.items()}
     counts = np.stack([np.bincount(codes[MASK][..., d].flatten(), minlength=K) for d in range(D)])

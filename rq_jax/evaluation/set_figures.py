@@ -1,0 +1,196 @@
+"""Figures of sets of images against a reference, from their features: distances, scores, precision and coverage."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from rq_jax import metrics
+from rq_jax.evaluation import manifold, statistics
+from rq_jax.evaluation.features import Features
+from rq_jax.evaluation.stamps import Fields
+from rq_jax.evaluation.statistics import Moments, Statistics
+from rq_jax.pretrained.files import UNVERIFIED
+from rq_jax.settings import checks
+
+MAX_SUBSET = 1000  # images behind one kernel distance
+SEED = 0  # of subsets and splits
+SCORE_SPLITS = 10
+NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+INCEPTION = "inception_2015"
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimators:
+    """Settings of the estimators.
+
+    Attributes:
+      subset_size: images of either side behind one kernel distance; num_subsets: random subsets.
+      score_split: images of a split of the inception score, see `Protocol`.
+      use_manifold: precision and recall, density and coverage are measured too.
+    """
+
+    subset_size: int
+    num_subsets: int
+    score_split: int | None = None
+    use_manifold: bool = False
+
+    def num_splits(self, num_images: int) -> int:
+        """Splits of the inception score of so many images."""
+        if self.score_split is None:
+            return min(SCORE_SPLITS, num_images)
+        return max(1, num_images // self.score_split)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What sets are compared with.
+
+    Attributes:
+      statistics: of its features.
+      features: themselves; None of published statistics, with which only Fréchet distances can be taken.
+      fields: of the images in the protocol of a figure.
+    """
+
+    statistics: Moments | Statistics
+    features: np.ndarray | None
+    fields: Fields
+
+
+def names_of(net: Any, rebuilt: bool = False) -> dict[str, str]:
+    """Names of Fréchet distance and inception score: FID, rFID and IS of the published Inception alone."""
+    is_published = net.name == INCEPTION and net.weights != UNVERIFIED
+    names = ("rFID" if rebuilt else "FID", "IS") if is_published else ("frechet_distance", "classifier_score")
+    return dict(zip(("frechet", "score"), names, strict=True))
+
+
+def measure(
+    features: Features,
+    reference: Reference,
+    net: Any,
+    estimators: Estimators,
+    *,
+    rebuilt: bool = False,
+    paired: bool = False,
+) -> dict[str, tuple[Any, Fields]]:
+    """Figures of one set.
+
+    Args:
+      features: of the set; those of reconstructions give lists by depth.
+      reference: to compare with.
+      net: that the features are of.
+      estimators: their settings.
+      rebuilt: the set are reconstructions of the reference.
+      paired: the n-th of either set show one image, which then never stands on both sides of a kernel distance.
+
+    Returns:
+      Name -> value, a number or {"mean", "std"}, and the fields of its estimator.
+    """
+    names, N = names_of(net, rebuilt), features.vectors.shape[-2]
+    by_depth = _over_depths(features.vectors)
+    frechet = by_depth(lambda x_NA: statistics.frechet_distance(Moments.of(x_NA), reference.statistics))
+    found = {names["frechet"]: (frechet, {"estimator": "Fréchet distance of Gaussians, covariance over N - 1"})}
+    if reference.features is not None:
+        found["kernel_distance"] = by_depth(_kernel(reference.features, estimators, paired)), {
+            "estimator": "unbiased, kernel (x.y / A + 1)^3", "subset_size": estimators.subset_size,
+            "num_subsets": estimators.num_subsets, "seed": SEED, "paired": paired,
+        }  # fmt: skip
+    if hasattr(net, "logits"):
+        splits, seed = estimators.num_splits(N), SEED if estimators.score_split is None else None
+        score = by_depth(lambda x_NA: _spread(*statistics.inception_score(_logits(net, x_NA), splits, seed)))
+        found[names["score"]] = score, {
+            "estimator": "inception score, mean of splits", "num_splits": splits, "seed": seed,
+        }  # fmt: skip
+    if estimators.use_manifold and reference.features is not None:
+        found |= _manifold(features.vectors, reference.features)
+    return found
+
+
+def _over_depths(vectors: np.ndarray) -> Callable[[Callable[[np.ndarray], Any]], Any]:
+    """Applies a function of features (N, A) to those of each depth, if there are several."""
+
+    def apply(function: Callable[[np.ndarray], Any]) -> Any:
+        if vectors.ndim == 2:
+            return function(vectors)
+        values = [function(x_NA) for x_NA in vectors]
+        if isinstance(values[0], dict):
+            return {name: [value[name] for value in values] for name in values[0]}
+        return values
+
+    return apply
+
+
+def _kernel(reference: np.ndarray, estimators: Estimators, paired: bool) -> Callable[[np.ndarray], dict[str, float]]:
+    def distance(x_NA: np.ndarray) -> dict[str, float]:
+        sizes = estimators.subset_size, estimators.num_subsets, SEED
+        values = metrics.kernel_distances(x_NA, reference, *sizes, paired=paired)
+        return _spread(values.mean(), values.std())
+
+    return distance
+
+
+def _manifold(samples: np.ndarray, reference: np.ndarray) -> dict[str, tuple[Any, Fields]]:
+    pairs = (
+        (("precision", "recall"), manifold.precision_recall, NEIGHBOURS),
+        (("density", "coverage"), manifold.density_coverage, DENSITY_NEIGHBOURS),
+    )
+    found = {}
+    for names, function, k in pairs:
+        for name, value in zip(names, function(reference, samples, k), strict=True):
+            found[name] = value, {"estimator": function.__name__.replace("_", " and "), "neighbours": k}
+    return found
+
+
+def _logits(net: Any, features_NA: np.ndarray) -> np.ndarray:
+    rows = range(0, len(features_NA), statistics.ROWS)
+    parts = [net.logits(net.variables, features_NA[start : start + statistics.ROWS]) for start in rows]
+    return np.concatenate([np.asarray(part) for part in parts])
+
+
+def _spread(mean: float, std: float) -> dict[str, float]:
+    return {"mean": float(mean), "std": float(std)}
+
+
+def choose_subset_size(requested: int | None, sizes: Mapping[str, int], num_paired: int | None = None) -> int:
+    """How many images of each set stand behind one kernel distance.
+
+    Args:
+      requested: None for half of the smallest set, at most `MAX_SUBSET`.
+      sizes: numbers of images of all sets, by name.
+      num_paired: images that are on both sides, if any are.
+
+    Raises:
+      ValueError: more than the smallest set has, or than half of the images that are on both sides.
+    """
+    smallest = min(sizes.values())
+    largest = smallest if num_paired is None else min(smallest, num_paired // 2)
+    subset_size = max(2, min(smallest // 2, MAX_SUBSET)) if requested is None else requested
+    if not 2 <= subset_size <= largest:
+        limit = "the size of the smallest set" if largest == smallest else "half of the images that are on both sides"
+        raise ValueError(f"--subset_size: {subset_size} is outside 2..{largest}, {limit}")
+    return subset_size
+
+
+def check_sizes(sizes: Mapping[str, int], net: Any, use_manifold: bool = False) -> list[str]:
+    """What to tell of sets with few images.
+
+    Args:
+      sizes: numbers of images of all sets, by name.
+      net: feature network.
+      use_manifold: precision, recall, density and coverage are asked for.
+
+    Returns:
+      A line for each set with fewer images than a covariance of full rank needs.
+
+    Raises:
+      ValueError: a set too small for a covariance, or for the neighbours.
+    """
+    for name, size in sizes.items():
+        checks.at_least(f"images of {name}", size, 2, fix="a covariance needs two")
+        if use_manifold:
+            least = DENSITY_NEIGHBOURS + 1
+            fix = f"precision and coverage look at {least - 1} neighbours: leave them out with --no_manifold"
+            checks.at_least(f"images of {name}", size, least, fix=fix)
+    told = {name: statistics.shortage(size, net.num_features) for name, size in sizes.items()}
+    return [f"{name}: {line}" for name, line in told.items() if line]
