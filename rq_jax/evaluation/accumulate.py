@@ -34,7 +34,9 @@ def accumulate(
     return total, shown
 
 
-def counted(batches: Iterable[Any], num_images: int, batch_size: int, title: str) -> Iterator[Any]:
+def counted(
+    batches: Iterable[Any], num_images: int, batch_size: int, title: str, first_batch: int = 0
+) -> Iterator[Any]:
     """The batches, each added to a progress bar once the next is asked for; of several processes the first shows it.
 
     Args:
@@ -42,8 +44,12 @@ def counted(batches: Iterable[Any], num_images: int, batch_size: int, title: str
       num_images: of the whole set.
       batch_size: of all processes together.
       title: of the bar.
+      first_batch: number of the first of them, behind those that an earlier run has done.
     """
-    with Progress(num_images, unit="image", title=title, enabled=jax.process_index() == 0) as progress:
-        for first, batch in zip(range(0, num_images, batch_size), batches, strict=True):
+    starts = range(first_batch * batch_size, num_images, batch_size)
+    done = min(starts.start, num_images)
+    is_first = jax.process_index() == 0
+    with Progress(num_images, start=done, unit="image", title=title, enabled=is_first) as progress:
+        for first, batch in zip(starts, batches, strict=True):
             yield batch
             progress.update(min(batch_size, num_images - first))

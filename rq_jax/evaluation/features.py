@@ -2,30 +2,20 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from rq_jax.checkpoint import LoadedModel
 from rq_jax.devices import sharding
+from rq_jax.evaluation import store
 from rq_jax.evaluation.grains import given_grains
 from rq_jax.evaluation.preparation import PROTOCOLS, Protocol
+from rq_jax.evaluation.store import FeatureSet, Measured
 from rq_jax.pretrained.classifier import Classifier
 
 Rebuild = Callable[[jax.Array], Sequence[jax.Array]]
-
-
-class Features(NamedTuple):
-    """Features of a set of images.
-
-    Attributes:
-      vectors: (N, A); of reconstructions (D, N, A), by code depth, or (1, N, A) from all codes.
-      positions: (N,), of the images in their set.
-    """
-
-    vectors: np.ndarray
-    positions: np.ndarray
 
 
 class FeatureExtractor:
@@ -45,28 +35,49 @@ class FeatureExtractor:
             return net.features(variables, protocol.prepare(images, net.name, rounds))
 
         self._features = jax.jit(features, static_argnums=2, out_shardings=everywhere)
+        self._logits = jax.jit(lambda variables, vectors: net.logits(variables, vectors), out_shardings=everywhere)
         self._gather = jax.jit(lambda tree: tree, out_shardings=everywhere)  # from the devices of other processes, too
 
-    def __call__(
-        self, batches: Iterable[dict[str, np.ndarray]], rebuild: Rebuild | None = None, rounds: bool = False
-    ) -> Features:
-        """Features of the images that the masks count.
+    def extract(
+        self,
+        open_batches: Callable[[int], Iterable[dict[str, np.ndarray]]],
+        rebuild: Rebuild | None = None,
+        rounds: bool = False,
+        **settings: Any,
+    ) -> FeatureSet:
+        """Features of a set, reduced as they come, in memory or on disk.
 
         Args:
-          batches: "image" (B, H, W, C) in [-1, 1], "mask" (B,) and "index" (B,) int32, or of these this process's part.
+          open_batches: number of a batch -> the batches from that one on, see `measure`.
+          rebuild, rounds: see `measure`.
+          **settings: of `store.extract`.
+        """
+        has_logits = bool(settings.get("num_splits"))
+        measure = functools.partial(self.measure, rebuild=rebuild, rounds=rounds, has_logits=has_logits)
+        return store.extract(measure, open_batches, **settings)
+
+    def measure(
+        self,
+        batch: dict[str, np.ndarray],
+        rebuild: Rebuild | None = None,
+        rounds: bool = False,
+        has_logits: bool = False,
+    ) -> Measured:
+        """Features of a batch, whole on every process; images stay on the devices that they were put on.
+
+        Args:
+          batch: "image" (B, H, W, C) in [-1, 1], "mask" (B,) and "index" (B,) int32, or of these this process's part.
           rebuild: images to D reconstructions (B, H, W, C), whose features are taken in place of the images'.
           rounds: to 8 bits first.
+          has_logits: logits too.
         """
-        vectors, positions = [], []
-        for batch in batches:
-            placed = sharding.put_batch(self._mesh, {name: batch[name] for name in ("image", "mask", "index")})
-            images = placed.pop("image")
-            measured = [images] if rebuild is None else rebuild(images)
-            by_depth = [self._features(self._variables, one, rounds) for one in measured]
-            by_depth, mask, index = jax.device_get((by_depth, *self._gather((placed["mask"], placed["index"]))))
-            vectors.append(by_depth[0][mask] if rebuild is None else np.stack(by_depth)[:, mask])
-            positions.append(index[mask])
-        return Features(np.concatenate(vectors, axis=-2), np.concatenate(positions))
+        placed = sharding.put_batch(self._mesh, {name: batch[name] for name in ("image", "mask", "index")})
+        images = placed.pop("image")
+        measured = [images] if rebuild is None else rebuild(images)
+        vectors = [self._features(self._variables, one, rounds) for one in measured]
+        logits = [self._logits(self._variables, one) for one in vectors] if has_logits else ()
+        mask, positions = self._gather((placed["mask"], placed["index"]))
+        return Measured(vectors, mask, positions, logits)
 
     def fields(self, rounds: bool) -> dict[str, Any]:
         """The fields of preparation and network in the protocol of a figure, see `Protocol.fields`."""

@@ -53,8 +53,9 @@ def test_images_are_counted_once_they_are_measured(monkeypatch, process):
     counts = []
 
     class Bar(contextlib.nullcontext):
-        def __init__(self, total, *, unit, title, enabled):
+        def __init__(self, total, *, start, unit, title, enabled):
             assert (total, unit, title, enabled) == (5, "image", "some", process == 0)
+            counts.append(start)
             super().__init__(self)
 
         def update(self, count):
@@ -63,6 +64,8 @@ def test_images_are_counted_once_they_are_measured(monkeypatch, process):
     monkeypatch.setattr("rq_jax.evaluation.accumulate.Progress", Bar)
     monkeypatch.setattr(jax, "process_index", lambda: process)
     batches = counted(["first", "second"], 5, 3, "some")
-    assert next(batches) == "first" and counts == []
-    assert next(batches) == "second" and counts == [3]
-    assert next(batches, None) is None and counts == [3, 2]
+    assert next(batches) == "first" and counts == [0]
+    assert next(batches) == "second" and counts == [0, 3]
+    assert next(batches, None) is None and counts == [0, 3, 2]
+    assert list(counted(["second"], 5, 3, "some", first_batch=1)) == ["second"] and counts[3:] == [3, 2]
+    assert list(counted([], 5, 3, "some", first_batch=2)) == [] and counts[5:] == [5]
