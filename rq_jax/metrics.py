@@ -172,7 +172,7 @@ def kernel_distances(
     Raises:
       ValueError: a subset size or a number of subsets out of range, or features of different lengths.
     """
-    x_NA, y_NA = (np.asarray(features, np.float64) for features in (x_NA, y_NA))
+    x_NA, y_NA = np.asarray(x_NA), np.asarray(y_NA)  # memory maps stay such: subsets become float64
     if x_NA.ndim != 2 or y_NA.ndim != 2 or x_NA.shape[1] != y_NA.shape[1]:
         raise ValueError(f"features: shapes {x_NA.shape} and {y_NA.shape} are not (N, A) of one A")
     if paired and len(x_NA) != len(y_NA):
@@ -192,6 +192,7 @@ def kernel_distances(
             x, y = x_NA[chosen[:n]], y_NA[chosen[n : 2 * n]]
         else:
             x, y = (features[rng.choice(len(features), n, replace=False)] for features in (x_NA, y_NA))
+        x, y = x.astype(np.float64), y.astype(np.float64)
         within = sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in (kernel(x, x), kernel(y, y)))
         return within - 2 * kernel(x, y).mean()
 

@@ -188,6 +188,16 @@ def test_kernel_distance_of_pairs_is_unbiased_too():
         metrics.kernel_distances(x, x[1:], 9, paired=True)
 
 
+def test_kernel_distances_of_memory_maps_are_those_of_arrays(tmp_path):
+    x, y = np.random.default_rng(0).normal(size=(2, 30, 5)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    for paired in (False, True):
+        found = metrics.kernel_distances(mapped, y, 10, 5, paired=paired)
+        exact = metrics.kernel_distances(x.astype(np.float64), y.astype(np.float64), 10, 5, paired=paired)
+        np.testing.assert_array_equal(found, exact)
+
+
 def test_kernel_distance_subsets_follow_the_seed():
     x, y = np.random.default_rng(2).normal(size=(2, 20, 3))
     first, again, other = (metrics.kernel_distances(x, y, 10, 3, seed) for seed in (0, 0, 1))
