@@ -7,6 +7,7 @@ DEVICE ?=
 RUNS ?= runs/demo
 PAIR ?= runs/emoji
 FIGURES = checkpoints/emoji/figures
+KEPT = --cache=$(PAIR)/features
 BENCH ?= runs/bench
 PYTHON = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
@@ -82,9 +83,9 @@ emoji: setup
 # Of the pair as it is: as many samples as pictures are held out, of their classes.
 emoji-figures: setup
 	$(PYTHON) sample.py --out=$(PAIR)/samples --num_images=447 --batch_size=149 --classes_of=validation
-	$(PYTHON) evaluate.py tokenizer --checkpoint=checkpoints/emoji/tokenizer --out=$(FIGURES)
-	$(PYTHON) evaluate.py samples --samples=$(PAIR)/samples --data_name=twemoji --out=$(FIGURES)
-	$(PYTHON) evaluate.py neighbours --samples=$(PAIR)/samples --data_name=twemoji --out=$(FIGURES)
+	$(PYTHON) evaluate.py tokenizer --checkpoint=checkpoints/emoji/tokenizer $(KEPT) --out=$(FIGURES)
+	$(PYTHON) evaluate.py samples --samples=$(PAIR)/samples --data_name=twemoji $(KEPT) --out=$(FIGURES)
+	$(PYTHON) evaluate.py neighbours --samples=$(PAIR)/samples --data_name=twemoji $(KEPT) --out=$(FIGURES)
 	$(PYTHON) evaluate.py likelihood --checkpoint=checkpoints/emoji --out=$(FIGURES)
 
 # Neighbouring tests stay in one process, which compiles once what they share, until the other has nothing left.

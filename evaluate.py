@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 import jax
 
 from rq_jax.devices import sharding
-from rq_jax.evaluation import commands, set_figures, stamps
-from rq_jax.evaluation.commands import Report
+from rq_jax.evaluation import commands, set_commands, set_figures, stamps
 from rq_jax.evaluation.preparation import PROTOCOLS
 from rq_jax.evaluation.protocol import environment, even_batch_size
+from rq_jax.evaluation.report import Report
 from rq_jax.files import write_json
 from rq_jax.settings import checks
 from rq_jax.settings.text import quoted
@@ -109,6 +109,12 @@ def add_network(add: Add) -> None:
     add("--inception", type=cli.path, help="FID Inception, pt_inception-2015-12-05-6726825d.pth: FID, rFID and IS")
     add("--features", type=cli.path, help="without it, an EfficientNet-Lite0 state dict (default: that of its package)")
     named = "; ".join(f"{protocol.name}: {protocol.source}" for protocol in PROTOCOLS.values())
+    add(
+        "--cache",
+        type=cli.path,
+        help="directory of the features, which commands may share (default: features in --out)",
+    )
+    add("--no_cache", action="store_true", help="keep them in memory: a killed run then begins anew")
     add("--protocol", choices=tuple(PROTOCOLS), default="house", help=f"how images are prepared. {named}")
 
 
@@ -175,8 +181,8 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "tokenizer": Command(add_tokenizer, commands.tokenizer, "reconstructions and codes of tokenizers, by code depth"),
-    "samples": Command(add_samples, commands.samples, "distances of sets of samples to the held-out images"),
-    "neighbours": Command(add_neighbours, commands.neighbour_distances, "nearest training images of samples"),
+    "samples": Command(add_samples, set_commands.samples, "distances of sets of samples to the held-out images"),
+    "neighbours": Command(add_neighbours, set_commands.neighbour_distances, "nearest training images of samples"),
     "likelihood": Command(add_likelihood, commands.likelihood, "nats per code of images under a transformer"),
     "compare": Command(add_compare, commands.compare, "figures of two records side by side, if their protocols agree"),
 }

@@ -201,7 +201,8 @@ def draw(
 def evaluate(args: argparse.Namespace, command: str, *options: str) -> Figures:
     """Run a command of evaluate.py; returns its record."""
     out = Path(args.workdir) / "evaluations" / args.table
-    run_script("evaluate.py", command, *options, f"--out={out}")
+    options += (f"--out={out}", f"--cache={Path(args.workdir) / 'features'}")
+    run_script("evaluate.py", command, *options)
     return json.loads((ROOT / out / f"{command}.json").read_text())
 
 

@@ -221,7 +221,7 @@ def test_samples_have_their_distance_beside_that_of_training_pictures(sampled):
     assert_kernel_distance(distances[name], training[::-1], held_out)
     assert_kernel_distance(distances["training pictures"], training, held_out)
     assert found["samples"]["images"] == {str(sampled / "samples"): len(training)}
-    assert [path.name for path in (sampled / "sampled").iterdir()] == ["samples.json"]
+    assert {path.name for path in (sampled / "sampled").iterdir()} == {"samples.json", "features"}
     assert json.loads((sampled / "sampled" / "samples.json").read_text()).items() >= found.items()
 
 
@@ -253,8 +253,10 @@ def test_several_samples_are_compared(sampled):
     assert nearest[held] == pytest.approx(nearest["held-out pictures"], rel=0.05)
     assert abs(nearest[drawn]) < 1e-4 < nearest["held-out pictures"]
     names = {path.name for path in (sampled / "several").iterdir()}
+    # The second command took no features again: of training, held-out and both kinds of samples.
+    assert len(list((sampled / "several" / "features").iterdir())) == 4
     pictures = {"neighbours.png", "neighbours1.png", "neighbour_distances.png"}
-    assert names == {"samples.json", "neighbours.json", *pictures}
+    assert names == {"samples.json", "neighbours.json", "features", *pictures}
 
 
 def test_the_sheet_shows_each_sample_over_its_nearest_training_picture(sampled, monkeypatch):

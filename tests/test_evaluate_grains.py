@@ -174,7 +174,7 @@ def test_fine_ratios_are_shown(root, at_ratios):
     assert list(rows) == expected
     assert "fine ratio  given  PSNR, dB" in printed and f"{figures[1]['bits_per_image']:.4g}\n" in printed
     assert {path.name for path in (root / "ratios").iterdir()} == {
-        "fine_ratios.png", "fine_ratio_curves.png", "reconstructions.png", "tokenizer.json",
+        "features", "fine_ratios.png", "fine_ratio_curves.png", "reconstructions.png", "tokenizer.json",
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,21 +33,30 @@ class ImageSet:
       name: as the user gave it.
       shape: (H, W, C).
       num_images: N.
-      rows: (start, stop) -> images (n, H, W, C), uint8 or float32 in [-1, 1].
+      batches: (batch size, part, number of the first batch) -> batches of one size, as a data set gives them: of each
+        this process's part, "image" (B, H, W, C), uint8 or float32 in [-1, 1], "mask" (B,), False for what fills up the
+        last batch, "index" (B,) int32.
       is_rounded: they are bytes.
       conditions: (N, U) int, what each was drawn with; None where that is not known, (N, 0) where with nothing.
       prompts: the N texts that they were drawn with.
       subject: where they come from.
+      identity: what decides them, as JSON holds it; None where a cache cannot tell them from others.
     """
 
     name: str
     shape: Shape
     num_images: int
-    rows: Callable[[int, int], np.ndarray]
+    batches: Callable[..., Iterable[Batch]]
     is_rounded: bool = True
     conditions: np.ndarray | None = None
     prompts: Sequence[str] | None = None
     subject: dict[str, Any] = dataclasses.field(default_factory=dict)
+    identity: dict[str, Any] | None = None
+
+    def first(self, count: int) -> np.ndarray:
+        """The first images, at most `count`."""
+        batch = next(iter(self.batches(count)))
+        return batch["image"][batch["mask"]]
 
     def conditions_digest(self) -> str:
         """What the images were drawn with, whatever their order: "unknown", "none", or a digest."""
@@ -57,32 +66,37 @@ class ImageSet:
             return "none"
         return digest_of(sorted(self.conditions.tolist() if self.prompts is None else self.prompts))
 
-    def batches(self, batch_size: int, part: Part = (0, 1)) -> Iterator[Batch]:
-        """Batches of one size, as a data set gives them: of each this process's part, the next being read meanwhile.
 
-        Yields:
-          "image" (B, H, W, C), "mask" (B,), False for what fills up the last batch, "index" (B,) int32.
-        """
-        (shard, count), last = part, self.num_images - 1
+def of_rows(num_images: int, rows: Callable[[int, int], np.ndarray]) -> Callable[..., Iterator[Batch]]:
+    """`ImageSet.batches` of images that can be read anywhere; a batch is read while the one before is used.
+
+    Args:
+      num_images: N.
+      rows: (start, stop) -> images (n, H, W, C).
+    """
+
+    def batches(batch_size: int, part: Part = (0, 1), first_batch: int = 0) -> Iterator[Batch]:
+        (shard, count), last = part, num_images - 1
         size = batch_size // count
 
         def read(start: int) -> Batch:
             index = np.arange(start, start + size, dtype=np.int32)
             held = np.minimum(index, last)
-            first = int(held[0])
-            images = self.rows(first, int(held[-1]) + 1)
-            return {"image": images[held - first], "mask": index <= last, "index": index}
+            images = rows(int(held[0]), int(held[-1]) + 1)
+            return {"image": images[held - held[0]], "mask": index <= last, "index": index}
 
-        starts = range(shard * size, self.num_images + shard * size, batch_size)
+        starts = range(first_batch * batch_size, num_images, batch_size)
         with ThreadPoolExecutor(1) as pool:
             pending = None
             for start in starts:
-                ahead = pool.submit(read, start)
+                ahead = pool.submit(read, start + shard * size)
                 if pending is not None:
                     yield pending.result()
                 pending = ahead
             if pending is not None:
                 yield pending.result()
+
+    return batches
 
 
 def open_images(path: str | os.PathLike) -> ImageSet:
@@ -117,8 +131,10 @@ def _open_folder(directory: Path) -> ImageSet:
         with ThreadPoolExecutor() as pool:  # the decoders let other threads run
             return np.stack(list(pool.map(lambda path: read_image(path, shape[-1]), paths[start:stop])))
 
-    subject = subject_of(directory)
-    return ImageSet(str(directory), shape, len(paths), rows, True, conditions, prompts, subject)
+    return ImageSet(
+        str(directory), shape, len(paths), of_rows(len(paths), rows), True, conditions, prompts,
+        subject=subject_of(directory), identity={"files": _identity(paths), "channels": shape[-1]},
+    )  # fmt: skip
 
 
 def _open_arrays(path: Path) -> ImageSet:
@@ -141,7 +157,14 @@ def _open_arrays(path: Path) -> ImageSet:
         return images if is_rounded else images.astype(np.float32) * np.float32(scale) + np.float32(shift)
 
     conditions = None if labels is None else labels[:, None]
-    return ImageSet(str(path), array.shape[1:], len(array), rows, is_rounded, conditions)
+    batches, identity = of_rows(len(array), rows), {"files": _identity([path]), "array": name}
+    return ImageSet(str(path), array.shape[1:], len(array), batches, is_rounded, conditions, identity=identity)
+
+
+def _identity(paths: Sequence[Path]) -> str:
+    """A digest of the names, sizes and times of files."""
+    status = [path.stat() for path in paths]
+    return digest_of([[path.name, one.st_size, one.st_mtime_ns] for path, one in zip(paths, status, strict=True)])
 
 
 def _range(path: Path, name: str, array: np.ndarray) -> tuple[float, float]:

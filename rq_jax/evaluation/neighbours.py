@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rq_jax.evaluation import manifold
-from rq_jax.evaluation.features import Features
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
+from rq_jax.evaluation.store import FeatureSet
 from rq_jax.report import curves, grids
 
 NUM_SHOWN, SHOWN_SIZE, NUM_NEAREST = 12, 64, 3
@@ -39,14 +39,14 @@ class Nearest(NamedTuple):
         return {f"{share:g}": float(value) for share, value in zip(QUANTILES, values, strict=True)}
 
 
-def find_nearest(features: Features, others: Features, count: int = NUM_NEAREST) -> Nearest:
+def find_nearest(features: FeatureSet, others: FeatureSet, count: int = NUM_NEAREST) -> Nearest:
     """The nearest of the others by their features, without a matrix of all distances.
 
     Args:
       features, others: of two sets of images.
       count: R, at most; fewer where there are fewer others.
     """
-    distances, places = manifold.nearest(features.vectors, others.vectors, min(count, len(others.positions)))
+    distances, places = manifold.nearest(features.vectors[0], others.vectors[0], min(count, len(others.positions)))
     return Nearest(distances, others.positions[places])
 
 

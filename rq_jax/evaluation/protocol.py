@@ -57,14 +57,19 @@ class EvaluationData:
         name = self.settings.get(own, split) if own else split
         return Path(name).name if str(name).endswith(".txt") else name
 
-    def fields(self, split: str) -> dict[str, Any]:
+    def fields(self, split: str, positions: np.ndarray | None = None) -> dict[str, Any]:
         """The fields of the images of a split in the protocol of a figure; every process has to ask.
 
-        Images that turned out damaged by now do not count: ask when all are read.
+        Args:
+          split: as `open` takes it.
+          positions: of the images that counted; None: all but those that turned out damaged, once all were read.
         """
         dataset = self.open(split)
         entries = {name: value for name, value in fingerprint.of_dataset(dataset).items() if name != "file times"}
-        damaged = sorted(set(hosts.rows_of_all(np.array(sorted(dataset.source.damaged), np.int64)).tolist()))
+        if positions is None:
+            damaged = sorted(set(hosts.rows_of_all(np.array(sorted(dataset.source.damaged), np.int64)).tolist()))
+        else:
+            damaged = np.setdiff1d(np.arange(dataset.num_examples), positions).tolist()
         return {
             "data": self.settings["name"], "split": self.split_name(split),
             "images": dataset.num_examples - len(damaged), "ids": digest_of([entries, damaged]),

@@ -1,16 +1,16 @@
 """Figures of sets of images against a reference, from their features: distances, scores, precision and coverage."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from rq_jax import metrics
 from rq_jax.evaluation import manifold, statistics
-from rq_jax.evaluation.features import Features
 from rq_jax.evaluation.stamps import Fields
-from rq_jax.evaluation.statistics import Moments, Statistics
+from rq_jax.evaluation.statistics import Gaussian
+from rq_jax.evaluation.store import FeatureSet
 from rq_jax.pretrained.files import UNVERIFIED
 from rq_jax.settings import checks
 
@@ -31,8 +31,8 @@ class Estimators:
       use_manifold: precision and recall, density and coverage are measured too.
     """
 
-    subset_size: int
-    num_subsets: int
+    subset_size: int = 0
+    num_subsets: int = 0
     score_split: int | None = None
     use_manifold: bool = False
 
@@ -42,6 +42,11 @@ class Estimators:
             return min(SCORE_SPLITS, num_images)
         return max(1, num_images // self.score_split)
 
+    @property
+    def split_seed(self) -> int | None:
+        """Of these splits; None: images in their order."""
+        return SEED if self.score_split is None else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
@@ -49,12 +54,12 @@ class Reference:
 
     Attributes:
       statistics: of its features.
-      features: themselves; None of published statistics, with which only Fréchet distances can be taken.
+      vectors: the features (N, A); None of published statistics, with which only Fréchet distances can be taken.
       fields: of the images in the protocol of a figure.
     """
 
-    statistics: Moments | Statistics
-    features: np.ndarray | None
+    statistics: Gaussian
+    vectors: np.ndarray | None
     fields: Fields
 
 
@@ -66,7 +71,7 @@ def names_of(net: Any, rebuilt: bool = False) -> dict[str, str]:
 
 
 def measure(
-    features: Features,
+    features: FeatureSet,
     reference: Reference,
     net: Any,
     estimators: Estimators,
@@ -77,57 +82,42 @@ def measure(
     """Figures of one set.
 
     Args:
-      features: of the set; those of reconstructions give lists by depth.
+      features: of the set.
       reference: to compare with.
       net: that the features are of.
       estimators: their settings.
-      rebuilt: the set are reconstructions of the reference.
+      rebuilt: the set are reconstructions of the reference, whose figures are lists by depth.
       paired: the n-th of either set show one image, which then never stands on both sides of a kernel distance.
 
     Returns:
       Name -> value, a number or {"mean", "std"}, and the fields of its estimator.
     """
-    names, N = names_of(net, rebuilt), features.vectors.shape[-2]
-    by_depth = _over_depths(features.vectors)
-    frechet = by_depth(lambda x_NA: statistics.frechet_distance(Moments.of(x_NA), reference.statistics))
+    names = names_of(net, rebuilt)
+
+    def by_depth(values: Iterable[Any]) -> Any:
+        values = list(values)
+        if not rebuilt:
+            return values[0]
+        is_spread = isinstance(values[0], dict)
+        return {name: [value[name] for value in values] for name in values[0]} if is_spread else values
+
+    frechet = by_depth(statistics.frechet_distance(one, reference.statistics) for one in features.moments)
     found = {names["frechet"]: (frechet, {"estimator": "Fréchet distance of Gaussians, covariance over N - 1"})}
-    if reference.features is not None:
-        found["kernel_distance"] = by_depth(_kernel(reference.features, estimators, paired)), {
+    if reference.vectors is not None:
+        settings = estimators.subset_size, estimators.num_subsets, SEED
+        kernels = (metrics.kernel_distances(x, reference.vectors, *settings, paired=paired) for x in features.vectors)
+        found["kernel_distance"] = by_depth(_spread(values.mean(), values.std()) for values in kernels), {
             "estimator": "unbiased, kernel (x.y / A + 1)^3", "subset_size": estimators.subset_size,
             "num_subsets": estimators.num_subsets, "seed": SEED, "paired": paired,
         }  # fmt: skip
-    if hasattr(net, "logits"):
-        splits, seed = estimators.num_splits(N), SEED if estimators.score_split is None else None
-        score = by_depth(lambda x_NA: _spread(*statistics.inception_score(_logits(net, x_NA), splits, seed)))
-        found[names["score"]] = score, {
-            "estimator": "inception score, mean of splits", "num_splits": splits, "seed": seed,
+    if features.scores:
+        found[names["score"]] = by_depth(_spread(*sums.score()) for sums in features.scores), {
+            "estimator": "inception score, mean of splits", "num_splits": len(features.scores[0].counts),
+            "seed": estimators.split_seed,
         }  # fmt: skip
-    if estimators.use_manifold and reference.features is not None:
-        found |= _manifold(features.vectors, reference.features)
+    if estimators.use_manifold and reference.vectors is not None:
+        found |= _manifold(features.vectors[0], reference.vectors)
     return found
-
-
-def _over_depths(vectors: np.ndarray) -> Callable[[Callable[[np.ndarray], Any]], Any]:
-    """Applies a function of features (N, A) to those of each depth, if there are several."""
-
-    def apply(function: Callable[[np.ndarray], Any]) -> Any:
-        if vectors.ndim == 2:
-            return function(vectors)
-        values = [function(x_NA) for x_NA in vectors]
-        if isinstance(values[0], dict):
-            return {name: [value[name] for value in values] for name in values[0]}
-        return values
-
-    return apply
-
-
-def _kernel(reference: np.ndarray, estimators: Estimators, paired: bool) -> Callable[[np.ndarray], dict[str, float]]:
-    def distance(x_NA: np.ndarray) -> dict[str, float]:
-        sizes = estimators.subset_size, estimators.num_subsets, SEED
-        values = metrics.kernel_distances(x_NA, reference, *sizes, paired=paired)
-        return _spread(values.mean(), values.std())
-
-    return distance
 
 
 def _manifold(samples: np.ndarray, reference: np.ndarray) -> dict[str, tuple[Any, Fields]]:
@@ -140,12 +130,6 @@ def _manifold(samples: np.ndarray, reference: np.ndarray) -> dict[str, tuple[Any
         for name, value in zip(names, function(reference, samples, k), strict=True):
             found[name] = value, {"estimator": function.__name__.replace("_", " and "), "neighbours": k}
     return found
-
-
-def _logits(net: Any, features_NA: np.ndarray) -> np.ndarray:
-    rows = range(0, len(features_NA), statistics.ROWS)
-    parts = [net.logits(net.variables, features_NA[start : start + statistics.ROWS]) for start in rows]
-    return np.concatenate([np.asarray(part) for part in parts])
 
 
 def _spread(mean: float, std: float) -> dict[str, float]:

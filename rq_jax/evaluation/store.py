@@ -106,6 +106,7 @@ def extract(
     place: Place | None = None,
     dtype: str | None = "float32",
     num_splits: int = 0,
+    split_seed: int | None = 0,
 ) -> FeatureSet:
     """Measures a set of images batch by batch; all processes take part, and all get the result.
 
@@ -119,7 +120,7 @@ def extract(
       batch_size: of all processes together; a place needs it.
       place: where it is kept on disk; None keeps it in memory.
       dtype: of the features that are kept, "float32" or "float16"; None keeps none of them.
-      num_splits: of the inception score, which needs logits; 0 leaves it out.
+      num_splits: of the inception score, which needs logits; 0 leaves it out. split_seed: of `statistics.split_of`.
 
     Returns:
       The features of the images that the masks count, in the order of the batches.
@@ -131,10 +132,10 @@ def extract(
     if dtype is not None:
         checks.one_of("dtype", dtype, DTYPES)
     if place is not None:
-        kept = {"format": _FORMAT, "kept": dtype, "num_splits": num_splits}
+        kept = {"format": _FORMAT, "kept": dtype, "num_splits": num_splits, "split_seed": split_seed}
         place = dataclasses.replace(place, key={**place.key, **kept})
     with _open_store(place, dtype, num_images) as store:
-        splits = split_of(num_images, num_splits) if num_splits else None
+        splits = split_of(num_images, num_splits, split_seed) if num_splits else None
         sums = _Sums(store, (num_images, batch_size, BLOCK), splits, num_splits)
         if sums.is_finished:
             logger.info("features: %d images from '%s'", sums.count, store.directory)

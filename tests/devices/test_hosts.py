@@ -387,6 +387,7 @@ def test_processes_measure_what_one_does(configs, pair, tmp_path):
     assert names == {path.name for path in (tmp_path / "two").iterdir()}
     assert names == {
         *(f"{command}.json" for command in lines),
+        "features",
         "neighbours.png",
         "neighbour_distances.png",
         "reconstructions.png",

@@ -16,7 +16,7 @@ BYTES = RNG.integers(0, 256, (5, 4, 6, 3), np.uint8)
 
 
 def all_of(images):
-    return images.rows(0, images.num_images)
+    return images.first(images.num_images)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +70,15 @@ def test_samples_are_read_as_data_sets_are(tmp_path):
     (images / "7.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="7.png' is no readable image"):
         open_images(tmp_path)
+
+
+def test_the_identity_of_files_changes_with_them(tmp_path):
+    grids.save_png(tmp_path / "a" / "0.png", BYTES[0])
+    before = open_images(tmp_path / "a").identity
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert open_images(tmp_path / "b").identity == before
+    grids.save_png(tmp_path / "b" / "0.png", BYTES[1])
+    assert open_images(tmp_path / "b").identity != before
 
 
 def test_grey_samples_stay_grey(tmp_path):
@@ -150,7 +159,8 @@ def test_arrays_of_bytes(tmp_path, save):
     found = open_images(tmp_path / "a.npz")
     assert (found.num_images, found.shape, found.is_rounded) == (5, (4, 6, 3), True)
     np.testing.assert_array_equal(all_of(found), BYTES)
-    np.testing.assert_array_equal(found.rows(1, 3), BYTES[1:3])
+    last = list(found.batches(2))[-1]
+    np.testing.assert_array_equal(last["image"][last["mask"]], BYTES[4:])
     np.testing.assert_array_equal(found.conditions[:, 0], np.arange(5))
     fortran = tmp_path / "b.npz"
     save(fortran, images=np.asfortranarray(BYTES))

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from rq_jax.evaluation import neighbours
-from rq_jax.evaluation.features import Features
 from rq_jax.evaluation.protocol import EvaluationData
+from rq_jax.evaluation.store import FeatureSet
 from rq_jax.report import grids
 
 DAMAGED = 2
@@ -69,7 +69,8 @@ def test_nearest_by_features(tmp_path):
     rng = np.random.default_rng(0)
     x_NA, y_MA = rng.normal(size=(30, 5)), rng.normal(size=(40, 5))
     positions = np.delete(np.arange(41), 7)  # one of them was damaged
-    found = neighbours.find_nearest(Features(x_NA, np.arange(30)), Features(y_MA, positions))
+    sets = FeatureSet((), (), x_NA[None], np.arange(30)), FeatureSet((), (), y_MA[None], positions)
+    found = neighbours.find_nearest(*sets)
     distances = ((x_NA[:, None] - y_MA) ** 2).sum(-1)
     np.testing.assert_allclose(found.distances, np.sort(distances)[:, :3], rtol=1e-9)
     np.testing.assert_array_equal(found.positions, positions[np.argsort(distances)[:, :3]])

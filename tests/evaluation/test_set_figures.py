@@ -7,9 +7,9 @@ import pytest
 
 from rq_jax import metrics
 from rq_jax.evaluation import manifold, set_figures, statistics
-from rq_jax.evaluation.features import Features
 from rq_jax.evaluation.set_figures import Estimators, Reference
-from rq_jax.evaluation.statistics import Moments
+from rq_jax.evaluation.statistics import ClassSums, Moments
+from rq_jax.evaluation.store import FeatureSet
 
 RNG = np.random.default_rng(0)
 X_NA, Y_NA = RNG.normal(size=(40, 6)), RNG.normal(0.5, 1.5, size=(40, 6))
@@ -18,15 +18,16 @@ X_NA, Y_NA = RNG.normal(size=(40, 6)), RNG.normal(0.5, 1.5, size=(40, 6))
 class Net(NamedTuple):
     name: str = "means"
     weights: str = "x.pth"
-    variables: dict = {}
     num_features: int = 6
 
-    def logits(self, variables, features):
-        return features[..., :4]
 
-
-def features_of(vectors):
-    return Features(vectors, np.arange(vectors.shape[-2]))
+def set_of(*vectors, splits=None):
+    """Features by depth, of which the first four are logits."""
+    scores = []
+    if splits is not None:
+        scores = [ClassSums.of(one[:, :4], splits, splits.max() + 1) for one in vectors]
+    moments = tuple(map(Moments.of, vectors))
+    return FeatureSet(moments, tuple(scores), np.stack(vectors), np.arange(len(vectors[0])))
 
 
 def reference_of(vectors, **fields):
@@ -34,7 +35,9 @@ def reference_of(vectors, **fields):
 
 
 def test_each_figure_is_that_of_its_estimator():
-    found = set_figures.measure(features_of(X_NA), reference_of(Y_NA), Net(), Estimators(10, 3, 9, use_manifold=True))
+    estimators = Estimators(10, 3, 9, use_manifold=True)
+    splits = statistics.split_of(40, estimators.num_splits(40), estimators.split_seed)
+    found = set_figures.measure(set_of(X_NA, splits=splits), reference_of(Y_NA), Net(), estimators)
     values = {name: value for name, (value, _) in found.items()}
     kernel = metrics.kernel_distances(X_NA, Y_NA, 10, 3)
     score = statistics.inception_score(X_NA[:, :4], 4, None)
@@ -47,27 +50,28 @@ def test_each_figure_is_that_of_its_estimator():
         "precision": precision, "recall": recall, "density": density, "coverage": coverage,
     }  # fmt: skip
     fields = {name: fields for name, (_, fields) in found.items()}
-    assert fields["classifier_score"]["num_splits"] == 4 and fields["kernel_distance"]["subset_size"] == 10
+    assert (fields["classifier_score"]["num_splits"], fields["classifier_score"]["seed"]) == (4, None)
+    assert fields["kernel_distance"]["subset_size"] == 10
     assert (fields["precision"]["neighbours"], fields["coverage"]["neighbours"]) == (3, 5)
 
 
 def test_reconstructions_have_figures_by_depth_and_are_paired():
-    both, reference = np.stack([X_NA, Y_NA]), reference_of(Y_NA)
-    found = set_figures.measure(features_of(both), reference, Net(), Estimators(10, 50), rebuilt=True, paired=True)
+    both, reference = set_of(X_NA, Y_NA, splits=statistics.split_of(40, 10)), reference_of(Y_NA)
+    found = set_figures.measure(both, reference, Net(), Estimators(10, 50), rebuilt=True, paired=True)
     values = {name: value for name, (value, _) in found.items()}
     assert set(values) == {"frechet_distance", "kernel_distance", "classifier_score"}
     assert abs(values["frechet_distance"][1]) < 1e-9 < values["frechet_distance"][0]
     # The same image never stands on both sides: without an error they are as far apart as two halves of the set.
-    alone = set_figures.measure(features_of(Y_NA), reference, Net(), Estimators(10, 50))["kernel_distance"][0]
+    alone = set_figures.measure(set_of(Y_NA), reference, Net(), Estimators(10, 50))["kernel_distance"][0]
     assert alone["mean"] < values["kernel_distance"]["mean"][1] and len(values["classifier_score"]["std"]) == 2
     assert found["kernel_distance"][1]["paired"]
 
 
-def test_published_statistics_leave_the_frechet_distance_and_the_score():
+def test_published_statistics_leave_the_frechet_distance():
     moments = Moments.of(Y_NA)
     published = Reference(statistics.Statistics(moments.mean, moments.covariance), None, {})
-    found = set_figures.measure(features_of(X_NA), published, Net(), Estimators(10, 3, use_manifold=True))
-    assert set(found) == {"frechet_distance", "classifier_score"}
+    found = set_figures.measure(set_of(X_NA), published, Net(), Estimators(10, 3, use_manifold=True))
+    assert set(found) == {"frechet_distance"}
     assert found["frechet_distance"][0] == pytest.approx(statistics.frechet_distance(Moments.of(X_NA), moments))
 
 

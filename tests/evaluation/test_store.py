@@ -212,6 +212,7 @@ def test_the_record_says_what_decides_the_features(one, tmp_path):
     (record,) = tmp_path.glob("*/set.json")
     assert json.loads(record.read_text()) == {
         "images": "made up", "protocol": {"resize": "none"}, "format": 1, "kept": "float32", "num_splits": 3,
+        "split_seed": 0,
     }  # fmt: skip
 
 
