@@ -119,6 +119,8 @@ def base() -> ConfigDict:
         }
     )
     config.optim.weight_decay = 0.01
+    config.loop.buckets = ()  # numbers of tokens, increasing, that batches are padded to; the most is one more
+    config.loop.bucket_window = 1  # batches among which images are grouped by their number of tokens
     config.loss = {"content_weight": 1.0, "position_weight": 1.0, "text_weight": 0.0, "cond_dropout": 0.0}
     config.sample.update(  # of positions: one value each
         position_temperature=placeholder(float),

@@ -156,7 +156,7 @@ KEYS = {
     },
     "dqtransformer": {
         **SHARED_KEYS,
-        "loop": SHARED_KEYS["loop"] + " early_stopping_evaluations use_latent_cache",
+        "loop": SHARED_KEYS["loop"] + " early_stopping_evaluations use_latent_cache buckets bucket_window",
         "model": "name codebook_size code_shape code_dim num_grains order model_dim num_heads depth_num_heads"
         " position_layers content_layers depth_layers num_slots cond_vocab_size cond_length use_grain_embedding"
         " use_shared_position_embedding embedding_dropout attention_dropout residual_dropout use_null_cond"

@@ -176,7 +176,8 @@ def test_train_step_of_a_transformer_over_packed_codes_lowers(preset):
     config, model, _ = settings_of(preset, dqtransformer)
     before, after, metrics = lower_transformer(transformer_program(preset, dqtransformer))
     assert after == before
-    names = ["loss", "gradient_norm", "learning_rate", "skipped_share"] + ["text_loss"] * bool(config.data.text_key)
+    names = ["loss", "gradient_norm", "learning_rate", "skipped_share", "pad_share"]
+    names += ["text_loss"] * bool(config.data.text_key)
     parts = {"content_loss": (model["code_shape"][-1],), "position_loss": (model["num_grains"],)}
     assert metrics == {**parts, **dict.fromkeys(names, ())}
 

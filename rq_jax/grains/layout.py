@@ -91,6 +91,11 @@ class GrainLayout:
         return 2 * self.num_grains + self.cells(self.num_grains - 1)
 
     @property
+    def min_tokens(self) -> int:
+        """Tokens of the shortest picture, all of grain 0."""
+        return 2 * self.num_grains + self.cells(0)
+
+    @property
     def content_pad(self) -> int:
         return self.codebook_size
 

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import grains, losses, sampling
+from rq_jax.data import Splits
 from rq_jax.devices import sharding
 from rq_jax.evaluation.likelihood import describe_streams, hidden_nats
+from rq_jax.recipes.buckets import BucketedDataset, Programs
 from rq_jax.recipes.stage2 import CondLosses, Stage2
 from rq_jax.report import grain_maps, grids
 from rq_jax.settings import checks
@@ -49,6 +51,7 @@ class DQTransformer(Stage2):
 
     def __post_init__(self):
         super().__post_init__()
+        self.buckets.check_layout(self.model.layout)
         longest = self.model.layout.max_tokens
         checks.at_least("model.num_slots", self.model.slots, longest, fix="the longest image has so many tokens")
 
@@ -63,11 +66,48 @@ class DQTransformer(Stage2):
 
         construct(check, "sample", of_position)
 
+    # --- length buckets ---
+
+    def start(self, workdir: str, data: Splits, is_fresh: bool) -> tuple["DQTransformer", Any]:
+        """As `Stage2.start`; with buckets the training data are packed codes, grouped by length."""
+        recipe, data = super().start(workdir, data, is_fresh)
+        return recipe, data._replace(train=recipe.bucketed(data.train)) if self.buckets.tokens else data
+
+    def bucketed(self, dataset: Any) -> BucketedDataset:
+        """Batches of packed codes, see `BucketedDataset`, from those of a dataset of images, or of a cache."""
+        layout, replicated = self.model.layout, sharding.replicated(self.mesh)
+
+        # Rows move from any batch to any other: codes are small, so that every device holds those of a window.
+        @functools.partial(jax.jit, out_shardings=replicated)
+        def encode(frozen: Any, batch: Mapping[str, jax.Array]) -> tuple[dict[str, Any], jax.Array]:
+            with sharding.activations(self.mesh):
+                codes = self._codes(batch, frozen)
+            lengths_B = grains.num_codes(codes.grains, layout.num_grains) + 2 * layout.num_grains
+            return {"codes": codes, **{name: batch[name] for name in ("cond", "index") if name in batch}}, lengths_B
+
+        @functools.partial(jax.jit, static_argnums=2, out_shardings=(sharding.batch_sharding(self.mesh), replicated))
+        def pack(window: Any, chosen_B: jax.Array, tokens: int) -> tuple[dict[str, Any], dict[str, Any]]:
+            rows = jax.tree.map(lambda *batches: jnp.concatenate(batches)[chosen_B], *window)
+            whole = {name: rows.pop(name) for name in ("index",) if name in rows}  # which the host may ask for
+            return {"packed": grains.pack(rows.pop("codes"), layout, tokens), **rows}, whole
+
+        def encode_part(batch: Mapping[str, np.ndarray]) -> tuple[dict[str, Any], jax.Array]:
+            return encode(self.frozen, sharding.put_batch(self.mesh, batch))
+
+        def pack_rows(window: Any, chosen_B: np.ndarray, tokens: int) -> dict[str, Any]:
+            split, whole = pack(window, chosen_B, tokens)
+            return split | whole
+
+        return BucketedDataset(dataset, self.buckets, Programs(encode_part, pack_rows, layout.max_tokens), self.seed)
+
     # --- one update ---
 
     def _prepare(self, batch, rngs, model_state, frozen):
         """Tokens of all images, before any is split off: what the means are over has to be known."""
-        packed = sharding.split_batch(self.mesh, grains.pack(self._codes(batch, frozen), self.model.layout))
+        packed = batch.get("packed")
+        if packed is None:
+            packed = grains.pack(self._codes(batch, frozen), self.model.layout)
+        packed = sharding.split_batch(self.mesh, packed)
         cond, dropped = self.losses.drop(rngs["cond"], batch.get("cond"), self.model)
         rows = {"packed": packed, "cond": cond, "target_cond": batch.get("cond"), "dropped": dropped}
         counts = [jnp.sum(x, axis=0) for x in losses.stream_counts(packed, self.model.layout)]
@@ -104,7 +144,9 @@ class DQTransformer(Stage2):
             sums = share_weights(nats, params, part)
             position_G = shares * sums.position.sum(0) / position_counts_G
             content_D = shares * sums.content.sum(0) / content_counts_D
+            packed = rows["packed"]
             terms = {"position_loss": position_G, "content_loss": content_D}
+            terms["pad_share"] = 1 - jnp.mean(packed.length) / packed.position.shape[1]
             total = self.losses.position_weight * position_G.mean() + self.losses.content_weight * content_D.mean()
             if self.losses.text_weight:
                 nats_BU = self.losses.text_nats(rows["target_cond"], hidden.cond_logits, rows["dropped"])

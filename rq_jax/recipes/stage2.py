@@ -20,11 +20,12 @@ from rq_jax.evaluation import likelihood
 from rq_jax.models.flops import transformer_flops
 from rq_jax.recipes import codes as frozen_codes
 from rq_jax.recipes import latent_cache
+from rq_jax.recipes.buckets import Buckets
 from rq_jax.recipes.codes import fill_from_tokenizer
 from rq_jax.settings import checks
 from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import Optimizer, make_optimizer
-from rq_jax.training.settings import check_sections, loop_settings, plain, resolve_durations
+from rq_jax.training.settings import check_sections, loop_settings, plain, recipe_settings, resolve_durations
 from rq_jax.training.state import TrainState, accumulate_gradients, apply_gradients, create_state
 
 SECTIONS = (
@@ -92,6 +93,7 @@ class Stage2(abc.ABC):
       shown_cond: conditions (36, U) of that grid; None for an unconditional model.
       text_tokenizer: text tokenizer of a text-conditional model: it is kept in the run directory.
       use_latent_cache: read latents, of a tokenizer with grains codes, that were computed once, from disk.
+      buckets: lengths that batches of packed codes are padded to.
       seed: of the initial weights and of all random draws.
       config: resolved config, written into the run directory; None: that of the model alone.
       tokenizer_variables: those of `tokenizer` on the mesh; placed there where None.
@@ -108,6 +110,7 @@ class Stage2(abc.ABC):
     shown_cond: np.ndarray | None = None
     text_tokenizer: Any = None
     use_latent_cache: bool = False
+    buckets: Buckets = Buckets()
     seed: int = 0
     config: Mapping[str, Any] | None = None
     tokenizer_variables: Any = None
@@ -169,20 +172,21 @@ class Stage2(abc.ABC):
         sample = dict(config["sample"])
         cls.check_sample(sample)
         check_condition(model, data.train, config["data"])
-        steps_per_epoch = data.train.steps_per_epoch
+        steps_per_epoch, loop = data.train.steps_per_epoch, recipe_settings(config["loop"])
         total_steps = loop_settings(config["loop"], steps_per_epoch).total_steps
         optim = resolve_durations(config["optim"], "optim", ("warmup", "hold"), steps_per_epoch)
         optimizer = construct(make_optimizer, "optim", optim, total_steps=total_steps)
         sharding.check_batch_size(mesh, data.train.batch_size, optimizer.accumulation_steps)
-        if use_latent_cache := config["loop"].get("use_latent_cache", False):
+        if loop.use_latent_cache:
             latent_cache.check(config["data"])
         text = config["data"]["text_tokenizer"] if config["data"]["text_key"] else None
         return cls(
             model, checkpoint.load_tokenizer(config["tokenizer"]), optimizer, terms, mesh,
-            ema_decay=config["loop"]["ema_decay"], sample=sample,
+            ema_decay=loop.ema_decay, sample=sample,
             shown_cond=shown_conditions(model, data.train, NUM_SHOWN),
             text_tokenizer=load_tokenizer(text, config["data"]["text_length"]) if text else None,
-            use_latent_cache=use_latent_cache, seed=config["seed"], config=config,
+            use_latent_cache=loop.use_latent_cache, buckets=Buckets(loop.buckets, loop.bucket_window),
+            seed=config["seed"], config=config,
         )  # fmt: skip
 
     @classmethod
@@ -285,7 +289,7 @@ class Stage2(abc.ABC):
         Args:
           state: see `TrainState`.
           batch: "image" (B, H, W, C), or of a cache "latents" (B, H', W', C'), or "codes" (B, h, w, D) and "grains"
-            (B, u, v); "cond" (B, U) where the model takes a condition.
+            (B, u, v), or "packed", their tokens; "cond" (B, U) where the model takes a condition.
           frozen: the tokenizer's variables.
 
         Returns:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rq_jax import losses, quantize
+from rq_jax import losses, models, quantize
 from rq_jax.devices import sharding
 from rq_jax.recipes import codes as frozen_codes
 from rq_jax.recipes.stage2 import CondLosses, Stage2
@@ -95,6 +95,11 @@ class Transformer(Stage2):
     def soft_temperature(self) -> float | None:
         uses_soft_codes = self.losses.use_soft_labels or self.losses.use_stochastic_codes
         return self.losses.temperature if uses_soft_codes else None
+
+    def __post_init__(self):
+        super().__post_init__()
+        name = models.settings_of(self.model)["name"]
+        checks.unread("loop.buckets", self.buckets.tokens, "dqtransformer", name, fix="set it to ()")
 
     # --- one update ---
 

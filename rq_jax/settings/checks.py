@@ -58,6 +58,12 @@ def amount(setting: str, value: Any, *, sequence: bool = False) -> None:
     finite(setting, value, least=0)
 
 
+def increasing(setting: str, value: Sequence[float]) -> None:
+    """Numbers of which each is above the one before it."""
+    if not np.all(np.diff(np.asarray(value)) > 0):
+        _refuse(setting, value, "must increase")
+
+
 def above(setting: str, value: Any, bound: float, *, fix: str = "") -> None:
     """Lower bound, excluded."""
     if not np.all(np.asarray(value) > bound):

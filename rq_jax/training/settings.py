@@ -66,11 +66,20 @@ class LoopSettings:
             )
 
 
-class _OfRecipes(NamedTuple):
-    """Settings of the config section `loop` that a recipe reads and not the loop."""
+class RecipeSettings(NamedTuple):
+    """Settings of the config section `loop` that a recipe reads and not the loop.
+
+    Attributes:
+      ema_decay: of the weight average, 0 for none.
+      use_latent_cache: read what a frozen tokenizer makes of the training set from disk.
+      buckets: numbers of tokens that a batch is padded to, where images differ in it; (): to the most.
+      bucket_window: batches among which images are grouped by their number of tokens.
+    """
 
     ema_decay: float = 0.0
     use_latent_cache: bool = False
+    buckets: tuple[int, ...] = ()
+    bucket_window: int = 1
 
 
 def resolve_durations(
@@ -135,9 +144,15 @@ def memory_remedies(recipe: Any, batch_size: int) -> list[str]:
 def loop_settings(section: Mapping[str, Any], steps_per_epoch: int) -> LoopSettings:
     """The loop's settings in the config section `loop`, without those of the recipe, which stand there too."""
     settings = resolve_durations(section, "loop", ("total",), steps_per_epoch)
-    of_recipes = {name: settings.pop(name) for name in _OfRecipes._fields if name in settings}
-    construct(_OfRecipes, "loop", of_recipes)
-    return construct(LoopSettings, "loop", settings)
+    recipe_settings(section)
+    own = {name: value for name, value in settings.items() if name not in RecipeSettings._fields}
+    return construct(LoopSettings, "loop", own)
+
+
+def recipe_settings(section: Mapping[str, Any]) -> RecipeSettings:
+    """The recipe's settings in the config section `loop`."""
+    given = {name: section[name] for name in RecipeSettings._fields if name in section}
+    return construct(RecipeSettings, "loop", given)
 
 
 def plain(config: Any) -> Any:

@@ -234,7 +234,12 @@ def end(processes, timeout=900):
     return [process.returncode for process in processes], outputs
 
 
-STAGES = {"vae": "train_vae.py", "dqvae": "train_vae.py", "transformer": "train_transformer.py"}
+STAGES = {
+    "vae": "train_vae.py",
+    "dqvae": "train_vae.py",
+    "transformer": "train_transformer.py",
+    "dqtransformer": "train_transformer.py",
+}
 
 
 @pytest.fixture(scope="module")
@@ -243,12 +248,17 @@ def configs(tmp_path_factory):
     root = tmp_path_factory.mktemp("configs")
     pictures = helpers.write_pictures(root / "pictures", num_train=24, num_validation=8)
     tokenizer = helpers.save_tokenizer(root / "tokenizer", pictures)
+    dq_tokenizer = helpers.save_dq_tokenizer(root / "dq_tokenizer", pictures)
     loop = {"loop__total_steps": 6, "loop__evaluate_every_steps": 6, "loop__checkpoint_every_steps": 2}
     loop |= {"loop__log_every_steps": 1, "loop__keep_checkpoints": 9, "data__flip_probability": 0.5}
     made = {
         "vae": helpers.vae_config(pictures, init_from="", **loop),
         "dqvae": helpers.dqvae_config(pictures, **loop),  # the first process measures its thresholds
         "transformer": helpers.transformer_config(pictures, "class", tokenizer=str(tokenizer), **loop),
+        # Images move between batches, and so between processes; runs stop within a window.
+        "dqtransformer": helpers.dqtransformer_config(
+            pictures, "class", tokenizer=str(dq_tokenizer), loop__buckets=(41, 47), loop__bucket_window=4, **loop
+        ),
     }
     for name, config in made.items():
         (root / f"{name}.py").write_text(
