@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in ("source", "name"):
             if getattr(options, name) is None:
                 raise ValueError(f"--{name}: missing; '{options.kind}' needs it")
-        from rq_jax.data import convert
+        from rq_jax.data import array_records, convert
 
         if options.kind == "lsun":
             splits = convert.open_lsun(options.source)
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             splits = convert.open_files(options.kind, options.source, options.max_damaged, options.without)
         data_dir = options.data_dir or default_data_dir()
-        print(convert.write(splits, options.name, data_dir, options.pictures_per_file))
+        print(array_records.write(splits, options.name, data_dir, options.pictures_per_file))
     except (
         ValueError,
         OSError,

@@ -8,7 +8,7 @@ import pytest
 tfds = pytest.importorskip("tensorflow_datasets")
 import helpers  # noqa: E402
 
-from rq_jax.data import convert, lmdb_files, make_dataset  # noqa: E402
+from rq_jax.data import array_records, convert, lmdb_files, make_dataset  # noqa: E402
 from rq_jax.data.prepare import main  # noqa: E402
 from rq_jax.data.sources import open_records  # noqa: E402
 from rq_jax.files import RunLock  # noqa: E402
@@ -51,7 +51,7 @@ def test_a_folder_without_labels_and_captions(tmp_path):
     source.mkdir()
     for i, path in enumerate(sorted(helpers.write_pictures(tmp_path / "pictures").rglob("*.png"))):
         path.rename(source / f"{i}.png")
-    path = convert.write(convert.open_folder(source), "flat", tmp_path / "data")
+    path = array_records.write(convert.open_folder(source), "flat", tmp_path / "data")
     assert {name for name in tfds.builder_from_directory(path).info.features} == {"image"}
     for split in ("train", "validation"):
         assert records_of("flat", split, tmp_path / "data") == records_of("folder", split, source)
@@ -59,7 +59,7 @@ def test_a_folder_without_labels_and_captions(tmp_path):
 
 def test_labels_and_captions_without_held_out_images(folder, tmp_path):
     shutil.rmtree(folder / "validation")
-    path = convert.write(convert.open_folder(folder), "pets", tmp_path / "data")
+    path = array_records.write(convert.open_folder(folder), "pets", tmp_path / "data")
     info = tfds.builder_from_directory(path).info
     assert set(info.features) == {"image", "label", "caption"} and set(info.splits) == {"train"}
     expected = records_of("folder", "train", folder, label_key="folder", text_key="txt")
@@ -72,7 +72,7 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("after", [0, 3, 4, 9, 14])
 def test_an_interrupted_call_goes_on(folder, tmp_path, after):
-    whole = convert.write(convert.open_folder(folder), "pets", tmp_path / "whole", pictures_per_file=4)
+    whole = array_records.write(convert.open_folder(folder), "pets", tmp_path / "whole", pictures_per_file=4)
 
     class Failing:
         seen = []
@@ -92,11 +92,11 @@ def test_an_interrupted_call_goes_on(folder, tmp_path, after):
 
     splits = {name: Failing(pictures) for name, pictures in convert.open_folder(folder).items()}
     with pytest.raises(Interrupted):
-        convert.write(splits, "pets", tmp_path / "data", pictures_per_file=4)
+        array_records.write(splits, "pets", tmp_path / "data", pictures_per_file=4)
     with pytest.raises(FileNotFoundError, match="is not prepared|is unknown"):
         open_records("pets", "train", tmp_path / "data")
     done = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "data" / "pets" / "1.0.0").glob("pets-*")}
-    path = convert.write(convert.open_folder(folder), "pets", tmp_path / "data", pictures_per_file=4)
+    path = array_records.write(convert.open_folder(folder), "pets", tmp_path / "data", pictures_per_file=4)
     names = sorted(file.name for file in whole.iterdir())
     assert sorted(file.name for file in path.iterdir()) == names
     for name in names:
@@ -104,7 +104,7 @@ def test_an_interrupted_call_goes_on(folder, tmp_path, after):
             assert (path / name).read_bytes() == (whole / name).read_bytes()
             assert done.get(name, (path / name).stat().st_mtime_ns) == (path / name).stat().st_mtime_ns
     again = {file.name: file.stat().st_mtime_ns for file in path.glob("pets-*")}
-    convert.write(convert.open_folder(folder), "pets", tmp_path / "data", pictures_per_file=4)
+    array_records.write(convert.open_folder(folder), "pets", tmp_path / "data", pictures_per_file=4)
     assert {file.name: file.stat().st_mtime_ns for file in path.glob("pets-*")} == again
 
 
@@ -168,25 +168,25 @@ def test_refused(folder, tmp_path, monkeypatch, capsys, options, message):
 
 
 def test_a_source_that_changed_is_refused(folder, tmp_path):
-    convert.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=4)
+    array_records.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=4)
     path = min((folder / "train" / "ape").glob("*.png"))
     for suffix in (".png", ".txt"):
         path.with_suffix(suffix).rename(path.with_name(f"new{suffix}"))
     with pytest.raises(
         ValueError, match="^--source: its images differ from those with which '.*' was begun; delete that, or"
     ):
-        convert.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=4)
+        array_records.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=4)
 
 
 def test_one_writer_at_a_time(folder, tmp_path):
     with (
-        RunLock(tmp_path / "pets" / convert.VERSION),
+        RunLock(tmp_path / "pets" / array_records.VERSION),
         pytest.raises(
             ValueError,
             match="^--name: '.*pets/1.0.0' is in use by process .*; wait for it, stop it, or give another --name$",
         ),
     ):
-        convert.write(convert.open_folder(folder), "pets", tmp_path)
+        array_records.write(convert.open_folder(folder), "pets", tmp_path)
 
 
 def test_an_lmdb_that_is_none(tmp_path):
@@ -198,11 +198,11 @@ def test_an_lmdb_that_is_none(tmp_path):
 
 
 def test_files_of_another_plan_are_refused(folder, tmp_path):
-    convert.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=4)
+    array_records.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=4)
     with pytest.raises(
         ValueError, match="was begun with pictures_per_file 4, not 5; delete it, or choose another --name$"
     ):
-        convert.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=5)
+        array_records.write(convert.open_folder(folder), "pets", tmp_path, pictures_per_file=5)
 
 
 def test_what_lacks_its_label_or_caption_is_left_out_and_told(folder, tmp_path, capsys, caplog):

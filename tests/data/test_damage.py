@@ -138,9 +138,9 @@ def test_a_label_that_is_no_class(folder):
 @pytest.mark.fault("a missing file of a prepared data set", "passed over and counted; over the cap: stops")
 def test_a_missing_file_of_a_prepared_set(folder, tmp_path):
     pytest.importorskip("tensorflow_datasets")
-    from rq_jax.data import convert
+    from rq_jax.data import array_records, convert
 
-    path = convert.write(
+    path = array_records.write(
         {"train": convert.FolderImages(folder, "all", False, False)}, "set", tmp_path, pictures_per_file=3
     )
     (path / "set-train.array_record-00002-of-00004").unlink()
@@ -157,9 +157,9 @@ def test_a_missing_file_of_a_prepared_set(folder, tmp_path):
 @pytest.mark.fault("records that lack a feature", "passed over and counted")
 def test_a_record_that_lacks_a_feature(folder, tmp_path):
     pytest.importorskip("tensorflow_datasets")
-    from rq_jax.data import convert
+    from rq_jax.data import array_records, convert
 
-    convert.write({"train": convert.FolderImages(folder, "all", False, False)}, "set", tmp_path)
+    array_records.write({"train": convert.FolderImages(folder, "all", False, False)}, "set", tmp_path)
     records = open_records("set", "train", tmp_path)
     whole = [records._data[i] for i in range(COUNT)]
     records._data, records.label_key, records.class_names = [{**each, "label": 0} for each in whole], "label", ("a",)
