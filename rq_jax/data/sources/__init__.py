@@ -2,13 +2,13 @@
 
 import os
 
+from rq_jax.data.bundled import is_bundled, prepare
 from rq_jax.data.sources.examples import ImageSource
 from rq_jax.data.sources.folder import FolderRecords
 from rq_jax.data.sources.parquet import ParquetRecords
 from rq_jax.data.sources.records import Records
 from rq_jax.data.sources.tar import TarRecords
 from rq_jax.data.sources.tfds import TfdsRecords, check_metadata, open_builder
-from rq_jax.data.twemoji.prepare import prepare
 
 _KINDS = {"folder": FolderRecords, "parquet": ParquetRecords, "webdataset": TarRecords}
 __all__ = ["FolderRecords", "ImageSource", "Records", "TfdsRecords", "open_records"]
@@ -24,8 +24,8 @@ def open_records(
     """Open one split of a dataset.
 
     Args:
-      name: "twemoji" or "twemoji/256" (built on first use), "folder", "parquet" or "webdataset", or the name of a
-        prepared TFDS dataset.
+      name: "twemoji", "twemoji/256", "avatars" or "avatars/128" (made on first use), "folder", "parquet" or
+        "webdataset", or the name of a prepared TFDS dataset.
       split: a split of it, or a TFDS slice such as "train[:50%]"; of a folder also a .txt file of names.
       data_dir: the folder of images or files, or the directory of TFDS datasets; None is the default of the latter.
       label_key: a ClassLabel feature or column, "folder", or "cls" of a webdataset; None for no labels.
@@ -41,7 +41,7 @@ def open_records(
     """
     if name in _KINDS:
         return _KINDS[name](data_dir, split, label_key, text_key)
-    if name.partition("/")[0] == "twemoji":
+    if is_bundled(name):
         import tensorflow_datasets as tfds
 
         directory = prepare(data_dir, name)

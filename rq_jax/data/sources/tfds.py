@@ -113,8 +113,8 @@ def open_builder(name: str, data_dir: str | os.PathLike | None) -> Any:
         if isinstance(error, _MetadataError):
             raise
         raise FileNotFoundError(
-            f"data.name: '{name}' is unknown; allowed are twemoji, folder, parquet, webdataset and the datasets "
-            f"prepared in {where}"
+            f"data.name: '{name}' is unknown; allowed are twemoji, avatars, folder, parquet, webdataset and the "
+            f"datasets prepared in {where}"
         ) from error
     except Exception as error:  # of a file that is JSON, but of another shape
         raise ValueError(f"data.name: '{name}' in {where} cannot be read: {quoted(error, 300)}") from error

@@ -1,0 +1,1 @@
+"""Avatars, plants, planets and landscapes drawn from parameters, each with its caption and attributes."""
