@@ -13,6 +13,8 @@ from ml_collections.config_dict import placeholder
 Overrides = Mapping[str, Any]
 
 TWEMOJI = {"data.name": "twemoji", "data.num_threads": 2}
+# Mirrored, some captions would be wrong.
+AVATARS = {"data.name": "avatars", "data.num_threads": 2, "data.max_validation_images": 1000}
 IMAGENET = {
     "data.name": "imagenet2012",
     "data.train_transform": "resize_random_crop",

@@ -42,6 +42,35 @@ EMOJI = {
     "loop.evaluate_every_steps": 1000,
 }
 
+# Tokenizers of 64x64 images for two CPU cores. The last part of a run sharpens, as in the demo.
+SMALL = {
+    "model.image_size": 64,
+    "model.width": 16,
+    "model.width_multipliers": (1, 2, 4, 4),
+    "model.num_res_blocks": 1,
+    "model.norm_groups": 4,
+    "model.attention_resolutions": (),
+    "model.z_channels": 64,
+    "model.code_dim": 64,
+    "model.codebook_size": 1024,
+    "model.use_remat": False,
+    "data.batch_size": 16,
+    "optim.learning_rate": 1.5e-3,
+    "optim.b1": 0.9,
+    "optim.b2": 0.99,
+    "optim.schedule": "cosine",
+    "optim.warmup_steps": 100,
+    "loss.perceptual_weight": 0.02,
+    "loss.adversarial_weight": 0.2,
+    "loss.adversarial_warmup_steps": 100,
+    "discriminator.width": 32,
+    "discriminator_optim.learning_rate": 5e-4,
+    "discriminator_optim.b1": 0.5,
+    "loop.log_every_steps": 50,
+    "loop.checkpoint_every_steps": 300,
+    "loop.ema_decay": 0.995,
+}
+
 PRESETS: dict[str, common.Overrides] = {
     # The bundled images: one for a laptop, one for an accelerator.
     "demo": {
@@ -74,36 +103,23 @@ PRESETS: dict[str, common.Overrides] = {
         "loop.checkpoint_every_steps": 200,
         "loop.ema_decay": 0.99,
     },
-    # The tokenizer that ships in checkpoints/emoji: made for two CPU cores.
+    # The tokenizer that ships in checkpoints/emoji.
     "emoji": {
         **EMOJI,
-        "model.image_size": 64,
-        "model.width": 16,
-        "model.width_multipliers": (1, 2, 4, 4),
-        "model.num_res_blocks": 1,
-        "model.norm_groups": 4,
-        "model.attention_resolutions": (),
-        "model.z_channels": 64,
-        "model.code_dim": 64,
-        "model.codebook_size": 1024,
-        "model.use_remat": False,
-        "data.batch_size": 16,
-        "optim.learning_rate": 1.5e-3,
-        "optim.warmup_steps": 100,
-        # The last part of the run sharpens, as in the demo.
-        "loss.perceptual_weight": 0.02,
+        **SMALL,
         "loss.perceptual_start_steps": 3000,
-        "loss.adversarial_weight": 0.2,
         "loss.adversarial_start_steps": 3000,
-        "loss.adversarial_warmup_steps": 100,
-        "discriminator.width": 32,
-        "discriminator_optim.learning_rate": 5e-4,
-        "discriminator_optim.b1": 0.5,
         "loop.total_steps": 3600,
-        "loop.log_every_steps": 50,
         "loop.evaluate_every_steps": 600,
-        "loop.checkpoint_every_steps": 300,
-        "loop.ema_decay": 0.995,
+    },
+    # Together with rqtransformer.py:avatars_text about three times the demo.
+    "avatars": {
+        **common.AVATARS,
+        **SMALL,
+        "loss.perceptual_start_steps": 1500,
+        "loss.adversarial_start_steps": 1500,
+        "loop.total_steps": 1700,
+        "loop.evaluate_every_steps": 850,
     },
     "emoji64": {
         **EMOJI,

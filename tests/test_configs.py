@@ -45,6 +45,7 @@ COUNTS = {
     "rqvae": {
         "demo": 275_763,
         "emoji": 1_118_803,
+        "avatars": 1_118_803,
         "emoji64": 17_358_147,
         "imagenet256_50epochs": 104_402_051,
         "ffhq256_paper": 100_732_035,
@@ -74,6 +75,7 @@ COUNTS = {
     "rqtransformer": {
         "demo": 1_484_288,
         "emoji": 4_704_256,
+        "avatars_text": 4_000_320,
         "emoji64": 29_295_488,
         "ffhq256_350m_paper": 355_393_536,
         "lsun_church256_350m_paper": 370_087_936,
