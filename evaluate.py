@@ -2,6 +2,8 @@
 
 python evaluate.py tokenizer --checkpoint=runs/vae [--checkpoint=runs/other] --out=evaluation [--split=validation]
 python evaluate.py samples --samples=samples --data_name=twemoji --out=evaluation
+python evaluate.py samples --samples=runs/rqt --out=evaluation
+python evaluate.py reference --data_name=twemoji --image_size=64 --out=references/twemoji
 python evaluate.py neighbours --samples=samples --data_name=twemoji --out=evaluation
 python evaluate.py likelihood --checkpoint=runs/rqt --out=evaluation
 python evaluate.py compare evaluation/samples.json other/samples.json
@@ -20,11 +22,13 @@ from typing import Any, NamedTuple
 
 import jax
 
+from rq_jax.data.transforms import DETERMINISTIC
 from rq_jax.devices import sharding
-from rq_jax.evaluation import commands, set_commands, set_figures, stamps
+from rq_jax.evaluation import choices, commands, set_commands, set_figures, stamps
 from rq_jax.evaluation.preparation import PROTOCOLS
 from rq_jax.evaluation.protocol import environment, even_batch_size
 from rq_jax.evaluation.report import Report
+from rq_jax.evaluation.set_comparison import OF_CLASS
 from rq_jax.files import write_json
 from rq_jax.settings import checks
 from rq_jax.settings.text import quoted
@@ -141,18 +145,65 @@ def add_tokenizer(add: Add) -> None:
     add_distances(add)
 
 
-def add_samples(add: Add) -> None:
-    sets = "--out of sample.py, a folder of images, or an .npz of them; several are compared"
+def add_sampler(add: Add) -> None:
+    """Adds the flags of sets of samples; those of a draw are for checkpoints among them."""
+    sets = "--out of sample.py, a folder of images, an .npz of them, or a stage-2 run that draws them; also several"
     _list_of(add)("--samples", required=True, help=sets)
-    add_images(add, "none: it has to be named", "that of --protocol")
+    add_model(add)
+    add("--num_images", type=int, help="to draw (default: as many as are compared with)")
+    add("--seed", type=int, help="of what is drawn (default: 0)")
+    classes = (
+        "balanced, frequencies (of the training set), or a split, whose classes are taken in order (default: that "
+    )
+    add("--classes_of", help=classes + "of --split, where the model is of classes of that data set)")
+    add("--prompts", type=cli.path, help="texts to draw: a line each of a .txt, or a list in a .json")
+    add("--temperature", type=cli.per_depth(float), help="as in sample.py, like the following")
+    add("--top_k", type=cli.per_depth(int))
+    add("--top_p", type=cli.per_depth(float))
+    add("--guidance", type=float)
+    add("--weights", choices=("float32", "bfloat16", "int8"))
+    add("--keep", type=float, help="draw more, and keep this share: the best of each class or prompt")
+    add("--candidates", type=int, help="draw so many for each class or prompt, and keep the best")
+    add("--by", choices=tuple(choices.JUDGES), help="what judges them")
+    add("--judge", type=cli.path, help="file of its weights")
+
+
+def add_samples(add: Add) -> None:
+    add_sampler(add)
+    add_images(add, "that of the first checkpoint", "that of --protocol")
+    file = "reference.npz of the command reference, or published statistics or images, in place of a data set"
+    add("--reference", type=cli.path, help=file)
+    add("--label_key", help="classes of the data set, as data.label_key: adds a distance for each class")
+    add("--clip", type=cli.path, help="CLIP ViT-B/32, ViT-B-32.pt: the CLIP score of samples with prompts")
+    add("--cut_captions", action="store_true", help="cut prompts of more than 77 tokens, in place of refusing them")
     add("--no_manifold", action="store_true", help="leave out precision, recall, density and coverage")
     add_distances(add)
 
 
+def add_reference(add: Add) -> None:
+    add("--data_name", required=True, help="data set")
+    add("--data_dir", type=cli.path, help="its directory")
+    add("--out", type=cli.path, required=True, help="directory of the reference, which bears its name")
+    add("--split", help="validation, train, or a split's own name (default: that of --protocol)")
+    add("--image_size", type=_size, required=True, help="64, or height,width")
+    add("--transform", choices=DETERMINISTIC, default="resize_center_crop", help="as data.eval_transform")
+    add("--channels", type=int, choices=(1, 3), default=3)
+    add("--batch_size", type=int, default=32, help="rounded up to a multiple of the devices")
+    add_network(add)
+
+
+def _size(text: str) -> int | list[int]:
+    parts = text.split(",")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no size; give 64, or height,width")
+    return int(parts[0]) if len(parts) == 1 else [int(part) for part in parts]
+
+
 def add_neighbours(add: Add) -> None:
-    sets = "--out of sample.py, a folder of images, or an .npz of them; several are compared"
-    _list_of(add)("--samples", required=True, help=sets)
-    add_images(add, "none: it has to be named")
+    add_sampler(add)
+    add_images(add, "that of the first checkpoint")
+    among = "what samples are near to: a split, or a folder or .npz of images (default: train)"
+    add("--among", type=cli.path, default="train", help=among)
     add_network(add)
 
 
@@ -181,8 +232,9 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "tokenizer": Command(add_tokenizer, commands.tokenizer, "reconstructions and codes of tokenizers, by code depth"),
-    "samples": Command(add_samples, set_commands.samples, "distances of sets of samples to the held-out images"),
-    "neighbours": Command(add_neighbours, set_commands.neighbour_distances, "nearest training images of samples"),
+    "samples": Command(add_samples, set_commands.samples, "figures of sets of samples against the held-out images"),
+    "reference": Command(add_reference, set_commands.reference, "statistics and features of a data set, for samples"),
+    "neighbours": Command(add_neighbours, set_commands.neighbour_distances, "nearest images of samples in another set"),
     "likelihood": Command(add_likelihood, commands.likelihood, "nats per code of images under a transformer"),
     "compare": Command(add_compare, commands.compare, "figures of two records side by side, if their protocols agree"),
 }
@@ -218,7 +270,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.out:
             write_json(Path(args.out) / f"{args.command}.json", record)
         if report.figures:
-            print(stamps.table(stamps.read(record, args.command)))
+            shown = [one for one in stamps.read(record, args.command) if not one.name.startswith(OF_CLASS)]
+            print(stamps.table(shown))
         print(*report.told, sep="\n")
         print(json.dumps(record))
     if unlike := record.get("unlike"):

@@ -73,9 +73,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     order = "how many positions of --prefix are kept, in raster order; of a model with grains, how many codes"
     add("--prefix_positions", type=int, default=0, help=order)
     _add_edit_flags(add)
-    add("--temperature", type=_per_depth(float), help="one value, or one per depth separated by commas; 0 is greedy")
-    add("--top_k", type=_per_depth(int), help="as --temperature; default of all four: the checkpoint's config")
-    add("--top_p", type=_per_depth(float), help="as --temperature")
+    add("--temperature", type=cli.per_depth(float), help="one value, or one per depth separated by commas; 0 is greedy")
+    add("--top_k", type=cli.per_depth(int), help="as --temperature; default of all four: the checkpoint's config")
+    add("--top_p", type=cli.per_depth(float), help="as --temperature")
     add("--position_temperature", type=float, help="of positions, in models with grains (default: that of the codes)")
     add("--position_top_k", type=int, help="the same")
     add("--position_top_p", type=float, help="the same")
@@ -119,14 +119,6 @@ def _box(text: str) -> tuple[int, ...]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"{quoted(text)} is no top,left,height,width; give four numbers") from None
     return top, left, height, width
-
-
-def _per_depth(kind: type):
-    def number(text: str):
-        values = [kind(part) for part in text.split(",")]
-        return values[0] if len(values) == 1 else values
-
-    return number
 
 
 def settle(args: argparse.Namespace) -> None:

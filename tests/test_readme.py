@@ -40,6 +40,7 @@ TEXT_FLAGS = {
     "prompt",
     "split",
     "data_name",
+    "label_key",
     "tokenizer",
     "key",
 }  # no paths; that of benchmark.py

@@ -19,7 +19,7 @@ from rq_jax.evaluation.likelihood import load_transformer, measure_likelihood
 from rq_jax.evaluation.preparation import RANGE, UNROUNDED
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.evaluation.report import Report
-from rq_jax.evaluation.set_comparison import SetComparison
+from rq_jax.evaluation.set_comparison import SetComparison, open_extractor
 from rq_jax.evaluation.stamps import Fields, Figure
 from rq_jax.evaluation.tokenizer import PROTOCOL, compare_tokenizers
 from rq_jax.files import read_json
@@ -49,7 +49,7 @@ def tokenizer(args: Any, mesh: Mesh) -> Report:
             report.told.append(f"{directory}: trained on other images ({others}) than those that it is measured on")
     sets = None
     if args.distances != "none":
-        sets = SetComparison(args, mesh, data, report, has_reconstructions=True)
+        sets = SetComparison(args, open_extractor(args, mesh), data, report, has_reconstructions=True)
     perceptual = None if args.no_perceptual else vgg_lpips.load(args.vgg, args.heads)
     if perceptual:
         placed = jax.device_put(perceptual.variables, sharding.replicated(mesh))
@@ -67,6 +67,7 @@ def tokenizer(args: Any, mesh: Mesh) -> Report:
         if args.grains
     }
     if sets:
+        sets.add_floor()
         for name, loaded in tokenizers.items():
             by_depth, identity = args.distances == "by_depth", report.subjects[name]["fingerprint"]
             sets.add_reconstructions(name, make_reconstruct(loaded, mesh, by_depth), [identity, by_depth])

@@ -87,7 +87,7 @@ def _draw_all(loaded: LoadedModel, plan: Plan, folder: Path, batches: dict[str, 
     start, stop = _part(len(plan.ids))
     codes, shown = [_no_codes(loaded.model)], [_no_images(loaded.tokenizer.model)]
     with _Writer(folder) as writer:
-        for ids, drawn, pixels in _stream(loaded, plan, plan.conds, plan.ids[0] + start, stop - start, batches):
+        for ids, drawn, pixels in stream(loaded, plan, plan.conds, plan.ids[0] + start, stop - start, batches):
             writer.write(ids, pixels)
             codes.append(drawn)
             shown.append(pixels[ids < plan.ids[0] + NUM_SHOWN])
@@ -97,42 +97,61 @@ def _draw_all(loaded: LoadedModel, plan: Plan, folder: Path, batches: dict[str, 
 
 def _draw_best(loaded: LoadedModel, plan: Plan, folder: Path, batches: dict[str, Any]) -> Drawn:
     """Of all images codes and scores are kept while they may be chosen, and images are decoded again in the end."""
-    choice, none = plan.choice, _no_codes(loaded.model)
-    start, stop = _part(choice.num_drawn)
-    mine, best = (rerank.BestOfGroups(choice.keep, none) for _ in range(2))
-    stream = _stream(loaded, plan, choice.conds, plan.ids[0] + start, stop - start, batches)
-    rerank.choose(stream, choice.group_of, choice.judge.start(), mine, choice.judge.batch_size)
-    best.add(*jax.tree.map(hosts.rows_of_all, mine.chosen()))
-    chosen = choice.in_slots(best.chosen())
-    drawn, total = (hosts.rows_of_all(sums[None]).sum(0) for sums in (mine.num_drawn, mine.score_sums))
+    chosen, tally = choose(loaded, plan, **batches)
     start, stop = _part(len(chosen.ids))
     shown, ids = [_no_images(loaded.tokenizer.model)], chosen.ids[start:stop]
     codes = jax.tree.map(lambda array: array[start:stop], chosen.items)
     sizes = {name: batches[name] for name in ("batch_size", "decode_batch_size")}
     with _Writer(folder) as writer:
-        for pixels in images.decode_all(loaded.tokenizer, codes, sharding=_layout(), **sizes):
+        for pixels in images.decode_all(loaded.tokenizer, codes, sharding=layout(), **sizes):
             writer.write(ids[: len(pixels)], pixels)
             shown.append(pixels[: max(0, NUM_SHOWN - start)])
             start, ids = start + len(pixels), ids[len(pixels) :]
-    tally = {
+    return Drawn(chosen.ids, chosen.items, hosts.rows_of_all(np.concatenate(shown)), chosen.scores, tally)
+
+
+def choose(loaded: LoadedModel, plan: Plan, **batches: Any) -> tuple[rerank.Chosen, dict[str, Any]]:
+    """Draws what a plan chooses from, and keeps the codes of the best; of several processes each draws a part.
+
+    Args:
+      loaded, plan, batches: as for `draw`.
+
+    Returns:
+      What is kept, in the order of the images, with codes as items; the tally of `Drawn`.
+    """
+    choice, none = plan.choice, _no_codes(loaded.model)
+    start, stop = _part(choice.num_drawn)
+    mine, best = (rerank.BestOfGroups(choice.keep, none) for _ in range(2))
+    drawn_images = stream(loaded, plan, choice.conds, plan.ids[0] + start, stop - start, batches)
+    rerank.choose(drawn_images, choice.group_of, choice.judge.start(), mine, choice.judge.batch_size)
+    best.add(*jax.tree.map(hosts.rows_of_all, mine.chosen()))
+    chosen = choice.in_slots(best.chosen())
+    drawn, total = (hosts.rows_of_all(sums[None]).sum(0) for sums in (mine.num_drawn, mine.score_sums))
+    return chosen, {
         "judge": choice.judge.name,
         "drawn": int(drawn.sum()),
         "kept": len(chosen.ids),
         "dropped": int(drawn.sum()) - len(chosen.ids),
         "mean_score": {"drawn": float(total.sum() / drawn.sum()), "kept": float(chosen.scores.mean())},
     }
-    return Drawn(chosen.ids, chosen.items, hosts.rows_of_all(np.concatenate(shown)), chosen.scores, tally)
 
 
-def _stream(
+def stream(
     loaded: LoadedModel, plan: Plan, conds: np.ndarray | None, first: int, num: int, batches: dict[str, Any]
 ) -> Iterator[tuple[np.ndarray, Any, np.ndarray]]:
-    """Ids, codes and images of a batch after the other, with a progress bar."""
+    """Ids, codes and images of a batch after the other, with a progress bar.
+
+    Args:
+      loaded, plan: as for `draw`.
+      conds: (m, U), which the images take in turn by id, or None.
+      first, num: the ids.
+      batches: further arguments of `sampling.images.draw`.
+    """
     models, given = (loaded.model, loaded.variables, loaded.tokenizer), {**plan.known, **plan.settings, **batches}
     ids = {"first_index": int(first), "num_images": num}
     with Progress(num, unit="image", title="sampling", enabled=jax.process_index() == 0) as progress:
         compiling = functools.partial(progress.waiting_for, "compiling")
-        for batch in images.draw(*models, conds=conds, sharding=_layout(), compiling=compiling, **ids, **given):
+        for batch in images.draw(*models, conds=conds, sharding=layout(), compiling=compiling, **ids, **given):
             yield batch
             progress.update(len(batch[0]))
 
@@ -165,7 +184,8 @@ def _part(count: int) -> tuple[int, int]:
     return count * index // processes, count * (index + 1) // processes
 
 
-def _layout() -> Any:
+def layout() -> Any:
+    """Of a batch over the devices of this process."""
     return sharding.batch_sharding(sharding.local_mesh())
 
 

@@ -21,6 +21,7 @@ Batch = dict[str, np.ndarray]
 Shape = tuple[int, int, int]
 Part = tuple[int, int]  # (index, count) of this process's part of every batch
 
+_EXAMPLES = 64  # images of a batch
 ARRAYS = ("arr_0", "images")  # of an .npz, the first as ADM names it
 LABELS = ("arr_1", "labels")
 
@@ -52,6 +53,16 @@ class ImageSet:
     prompts: Sequence[str] | None = None
     subject: dict[str, Any] = dataclasses.field(default_factory=dict)
     identity: dict[str, Any] | None = None
+
+    def examples(self, positions: Sequence[int]) -> Batch:
+        """The images at these positions; a set that can only be read in order is read from its start."""
+        found: dict[int, np.ndarray] = {}
+        for batch in self.batches(_EXAMPLES):
+            found |= {i: image for i, image in zip(batch["index"].tolist(), batch["image"], strict=True)}
+            found = {i: image for i, image in found.items() if i in positions}
+            if len(found) == len(set(positions)):
+                break
+        return {"image": np.stack([found[i] for i in positions])}
 
     def first(self, count: int) -> np.ndarray:
         """The first images, at most `count`."""

@@ -13,6 +13,8 @@ from rq_jax.report import curves, grids
 
 NUM_SHOWN, SHOWN_SIZE, NUM_NEAREST = 12, 64, 3
 MEDIAN = "median_squared_distance_to_nearest_training_picture"
+MEDIAN_OF_OTHERS = "median_squared_distance_to_nearest"
+ESTIMATOR = "squared distance to the nearest, median"
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -87,14 +89,15 @@ def sample_sheet(config: dict[str, Any], images: np.ndarray, names: Sequence[str
 
 
 def draw_sheet(
-    images: np.ndarray, nearest_NR: np.ndarray, dataset: Any, names: Sequence[str] | None = None
+    images: np.ndarray, nearest_NR: np.ndarray, others: Any, names: Sequence[str] | None = None
 ) -> np.ndarray:
-    """Samples beside the images of a data set nearest to them.
+    """Samples beside the images of another set nearest to them.
 
     Args:
       images: samples (N, H, W, C), uint8 or floats in [-1, 1].
-      nearest_NR: positions of their R nearest images in the data set, the first N rows of it.
-      dataset: where they are read; where it has classes, their names are written below.
+      nearest_NR: positions of their R nearest images in the other set, the first N rows of it.
+      others: a `Dataset` or an `ImageSet`, where they are read; of a data set with classes their names are written
+        below.
       names: of the samples, written below them where there is any.
 
     Returns:
@@ -104,10 +107,10 @@ def draw_sheet(
     if names is not None and any(names):
         captions["sample"] = names
     for rank, nearest_N in enumerate(nearest_NR[: len(images)].T.tolist(), start=1):
-        batch = dataset.examples(nearest_N)
+        batch = others.examples(nearest_N)
         rows[f"nearest {rank}"] = grids.to_uint8(batch["image"])
-        if dataset.class_names is not None:
-            captions[f"nearest {rank}"] = [dataset.class_names[label] for label in batch["cond"][:, 0]]
+        if (class_names := getattr(others, "class_names", None)) is not None:
+            captions[f"nearest {rank}"] = [class_names[label] for label in batch["cond"][:, 0]]
     return grids.labelled_grid(rows, scale=max(1, SHOWN_SIZE // images.shape[1]), captions=captions)
 
 

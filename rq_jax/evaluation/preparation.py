@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from rq_jax.devices import sharding
-from rq_jax.pretrained import efficientnet_lite, inception, resnet
+from rq_jax.pretrained import clip, efficientnet_lite, inception, resnet
 from rq_jax.pretrained.preprocess import resize
 
 RANGE = "[-1, 1]"
 ROUNDED, UNROUNDED = "to 8 bits", "none"
 # The side to which a network resizes images, and how it does so.
 OWN_RESIZE = {
+    "clip_vit_b32": (clip.VIT_B32.image_side, "bicubic in 8 bits, antialiased, central crop"),
     "efficientnet_lite0": (efficientnet_lite.SIZE, "bicubic, antialiased"),
     "inception_2015": (inception.SIZE, "bilinear, not antialiased"),
     "resnet101": (resnet.SIZE, "bilinear, antialiased, 256 to the short side, central crop"),

@@ -70,9 +70,13 @@ class EvaluationData:
             damaged = sorted(set(hosts.rows_of_all(np.array(sorted(dataset.source.damaged), np.int64)).tolist()))
         else:
             damaged = np.setdiff1d(np.arange(dataset.num_examples), positions).tolist()
+        counted = {"images": dataset.num_examples - len(damaged), "ids": digest_of([entries, damaged])}
+        return {**self.transform_fields(split), **counted}
+
+    def transform_fields(self, split: str) -> dict[str, Any]:
+        """Those of `fields` that are known before any image is read: which split, and how its images are made."""
         return {
             "data": self.settings["name"], "split": self.split_name(split),
-            "images": dataset.num_examples - len(damaged), "ids": digest_of([entries, damaged]),
             "crop": self.settings.get("eval_transform", "resize_center_crop"),
             "resize": "Pillow, bilinear, antialiased", "size": list(self.settings["image_size"]),
             "channels": self.settings["channels"],

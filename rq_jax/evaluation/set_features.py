@@ -23,12 +23,14 @@ class SetFeatures:
       data: its splits are measured; gives the batch size and the part of this process.
       estimators: their splits of the inception score.
       cache: directory on disk; None keeps the features in memory.
+      has_logits: the inception score is wanted, of a network that has classes.
     """
 
     extractor: FeatureExtractor
     data: EvaluationData
     estimators: Estimators
     cache: Path | None = None
+    has_logits: bool = True
 
     def of_split(
         self, title: str, split: str, rebuild: Rebuild | None = None, rounds: bool = False, rebuilt_by: Any = None
@@ -48,9 +50,8 @@ class SetFeatures:
             batches.set_state({"next_batch": first})
             return counted(batches, dataset.num_examples, self.data.batch_size, title, first)
 
-        # Not its directory: a data set may be moved.
-        key = {name: value for name, value in self.data.settings.items() if name != "data_dir"}
-        key |= {"split": split, **fingerprint.of_dataset(dataset), "rebuilt_by": rebuilt_by}
+        # Without its directory: a data set may be moved.
+        key = {**self.data.transform_fields(split), **fingerprint.of_dataset(dataset), "rebuilt_by": rebuilt_by}
         return self._extract(open_batches, dataset.num_examples, key, rounds, rebuild)
 
     def of_images(self, title: str, images: ImageSet, rounds: bool = False) -> FeatureSet:
@@ -68,7 +69,7 @@ class SetFeatures:
         net, place = self.extractor.net, None
         if self.cache is not None and key is not None:
             place = Place(self.cache, {"images": key, **self.extractor.fields(rounds)})
-        num_splits = self.estimators.num_splits(num_images) if hasattr(net, "logits") else 0
+        num_splits = self.estimators.num_splits(num_images) if self.has_logits and hasattr(net, "logits") else 0
         return self.extractor.extract(
             open_batches, rebuild, rounds, num_images=num_images, batch_size=self.data.batch_size, place=place,
             num_splits=num_splits, split_seed=self.estimators.split_seed,

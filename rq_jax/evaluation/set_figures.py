@@ -1,7 +1,7 @@
 """Figures of sets of images against a reference, from their features: distances, scores, precision and coverage."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ MAX_SUBSET = 1000  # images behind one kernel distance
 SEED = 0  # of subsets and splits
 SCORE_SPLITS = 10
 NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+CLASS_SUBSETS = 20  # behind the kernel distance of one class
 INCEPTION = "inception_2015"
 
 
@@ -132,6 +133,34 @@ def _manifold(samples: np.ndarray, reference: np.ndarray) -> dict[str, tuple[Any
     return found
 
 
+def by_class(
+    samples_NA: np.ndarray,
+    classes_N: np.ndarray,
+    reference_MA: np.ndarray,
+    classes_M: np.ndarray,
+    class_names: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """Kernel distance of each class of which there are two images or more on both sides.
+
+    Args:
+      samples_NA, reference_MA: features.
+      classes_N, classes_M: numbers of their classes.
+      class_names: by number.
+
+    Returns:
+      Name of a class -> numbers of its images, and its distance over subsets of the smaller side.
+    """
+    found = {}
+    for number in np.intersect1d(classes_N, classes_M).tolist():
+        ours, theirs = samples_NA[classes_N == number], reference_MA[classes_M == number]
+        if (size := min(len(ours), len(theirs))) >= 2:
+            num_subsets = 1 if len(ours) == len(theirs) else CLASS_SUBSETS  # of equal sides there is only one
+            distance = metrics.kernel_distances(ours, theirs, size, num_subsets, SEED).mean()
+            sizes = {"images": len(ours), "reference_images": len(theirs)}
+            found[class_names[number]] = {**sizes, "kernel_distance": float(distance)}
+    return found
+
+
 def _spread(mean: float, std: float) -> dict[str, float]:
     return {"mean": float(mean), "std": float(std)}
 
@@ -147,7 +176,7 @@ def choose_subset_size(requested: int | None, sizes: Mapping[str, int], num_pair
     Raises:
       ValueError: more than the smallest set has, or than half of the images that are on both sides.
     """
-    smallest = min(sizes.values())
+    smallest = min(sizes.values(), default=MAX_SUBSET)
     largest = smallest if num_paired is None else min(smallest, num_paired // 2)
     subset_size = max(2, min(smallest // 2, MAX_SUBSET)) if requested is None else requested
     if not 2 <= subset_size <= largest:

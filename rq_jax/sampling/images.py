@@ -81,6 +81,7 @@ def draw(
     prefix: Any = None,
     kept: np.ndarray | None = None,
     grains: np.ndarray | None = None,
+    as_bytes: bool = True,
     compiling: Callable[[], AbstractContextManager] = contextlib.nullcontext,
     **settings: Any,
 ) -> Iterator[tuple[np.ndarray, Any, np.ndarray]]:
@@ -102,11 +103,12 @@ def draw(
       prefix: what images begin with, of m images as `generate` takes it; likewise.
       kept: (m, h, w, D), codes that are kept anywhere, as `generate` takes them; likewise.
       grains: (m, u, v), grain maps of a `DQTransformer`, likewise.
+      as_bytes: as `decode` takes it.
       compiling: makes a context that is entered while the programs of the first batch compile.
       **settings: further keywords of `generate`, such as temperature and guidance.
 
     Yields:
-      Image ids (b,), codes as `generate` gives them, of b images, images (b, H, W, C) uint8.
+      Image ids (b,), codes as `generate` gives them, of b images, images (b, H, W, C) uint8, or as `decode` has them.
 
     Raises:
       ValueError: a first index or a seed out of range.
@@ -131,7 +133,7 @@ def draw(
         cond = None if conds is None else conds[ids % len(conds)]
         with compiling() if pending is None else contextlib.nullcontext():
             codes = draw_codes(cond=cond, image_ids=ids, **in_turn)
-            images = decode(tokenizer.model, tokenizer_variables, codes, num_parts)
+            images = decode(tokenizer.model, tokenizer_variables, codes, num_parts, as_bytes)
         jax.tree.map(lambda array: array.copy_to_host_async(), (codes, images))
         if pending is not None:
             yield fetch(*pending)
@@ -147,16 +149,17 @@ def decode_all(
     batch_size: int,
     decode_batch_size: int | None = None,
     sharding: NamedSharding | None = None,
+    as_bytes: bool = True,
 ) -> Iterator[np.ndarray]:
     """Decodes codes batch by batch, with the program of `draw` for batches of that size.
 
     Args:
       tokenizer: its `model` and `variables`, as in `checkpoint.LoadedModel`.
       codes: of n images, as `generate` gives them, on the host.
-      batch_size, decode_batch_size, sharding: as in `draw`.
+      batch_size, decode_batch_size, sharding, as_bytes: as in `draw`.
 
     Yields:
-      Images (b, H, W, C), uint8, until all n are there.
+      Images (b, H, W, C), uint8, or as `decode` has them, until all n are there.
     """
     n = len(jax.tree.leaves(codes)[0])
     batch_size, num_parts = _batches(batch_size, decode_batch_size, sharding)
@@ -165,7 +168,7 @@ def decode_all(
     for start in range(0, n, batch_size):
         rows = np.resize(np.arange(start, min(start + batch_size, n)), batch_size)
         batch = jax.device_put(jax.tree.map(lambda array, rows=rows: array[rows], codes), sharding)
-        yield np.asarray(decode(tokenizer.model, variables, batch, num_parts))[: n - start]
+        yield np.asarray(decode(tokenizer.model, variables, batch, num_parts, as_bytes))[: n - start]
 
 
 def _batches(batch_size: int, decode_batch_size: int | None, sharding: NamedSharding | None) -> tuple[int, int]:
@@ -177,9 +180,9 @@ def _batches(batch_size: int, decode_batch_size: int | None, sharding: NamedShar
     return share * num_devices, num_parts
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def decode(tokenizer: Any, variables: Any, codes: Any, num_parts: int = 1) -> jax.Array:
-    """Images of codes as bytes, compiled once for a tokenizer and shape.
+@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+def decode(tokenizer: Any, variables: Any, codes: Any, num_parts: int = 1, as_bytes: bool = True) -> jax.Array:
+    """Images of codes, compiled once for a tokenizer and shape.
 
     The decoder's own images are nominally in [-1, 1] and overshoot; here they are clipped to it, and NaN is black.
 
@@ -188,20 +191,21 @@ def decode(tokenizer: Any, variables: Any, codes: Any, num_parts: int = 1) -> ja
       variables: its variables.
       codes: (B, h, w, D), int32; of a `DQVAE` also `GrainedCodes`.
       num_parts: parts of the batch, equally large, that are decoded one after the other: this needs less memory.
+      as_bytes: rounded to 8 bits; else floats, for figures that are taken before.
 
     Returns:
-      (B, H, W, C), uint8 in [0, 255].
+      (B, H, W, C), uint8 in [0, 255], or float32 in [-1, 1].
     """
 
     def decode_with(decoder: Any, codes: Any) -> jax.Array:
         images = decoder.apply(variables, codes, method="decode_codes").astype(jnp.float32)
+        if not as_bytes:
+            return jnp.clip(jnp.nan_to_num(images, nan=-1.0), -1, 1)
         return jnp.nan_to_num(jnp.round(jnp.clip(0.5 * images + 0.5, 0, 1) * 255)).astype(jnp.uint8)
 
     # Images are rounded to 8 bits: on an accelerator the decoder computes in bfloat16, with a float32 quantizer.
-    narrow = functools.partial(decode_with, tokenizer.clone(dtype="bfloat16"))
-    decode_part = functools.partial(
-        jax.lax.platform_dependent, cpu=functools.partial(decode_with, tokenizer), default=narrow
-    )
+    exact, narrow = (functools.partial(decode_with, one) for one in (tokenizer, tokenizer.clone(dtype="bfloat16")))
+    decode_part = functools.partial(jax.lax.platform_dependent, cpu=exact, default=narrow) if as_bytes else exact
     return map_micro_batches(decode_part, codes, num_parts)
 
 

@@ -38,6 +38,16 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def per_depth(kind: type) -> Callable[[str], Any]:
+    """The value of a flag with one number, or one per code depth separated by commas, for `type=` of argparse."""
+
+    def number(text: str) -> Any:
+        values = [kind(part) for part in text.split(",")]
+        return values[0] if len(values) == 1 else values
+
+    return number
+
+
 def main(train_and_evaluate: Callable[..., Any], presets: Mapping[str, Iterable[str]] | None = None) -> None:
     """Runs a training script: --config=<file>:<preset> --workdir=<dir> [--config.x.y=...] [--strict].
 

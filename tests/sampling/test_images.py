@@ -32,6 +32,8 @@ def test_images_are_clipped_and_never_wrap_around():
     found = images.decode(Decoder(), {}, codes)
     assert found.dtype == jnp.uint8
     np.testing.assert_array_equal(found, [0, 0, 0, 128, 255, 255, 255, 0])
+    unrounded = images.decode(Decoder(), {}, codes[:, None], 1, False)
+    np.testing.assert_array_equal(unrounded[:, 0], np.float32([-1, -1, -1, 0, 1, 1, 1, -1]))
 
 
 class Halves(nn.Module):
@@ -50,6 +52,8 @@ def test_the_program_is_that_of_the_platform_that_runs_it(num_parts):
     traced = images.decode.trace(Halves(), {}, codes, num_parts)
     texts = {name: traced.lower(lowering_platforms=(name,)).as_text() for name in ("cpu", "tpu", "cuda")}
     assert {name: "bf16" in text for name, text in texts.items()} == {"cpu": False, "tpu": True, "cuda": True}
+    unrounded = images.decode.trace(Halves(), {}, codes, num_parts, False)
+    assert "bf16" not in unrounded.lower(lowering_platforms=("tpu",)).as_text()
 
 
 def test_parts_of_a_batch_are_decoded_where_they_lie():
@@ -82,7 +86,7 @@ def test_batches_are_rounded_up_to_what_devices_and_parts_share(
     monkeypatch.setattr(images, "_for_inference", lambda *args: {})
     monkeypatch.setattr(images, "generate", lambda *args, image_ids, **_: jnp.asarray(image_ids))
 
-    def decode(model, variables, codes, num_parts):
+    def decode(model, variables, codes, num_parts, as_bytes):
         seen.update(drawn=len(codes), parts=num_parts)
         return codes
 
@@ -111,7 +115,7 @@ def test_only_the_first_batch_is_told_to_compile(monkeypatch):
     monkeypatch.setattr(
         images, "generate", lambda *args, image_ids, **_: events.append(list(image_ids)) or jnp.asarray(image_ids)
     )
-    monkeypatch.setattr(images, "decode", lambda model, variables, codes, num_parts: events.append("decoded") or codes)
+    monkeypatch.setattr(images, "decode", lambda model, variables, codes, *_: events.append("decoded") or codes)
 
     @contextlib.contextmanager
     def compiling():
