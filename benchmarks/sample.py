@@ -30,12 +30,7 @@ MODELS = {
 }
 TINY = {"spatial_layers": 8, "depth_layers": 4}
 # DQ-Transformers; grid and codebook are those of their tokenizer, and every image has the same number of codes.
-GRAINED = {
-    "dq_small": {
-        "name": "dqtransformer", "num_grains": 2, "model_dim": 512, "num_heads": 8, "position_layers": 4,
-        "content_layers": 12,
-    },
-}  # fmt: skip
+GRAINED = {"dq_small": {**presets.load("dqtransformer:throughput_small", 2)["model"], "num_grains": 2}}
 GRAINED_TOKENIZER, FINE_RATIO = "dqvae:imagenet256", 0.5
 CODE_SHAPE, CODEBOOK_SIZE = (8, 8, 4), 16384
 # The baselines of the paper exist in one shape and with one codebook.

@@ -143,7 +143,8 @@ def transformer_config(pictures: Path, kind: str = "unconditional", **overrides)
 def dqtransformer_config(pictures: Path, kind: str = "unconditional", **overrides):
     """A transformer over packed codes; kinds as above."""
     config = dqtransformer.get_config("uncond_imagenet_p6c18,quicktest")
-    config.update_from_flattened_dict({**_transformer(pictures, kind), "model.content_layers": 1})
+    settings = {"model.content_layers": 1, "loop.buckets": (), "loop.bucket_window": 1}
+    config.update_from_flattened_dict({**_transformer(pictures, kind), **settings})
     return override(config, **overrides)
 
 

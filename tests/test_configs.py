@@ -101,6 +101,7 @@ COUNTS = {
         "ffhq_p6c18": 308_884_480,
         "class_imagenet_triple_p6c18": 315_091_968,
         "cc3m_p6c18": 342_490_112,
+        "throughput_small": 55_760_896,
     },
 }
 for _file, _preset, _count in RELEASED.values():
