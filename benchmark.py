@@ -135,7 +135,10 @@ def add_train(add: Callable[..., Any]) -> None:
     add_preset(add)
     add("--accumulation_steps", type=_count, help="micro-batches of stage 2 (default: the preset's)")
     add("--dtype", type=DTYPES, help="default: the preset's")
-    add("--data", type=_one_of("synthetic", "preset"), default="synthetic", help="random images, or the preset's")
+    sources = "random images, the preset's, or for models with grains codes whose lengths spread as the bundled set's"
+    add("--data", type=_one_of("synthetic", "preset", "codes"), default="synthetic", help=sources)
+    add("--buckets", type=_list(_count), help="numbers of tokens that batches are padded to, beside the same without")
+    add("--window", type=_count, default=1, help="batches among which images are grouped by length, with --buckets")
     add("--no_perceptual", action="store_true", help="stage 1 without the perceptual loss")
     add("--no_adversary", action="store_true", help="stage 1 without the discriminator")
 

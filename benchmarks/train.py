@@ -1,6 +1,7 @@
 """The training steps of both stages as their recipes compile them, and the reading of their images alone."""
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -8,7 +9,7 @@ import itertools
 import tempfile
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,18 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import presets, timing, weights
+from benchmarks import lengths, presets, timing, weights
 from rq_jax import checkpoint, models, recipes
 from rq_jax.data import Dataset, Splits, make_dataset
 from rq_jax.data.conditions import check_condition
 from rq_jax.data.sources import examples
 from rq_jax.devices import sharding
-from rq_jax.models.flops import Work, count_traced, encoder_work
+from rq_jax.grains import PackedCodes
+from rq_jax.models.flops import Work, count_traced, encoder_work, transformer_flops
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.recipes.buckets import Buckets
 from rq_jax.recipes.codes import fill_from_tokenizer
+from rq_jax.settings import checks
 from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import make_optimizer
-from rq_jax.training.settings import loop_settings, resolve_durations
+from rq_jax.training.settings import loop_settings, recipe_settings, resolve_durations
 
 # Durations in epochs change no speed, so that the size of the data set need not be known.
 STEPS_PER_EPOCH = 1000
@@ -53,6 +57,8 @@ def load_settings(config: Config) -> Settings:
         settings["optim"]["use_sharded_gradients"] = config["gradients"] == "sharded"
     if config["stage"] == 2:
         kind = recipes.RECIPES[settings["model"]["name"]]
+        if kind.has_grains:
+            settings["loop"] |= {"buckets": config.get("buckets") or (), "bucket_window": config.get("window") or 1}
         return fill_from_tokenizer(settings, tokenizer_settings(settings), kind.has_grains)
     settings["loss"]["perceptual_weight"] *= config.get("perceptual", True)
     settings["loss"]["adversarial_weight"] *= config.get("adversary", True)
@@ -99,7 +105,7 @@ def _transformer_recipe(
 ) -> recipes.Transformer | recipes.DQTransformer:
     kind = recipes.RECIPES[settings["model"]["name"]]
     tokenizer = models.create(**tokenizer_settings(settings)["model"])
-    total_steps = loop_settings(settings["loop"], STEPS_PER_EPOCH).total_steps
+    total_steps, loop = loop_settings(settings["loop"], STEPS_PER_EPOCH).total_steps, recipe_settings(settings["loop"])
     optim = resolve_durations(settings["optim"], "optim", ("warmup", "hold"), STEPS_PER_EPOCH)
     return kind(
         models.create(**settings["model"]),
@@ -107,7 +113,8 @@ def _transformer_recipe(
         construct(make_optimizer, "optim", optim, total_steps=total_steps),
         construct(kind.losses_class, "loss", settings["loss"]),
         mesh,
-        ema_decay=settings["loop"]["ema_decay"],
+        ema_decay=loop.ema_decay,
+        buckets=Buckets(loop.buckets, loop.bucket_window),
         seed=settings["seed"],
         tokenizer_variables=place(models.abstract_variables(tokenizer)),
     )
@@ -118,16 +125,19 @@ def tokenizer_of(recipe: Recipe) -> Any:
     return recipe.model if isinstance(recipe, recipes.Tokenizer) else recipe.tokenizer.model
 
 
-def batch_shapes(recipe: Recipe, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a training batch with their shardings."""
+def batch_shapes(recipe: Recipe, batch_size: int, tokens: int | None = None) -> dict[str, Any]:
+    """Shapes of a training batch of images, or of codes packed to so many tokens, with their shardings."""
 
     def rows(*shape: int, dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.batch_sharding(recipe.mesh))
 
-    tokenizer = tokenizer_of(recipe)
-    shapes = {"image": rows(*tokenizer.image_shape, tokenizer.in_channels, dtype=jnp.float32)}
+    tokenizer, ids = tokenizer_of(recipe), functools.partial(rows, dtype=jnp.int32)
+    shapes: dict[str, Any] = {"image": rows(*tokenizer.image_shape, tokenizer.in_channels, dtype=jnp.float32)}
+    if tokens is not None:
+        content = ids(tokens, recipe.model.code_shape[-1])
+        shapes = {"packed": PackedCodes(content, ids(tokens), ids(tokens), ids())}
     if getattr(recipe.model, "is_conditional", False):
-        shapes["cond"] = rows(recipe.model.cond_length, dtype=jnp.int32)
+        shapes["cond"] = ids(recipe.model.cond_length)
     return shapes
 
 
@@ -136,6 +146,22 @@ def compile_step(recipe: Recipe, state: Any, batch: Mapping[str, Any]) -> timing
     outputs = recipe.shardings, sharding.replicated(recipe.mesh)
     update = functools.partial(recipe.update, phase=recipe.phase(LAST_STEP))
     return timing.compile_program(update, state, batch, recipe.frozen, donate_argnums=0, out_shardings=outputs)
+
+
+def compile_steps(recipe: Recipe, state: Any, batch: Mapping[str, Any]) -> timing.Compiled:
+    """`compile_step` for a batch like this, or where batches are packed for every bucket; the memory is the largest."""
+    if "packed" not in batch:
+        return compile_step(recipe, state, batch)
+    buckets, batch_size = (*recipe.buckets.tokens, recipe.model.layout.max_tokens), len(batch["packed"].length)
+    shapes = [batch_shapes(recipe, batch_size, tokens) for tokens in sorted(set(buckets))]
+    programs = {lengths.shape_of(each): compile_step(recipe, state, each) for each in shapes}
+
+    def call(state: Any, batch: Mapping[str, Any], frozen: Any) -> Any:
+        return programs[lengths.shape_of(batch)].call(state, batch, frozen)
+
+    sizes = [program.memory for program in programs.values()]
+    memory = {name: max(size[name] for size in sizes) for name in sizes[0]}
+    return timing.Compiled(call, sum(program.seconds for program in programs.values()), memory)
 
 
 # --- training ---
@@ -147,6 +173,7 @@ def groups(args: argparse.Namespace) -> list[list[Config]]:
     Raises:
       ValueError: an unknown preset, or settings that do not fit together.
     """
+    buckets = Buckets(tuple(args.buckets or ()), args.window)
     for name in ("no_perceptual", "no_adversary"):
         if args.stage == 2 and getattr(args, name):
             raise ValueError(f"--{name}: stage 2 has neither; leave it out, or give --stage=1")
@@ -161,16 +188,40 @@ def groups(args: argparse.Namespace) -> list[list[Config]]:
         steps, batch = settings["optim"]["accumulation_steps"], settings["data"]["batch_size"]
         sharding.check_batch_size(mesh, batch, steps)
         config |= {"batch": batch, "dtype": settings["model"]["dtype"], "accumulation_steps": steps}
-        sweep.append([config | {"data": args.data, "steps": args.steps}])
+        config |= {"data": args.data, "steps": args.steps}
+        check_lengths(config, settings, buckets)
+        sweep.append([config])
+        if buckets.tokens:  # beside the same without them
+            sweep[-1].insert(0, config | {"buckets": buckets.tokens, "window": buckets.window})
     return sweep
+
+
+def check_lengths(config: Config, settings: Settings, buckets: Buckets) -> None:
+    """Codes are for models with grains; buckets for codes, and a run for whole windows of their batches.
+
+    Raises:
+      ValueError: naming the option.
+    """
+    has_grains = config["stage"] == 2 and recipes.RECIPES[settings["model"]["name"]].has_grains
+    if config["data"] == "codes" and not has_grains:
+        raise ValueError("--data: codes is for stage 2 over grains; give a preset dqtransformer:<preset>")
+    if buckets.tokens:
+        if config["data"] != "codes":
+            raise ValueError(f"--buckets: {buckets.tokens} needs codes of unlike lengths; give --data=codes")
+        buckets.check_layout(models.create(**settings["model"]).layout)
+        checks.multiple_of("--steps", config["steps"], buckets.window, "the batches of --window")
 
 
 def open_batches(config: Config, settings: Settings, recipe: Recipe) -> tuple[Callable[[], Any], Callable[[], None]]:
     """(next batch on the devices, stop reading); random images are drawn once."""
-    if config["data"] == "preset":
-        dataset = open_dataset(settings)
-        if config["stage"] == 2:
-            check_condition(recipe.model, dataset, settings["data"])
+    if config["data"] != "synthetic":
+        if config["data"] == "codes":
+            dataset: Any = lengths.SpreadCodes(recipe.model, config["batch"], config["steps"])
+            dataset = recipe.bucketed(dataset) if config.get("buckets") else dataset
+        else:
+            dataset = open_dataset(settings)
+            if config["stage"] == 2:
+                check_condition(recipe.model, dataset, settings["data"])
         iterator = dataset.iterator()
         return lambda: sharding.put_batch(recipe.mesh, next(iterator)), iterator.close
     rng, shapes = np.random.default_rng(0), batch_shapes(recipe, config["batch"])
@@ -199,13 +250,18 @@ def prepare(config: Config) -> Prepared:
     config = {"data": "synthetic", **config, "batch": settings["data"]["batch_size"]}
     next_batch, close = open_batches(config, settings, recipe)
     state, batch = recipe.init(jax.random.key(recipe.seed)), next_batch()
-    return Prepared(recipe, state, batch, compile_step(recipe, state, batch), next_batch, close)
+    return Prepared(recipe, state, batch, compile_steps(recipe, state, batch), next_batch, close)
 
 
 def build(config: Config, args: argparse.Namespace) -> timing.Program:
     """The step of a configuration; its state is donated from step to step, as in a run."""
     recipe, state, batch, compiled, next_batch, close = prepare(config)
-    steps = config["steps"]
+    steps, model_flops, tokens, batches = config["steps"], recipe.flops_per_image, {}, [batch]
+    if config["data"] == "codes":
+        batches += [next_batch() for _ in range(steps - 1)]  # a run, as all others
+        tokens = lengths.count_tokens(recipe.model, batches)
+        of_mean = transformer_flops(recipe.model, train=True, tokens=round(tokens["tokens_per_image"]))
+        model_flops = sum(of_mean.values())
 
     def call() -> Any:
         nonlocal state
@@ -219,10 +275,10 @@ def build(config: Config, args: argparse.Namespace) -> timing.Program:
         count,
         compiled.seconds,
         compiled.memory,
-        step_work(recipe, state, batch, steps),
-        model_flops=count * recipe.flops_per_image,
+        run_work(recipe, state, batches, steps),
+        model_flops=count * model_flops,
         num_devices=recipe.mesh.size,
-        details=lambda seconds: {"steps_per_second": steps / seconds},
+        details=lambda seconds: {"steps_per_second": steps / seconds, **tokens},
         close=close,
     )
 
@@ -232,10 +288,22 @@ def step_work(recipe: Recipe, state: Any, batch: Mapping[str, Any], steps: int) 
     update = functools.partial(recipe.update, phase=recipe.phase(LAST_STEP))
     counts, stages = count_traced(update, state, batch, recipe.frozen), {}
     flops, traffic = steps * counts.flops, steps * counts.bytes
-    if not isinstance(recipe, recipes.Tokenizer):
+    if not isinstance(recipe, recipes.Tokenizer) and "image" in batch:
         stages["tokenizer"] = encoder_work(recipe.tokenizer.model) * (steps * batch["image"].shape[0])
         flops, traffic = flops - stages["tokenizer"].flops, traffic - stages["tokenizer"].bytes
     return stages | {"training": Work(flops, traffic, recipe.model.dtype)}
+
+
+def run_work(recipe: Recipe, state: Any, batches: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Work]:
+    """Work of a run whose steps have these batches in equal shares."""
+    by_shape = {lengths.shape_of(batch): batch for batch in batches}
+    shares = collections.Counter(map(lengths.shape_of, batches))
+    total: dict[str, Work] = {}
+    for shape, batch in by_shape.items():
+        for name, work in step_work(recipe, state, batch, 1).items():
+            work *= steps * shares[shape] / len(batches)
+            total[name] = total[name] + work if name in total else work
+    return total
 
 
 # --- reading alone ---

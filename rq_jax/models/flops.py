@@ -21,6 +21,9 @@ class Work:
     bytes: float
     dtype: str = "float32"
 
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.bytes + other.bytes, self.dtype)
+
     def __mul__(self, times: float) -> "Work":
         return Work(self.flops * times, self.bytes * times, self.dtype)
 

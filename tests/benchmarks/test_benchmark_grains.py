@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import benchmark
-from benchmarks import roofline, sample, sweep, timing, train
+from benchmarks import lengths, roofline, sample, sweep, timing, train
 from rq_jax import sampling
 from rq_jax.devices.peaks import Peaks
 from rq_jax.grains import num_codes
@@ -95,6 +95,36 @@ def test_the_step_of_stage_2():
     assert work["training"].flops > 3 * 8 * recipe.flops_per_image / 2
 
 
+def test_lengths_spread_as_the_bundled_set():
+    model = sample.make_transformer(groups("sample", "--model=dq_small", "--batch=1")[0][0])
+    batches = [next(iterator) for iterator in [lengths.SpreadCodes(model, 8, 8)] for _ in range(9)]
+    helpers.assert_equal(batches[8], batches[0])
+    found = np.concatenate([np.asarray(num_codes(batch["grains"], 2)) for batch in batches[:8]]) + 4
+    assert found.mean() == pytest.approx(644, abs=1) and 300 < found.min() < 400 and 900 < found.max() < 1028
+    np.testing.assert_allclose(
+        np.quantile(found, [0.25, 0.5, 0.75]), 260 + 768 * np.array([0.383, 0.492, 0.594]), atol=6
+    )
+    assert np.std([np.mean(num_codes(batch["grains"], 2)) for batch in batches[:8]]) > 10  # in no order
+    assert lengths.count_tokens(model, batches[:8]) == {"tokens_per_image": found.mean(), "padded_tokens": 1028}
+
+
+BUCKETS = "train --stage=2 --preset=dqtransformer:demo --quicktest --batch=8 --data=codes --buckets=48".split()
+
+
+def test_buckets_are_timed_beside_padding_to_the_longest(monkeypatch):
+    monkeypatch.setattr(train.sharding, "make_mesh", helpers.make_mesh)
+    record = run(*BUCKETS, "--window=3", "--steps=3", "--runs=1")
+    bucketed, padded = record["results"]
+    assert bucketed["config"]["buckets"] == (48,) and bucketed["config"]["window"] == 3
+    assert "buckets" not in padded["config"] and padded["config"]["data"] == "codes"
+    assert padded["count"] == bucketed["count"] == 24 and padded["padded_tokens"] == 68
+    assert padded["tokens_per_image"] == bucketed["tokens_per_image"] <= bucketed["padded_tokens"] < 60
+    assert padded["model_flops"] == bucketed["model_flops"] and padded["flops"] > 1.1 * bucketed["flops"]
+    (comparison,) = record["comparisons"]
+    assert comparison["config"] == bucketed["config"] and comparison["against"] == padded["config"]
+    assert comparison["ratio"]["median"] > 0 and comparison["predicted"] > 1.1
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -107,6 +137,12 @@ def test_the_step_of_stage_2():
         ("decode --tokenizer=dqvae:none", "preset 'none' is unknown"),
         ("train --preset=rqtransformer:demo", "preset: 'rqtransformer' is unknown; allowed are 'rqvae' and 'dqvae'"),
         ("train --stage=2 --preset=dqvae:demo", "preset: 'dqvae' is unknown; allowed"),
+        ("train --data=codes", "--data: codes is for stage 2 over grains; give a preset dqtransformer:<preset>"),
+        ("train --stage=2 --data=codes", "--data: codes is for stage 2 over grains"),
+        (" ".join(BUCKETS).replace("codes", "synthetic"), r"--buckets: \(48,\) needs codes of unlike lengths; give --data=codes"),
+        (" ".join(BUCKETS) + " --window=4", "--steps: 10 must be a positive multiple of 4, the batches of --window"),
+        (" ".join(BUCKETS) + ",69", r"loop.buckets: 69 is outside 20\.\.68, the tokens of an image"),
+        ("train --stage=2 --window=4", "loop.bucket_window: 4 groups images for loop.buckets"),
     ],
 )  # fmt: skip
 def test_refused(argv, message):
