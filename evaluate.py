@@ -272,8 +272,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if report.figures:
             shown = [one for one in stamps.read(record, args.command) if not one.name.startswith(OF_CLASS)]
             print(stamps.table(shown))
-        print(*report.told, sep="\n")
-        print(json.dumps(record))
+        print(*report.told, json.dumps(record), sep="\n")
     if unlike := record.get("unlike"):
         raise ValueError(stamps.refusal(unlike))
     return record
