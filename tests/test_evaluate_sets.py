@@ -4,13 +4,15 @@ import json
 from types import SimpleNamespace
 
 import helpers
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import evaluate
 from rq_jax import checkpoint, metrics
 from rq_jax.data import make_dataset
-from rq_jax.evaluation import drawn_sets, statistics
+from rq_jax.evaluation import choices, drawn_sets, judges, statistics
 from rq_jax.evaluation.drawn_sets import DrawSettings
 from rq_jax.evaluation.statistics import Moments
 from rq_jax.pretrained import clip, clip_text, efficientnet_lite
@@ -123,6 +125,38 @@ def test_classes_are_compared_with_their_own(root, record):
             "reference_images": len(y),
             "kernel_distance": pytest.approx(distance, abs=1e-5),
         }
+
+
+def test_the_best_of_what_is_drawn_are_measured(root, monkeypatch):
+    """Each class keeps the brightest half, whatever the batches; the counts are told."""
+
+    def classifier_judge(loaded, classes, file):
+        program = jax.jit(lambda _, images, wanted: jnp.mean(images.astype(jnp.float32), (1, 2, 3)))
+        return judges.Judge("brightness", program, (), np.asarray(classes))
+
+    monkeypatch.setattr(choices, "classifier_judge", classifier_judge)
+    loaded = checkpoint.load_model(root / "transformer")
+    every = drawn_sets.draw_set(loaded, "x", DrawSettings(num_images=20, classes_of="balanced"))
+    pixels, classes = every.first(20, 4), every.conditions[:, 0]
+    settings = DrawSettings(num_images=10, classes_of="balanced", keep=0.5, by="classifier")
+    kept = drawn_sets.draw_set(loaded, "x", settings)
+    found = kept.first(10, 4)
+    for c in range(5):
+        of_class = pixels[classes == c]
+        best = of_class[np.argsort(-of_class.mean((1, 2, 3)), kind="stable")[:2]]
+        assert np.abs(found[kept.conditions[:, 0] == c].astype(int) - best).max() <= 1
+    tally = kept.subject["chosen"]
+    assert (tally["judge"], tally["drawn"], tally["kept"], tally["dropped"]) == ("brightness", 20, 10, 10)
+
+
+def test_classes_as_frequent_as_in_training(root):
+    loaded = checkpoint.load_model(root / "transformer")
+    loaded = loaded._replace(config={**loaded.config, "class_counts": [0, 1, 0, 3, 0]})
+    settings = DrawSettings(num_images=400, classes_of="frequencies")
+    counts = np.bincount(drawn_sets.draw_set(loaded, "x", settings).conditions[:, 0], minlength=5)
+    assert counts[[0, 2, 4]].sum() == 0 and counts[3] == pytest.approx(300, abs=40)
+    balanced = drawn_sets.draw_set(loaded, "x", settings._replace(classes_of="balanced")).conditions[:, 0]
+    np.testing.assert_array_equal(np.bincount(balanced), [80] * 5)
 
 
 # --- references ---
@@ -287,6 +321,13 @@ def test_classes_need_samples_that_have_them(root, tmp_path):
 def test_one_image_has_no_distance(root, tmp_path):
     grids.save_png(tmp_path / "0.png", np.zeros((16, 16, 3), np.uint8))
     with pytest.raises(ValueError, match="^images of '.*': 1 must be at least 2; a covariance needs two$"):
+        measured(root, tmp_path, out="refused")
+
+
+def test_a_transformer_without_tokenizer_is_refused(root, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((root / "transformer" / name).read_bytes())
+    with pytest.raises(ValueError, match="^--samples: '.*' carries no tokenizer; give the directory of a stage-2 run$"):
         measured(root, tmp_path, out="refused")
 
 

@@ -112,11 +112,12 @@ def draw_set(
     tokenizer, is_text = loaded.tokenizer.model, kind_of(loaded) == "text"
     conditions = np.zeros((len(ids), 0), np.int32) if conds is None else conds[ids % len(conds)]
     digest = digest_of([conditions.tolist(), as_bytes])
-    draw = functools.partial(_draw, loaded, plan, {"seed": seed, "weights": weights}, as_bytes)
+    subject |= told
+    draw = functools.partial(_draw, loaded, plan, {"seed": seed, "weights": weights}, as_bytes, subject)
     return ImageSet(
         directory, (*tokenizer.image_shape, tokenizer.in_channels), len(ids), functools.partial(_batches, draw, ids),
         is_rounded=as_bytes, conditions=conditions, prompts=[names[i % len(names)] for i in ids] if is_text else None,
-        subject={**subject, **told}, identity={**told, "drawn": digest},
+        subject=subject, identity={**told, "drawn": digest},
     )  # fmt: skip
 
 
@@ -140,16 +141,22 @@ def _conditions(
 
 
 def _draw(
-    loaded: LoadedModel, plan: Plan, settings: dict[str, Any], as_bytes: bool, batch_size: int, first: int
+    loaded: LoadedModel,
+    plan: Plan,
+    settings: dict[str, Any],
+    as_bytes: bool,
+    subject: dict[str, Any],
+    batch_size: int,
+    first: int,
 ) -> Iterator[np.ndarray]:
-    """Images (b, H, W, C) of the ids from the first on, a batch after the other."""
+    """Images (b, H, W, C) from the first on, a batch after the other; of a choice its tally is added to the subject."""
     batches = {**settings, "batch_size": batch_size, "decode_batch_size": None}
     if plan.choice is None:
         num = len(plan.ids) - first
         for *_, pixels in drawing.stream(loaded, plan, plan.conds, first, num, {**batches, "as_bytes": as_bytes}):
             yield pixels
         return
-    chosen, _ = drawing.choose(loaded, plan, **batches)
+    chosen, subject["chosen"] = drawing.choose(loaded, plan, **batches)
     codes = jax.tree.map(lambda array: array[first:], chosen.items)
     layout = drawing.layout()
     yield from images.decode_all(loaded.tokenizer, codes, batch_size=batch_size, sharding=layout, as_bytes=as_bytes)

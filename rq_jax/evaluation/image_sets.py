@@ -64,10 +64,15 @@ class ImageSet:
                 break
         return {"image": np.stack([found[i] for i in positions])}
 
-    def first(self, count: int) -> np.ndarray:
-        """The first images, at most `count`."""
-        batch = next(iter(self.batches(count)))
-        return batch["image"][batch["mask"]]
+    def first(self, count: int, batch_size: int = _EXAMPLES) -> np.ndarray:
+        """The first images, at most `count`; a set that is drawn takes the program of batches of this size."""
+        images, found = [np.zeros((0, *self.shape), np.uint8 if self.is_rounded else np.float32)], 0
+        for batch in self.batches(batch_size):
+            images.append(batch["image"][batch["mask"]])
+            found += len(images[-1])
+            if found >= count:
+                break
+        return np.concatenate(images)[:count]
 
     def conditions_digest(self) -> str:
         """What the images were drawn with, whatever their order: "unknown", "none", or a digest."""

@@ -182,7 +182,7 @@ def neighbour_distances(args: Any, mesh: Mesh) -> Report:
     images_at = data.open(args.among) if among is None else among
     for i, one in enumerate(given):
         positions = nearest[f"samples {one.name}"].positions
-        sheet = neighbours.draw_sheet(one.first(neighbours.NUM_SHOWN), positions, images_at)
+        sheet = neighbours.draw_sheet(one.first(neighbours.NUM_SHOWN, data.batch_size), positions, images_at)
         what = f"nearest images of samples {one.name}"
         report.picture(Path(args.out) / f"neighbours{i or ''}.png", sheet, what)
     path = Path(args.out) / "neighbour_distances.png"
