@@ -60,8 +60,17 @@ def evaluated(root, *checkpoints, **settings):
 
 
 @pytest.fixture(scope="module")
-def record(root):
-    return evaluated(root, "first", "second")
+def of_both(root):
+    """(record, rows of the grid) of two tokenizers."""
+    rows, drawn = {}, grids.labelled_grid
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grids, "labelled_grid", lambda given: rows.update(given) or drawn(given))
+        return evaluated(root, "first", "second"), rows
+
+
+@pytest.fixture(scope="module")
+def record(of_both):
+    return of_both[0]
 
 
 @pytest.fixture(scope="module")
@@ -124,12 +133,10 @@ def test_files(root, record):
     assert image.height > 3 * commands.SHOWN_SIZE and image.width > 5 * commands.SHOWN_SIZE
 
 
-def test_one_tokenizer_is_shown_at_each_depth(root, monkeypatch):
-    seen = []
-    monkeypatch.setattr(grids, "labelled_grid", lambda rows: seen.append(rows) or np.zeros((4, 4, 3), np.uint8))
+def test_one_tokenizer_is_shown_at_each_depth(root, of_both, monkeypatch):
+    alone, both = {}, of_both[1]
+    monkeypatch.setattr(grids, "labelled_grid", lambda rows: alone.update(rows) or np.zeros((4, 4, 3), np.uint8))
     found = evaluated(root, "first", out="alone")["results"][str(root / "first")]
-    evaluated(root, "first", "second", out="both")
-    alone, both = seen
     assert list(alone) == ["original", *(f"depth {d}: {found['psnr'][d - 1]:.1f} dB" for d in range(1, D + 1))]
     full = f"first: {found['psnr'][-1]:.1f} dB"
     assert list(both)[:2] == ["original", full] and len(both) == 3
