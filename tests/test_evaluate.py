@@ -159,6 +159,9 @@ def test_perceptual_distance(root, record):
     assert found["distance"] == "hed_vgg16"
     figures = found["results"][str(root / "first")]
     assert len(figures["distance"]) == D and min(figures["distance"]) > 0
+    (stamp,) = [figure["protocol"] for figure in found["figures"] if figure["figure"] == "distance"]
+    fields = found["protocols"][stamp]
+    assert fields["extractor"] == "hed_vgg16" and len(fields["extractor weights"]) == 16
     assert figures["psnr"] == pytest.approx(record["results"][str(root / "first")]["psnr"], rel=1e-5)
 
 

@@ -24,6 +24,7 @@ from rq_jax.evaluation.stamps import Fields, Figure
 from rq_jax.evaluation.tokenizer import PROTOCOL, compare_tokenizers
 from rq_jax.files import read_json
 from rq_jax.pretrained import vgg_lpips
+from rq_jax.pretrained.vgg_lpips import Perceptual
 from rq_jax.report import grids
 
 SHOWN_SIZE = 128
@@ -57,9 +58,10 @@ def tokenizer(args: Any, mesh: Mesh) -> Report:
     report.record["distance"] = perceptual.name if perceptual else None
     scale = max(1, SHOWN_SIZE // data.settings["image_size"][0])
     report.record["results"], rows = compare_tokenizers(tokenizers, data, mesh, perceptual, scale)
+    judge = _fields_of(perceptual)
     for directory, figures in report.record["results"].items():
         figures["fingerprint"] = report.subjects[directory]["fingerprint"]
-        _add_figures(report, data, directory, ("results", directory), figures)
+        _add_figures(report, data, directory, ("results", directory), figures, judge)
     report.picture(Path(args.out) / "reconstructions.png", grids.labelled_grid(rows), "images")
     at_ratios = {
         name: fine_ratios.measure_ratios(loaded, data, mesh, args.grains, perceptual, name)
@@ -76,8 +78,14 @@ def tokenizer(args: Any, mesh: Mesh) -> Report:
                 identity_at_ratio = [identity, False, each.thresholds.tolist()]
                 sets.add_reconstructions(f"{name} at fine ratio {each.ratio:g}", rebuild, identity_at_ratio)
     if at_ratios:
-        _add_ratios(report, data, args.out, at_ratios, scale)
+        _add_ratios(report, data, args.out, at_ratios, judge, scale)
     return report
+
+
+def _fields_of(perceptual: Perceptual | None) -> Fields:
+    if perceptual is None:
+        return {}
+    return {"extractor": perceptual.name, "extractor weights": checkpoint.fingerprint(perceptual.variables)}
 
 
 def _subject_of(args: Any, directory: str, loaded: LoadedModel) -> Fields:
@@ -88,18 +96,28 @@ def _subject_of(args: Any, directory: str, loaded: LoadedModel) -> Fields:
 
 
 def _add_figures(
-    report: Report, data: EvaluationData, of: str, at: tuple[Any, ...], figures: Mapping[str, Any], **fields: Any
+    report: Report,
+    data: EvaluationData,
+    of: str,
+    at: tuple[Any, ...],
+    figures: Mapping[str, Any],
+    judge: Fields,
+    **fields: Any,
 ) -> None:
-    """Adds the figures of one tokenizer, which stand in the record already."""
+    """Adds the figures of one tokenizer, which stand in the record already; `judge` is that of the distance."""
     shared = {**data.fields(data.split), "range": RANGE, "clipping": f"to {RANGE}", "rounding": UNROUNDED, **fields}
     shared["estimator"] = PROTOCOL
     for name in [name for name in figures if name not in ("images", "fingerprint")]:
-        of_figure = {"extractor": report.record["distance"]} if name == "distance" else {}
-        report.figures.append(Figure(name, of, (*at, name), {**shared, **of_figure}))
+        report.figures.append(Figure(name, of, (*at, name), {**shared, **(judge if name == "distance" else {})}))
 
 
 def _add_ratios(
-    report: Report, data: EvaluationData, out: str, at_ratios: Mapping[str, Sequence[AtRatio]], scale: int
+    report: Report,
+    data: EvaluationData,
+    out: str,
+    at_ratios: Mapping[str, Sequence[AtRatio]],
+    judge: Fields,
+    scale: int,
 ) -> None:
     """Adds figures of tokenizers at each fine ratio, a table, curves and sheets."""
     found = report.record["fine_ratios"] = {}
@@ -113,7 +131,7 @@ def _add_ratios(
             found[name].append(figures)
             given = {"fine_ratio": each.ratio, "grains": "above a quantile of the entropies of the images measured"}
             report.subjects[of] = {**report.subjects[name], "threshold": figures["threshold"]}
-            _add_figures(report, data, of, ("fine_ratios", name, place), each.figures, **given)
+            _add_figures(report, data, of, ("fine_ratios", name, place), each.figures, judge, **given)
         report.told.append(f"{name}, thresholds from the entropies of the images themselves:")
         report.told.append(fine_ratios.table(found[name]))
         sheet = grids.labelled_grid(fine_ratios.ratio_rows(measured, scale))

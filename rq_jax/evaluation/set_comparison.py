@@ -25,6 +25,7 @@ from rq_jax.settings.text import quoted
 TRAINING = "training pictures"
 HELD_OUT = "the held-out images"
 
+NUM_TOLD = 5  # classes
 OF_CLASS = "kernel_distance of class "
 
 
@@ -152,6 +153,9 @@ class SetComparison:
             **self.reference.fields, **self._features.extractor.fields(rounds),
             "conditions": samples.conditions_digest(), "estimator": "unbiased, kernel (x.y / A + 1)^3, of one class",
         }  # fmt: skip
+        farthest = sorted(found, key=lambda name: -found[name]["kernel_distance"])[:NUM_TOLD]
+        shown = ", ".join(f"{quoted(name)} {found[name]['kernel_distance']:.3g}" for name in farthest)
+        self._report.told.append(f"{of}: {len(found)} classes, farthest from their own: {shown}")
         for name in found:
             at = ("by_class", of, name, "kernel_distance")
             self._report.figures.append(Figure(f"{OF_CLASS}{name}", of, at, protocol))
