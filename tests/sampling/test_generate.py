@@ -156,10 +156,11 @@ def test_devices_that_share_a_batch_exchange_nothing(filters):
 
 def test_changing_values_never_recompiles_and_giving_one_more_does():
     model, variables = build()
+    batch = B + 3  # of this test alone: what another test compiled would not be counted
     filters = {"top_k": 7, "top_p": 0.5}
-    generate(model, variables, RNG, B)
+    generate(model, variables, RNG, batch)
     compiled = _generate._cache_size()
-    generate(model, variables, RNG, B, **filters)
+    generate(model, variables, RNG, batch, **filters)
     assert _generate._cache_size() == compiled + 1
     for values in (
         {"temperature": 0.5},
@@ -167,12 +168,12 @@ def test_changing_values_never_recompiles_and_giving_one_more_does():
         {"temperature": [0.1, 0.2, 0.3, 0.4], "top_k": None, "top_p": None},
         {"top_k": 10**6, "top_p": 1},
         {"top_k": [1, 2, 3, 4], "top_p": [0.1, 0.2, 0.3, 1.0]},
-        {"image_ids": np.array([7, 9])},
-        {"prefix": jnp.zeros((B, 0, D), int)},
+        {"image_ids": np.array([7, 9, 1, 0, 4])},
+        {"prefix": jnp.zeros((batch, 0, D), int)},
     ):
-        generate(model, variables, jax.random.key(len(values)), B, **{**filters, **values})
+        generate(model, variables, jax.random.key(len(values)), batch, **{**filters, **values})
         assert _generate._cache_size() == compiled + 1, values
-    generate(model, variables, RNG, B, prefix=jnp.zeros((B, T, D), int))
+    generate(model, variables, RNG, batch, prefix=jnp.zeros((batch, T, D), int))
     assert _generate._cache_size() == compiled + 2
 
 

@@ -303,7 +303,7 @@ def test_a_run_ends_with_curves_and_says_where_its_images_are(uninterrupted, cap
     assert (workdir / "pictures" / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = (workdir / "parameters.txt").read_text()
     assert "params/w_M" in table and "Total: 15 -- 60 bytes" in table
-    assert capsys.readouterr().out == f"{table}images: {workdir / 'pictures'}\n"
+    assert capsys.readouterr().out == f"{table}images: {workdir / 'pictures'}, report: {workdir / 'index.html'}\n"
 
 
 def test_a_run_directory_belongs_to_one_kind_of_model(tmp_path):
