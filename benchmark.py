@@ -97,6 +97,7 @@ def add_sample(add: Callable[..., Any]) -> None:
     add("--weights", type=_list(_one_of(*roofline.BYTES)), help="weights at rest (default: as --dtype)")
     ratios = f"share of the regions of the finest grain, of models with grains (default: {sample.FINE_RATIO})"
     add("--fine_ratio", type=_list(float), help=ratios)
+    add("--as_released", action="store_true", help="beside each the original's sampler, which caches nothing")
     add("--guidance", type=float, help="scale of classifier-free guidance")
     add("--temperature", type=float, default=1.0)
     add("--top_k", type=_count)

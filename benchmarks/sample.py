@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import presets, roofline, timing, weights
+from benchmarks import presets, released, roofline, timing, weights
 from rq_jax import models, sampling
 from rq_jax.grains import num_codes
 from rq_jax.models.flops import decoder_work
+from rq_jax.sampling import as_released
 from rq_jax.settings import checks
 
 # Presets of configs/rqtransformer.py; at code depth 1 the layers of their depth stack join the spatial one.
@@ -89,8 +90,11 @@ def groups(args: argparse.Namespace) -> list[list[Config]]:
                 "weights": stored or dtype, **settings, "decode": decode, "tokenizer": tokenizer,
                 "batches": batches, "batch": batch, **of_grains(model, ratio),
             }  # fmt: skip
-            make_transformer(config)  # raises where settings do not fit, before anything compiles
+            transformer = make_transformer(config)  # raises where settings do not fit, before anything compiles
             group.append(config)
+            if args.as_released:
+                check_as_released(transformer, config)
+                group.append(config | {"as_released": True})
         sweep.append(group)
     return sweep
 
@@ -152,6 +156,19 @@ def of_grains(model: str, fine_ratio: float | None) -> Config:
     ratio = FINE_RATIO if fine_ratio is None else fine_ratio
     checks.within("--fine_ratio", ratio, 0, 1)
     return {"fine_ratio": ratio}
+
+
+def check_as_released(model: Any, config: Config) -> None:
+    """Check that the original's sampler draws from this model, and codes alone.
+
+    Raises:
+      ValueError: naming the option.
+    """
+    if config["model"] not in GRAINED:
+        raise ValueError(f"--as_released: is for models with grains, '{config['model']}' has none; leave it out")
+    if config["decode"]:
+        raise ValueError("--as_released: times the drawing of codes alone; leave out --decode and --protocol")
+    as_released.check_as_released(model, "fixed", guidance=config["guidance"])
 
 
 def tokenizer_preset(
@@ -267,9 +284,20 @@ def compile_decoder(config: Config, model: Any) -> timing.Compiled:
     return compiled._replace(call=functools.partial(compiled.call, variables))
 
 
+def build_released(config: Config, model: Any) -> timing.Program:
+    """The original's sampler of a configuration."""
+    temperature, top_k, top_p = (config[name] for name in ("temperature", "top_k", "top_p"))
+    filters = (temperature, None, None), (temperature, top_k, top_p)
+    arrays = filters[0], jax.tree.map(lambda value: jnp.asarray([value]), filters[1])
+    variables, tokens = draw_variables(model, config["weights"]), tokens_of_image(config, model)
+    return released.build(model, variables, config["batch"], tokens, arrays, NUM_CLASSES)
+
+
 def build(config: Config, args: argparse.Namespace) -> timing.Program:
     """The sampler of a configuration, with the decoder behind it where that is asked for."""
     model, batches = make_transformer(config), config["batches"]
+    if config.get("as_released"):
+        return build_released(config, model)
     draw, decode = compile_sampler(config, model), None
     tokens, guided = tokens_of_image(config, model), config["guidance"] is not None
     stages = roofline.sampling_work(model, config["batch"], config["weights"], guided, tokens)

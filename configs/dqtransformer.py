@@ -65,6 +65,14 @@ PRESETS: dict[str, common.Overrides] = {
     # Released configs.
     "uncond_imagenet_p6c18": IMAGENET,
     "class_imagenet_p6c18": {**IMAGENET, **CLASSES},
+    # The same with a null condition, for classifier-free guidance.
+    "class_imagenet_p6c18_guided": {
+        **IMAGENET,
+        **CLASSES,
+        "model.use_null_cond": True,
+        "loss.cond_dropout": 0.1,
+        "sample.guidance": 1.5,
+    },
     # Of the paper, 48 blocks: how they are split between the stacks is not published, this is the ratio of the others.
     "class_imagenet_p12c36": {**IMAGENET, **CLASSES, **_layers(12, 36)},
     "ffhq_p6c18": {**IMAGENET, **common.FFHQ, "tokenizer_preset": "ffhq256"},

@@ -97,6 +97,7 @@ COUNTS = {
         "demo_d2": 1_682_304,
         "uncond_imagenet_p6c18": 308_884_480,
         "class_imagenet_p6c18": 313_999_360,
+        "class_imagenet_p6c18_guided": 314_004_480,
         "class_imagenet_p12c36": 616_308_736,
         "ffhq_p6c18": 308_884_480,
         "class_imagenet_triple_p6c18": 315_091_968,

@@ -131,10 +131,31 @@ def test_speed_of_sampling():
     slower = sorted(a / b for a, b in zip(_medians("sample", weights="int8"), plain, strict=True))
     for name in (page, "README.md"):
         _has(name, f"{slower[0]:.1f} to {slower[-1]:.1f} times as long as float32")
-    (pairs,) = (r["comparisons"] for r in _benchmarks() if r["benchmark"] == "sample" and r["comparisons"])
+    records = [r for r in _benchmarks() if r["benchmark"] == "sample" and r["arguments"]["model"] != ["dq_small"]]
+    (pairs,) = (r["comparisons"] for r in records if r["comparisons"])
     measured, counted = ([f"{value:.1f}" for value in values] for values in zip(
         *((pair["ratio"]["median"], pair["predicted"]) for pair in pairs), strict=True))  # fmt: skip
     _has(page, "drawn {}, {} and {} times as fast".format(*measured), "gives {}, {} and {}.".format(*counted))
+
+
+def test_speed_of_grains():
+    page, seconds = "docs/performance.md", {}
+    for record in _benchmarks():
+        for result in record["results"]:
+            if (config := result["config"]).get("model") == "dq_small":
+                drawn_by = "released" if config.get("as_released") else "ours"
+                seconds[drawn_by, config["batch"], config["fine_ratio"]] = result
+    each = {key: result["seconds"]["median"] / result["count"] for key, result in seconds.items()}
+    half, fine = ([each["ours", batch, ratio] for batch in (8, 1)] for ratio in (0.5, 1.0))
+    _has(
+        page,
+        "| half of the regions fine, 644 tokens | {:.1f} | {:.1f} |".format(*half),
+        "| all fine, 1,028 tokens | {:.1f} | {:.1f} |".format(*fine),
+        f"| as released, 644 tokens | {each['released', 8, 0.5]:.0f} | |",
+        f"{each['released', 8, 0.5] / half[0]:.0f} times as fast as the released sampler",
+        f"{fine[0] / half[0]:.1f} times as fast as all fine",
+    )
+    _has(page, f"{100 * seconds['ours', 1, 0.5]['roofline']['fraction']:.0f} % of the rate")
 
 
 def test_speed_of_search_and_data():

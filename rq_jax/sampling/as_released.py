@@ -133,7 +133,7 @@ def code_probabilities(model: Any, apply: Any, values: Any, cond: jax.Array, car
     return filter_logits(logits, *of_first_depth)
 
 
-def _step(model: Any, variables: Any, kind: str, filters: Any, cond: jax.Array, carry: Carry, uniforms: jax.Array):
+def next_token(model: Any, variables: Any, kind: str, filters: Any, cond: jax.Array, carry: Carry, uniforms: jax.Array):
     """Token t + 1, from all tokens before it."""
     layout, t = model.layout, carry.t
 
@@ -206,7 +206,7 @@ def _generate(kind, model, variables, rng, image_ids_2B, cond_BU, filters, guida
 
         def step(carry: Carry, end: int = end) -> Carry:
             known = carry._replace(tokens=_first(carry.tokens, end + 1))
-            new = _step(model, variables, kind, filters, cond_BU, known, uniforms[carry.t])
+            new = next_token(model, variables, kind, filters, cond_BU, known, uniforms[carry.t])
             return new._replace(tokens=_put(carry.tokens, new.tokens))
 
         carry = jax.lax.while_loop(goes_on, step, carry)

@@ -74,6 +74,22 @@ def test_sample_and_decode_run():
     assert decoded["count"] == 2 and decoded["flops"] == pytest.approx(decoder_work(tokenizer, 2).flops)
 
 
+def test_the_originals_sampler_beside_ours():
+    argv = ("sample", "--model=dq_small", "--batch=2", "--fine_ratio=0.5", TOKENIZER, "--top_k=5", "--runs=1")
+    record = run(*argv, "--as_released")
+    ours, theirs = record["results"]
+    tokens = 4 + 8 + 8 * 4
+    lengths = theirs["prefix_lengths"]
+    assert theirs["tokens"] == tokens and lengths == sorted(set(lengths)) and 0 < lengths[0] < lengths[-1] < tokens
+    # Midpoints: the mean of any linear function over all prefixes.
+    assert np.mean(lengths) == pytest.approx(np.mean(range(1, tokens)), abs=0.5)
+    assert theirs["count"] == pytest.approx(2 * len(lengths) / (tokens - 1)) and ours["count"] == 2
+    per_image = [entry["flops"] / entry["count"] for entry in (ours, theirs)]
+    assert per_image[1] > 5 * per_image[0]
+    (comparison,) = record["comparisons"]
+    assert comparison["predicted"] > 1 and comparison["against"]["as_released"]
+
+
 def test_the_step_of_stage_1():
     argv = "train", "--preset=dqvae:demo", "--quicktest", "--batch=8", "--no_perceptual", "--no_adversary"
     (config,) = groups(*argv)[0]
@@ -129,6 +145,9 @@ def test_buckets_are_timed_beside_padding_to_the_longest(monkeypatch):
     ("argv", "message"),
     [
         ("sample --fine_ratio=0.5", "--fine_ratio: 0.5 is for models with grains, 'tiny' has none; leave it out"),
+        ("sample --model=small --as_released", "--as_released: is for models with grains, 'small' has none; leave it out"),
+        ("sample --model=dq_small --as_released --decode", "--as_released: times the drawing of codes alone; leave out"),
+        ("sample --model=dq_small --as_released --guidance=2", "guidance: the original's sampler has none; leave it"),
         ("sample --model=dq_small --fine_ratio=1.5", r"--fine_ratio: 1.5 is outside \[0, 1\]"),
         ("sample --model=dq_small --tokenizer=demo", "--tokenizer: 'demo' has 1 grains, but 'dq_small' has 2; give one"),
         (f"sample --code_shape=8x8x1 {TOKENIZER}", "has 2 grains, but 'tiny' has 1"),
