@@ -116,10 +116,10 @@ PRESETS: dict[str, common.Overrides] = {
     "avatars": {
         **common.AVATARS,
         **SMALL,
-        "loss.perceptual_start_steps": 1500,
-        "loss.adversarial_start_steps": 1500,
-        "loop.total_steps": 1700,
-        "loop.evaluate_every_steps": 850,
+        "loss.perceptual_start_steps": 1800,
+        "loss.adversarial_start_steps": 1800,
+        "loop.total_steps": 2000,
+        "loop.evaluate_every_steps": 1000,
     },
     "emoji64": {
         **EMOJI,
