@@ -16,10 +16,11 @@ from PIL import Image
 
 import sample
 from rq_jax import checkpoint
-from rq_jax.data import make_dataset
+from rq_jax.data import make_dataset, notices
 from rq_jax.data.text import load_tokenizer, train_tokenizer
 from rq_jax.devices import sharding
 from rq_jax.evaluation import choices, judges, neighbours
+from rq_jax.evaluation.conditions import choose_conditions
 from rq_jax.report import grids
 from rq_jax.sampling import images
 
@@ -316,6 +317,15 @@ def test_prompts_go_through_the_runs_own_tokenizer(trained, tmp_path):
     swapped = draw(trained, tmp_path / "b", *(f"--prompt={text}" for text in prompts[::-1]), kind="text")
     assert all(helpers.differs(drawn.codes[i], swapped.codes[i]) for i in range(3))
     assert drawn.settings["prompt"] == prompts
+
+
+def test_words_of_prompts_that_training_did_not_show_are_told(trained, caplog):
+    notices.tell.cache_clear()
+    directory, prompts = trained.stage2["text"], ["a red bee", "a Teal bee of xylophones"]
+    words = load_tokenizer(directory / "text_tokenizer.json", 6).words_in_pieces(prompts)
+    assert {"teal", "xylophones"} <= set(words)
+    choose_conditions(checkpoint.load_model(directory), directory, 2, 0, prompts=prompts)
+    assert f"prompts: {', '.join(map(repr, words))}: words that the captions of training had seldom" in caplog.text
 
 
 def test_prompts_of_a_file_are_drawn_so_often_each_and_go_with_the_codes(trained, tmp_path, monkeypatch):

@@ -73,6 +73,11 @@ class Tokenizer:
                 self._told.add(loss)
                 tell(f"text: {len(lost)} of {len(texts)}, such as {quoted(lost[0])}, {loss}")
 
+    def words_in_pieces(self, texts: Iterable[str]) -> list[str]:
+        """Words of texts that are not one token, in order: the captions of its training had them seldom or never."""
+        words = dict.fromkeys(word for text in texts for word in _words(self._bpe, unicodedata.normalize("NFC", text)))
+        return [word for word in words if word + _WORD_END not in self._ids]
+
     def decode(self, tokens: Iterable[int]) -> str:
         """Lower-cased text of one row of ids, without padding."""
         words = "".join(self._bpe.id_to_token(int(token)) or "" for token in tokens if token != self._ids[PAD])

@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 
 from rq_jax.checkpoint import LoadedModel
+from rq_jax.data.notices import tell
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
 from rq_jax.files import read_json
 from rq_jax.settings.text import quoted
+
+_MOST_TOLD = 10  # unknown words
 
 
 def choose_conditions(
@@ -201,6 +204,12 @@ def _texts(
         raise ValueError("--prompt: missing, this model draws images of a text; give one or more")
     tokenizer = load_tokenizer(Path(directory) / "text_tokenizer.json", model.cond_length)
     if prompts:
+        if words := tokenizer.words_in_pieces(prompts):
+            more = f" and {len(words) - _MOST_TOLD} more" if len(words) > _MOST_TOLD else ""
+            told = ", ".join(map(quoted, words[:_MOST_TOLD])) + more
+            tell(
+                f"prompts: {told}: words that the captions of training had seldom or never; the model may not know them"
+            )
         return tokenizer(prompts), prompts
     U, V = model.cond_length, model.cond_vocab_size
     tokens = _carried(carried, U, V, f"{carrier} holds no texts of {U} tokens 0..{V - 1}; give --prompt")

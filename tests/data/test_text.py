@@ -173,6 +173,13 @@ def test_what_a_text_loses_is_told_once(path, caplog, texts, lines):
     assert len(caplog.messages) == len(set(caplog.messages)) and not any("\n" in line for line in caplog.messages)
 
 
+def test_words_that_training_did_not_show_are_in_pieces(tmp_path):
+    train_tokenizer(["a red cat", "a blue cat"], 60, tmp_path / "closed.json")
+    tokenizer = load_tokenizer(tmp_path / "closed.json", 6)
+    assert tokenizer.words_in_pieces(["A red cat", "a Blue cat"]) == []
+    assert tokenizer.words_in_pieces(["a bluecat, a teal cat", "teal cat"]) == ["bluecat", ",", "teal"]
+
+
 def _of(path, **changes):
     """The tokenizer's JSON with members set; "a.b" is a member of a member."""
     document = json.loads(path.read_text())
