@@ -328,6 +328,18 @@ def test_words_of_prompts_that_training_did_not_show_are_told(trained, caplog):
     assert f"prompts: {', '.join(map(repr, words))}: words that the captions of training had seldom" in caplog.text
 
 
+def test_a_model_may_bring_prompts_of_its_own(trained, tmp_path):
+    loaded = checkpoint.load_model(trained.stage2["text"])
+    shutil.copy(trained.stage2["text"] / "text_tokenizer.json", tmp_path)
+    with pytest.raises(ValueError, match="^--prompt: missing, this model draws images of a text; give one or more$"):
+        choose_conditions(loaded, tmp_path, 2, 0)
+    (tmp_path / "prompts.json").write_text('["a red bee", "green elk"]')
+    conds, names = choose_conditions(loaded, tmp_path, 2, 0)
+    np.testing.assert_array_equal(conds, load_tokenizer(tmp_path / "text_tokenizer.json", 6)(names))
+    assert names == ["a red bee", "green elk"]
+    assert choose_conditions(loaded, tmp_path, 2, 0, prompts=["elk"])[1] == ["elk"]
+
+
 def test_prompts_of_a_file_are_drawn_so_often_each_and_go_with_the_codes(trained, tmp_path, monkeypatch):
     prompts, seen, captioned_grid = ["a red round bee", "green \u00e9lk"], [], grids.captioned_grid
     monkeypatch.setattr(

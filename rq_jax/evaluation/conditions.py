@@ -16,6 +16,7 @@ from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_o
 from rq_jax.files import read_json
 from rq_jax.settings.text import quoted
 
+PROMPTS_FILE = "prompts.json"  # of a model directory: what is drawn where nothing else is asked for
 _MOST_TOLD = 10  # unknown words
 
 
@@ -40,7 +41,7 @@ def choose_conditions(
       seed: of classes that are drawn.
       classes: names or numbers, separated by commas; see `parse_classes`.
       classes_of: a split whose classes are taken, in order.
-      prompts: texts, which a text-conditional model needs.
+      prompts: texts, for a text-conditional model; None: those in its directory, if it has any.
       carried: conditions (m, U) of the images that are continued or edited, which are kept unless others are given.
       carrier: flag and file that they come from, for the error.
 
@@ -201,7 +202,9 @@ def _texts(
     from rq_jax.data import load_tokenizer
 
     if not prompts and carried is None:
-        raise ValueError("--prompt: missing, this model draws images of a text; give one or more")
+        if not (Path(directory) / PROMPTS_FILE).is_file():
+            raise ValueError("--prompt: missing, this model draws images of a text; give one or more")
+        prompts = read_prompts(Path(directory) / PROMPTS_FILE)
     tokenizer = load_tokenizer(Path(directory) / "text_tokenizer.json", model.cond_length)
     if prompts:
         if words := tokenizer.words_in_pieces(prompts):
