@@ -20,6 +20,7 @@ from rq_jax.grains import check_ratios, num_codes
 from rq_jax.pretrained.vgg_lpips import Perceptual
 from rq_jax.report import curves, tables
 from rq_jax.report.grain_maps import draw_grains, enlarge
+from rq_jax.settings import checks
 
 NUM_BINS = 32  # of `grains.patch_entropy`
 PANELS = {  # heading of a curve -> figure
@@ -54,8 +55,7 @@ def check(ratios: Sequence[float], tokenizers: Mapping[str, LoadedModel]) -> Non
     """
     for ratio in ratios:
         check_ratios("--grains", ratio)
-    if len(set(ratios)) < len(ratios):
-        raise ValueError(f"--grains: {','.join(map(str, ratios))} names one twice; give different ones")
+    checks.distinct("--grains", ratios)
     for directory, loaded in tokenizers.items():
         if (G := loaded.model.num_grains) != 2:
             has = "no grains" if G == 1 else f"{G} grains, whose shares one ratio does not set"

@@ -64,6 +64,12 @@ def increasing(setting: str, value: Sequence[float]) -> None:
         _refuse(setting, value, "must increase")
 
 
+def distinct(setting: str, values: Sequence[Any]) -> None:
+    """No value stands twice."""
+    if len(set(values)) < len(values):
+        _refuse(setting, ",".join(map(str, values)), "names one twice", fix="give different ones")
+
+
 def above(setting: str, value: Any, bound: float, *, fix: str = "") -> None:
     """Lower bound, excluded."""
     if not np.all(np.asarray(value) > bound):
