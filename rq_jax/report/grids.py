@@ -64,7 +64,11 @@ def grid(images: Any, columns: int, padding: int = 2, scale: int = 1) -> np.ndar
 
 
 def labelled_grid(
-    rows: Mapping[str, Any], scale: int = 1, padding: int = 2, captions: Mapping[str, Sequence[str]] | None = None
+    rows: Mapping[str, Any],
+    scale: int = 1,
+    padding: int = 2,
+    captions: Mapping[str, Sequence[str]] | None = None,
+    lines: int = CAPTION_LINES,
 ) -> np.ndarray:
     """Lay out one row of images per label, the label at the left, such as reconstructions by code depth.
 
@@ -73,6 +77,7 @@ def labelled_grid(
       scale: integer factor of enlargement, nearest neighbour.
       padding: white pixels between the images and around them.
       captions: label -> captions below the images of that row, one per image; other rows have none.
+      lines: of a caption; a longer one ends in "...".
 
     Returns:
       uint8 HWC, three channels.
@@ -91,7 +96,7 @@ def labelled_grid(
     H = next(iter(sizes.values()))[0]
     font = _font(H)
     for label, texts in (captions or {}).items():
-        cells[label] = _captioned(_rgb(cells[label]), texts, font, padding)
+        cells[label] = _captioned(_rgb(cells[label]), texts, font, padding, lines)
     strips = {label: _rgb(grid(images, len(images), padding)) for label, images in cells.items()}
     boxes = {label: _text_size(label, font) for label in rows}
     label_width = max(width for width, _ in boxes.values()) + 2 * padding
@@ -126,16 +131,18 @@ def captioned_grid(images: Any, captions: Sequence[str], columns: int, scale: in
     return grid(_captioned(cells, captions, _font(cells.shape[1]), padding), columns, padding)
 
 
-def _captioned(cells: np.ndarray, captions: Sequence[str], font: Any, padding: int) -> np.ndarray:
+def _captioned(
+    cells: np.ndarray, captions: Sequence[str], font: Any, padding: int, lines: int = CAPTION_LINES
+) -> np.ndarray:
     """Images (B, H, W, 3) with their captions below, all of one height."""
     from PIL import Image, ImageDraw
 
     B, H, W, _ = cells.shape
     if len(captions) != B:
         raise ValueError(f"captions: {len(captions)} for {B} images; give one per image")
-    texts = [_wrap(caption, font, W) for caption in captions]
-    lines = 1 + max(text.count("\n") for text in texts)
-    text_height = _text_size("\n".join(["Ag"] * lines), font)[1] + padding  # the same for every text
+    texts = [_wrap(caption, font, W, lines) for caption in captions]
+    most = 1 + max(text.count("\n") for text in texts)
+    text_height = _text_size("\n".join(["Ag"] * most), font)[1] + padding  # the same for every text
     captioned = np.full((B, H + text_height, W, 3), WHITE, np.uint8)
     for index, (cell, text) in enumerate(zip(cells, texts, strict=True)):
         canvas = Image.fromarray(captioned[index])
@@ -209,7 +216,7 @@ def _text_size(text: str, font: Any) -> tuple[int, int]:
     return int(np.ceil(right)), int(np.ceil(bottom))
 
 
-def _wrap(text: str, font: Any, width: int) -> str:
+def _wrap(text: str, font: Any, width: int, max_lines: int = CAPTION_LINES) -> str:
     """Break a text at spaces and after hyphens, and inside a word only if the word alone is too wide."""
     lines = [""]
     for space, part in re.findall(r"(\s*)([^\s-]*-+|[^\s-]+)", text):
@@ -223,8 +230,8 @@ def _wrap(text: str, font: Any, width: int) -> str:
             if lines[-1] and font.getlength(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
-    if len(lines) > CAPTION_LINES:
-        lines = lines[:CAPTION_LINES]
+    if len(lines) > max_lines:
+        lines = lines[:max_lines]
         while lines[-1] and font.getlength(lines[-1] + "...") > width:
             lines[-1] = lines[-1][:-1]
         lines[-1] += "..."

@@ -140,6 +140,8 @@ def test_labelled_grid_has_captions_below_the_images_of_a_row():
     captioned = grids.labelled_grid(rows, captions={"b": ["cat"]})
     assert captioned.shape[0] > plain.shape[0] and captioned.shape[1] == plain.shape[1]
     assert (captioned[28:] < 128).sum() > (plain[28:] < 128).sum()  # the text
+    long = grids.labelled_grid(rows, captions={"b": ["cat " * 8]}, lines=8)
+    assert long.shape[0] > grids.labelled_grid(rows, captions={"b": ["cat " * 8]}).shape[0]
     with pytest.raises(ValueError, match="^captions: 1 for 2 images; give one per image$"):
         grids.labelled_grid(rows, captions={"a": ["cat"]})
 
