@@ -5,6 +5,7 @@ import difflib
 import os
 import re
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,10 @@ def choose_conditions(
     *,
     classes: str | None = None,
     classes_of: str | None = None,
-    prompts: list[str] | None = None,
+    prompts: Sequence[str] | None = None,
     carried: np.ndarray | None = None,
     carrier: str = "",
-) -> tuple[np.ndarray | None, list[str]]:
+) -> tuple[np.ndarray | None, Sequence[str]]:
     """The conditions that images take in turn, by id.
 
     Args:
@@ -197,8 +198,8 @@ def classes_of_split(config: dict[str, Any], split: str) -> list[int]:
 
 
 def _texts(
-    prompts: list[str] | None, directory: str, model: Any, carried: np.ndarray | None, carrier: str
-) -> tuple[np.ndarray, list[str]]:
+    prompts: Sequence[str] | None, directory: str, model: Any, carried: np.ndarray | None, carrier: str
+) -> tuple[np.ndarray, Sequence[str]]:
     from rq_jax.data import load_tokenizer
 
     if not prompts and carried is None:

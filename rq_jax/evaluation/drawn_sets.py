@@ -1,7 +1,7 @@
 """Sets of images that a transformer draws as they are measured, without an image on disk."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,24 +63,39 @@ def is_transformer(path: str) -> bool:
     return checkpoint.read_config(path)["model"]["name"].endswith("transformer")
 
 
-def load(directory: str, step: int | None = None, ema: bool = True) -> LoadedModel:
-    """A transformer with its tokenizer.
+def load(directory: str, step: int | None = None, ema: bool = True, flag: str = "--samples") -> LoadedModel:
+    """A transformer with its tokenizer; `flag` named it, for messages.
 
     Raises:
       ValueError: no tokenizer comes with it, or several processes are there.
     """
     if jax.process_count() > 1:
         raise ValueError(
-            f"--samples: '{directory}' is drawn from by one process, not by {jax.process_count()}; draw with sample.py"
+            f"{flag}: '{directory}' is drawn from by one process, not by {jax.process_count()}; draw with sample.py"
         )
     loaded = checkpoint.load_model(directory, step, ema)
     if loaded.tokenizer is None:
-        raise ValueError(f"--samples: '{directory}' carries no tokenizer; give the directory of a stage-2 run")
+        raise ValueError(f"{flag}: '{directory}' carries no tokenizer; give the directory of a stage-2 run")
     return loaded
 
 
+def filters_of(loaded: LoadedModel, settings: DrawSettings) -> dict[str, Any]:
+    """Filter and guidance of a draw, those that are given, else the model's own; see `sampling.images.draw_settings`.
+
+    Raises:
+      ValueError: a value that is not allowed.
+    """
+    given = {name: getattr(settings, name) for name in FILTER}
+    return images.draw_settings(loaded.model, loaded.config.get("sample") or {}, given)
+
+
 def draw_set(
-    loaded: LoadedModel, directory: str, settings: DrawSettings, as_bytes: bool = True, **subject: Any
+    loaded: LoadedModel,
+    directory: str,
+    settings: DrawSettings,
+    as_bytes: bool = True,
+    texts: Sequence[str] | None = None,
+    **subject: Any,
 ) -> ImageSet:
     """The set of images that a transformer draws; they are drawn once they are read, and each time.
 
@@ -89,6 +104,7 @@ def draw_set(
       directory: of the model.
       settings: with a number of images.
       as_bytes: rounded to 8 bits, as files hold them.
+      texts: which the images take in turn, in place of a file of prompts.
       **subject: what else to tell of the model.
 
     Raises:
@@ -98,9 +114,8 @@ def draw_set(
     checks.at_least("--num_images", settings.num_images, 1)
     seed, ids = settings.seed or 0, np.arange(settings.num_images)
     checks.at_least("--seed", seed, 0)
-    filters = {name: getattr(settings, name) for name in FILTER}
-    drawn_by = images.draw_settings(loaded.model, loaded.config.get("sample") or {}, filters)
-    conds, names = _conditions(loaded, directory, settings, seed)
+    drawn_by = filters_of(loaded, settings)
+    conds, names = _conditions(loaded, directory, settings, seed, texts)
     choice_settings = ChoiceSettings(*(getattr(settings, name) for name in ChoiceSettings._fields))
     choice_settings.check()
     choice = choices.prepare(loaded, choice_settings, ids, conds, names) if choice_settings.by else None
@@ -122,11 +137,11 @@ def draw_set(
 
 
 def _conditions(
-    loaded: LoadedModel, directory: str, settings: DrawSettings, seed: int
-) -> tuple[np.ndarray | None, list[str]]:
+    loaded: LoadedModel, directory: str, settings: DrawSettings, seed: int, texts: Sequence[str] | None
+) -> tuple[np.ndarray | None, Sequence[str]]:
     """The conditions that the images take in turn, and their names."""
     kind, classes_of, num_images = kind_of(loaded), settings.classes_of, settings.num_images
-    prompts = None if settings.prompts is None else read_prompts(settings.prompts)
+    prompts = texts if settings.prompts is None else read_prompts(settings.prompts)
     if prompts is not None and len(prompts) > num_images:
         raise ValueError(f"--num_images: {num_images} are fewer than the {len(prompts)} prompts; give more images")
     if kind != "class" or classes_of not in (None, BALANCED, FREQUENCIES):

@@ -1,6 +1,7 @@
 """Sets of images that are measured, read in batches: files in a folder, arrays in a file, what sample.py drew."""
 
 import dataclasses
+import functools
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -113,6 +114,13 @@ def of_rows(num_images: int, rows: Callable[[int, int], np.ndarray]) -> Callable
                 yield pending.result()
 
     return batches
+
+
+def in_memory(images: ImageSet, batch_size: int) -> ImageSet:
+    """The same images, kept once they are first read, in batches of this size: what is drawn is drawn once."""
+    pixels = functools.cache(lambda: images.first(images.num_images, batch_size))
+    batches = of_rows(images.num_images, lambda start, stop: pixels()[start:stop])
+    return dataclasses.replace(images, batches=batches)
 
 
 def open_images(path: str | os.PathLike) -> ImageSet:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rq_jax.evaluation.image_sets import check_shapes, open_images
+from rq_jax.evaluation.image_sets import ImageSet, check_shapes, in_memory, of_rows, open_images
 from rq_jax.report import grids
 
 SETTINGS = {"first_index": 0, "num_images": 3, "batch_size": 3, "out": "a", "top_p": 0.9, "transformer": "x"}
@@ -79,6 +79,22 @@ def test_the_identity_of_files_changes_with_them(tmp_path):
     assert open_images(tmp_path / "b").identity == before
     grids.save_png(tmp_path / "b" / "0.png", BYTES[1])
     assert open_images(tmp_path / "b").identity != before
+
+
+def test_what_is_drawn_is_kept():
+    """It is read from the start once, in batches of one size, whatever is asked for."""
+    calls = []
+
+    def batches(batch_size, part=(0, 1), first_batch=0):
+        calls.append((batch_size, first_batch))
+        yield from of_rows(5, lambda start, stop: BYTES[start:stop])(batch_size, part, first_batch)
+
+    kept = in_memory(ImageSet("drawn", (4, 6, 3), 5, batches, prompts=list("abcde")), 3)
+    assert calls == [] and kept.prompts == list("abcde")
+    np.testing.assert_array_equal(all_of(kept), BYTES)
+    np.testing.assert_array_equal(kept.examples([4, 1])["image"], BYTES[[4, 1]])
+    np.testing.assert_array_equal(next(iter(kept.batches(2, (0, 1), 1)))["image"], BYTES[2:4])
+    assert calls == [(3, 0)]
 
 
 def test_grey_samples_stay_grey(tmp_path):
