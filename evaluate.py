@@ -6,6 +6,7 @@ python evaluate.py samples --samples=runs/rqt --out=evaluation
 python evaluate.py reference --data_name=twemoji --image_size=64 --out=references/twemoji
 python evaluate.py neighbours --samples=samples --data_name=twemoji --out=evaluation
 python evaluate.py likelihood --checkpoint=runs/rqt --out=evaluation
+python evaluate.py attributes --checkpoint=runs/avatars/rqtransformer --out=evaluation
 python evaluate.py compare evaluation/samples.json other/samples.json
 
 Each command prints a table and writes <command>.json, and images where it has any, to --out. Every figure carries the
@@ -24,7 +25,8 @@ import jax
 
 from rq_jax.data.transforms import DETERMINISTIC
 from rq_jax.devices import sharding
-from rq_jax.evaluation import choices, commands, set_commands, set_figures, stamps
+from rq_jax.evaluation import attribute_commands, choices, commands, set_commands, set_figures, stamps
+from rq_jax.evaluation.attribute_figures import OF_ATTRIBUTE
 from rq_jax.evaluation.preparation import PROTOCOLS
 from rq_jax.evaluation.protocol import environment, even_batch_size
 from rq_jax.evaluation.report import Report
@@ -82,11 +84,11 @@ def check_command(argv: Sequence[str]) -> None:
     raise ValueError(f"command: {f'{quoted(argv[0])} is none' if argv else 'missing'}; {fix}")
 
 
-def _numbers(text: str) -> list[float]:
+def _numbers(text: str, kind: type = float, example: str = "0.3,0.5") -> list[Any]:
     try:
-        return [float(part) for part in text.split(",")]
+        return [kind(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{quoted(text)} is no list of numbers; give for example 0.3,0.5") from None
+        raise argparse.ArgumentTypeError(f"{quoted(text)} is no list of numbers; give for example {example}") from None
 
 
 def _list_of(add: Add) -> Add:
@@ -95,8 +97,13 @@ def _list_of(add: Add) -> Add:
 
 def add_images(add: Add, of_data: str, split: str = "validation") -> None:
     """Adds the flags that choose the output and the images."""
-    add("--out", type=cli.path, required=True, help="directory of the results")
+    add_data(add, of_data)
     add("--split", help=f"validation, train, or a split's own name (default: {split})")
+
+
+def add_data(add: Add, of_data: str) -> None:
+    """Adds the flags that choose the output and the data set."""
+    add("--out", type=cli.path, required=True, help="directory of the results")
     add("--data_name", help=f"data set (default: {of_data})")
     add("--data_dir", type=cli.path, help="its directory")
     add("--batch_size", type=int, default=32, help="rounded up to a multiple of the devices")
@@ -157,15 +164,26 @@ def add_sampler(add: Add) -> None:
     )
     add("--classes_of", help=classes + "of --split, where the model is of classes of that data set)")
     add("--prompts", type=cli.path, help="texts to draw: a line each of a .txt, or a list in a .json")
-    add("--temperature", type=cli.per_depth(float), help="as in sample.py, like the following")
-    add("--top_k", type=cli.per_depth(int))
-    add("--top_p", type=cli.per_depth(float))
+    add_filter(add)
     add("--guidance", type=float)
-    add("--weights", choices=("float32", "bfloat16", "int8"))
     add("--keep", type=float, help="draw more, and keep this share: the best of each class or prompt")
     add("--candidates", type=int, help="draw so many for each class or prompt, and keep the best")
     add("--by", choices=tuple(choices.JUDGES), help="what judges them")
     add("--judge", type=cli.path, help="file of its weights")
+
+
+def add_filter(add: Add) -> None:
+    """Adds the flags of a draw."""
+    add("--temperature", type=cli.per_depth(float), help="as in sample.py, like the following")
+    add("--top_k", type=cli.per_depth(int))
+    add("--top_p", type=cli.per_depth(float))
+    add("--weights", choices=("float32", "bfloat16", "int8"))
+
+
+def add_clip(add: Add, what: str) -> None:
+    """Adds the flags of CLIP."""
+    add("--clip", type=cli.path, help=f"CLIP ViT-B/32, ViT-B-32.pt: {what}")
+    add("--cut_captions", action="store_true", help="cut texts of more than 77 tokens, in place of refusing them")
 
 
 def add_samples(add: Add) -> None:
@@ -174,8 +192,7 @@ def add_samples(add: Add) -> None:
     file = "reference.npz of the command reference, or published statistics or images, in place of a data set"
     add("--reference", type=cli.path, help=file)
     add("--label_key", help="classes of the data set, as data.label_key: adds a distance for each class")
-    add("--clip", type=cli.path, help="CLIP ViT-B/32, ViT-B-32.pt: the CLIP score of samples with prompts")
-    add("--cut_captions", action="store_true", help="cut prompts of more than 77 tokens, in place of refusing them")
+    add_clip(add, "the CLIP score of samples with prompts")
     add("--no_manifold", action="store_true", help="leave out precision, recall, density and coverage")
     add_distances(add)
 
@@ -213,6 +230,23 @@ def add_likelihood(add: Add) -> None:
     add_model(add)
 
 
+def add_attributes(add: Add) -> None:
+    add("--checkpoint", type=cli.path, required=True, help="run or model directory of stage 2, by text")
+    add_data(add, "the one that it was trained on")
+    add_model(add)
+    splits = "held-out splits, such as validation,unseen (the default, where the data set has them)"
+    add("--splits", type=lambda text: text.split(","), default=[], help=splits)
+    add("--num_images", type=int, default=500, help="captions of each split, spread evenly over it, an image each")
+    add("--num_fitted", type=int, default=8000, help="training images that the classifiers are fitted to, at most")
+    seeds = functools.partial(_numbers, kind=int, example="0,1,2")
+    add("--seeds", type=seeds, default=[0, 1, 2], help="of the samples, a set each (default: 0,1,2)")
+    scales = "one or several, such as 1,1.5,3, which gives a plot (default: the model's own)"
+    add("--guidance", type=functools.partial(_numbers, example="1,1.5"), default=[], help=scales)
+    add_filter(add)
+    add_clip(add, "also finds captions")
+    add_network(add)
+
+
 def add_compare(add: Add) -> None:
     add("a", type=cli.path, help="JSON file of a command")
     add("b", type=cli.path, help="JSON file of the same command on something else")
@@ -236,6 +270,9 @@ COMMANDS = {
     "reference": Command(add_reference, set_commands.reference, "statistics and features of a data set, for samples"),
     "neighbours": Command(add_neighbours, set_commands.neighbour_distances, "nearest images of samples in another set"),
     "likelihood": Command(add_likelihood, commands.likelihood, "nats per code of images under a transformer"),
+    "attributes": Command(
+        add_attributes, attribute_commands.attributes, "how often samples show what their captions name"
+    ),
     "compare": Command(add_compare, commands.compare, "figures of two records side by side, if their protocols agree"),
 }
 
@@ -270,7 +307,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.out:
             write_json(Path(args.out) / f"{args.command}.json", record)
         if report.figures:
-            shown = [one for one in stamps.read(record, args.command) if not one.name.startswith(OF_CLASS)]
+            details = OF_CLASS, OF_ATTRIBUTE
+            shown = [one for one in stamps.read(record, args.command) if not one.name.startswith(details)]
             print(stamps.table(shown))
         print(*report.told, json.dumps(record), sep="\n")
     if unlike := record.get("unlike"):

@@ -202,9 +202,11 @@ def _save(directory: Path, config: Any, seed: int) -> Path:
     return directory
 
 
-def save_transformer(directory: Path, pictures: Path, tokenizer: Path, kind: str, bpe: Path | None = None) -> Path:
+def save_transformer(
+    directory: Path, pictures: Path, tokenizer: Path, kind: str, bpe: Path | None = None, **overrides
+) -> Path:
     """A stage-2 model directory; kinds are those above and "guided". Its weights are large enough for a condition to change the codes."""
-    settings = {"tokenizer": str(tokenizer)}
+    settings = {"tokenizer": str(tokenizer), **overrides}
     if kind == "text":
         settings["data__text_tokenizer"] = str(bpe)
     if kind == "guided":

@@ -335,7 +335,10 @@ def test_command_line_errors_are_one_line(monkeypatch, capsys, argv):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ([], "^command: missing; give one of tokenizer, samples, reference, neighbours, likelihood, compare$"),
+        (
+            [],
+            "^command: missing; give one of tokenizer, samples, reference, neighbours, likelihood, attributes, compare$",
+        ),
         (["tokenzier", "--out=x"], "^command: 'tokenzier' is none; give one of tokenizer, "),
         (["--split=train"], "^command: '--split=train' is none; give one of tokenizer, "),
         (

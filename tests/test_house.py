@@ -18,7 +18,13 @@ MAX_FILE_LINES = 450
 TESTS_OF = {
     "benchmark": {"test_benchmark.py", "test_benchmark_grains.py", "test_gpu_parts.py", "test_preflight.py"},
     "convert_torch": {"test_convert_torch.py", "test_convert_torch_dq.py"},
-    "evaluate": {"test_evaluate.py", "test_evaluate_grains.py", "test_evaluate_sets.py", "test_hosts.py"},
+    "evaluate": {
+        "test_evaluate.py",
+        "test_evaluate_attributes.py",
+        "test_evaluate_grains.py",
+        "test_evaluate_sets.py",
+        "test_hosts.py",
+    },
     "sample": {
         "test_sample.py",
         "test_sample_choose.py",

@@ -117,6 +117,10 @@ class Dataset:
         dataset.num_examples = min(count or self.num_examples, self.num_examples)
         return dataset
 
+    def position_of(self, numbers: np.ndarray) -> np.ndarray:
+        """Positions in the split of the examples 0..`num_examples` - 1, which `at_most` spreads evenly."""
+        return numbers * self.split_size // self.num_examples
+
     def examples(self, indices: Sequence[int]) -> Batch:
         """Read the examples at these positions as one batch, with the evaluation transform."""
         transform = functools.partial(_transformed, self.source, self._eval_transform, self._is_scaled)
@@ -143,7 +147,7 @@ class Dataset:
         """This shard's part of global batch `step`; the parts in the order of the shards are the batch."""
         size = self.batch_size // self._shard_count
         positions = step * self.batch_size + self._shard_index * size + np.arange(size)
-        indices = np.minimum(positions, self.num_examples - 1) * self.split_size // self.num_examples
+        indices = self.position_of(np.minimum(positions, self.num_examples - 1))
         batch = self.examples(indices)
         # Of a damaged image the stand-in does not count: it has its own turn.
         damaged = np.isin(indices, list(self.source.damaged))

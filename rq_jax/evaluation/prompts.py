@@ -49,7 +49,7 @@ class PromptScores:
     def add(self, samples: ImageSet, report: Report) -> None:
         """Adds the score of a set with prompts to a report."""
         found = self._features.of_images("features of samples by CLIP", samples, samples.is_rounded)
-        texts = self._of_texts(self._tokens[samples.name][found.positions])
+        texts = text_features(self._net, self._tokens[samples.name][found.positions])
         name = "clip_similarity" if self._net.weights == UNVERIFIED else "CLIP_score"
         protocol = {
             **self._features.extractor.fields(samples.is_rounded), "images": len(found.positions),
@@ -58,10 +58,12 @@ class PromptScores:
         score = statistics.clip_score(found.vectors[0], texts)
         report.add(name, f"samples {samples.name}", score, {"features": self._net.name}, protocol)
 
-    def _of_texts(self, tokens: np.ndarray) -> np.ndarray:
-        program, variables = jax.jit(self._net.text_features), {"text": self._net.variables["text"]}
-        parts = []
-        for start in range(0, len(tokens), _TEXTS):
-            rows = np.minimum(np.arange(start, start + _TEXTS), len(tokens) - 1)  # one shape for all
-            parts.append(np.asarray(program(variables, tokens[rows]))[: len(tokens) - start])
-        return np.concatenate(parts)
+
+def text_features(net: clip.CLIP, tokens: np.ndarray) -> np.ndarray:
+    """Features (n, A) of texts by CLIP, from their tokens (n, 77), some texts at a time."""
+    program, variables = jax.jit(net.text_features), {"text": net.variables["text"]}
+    parts = []
+    for start in range(0, len(tokens), _TEXTS):
+        rows = np.minimum(np.arange(start, start + _TEXTS), len(tokens) - 1)  # one shape for all
+        parts.append(np.asarray(program(variables, tokens[rows]))[: len(tokens) - start])
+    return np.concatenate(parts)

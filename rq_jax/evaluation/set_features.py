@@ -33,7 +33,13 @@ class SetFeatures:
     has_logits: bool = True
 
     def of_split(
-        self, title: str, split: str, rebuild: Rebuild | None = None, rounds: bool = False, rebuilt_by: Any = None
+        self,
+        title: str,
+        split: str,
+        rebuild: Rebuild | None = None,
+        rounds: bool = False,
+        rebuilt_by: Any = None,
+        at_most: int | None = None,
     ) -> FeatureSet:
         """Features of the images of a split, or of their reconstructions.
 
@@ -42,8 +48,9 @@ class SetFeatures:
           split: as `EvaluationData.open` takes it.
           rebuild, rounds: see `FeatureExtractor.measure`.
           rebuilt_by: identity of what rebuilds them, as JSON holds it.
+          at_most: so many images, spread evenly over the split; None: all of them.
         """
-        dataset = self.data.open(split)
+        dataset = self.data.open(split).at_most(at_most)
 
         def open_batches(first: int) -> Iterable[Any]:
             batches = dataset.iterator()
@@ -52,6 +59,8 @@ class SetFeatures:
 
         # Without its directory: a data set may be moved.
         key = {**self.data.transform_fields(split), **fingerprint.of_dataset(dataset), "rebuilt_by": rebuilt_by}
+        if dataset.num_examples < dataset.split_size:
+            key["images read"] = dataset.num_examples
         return self._extract(open_batches, dataset.num_examples, key, rounds, rebuild)
 
     def of_images(self, title: str, images: ImageSet, rounds: bool = False) -> FeatureSet:

@@ -291,9 +291,10 @@ def clip_score(image_features: np.ndarray, text_features: np.ndarray) -> float:
     """
     checks.shape("text_features", text_features.shape, image_features.shape)
     checks.at_least("pairs", len(image_features), 1)
-    return float(np.mean(np.sum(_unit(image_features) * _unit(text_features), -1)))
+    return float(np.mean(np.sum(unit(image_features) * unit(text_features), -1)))
 
 
-def _unit(features: np.ndarray) -> np.ndarray:
+def unit(features: np.ndarray) -> np.ndarray:
+    """Features (N, A) of length 1, float64, whose products are cosines."""
     features_NA = np.asarray(features, np.float64)
     return features_NA / np.linalg.norm(features_NA, axis=-1, keepdims=True)
