@@ -236,14 +236,15 @@ def add_attributes(add: Add) -> None:
     add_model(add)
     splits = "held-out splits, such as validation,unseen (the default, where the data set has them)"
     add("--splits", type=lambda text: text.split(","), default=[], help=splits)
-    add("--num_images", type=int, default=500, help="captions of each split, spread evenly over it, an image each")
-    add("--num_fitted", type=int, default=8000, help="training images that the classifiers are fitted to, at most")
+    add("--num_images", type=int, default=500, help="captions of each split, spread evenly over it (default: 500)")
+    fitted = "training images that the classifiers are fitted to, spread evenly (default: 8000)"
+    add("--num_fitted", type=int, default=8000, help=fitted)
     seeds = functools.partial(_numbers, kind=int, example="0,1,2")
     add("--seeds", type=seeds, default=[0, 1, 2], help="of the samples, a set each (default: 0,1,2)")
     scales = "one or several, such as 1,1.5,3, which gives a plot (default: the model's own)"
     add("--guidance", type=functools.partial(_numbers, example="1,1.5"), default=[], help=scales)
     add_filter(add)
-    add_clip(add, "also finds captions")
+    add_clip(add, "caption retrieval by it, too")
     add_network(add)
 
 

@@ -48,7 +48,7 @@ def attributes(args: Any, mesh: Mesh) -> Report:
     for i, split in enumerate(splits):
         asked = AskedSplit(judges, split, args.num_images, described[split], tokens.get(split))
         for name, settings in draws.items():
-            asked.add_samples(name, [_draw(args, loaded, asked, one, data.batch_size) for one in settings])
+            asked.add_samples(name, (_draw(args, loaded, asked, one, data.batch_size) for one in settings))
         asked.add_to(report)
         path = Path(args.out) / f"attributes{i or ''}.png"
         report.picture(path, asked.sheet(), f"held-out images and samples, {split}")

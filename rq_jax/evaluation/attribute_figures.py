@@ -1,7 +1,7 @@
 """Figures of sets of images that are asked to show what the captions of a split name."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -95,9 +95,9 @@ class AskedSplit:
         chance |= {name: 1 / CAPTIONS for name in figures if name.endswith("retrieval")}
         self.figures = {CHANCE: chance, HELD_OUT: figures}
 
-    def add_samples(self, name: str, sets: Sequence[ImageSet]) -> None:
+    def add_samples(self, name: str, sets: Iterable[ImageSet]) -> None:
         """Measures samples of the captions, drawn with several seeds: means, and deviations over the seeds."""
-        judges, trees = self._judges, []
+        judges, trees, seeds, subject = self._judges, [], [], {}
         for one in sets:
             found = judges.features.of_images("features of samples", one, one.is_rounded)
             by_clip = judges.by_clip and judges.by_clip.of_images("features of samples by CLIP", one, one.is_rounded)
@@ -106,9 +106,10 @@ class AskedSplit:
             if name not in self._rows:
                 self._rows[name] = one.first(NUM_SHOWN, judges.features.data.batch_size)
                 self._notes[name] = missed
+            subject = dict(one.subject)
+            seeds.append(subject.pop("seed"))
         self.figures[name] = jax.tree.map(_spread, *trees)
-        subject = {key: value for key, value in sets[0].subject.items() if key != "seed"}
-        self._subjects[name] = {**subject, "seeds": [one.subject["seed"] for one in sets]}
+        self._subjects[name] = {**subject, "seeds": seeds}
 
     def add_to(self, report: Report) -> None:
         """Adds the figures to a report, and a table by attribute."""
