@@ -164,6 +164,10 @@ def add_sampler(add: Add) -> None:
     )
     add("--classes_of", help=classes + "of --split, where the model is of classes of that data set)")
     add("--prompts", type=cli.path, help="texts to draw: a line each of a .txt, or a list in a .json")
+    captions = (
+        "a split, whose captions are drawn in order (default: that of --split, of models by text of that data set)"
+    )
+    add("--prompts_of", help=captions)
     add_filter(add)
     add("--guidance", type=float)
     add("--keep", type=float, help="draw more, and keep this share: the best of each class or prompt")

@@ -68,6 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--classes_of", help=split)
     add("--prompt", action="append", help="a text, given once or more; image i takes the i-th in turn")
     add("--prompts", type=cli.path, help="texts of a file instead: a line each of a .txt, or a list in a .json")
+    add("--prompts_of", help="train, validation or a split's own name: image i takes the caption of its i-th image")
     add("--per_prompt", type=int, help="images of each prompt")
     add("--prefix", type=cli.path, help="codes.npz of an earlier run whose first positions are kept, image by image")
     order = "how many positions of --prefix are kept, in raster order; of a model with grains, how many codes"
@@ -164,6 +165,8 @@ def check(args: argparse.Namespace) -> None:
     checks.in_range(both, last, 0, LAST_ID, "the ids that an image can have")
     if args.classes is not None and args.classes_of is not None:
         raise ValueError(f"--classes: {args.classes} and --classes_of: {args.classes_of} exclude one another")
+    if args.prompt is not None and args.prompts_of is not None:
+        raise ValueError(f"--prompt: {quoted(args.prompt[0])} and --prompts_of: {args.prompts_of} exclude one another")
     if bool(args.prefix) != bool(args.prefix_positions):
         raise ValueError(f"--prefix: {args.prefix} and --prefix_positions: {args.prefix_positions} belong together")
     edit_settings(args).check(args.prefix)
@@ -187,7 +190,8 @@ def conditions(
     carrier = f"--prefix: '{args.prefix}'" if args.prefix else f"--edit_of: '{args.edit_of}'"
     return choose_conditions(
         loaded, args.checkpoint, args.first_index + args.num_images, args.seed,
-        classes=args.classes, classes_of=args.classes_of, prompts=args.prompt, carried=carried, carrier=carrier,
+        classes=args.classes, classes_of=args.classes_of, prompts=args.prompt, prompts_of=args.prompts_of,
+        carried=carried, carrier=carrier,
     )  # fmt: skip
 
 
@@ -212,7 +216,7 @@ def plan(args: argparse.Namespace, loaded: checkpoint.LoadedModel) -> Plan:
     ids = np.arange(args.first_index, args.first_index + args.num_images)
     given = {name: getattr(args, name) for name in (*FILTER, *(f"position_{name}" for name in FILTER), "guidance")}
     settings = draw_settings(loaded.model, loaded.config.get("sample") or {}, given)
-    has_own = any(getattr(args, name) is not None for name in ("classes", "classes_of", "prompt"))
+    has_own = any(getattr(args, name) is not None for name in ("classes", "classes_of", "prompt", "prompts_of"))
     chosen = conditions(loaded, args) if has_own else None
     edited, earlier, known = None, None, {}
     if args.edit_of:

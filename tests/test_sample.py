@@ -17,6 +17,7 @@ from PIL import Image
 import sample
 from rq_jax import checkpoint
 from rq_jax.data import make_dataset, notices
+from rq_jax.data.sources import open_records
 from rq_jax.data.text import load_tokenizer, train_tokenizer
 from rq_jax.devices import sharding
 from rq_jax.evaluation import choices, judges, neighbours
@@ -328,6 +329,19 @@ def test_words_of_prompts_that_training_did_not_show_are_told(trained, caplog):
     assert f"prompts: {', '.join(map(repr, words))}: words that the captions of training had seldom" in caplog.text
 
 
+def test_captions_of_a_split_are_taken_in_order(trained):
+    directory = trained.stage2["text"]
+    loaded = checkpoint.load_model(directory)
+    _, names = choose_conditions(loaded, directory, 5, 0, prompts_of="validation")
+    data = {key: loaded.config["data"][key] for key in ("name", "data_dir", "text_key")}
+    records = open_records(data["name"], loaded.config["data"]["validation_split"], data["data_dir"], text_key="txt")
+    assert names == [records.read(i)[2] for i in range(min(5, len(records)))] and len(names) > 1
+    assert len(choose_conditions(loaded, directory, 1, 0, prompts_of="validation")[1]) == 1
+    config = {name: value for name, value in loaded.config.items() if name != "data"}
+    with pytest.raises(ValueError, match="^--prompts_of: train needs the data set of the model, which names none; give"):
+        choose_conditions(loaded._replace(config=config), directory, 5, 0, prompts_of="train")
+
+
 def test_a_model_may_bring_prompts_of_its_own(trained, tmp_path):
     loaded = checkpoint.load_model(trained.stage2["text"])
     shutil.copy(trained.stage2["text"] / "text_tokenizer.json", tmp_path)
@@ -463,6 +477,8 @@ REFUSED = {
     "classes of text": ("text", ["--classes=1"], "--classes: 1 is for a class-conditional model, this one is text"),
     "prompt of classes": ("class", ["--prompt=bee"], r"--prompt: \['bee'\] is for a text-conditional model, this one is class"),
     "prompts of classes": ("class", ["--prompts={}/a.txt"], r"--prompt: \['a', 'b'\] is for a text-conditional model, this one is class"),
+    "prompts of a split, too": ("text", ["--prompt=a", "--prompts_of=train"], "--prompt: 'a' and --prompts_of: train exclude"),
+    "captions of classes": ("class", ["--prompts_of=train"], "--prompts_of: train is for a text-conditional model"),
     "both prompts": ("text", ["--prompt=a", "--prompts={}/a.txt"], "--prompt: 'a' and --prompts: .*a.txt exclude one another"),
     "more prompts than images": ("text", ["--prompts={}/a.txt", "--num_images=1"], "--num_images: 1 are fewer than the 2 prompts; give more, or --per_p"),
     "images of no prompt": ("class", ["--per_prompt=2"], "--per_prompt: 2 needs --prompt or --prompts; give some, or --num_images"),

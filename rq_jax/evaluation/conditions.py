@@ -13,6 +13,7 @@ import numpy as np
 
 from rq_jax.checkpoint import LoadedModel
 from rq_jax.data.notices import tell
+from rq_jax.data.sources import open_records
 from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
 from rq_jax.files import read_json
 from rq_jax.settings.text import quoted
@@ -30,6 +31,7 @@ def choose_conditions(
     classes: str | None = None,
     classes_of: str | None = None,
     prompts: Sequence[str] | None = None,
+    prompts_of: str | None = None,
     carried: np.ndarray | None = None,
     carrier: str = "",
 ) -> tuple[np.ndarray | None, Sequence[str]]:
@@ -43,6 +45,7 @@ def choose_conditions(
       classes: names or numbers, separated by commas; see `parse_classes`.
       classes_of: a split whose classes are taken, in order.
       prompts: texts, for a text-conditional model; None: those in its directory, if it has any.
+      prompts_of: a split whose captions are taken, in order.
       carried: conditions (m, U) of the images that are continued or edited, which are kept unless others are given.
       carrier: flag and file that they come from, for the error.
 
@@ -58,11 +61,14 @@ def choose_conditions(
         ("--classes", classes, "class"),
         ("--classes_of", classes_of, "class"),
         ("--prompt", prompts, "text"),
+        ("--prompts_of", prompts_of, "text"),
     ):
         if value is not None and kind != needed:
             raise ValueError(f"{flag}: {value} is for a {needed}-conditional model, this one is {kind}; leave it out")
     if kind == "unconditional":
         return None, [""]
+    if prompts_of is not None:
+        prompts = captions_of_split(loaded.config, prompts_of, num_images)
     if kind == "text":
         return _texts(prompts, directory, model, carried, carrier)
     V = model.cond_vocab_size
@@ -195,6 +201,25 @@ def classes_of_split(config: dict[str, Any], split: str) -> list[int]:
         raise ValueError(f"--classes_of: {split} needs the data set of the model, which names none; give --classes")
     batches = EvaluationData(settings, batch_size=256).open(split).iterator()
     return [int(label) for batch in batches for label in batch["cond"][batch["mask"], 0]]
+
+
+def captions_of_split(config: dict[str, Any], split: str, num_images: int) -> list[str]:
+    """The first captions of a split of the data set that a model was trained on, in order.
+
+    Args:
+      config: of the model.
+      split: "train", "validation" or a split's own name.
+      num_images: captions, at most.
+
+    Raises:
+      ValueError: the model names no data set, or none with captions.
+    """
+    settings = trained_on(config, (*IMAGE_SETTINGS, "text_key"))
+    if not {"name", "text_key"} <= settings.keys():
+        raise ValueError(f"--prompts_of: {split} needs the data set of the model, which names none; give --prompts")
+    own_name = settings.get({"train": "train_split", "validation": "validation_split"}.get(split, ""), split)
+    records = open_records(settings["name"], own_name, settings.get("data_dir"), text_key=settings["text_key"])
+    return [records.read(i)[2] for i in range(min(num_images, len(records)))]
 
 
 def _texts(

@@ -32,6 +32,7 @@ class DrawSettings(NamedTuple):
       classes_of: "balanced", all classes in turn; "frequencies", as often as in the training set; or a split, whose
         classes are taken in order.
       prompts: file of texts, which the images take in turn.
+      prompts_of: a split whose captions are taken in order.
       temperature, top_k, top_p, guidance: see `sampling.images.draw_settings`.
       weights: dtype of the transformer's weights in memory.
       keep, candidates, by, judge: see `ChoiceSettings`.
@@ -41,6 +42,7 @@ class DrawSettings(NamedTuple):
     seed: int | None = None
     classes_of: str | None = None
     prompts: str | None = None
+    prompts_of: str | None = None
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -145,7 +147,8 @@ def _conditions(
     if prompts is not None and len(prompts) > num_images:
         raise ValueError(f"--num_images: {num_images} are fewer than the {len(prompts)} prompts; give more images")
     if kind != "class" or classes_of not in (None, BALANCED, FREQUENCIES):
-        return choose_conditions(loaded, directory, num_images, seed, classes_of=classes_of, prompts=prompts)
+        given = {"classes_of": classes_of, "prompts": prompts, "prompts_of": settings.prompts_of}
+        return choose_conditions(loaded, directory, num_images, seed, **given)
     names = loaded.config.get("class_names") or list(map(str, range(loaded.model.cond_vocab_size)))
     numbers = list(range(loaded.model.cond_vocab_size))
     if classes_of == FREQUENCIES:

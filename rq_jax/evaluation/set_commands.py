@@ -71,14 +71,17 @@ def _open_samples(
 
 
 def _fill_in(settings: DrawSettings, loaded: LoadedModel, data: EvaluationData, count: int | None) -> DrawSettings:
-    """The number of images and the split of their classes, where no flag gives them."""
+    """The number of images and the split of their classes or captions, where no flag gives them."""
     if settings.num_images is None:
         if count is None and not data.settings:
             raise ValueError("--num_images: unset, and the reference does not say how many; give it")
         settings = settings._replace(num_images=data.held_out().num_examples if count is None else count)
-    has_classes = drawn_sets.kind_of(loaded) == "class" and data.settings
-    if settings.classes_of is None and has_classes and protocol.trained_on(loaded.config, ("label_key",)):
+    kind, known = drawn_sets.kind_of(loaded), protocol.trained_on(loaded.config, ("label_key", "text_key"))
+    if data.settings and kind == "class" and settings.classes_of is None and "label_key" in known:
         settings = settings._replace(classes_of=data.split)
+    has_prompts = (settings.prompts, settings.prompts_of) != (None, None)
+    if data.settings and kind == "text" and not has_prompts and "text_key" in known:
+        settings = settings._replace(prompts_of=data.split)
     return settings
 
 
