@@ -120,6 +120,10 @@ bench: setup
 results-%: setup
 	$(PYTHON) -m benchmarks.ablate $*
 
+# How far each choice of a protocol moves the distances of one set of samples.
+results-protocols: setup
+	$(PYTHON) -m benchmarks.protocols
+
 lint: setup
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .

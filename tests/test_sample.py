@@ -338,7 +338,9 @@ def test_captions_of_a_split_are_taken_in_order(trained):
     assert names == [records.read(i)[2] for i in range(min(5, len(records)))] and len(names) > 1
     assert len(choose_conditions(loaded, directory, 1, 0, prompts_of="validation")[1]) == 1
     config = {name: value for name, value in loaded.config.items() if name != "data"}
-    with pytest.raises(ValueError, match="^--prompts_of: train needs the data set of the model, which names none; give"):
+    with pytest.raises(
+        ValueError, match="^--prompts_of: train needs the data set of the model, which names none; give"
+    ):
         choose_conditions(loaded._replace(config=config), directory, 5, 0, prompts_of="train")
 
 
