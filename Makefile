@@ -8,6 +8,8 @@ RUNS ?= runs/demo
 PAIR ?= runs/emoji
 FIGURES = checkpoints/emoji/figures
 KEPT = --cache=$(PAIR)/features
+AVATARS ?= runs/avatars
+OF_AVATARS = --cache=$(AVATARS)/features --out=checkpoints/avatars/figures
 BENCH ?= runs/bench
 PYTHON = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
@@ -16,7 +18,7 @@ ifneq ($(filter-out cuda12 cuda13 tpu,$(DEVICE)),)
 $(error DEVICE: '$(DEVICE)' is unknown; allowed are cuda12, cuda13, tpu, or none for CPUs)
 endif
 
-.PHONY: setup aot demo demo-dq emoji emoji-figures test test-all gpu reliability bench lint clean
+.PHONY: setup aot demo demo-dq emoji emoji-figures avatars avatars-figures test test-all gpu reliability bench lint clean
 
 setup: $(INSTALLED) $(DEVICE:%=$(INSTALLED)-%)
 
@@ -87,6 +89,21 @@ emoji-figures: setup
 	$(PYTHON) evaluate.py samples --samples=$(PAIR)/samples --data_name=twemoji $(KEPT) --out=$(FIGURES)
 	$(PYTHON) evaluate.py neighbours --samples=$(PAIR)/samples --data_name=twemoji $(KEPT) --out=$(FIGURES)
 	$(PYTHON) evaluate.py likelihood --checkpoint=checkpoints/emoji --out=$(FIGURES)
+
+# The pair in checkpoints/avatars, which draws by text, anew, with its figures.
+avatars: setup
+	$(PYTHON) -m rq_jax.data.prepare avatars
+	$(PYTHON) -m rq_jax.data.text --name=avatars --text_key=caption --vocab_size=512 --out=$(AVATARS)/tokenizer.json
+	$(PYTHON) train_vae.py --config=configs/rqvae.py:avatars --workdir=$(AVATARS)/rqvae
+	$(PYTHON) train_transformer.py --config=configs/rqtransformer.py:avatars_text --workdir=$(AVATARS)/rqtransformer \
+	  --config.tokenizer=$(AVATARS)/rqvae --config.data.text_tokenizer=$(AVATARS)/tokenizer.json
+	$(PYTHON) -c "from rq_jax import checkpoint; checkpoint.ship('$(AVATARS)/rqtransformer', 'checkpoints/avatars')"
+	$(MAKE) avatars-figures
+
+avatars-figures: setup
+	$(PYTHON) evaluate.py tokenizer --checkpoint=checkpoints/avatars/tokenizer --distances=full --no_floor $(OF_AVATARS)
+	$(PYTHON) evaluate.py samples --samples=checkpoints/avatars --num_images=1000 --no_floor $(OF_AVATARS)
+	$(PYTHON) evaluate.py attributes --checkpoint=checkpoints/avatars $(OF_AVATARS)
 
 # Neighbouring tests stay in one process, which compiles once what they share, until the other has nothing left.
 test: setup
