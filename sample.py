@@ -39,9 +39,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--checkpoint",
-        type=cli.path,
+        type=cli.model_path,
         default=str(SHIPPED),
-        help="run or model directory of stage 2 (default: the pair that ships)",
+        help="run or model directory of stage 2, or hf://owner/name (default: the pair that ships)",
     )
     add("--out", type=cli.path, help="directory of the results")
     add("--step", type=int, help="checkpoint to load (default: the best where one was kept, else the newest)")
@@ -272,6 +272,7 @@ def write(args: argparse.Namespace, loaded: checkpoint.LoadedModel, planned: Pla
     save_grid(out / f"grid_{tag}.png", shown, captions, arrays.get("grains"), loaded.model)
     drawn_from = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
     flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
+    flags |= checkpoint.origin_of(args.checkpoint)
     flags["prompt"] = None if args.prompts else args.prompt  # those of a file are beside the codes
     fingerprints = {name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}
     chosen = {"chosen": drawn.tally} if drawn.tally else {}

@@ -44,6 +44,7 @@ DEMO = [
     "resvg-py==0.5.0",
 ]
 LSUN = ["lmdb>=1.6"]  # LSUN as its authors give it
+HUB = ["huggingface_hub>=2.4"]  # checkpoints by their address, hf://owner/name
 NOTEBOOK = ["jupyterlab>=4", "ipywidgets>=8"]  # notebooks/
 PARQUET = ["pyarrow>=20"]  # data sets of Hugging Face
 # What jax needs for a device, at the version of jax that is installed.
@@ -75,9 +76,10 @@ setup(
         "demo": DEMO,
         "lsun": LSUN,
         "parquet": PARQUET,
+        "hub": HUB,
         "notebook": NOTEBOOK,
         "dev": DEV,
         **DEVICES,
-        "all": TRAIN + DEMO + LSUN + PARQUET + DEV,
+        "all": TRAIN + DEMO + LSUN + PARQUET + HUB + DEV,
     },
 )

@@ -3,10 +3,12 @@
 import functools
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
 import helpers
+import hub_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,7 +20,7 @@ from rq_jax import checkpoint, losses, metrics
 from rq_jax.data import make_dataset
 from rq_jax.data.text import train_tokenizer
 from rq_jax.devices import sharding
-from rq_jax.evaluation import commands, likelihood
+from rq_jax.evaluation import commands, drawn_sets, likelihood
 from rq_jax.pretrained import efficientnet_lite
 from rq_jax.report import grids
 
@@ -419,6 +421,21 @@ def test_likelihood_is_the_mean_over_the_pictures_that_are_there(root, transform
     nats = -np.take_along_axis(log_probabilities, np.asarray(codes)[..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(found["validation"]["nats"], nats.mean((0, 1, 2)), rtol=1e-4)
     assert found["validation"]["mean"] == pytest.approx(nats.mean(), rel=1e-4)
+
+
+def test_a_model_of_the_hub_is_measured_and_recorded_by_its_address(root, transformers, tmp_path, monkeypatch):
+    commit, address = "c" * 40, "hf://owner/name"
+    hub_cache.make(tmp_path, {commit: lambda path: shutil.copytree(transformers["text"], path)}, {"main": commit})
+    hub_cache.use(monkeypatch, tmp_path)
+    record = run("likelihood", root, checkpoint=address, out="hub")
+    subject = record["subjects"][address]
+    assert (subject["checkpoint"], subject["commit"]) == (address, commit)
+    assert record["data"]["text_tokenizer"] == f"{address}/text_tokenizer.json"
+    assert "snapshots" not in json.dumps(record)
+    args = evaluate.parse_args(["samples", f"--samples={address}", "--samples=runs/rqt", "--out=out"])
+    assert args.samples == [address, "runs/rqt"] and drawn_sets.is_transformer(address)
+    local = run("likelihood", root, checkpoint=transformers["text"], out="local")
+    assert local["likelihood"] == record["likelihood"] and "commit" not in str(local["subjects"])
 
 
 def test_likelihood_refused(root):

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import helpers
+import hub_cache
 import jax
 import numpy as np
 import pytest
@@ -602,3 +603,19 @@ def test_a_flag_of_the_wrong_type_is_one_line():
 def test_classes_are_listed(trained, capsys):
     sample.list_classes(sample.parse_args([f"--checkpoint={trained.stage2['class']}", "--list_classes"]))
     assert capsys.readouterr().out == "0  'ape'\n1  'bee'\n2  'cat'\n3  'dog'\n4  'elk'\n"
+
+
+def test_a_model_of_the_hub_is_recorded_by_its_address_and_commit(trained, tmp_path, monkeypatch):
+    commit = "c" * 40
+    hub_cache.make(tmp_path, {commit: lambda path: shutil.copytree(trained.stage2["text"], path)}, {"main": commit})
+    hub_cache.use(monkeypatch, tmp_path)
+    out, flags = tmp_path / "out", ["--num_images=3", "--batch_size=3", "--prompt=a red picture"]
+    sample.run(sample.parse_args(["--checkpoint=hf://owner/name@main", f"--out={out}", *flags]))
+    written = (out / "settings_000000.json").read_text()
+    settings = json.loads(written)
+    assert (settings["checkpoint"], settings["commit"]) == ("hf://owner/name@main", commit)
+    assert "snapshots" not in written
+    drawn = draw(trained, tmp_path / "local", "--prompt=a red picture", kind="text")
+    assert "commit" not in drawn.settings and drawn.settings["checkpoint"] == str(trained.stage2["text"])
+    with np.load(out / "codes_000000.npz") as file:
+        np.testing.assert_array_equal(file["codes"], drawn.codes)

@@ -1,11 +1,12 @@
 """Checkpoints: load, save, resume, ship.
 
-`load` reads a model from a directory, `saver` saves and restores the states of a run, `items` reads what Orbax writes
-of one, `manifest` holds the checksums that seal it; `model_dir` reads and writes weights alone, `config` the settings
-beside them.
+`load` reads a model from a directory, `hub` finds one on the Hugging Face Hub, `saver` saves and restores the states of
+a run, `items` reads what Orbax writes of one, `manifest` holds the checksums that seal it; `model_dir` reads and writes
+weights alone, `config` the settings beside them.
 """
 
 from rq_jax.checkpoint.config import read_config, write_config
+from rq_jax.checkpoint.hub import is_address, local_directory, origin_of, pinned
 from rq_jax.checkpoint.load import (
     LoadedModel,
     bind_tokenizer,
@@ -27,8 +28,12 @@ __all__ = [
     "bind_tokenizer",
     "fingerprint",
     "has_checkpoint",
+    "is_address",
     "load_model",
     "load_tokenizer",
+    "local_directory",
+    "origin_of",
+    "pinned",
     "read_config",
     "read_tokenizer_config",
     "save_model",

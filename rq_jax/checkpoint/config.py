@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 
 from rq_jax import models
+from rq_jax.checkpoint.hub import local_directory
 from rq_jax.files import local_path, read_json, write_json
 from rq_jax.settings.text import quoted
 
@@ -36,13 +37,14 @@ def write_config(directory: str | os.PathLike, config: Mapping[str, Any]) -> Non
 
 
 def read_config(directory: str | os.PathLike) -> dict[str, Any]:
-    """Read the resolved config of a run or model directory.
+    """Read the resolved config of a run or model directory, or of an address of the Hub.
 
     Raises:
       FileNotFoundError: the directory has no config.json.
-      ValueError: its config.json is not readable, names no model of this package, or has entries of another shape.
+      ValueError: its config.json is not readable, names no model of this package, or has entries of another shape; or
+        the address leads nowhere.
     """
-    path = local_path(directory) / CONFIG
+    path = local_directory(directory) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(
             f"'{directory}' is no run directory: it has no {CONFIG}; give the --workdir of a training run"

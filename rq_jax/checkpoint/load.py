@@ -22,6 +22,7 @@ import numpy as np
 from rq_jax import models
 from rq_jax.checkpoint import items, manifest
 from rq_jax.checkpoint.config import CONFIG, build_model, read_config
+from rq_jax.checkpoint.hub import local_directory
 from rq_jax.checkpoint.model_dir import WEIGHTS, fingerprint, first_difference, read_weights, save_model
 from rq_jax.checkpoint.saver import (
     BEST,
@@ -80,7 +81,7 @@ def load_model(
     """Load a model for evaluation, sampling or stage 2.
 
     Args:
-      directory: of a training run or a model directory.
+      directory: of a training run or a model directory, or an address of the Hub, "hf://owner/name".
       step: of a checkpoint; None takes the best if the run has one, else the newest.
       ema: take the averaged weights, if the run keeps an average.
       device: a device or a sharding to put the variables on, the tokenizer's too; None leaves them on the host, from
@@ -91,9 +92,10 @@ def load_model(
 
     Raises:
       FileNotFoundError: no such directory, or no checkpoint (of that step) in it.
+      ValueError: what is there is damaged, or an address leads nowhere.
     """
-    directory = local_path(directory).absolute()
-    loaded = _load_one(directory, read_config(directory), step, ema)
+    config, directory = read_config(directory), local_directory(directory).absolute()
+    loaded = _load_one(directory, config, step, ema)
     if (directory / _TOKENIZER).is_dir():
         # A tokenizer has none: a link from the directory to itself leads nowhere.
         config = read_tokenizer_config(directory / _TOKENIZER)
@@ -155,7 +157,7 @@ def step_of(directory: str | os.PathLike, step: int | None = None, ema: bool = T
     Raises:
       FileNotFoundError, ValueError: as `load_model`.
     """
-    directory = local_path(directory).absolute()
+    directory = local_directory(directory).absolute()
     return None if (directory / WEIGHTS).is_file() else int(_find_checkpoint(directory, step, ema).name)
 
 
@@ -172,7 +174,7 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
     A run's arrays are read by each process onto its own devices, as `state` splits them.
 
     Args:
-      directory: of a training run or a model directory.
+      directory: of a training run or a model directory, or an address of the Hub.
       state: a `TrainState` at step 0, placed on its devices; gives structure and shardings.
       keep_optimizer: continue with the moments of the optimizers.
 
@@ -183,7 +185,7 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
       FileNotFoundError: no such directory, or no checkpoint in it.
       ValueError: names or shapes differ from those of `state`, or there is no optimizer to keep.
     """
-    directory, hint = local_path(directory).absolute(), "set config.model to the settings in its config.json"
+    directory, hint = local_directory(directory).absolute(), "set config.model to the settings in its config.json"
     is_run = not (directory / WEIGHTS).is_file()
     if keep_optimizer and not is_run:
         raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")

@@ -91,7 +91,8 @@ def _fields_of(perceptual: Perceptual | None) -> Fields:
 def _subject_of(args: Any, directory: str, loaded: LoadedModel) -> Fields:
     ema = not args.no_ema
     step = checkpoint.step_of(directory, args.step, ema)
-    subject = {"checkpoint": directory, "fingerprint": checkpoint.fingerprint(loaded.variables), "ema": ema}
+    origin = checkpoint.origin_of(directory)
+    subject = {**origin, "fingerprint": checkpoint.fingerprint(loaded.variables), "ema": ema}
     return {**subject, "step": step} if step is not None else subject
 
 
@@ -151,7 +152,10 @@ def likelihood(args: Any, mesh: Mesh) -> Report:
     loaded, settings = load_transformer(args.checkpoint, args.step, ema, args.data_name, args.data_dir)
     data = _open(args, mesh, settings, args.split or "validation")
     splits = dict.fromkeys(("train", data.split))
-    report = Report({"data": data.settings})
+    told = dict(data.settings)
+    if "text_tokenizer" in told:  # by the name of its model, which may lie in a cache of this machine
+        told["text_tokenizer"] = f"{args.checkpoint}/{protocol.TEXT_TOKENIZER}"
+    report = Report({"data": told})
     report.subjects[args.checkpoint] = _subject_of(args, args.checkpoint, loaded)
     found = report.record["likelihood"] = {split: measure_likelihood(loaded, data, split, mesh) for split in splits}
     conditions = {name: data.settings[name] for name in protocol.CONDITION_SETTINGS if name in data.settings}

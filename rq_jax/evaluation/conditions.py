@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from rq_jax.checkpoint import LoadedModel
+from rq_jax.checkpoint import LoadedModel, local_directory
 from rq_jax.data.notices import tell
 from rq_jax.data.sources import open_records
-from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
+from rq_jax.evaluation.protocol import IMAGE_SETTINGS, TEXT_TOKENIZER, EvaluationData, trained_on
 from rq_jax.files import read_json
 from rq_jax.settings.text import quoted
 
@@ -152,7 +152,7 @@ def _known_classes(config: dict[str, Any], num_classes: int, directory: str) -> 
     for entry, values in (("class_names", names), ("class_counts", counts)):
         if values and len(values) != num_classes:
             raise ValueError(
-                f"'{Path(directory) / 'config.json'}': {len(values)} {entry} for a model of {num_classes} classes; "
+                f"'{directory}/config.json': {len(values)} {entry} for a model of {num_classes} classes; "
                 f"restore it from a copy, or take {entry} out"
             )
     return names, counts
@@ -228,10 +228,10 @@ def _texts(
     from rq_jax.data import load_tokenizer
 
     if not prompts and carried is None:
-        if not (Path(directory) / PROMPTS_FILE).is_file():
+        if not (local_directory(directory) / PROMPTS_FILE).is_file():
             raise ValueError("--prompt: missing, this model draws images of a text; give one or more")
-        prompts = read_prompts(Path(directory) / PROMPTS_FILE)
-    tokenizer = load_tokenizer(Path(directory) / "text_tokenizer.json", model.cond_length)
+        prompts = read_prompts(local_directory(directory) / PROMPTS_FILE)
+    tokenizer = load_tokenizer(local_directory(directory) / TEXT_TOKENIZER, model.cond_length)
     if prompts:
         if words := tokenizer.words_in_pieces(prompts):
             more = f" and {len(words) - _MOST_TOLD} more" if len(words) > _MOST_TOLD else ""

@@ -59,7 +59,9 @@ class DrawSettings(NamedTuple):
 
 
 def is_transformer(path: str) -> bool:
-    """Whether a path is the directory of a stage-2 model."""
+    """Whether a path is the directory of a stage-2 model, or an address, which can be of nothing else here."""
+    if checkpoint.is_address(path):
+        return True
     if not (Path(path) / "config.json").is_file():
         return False
     return checkpoint.read_config(path)["model"]["name"].endswith("transformer")

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax.checkpoint import LoadedModel
+from rq_jax.checkpoint import LoadedModel, local_directory
 from rq_jax.data import Dataset, fingerprint, make_dataset
 from rq_jax.devices import hosts
 from rq_jax.evaluation.stamps import digest_of
@@ -22,6 +22,7 @@ from rq_jax.settings.text import quoted
 # Settings of the config section `data` that decide which images there are, and what conditions come with them.
 IMAGE_SETTINGS = ("name", "data_dir", "train_split", "validation_split", "eval_transform", "image_size", "channels")
 CONDITION_SETTINGS = ("label_key", "text_key", "text_length")
+TEXT_TOKENIZER = "text_tokenizer.json"  # of a model directory
 
 _NO_CODE = (":(exclude)results", ":(exclude)benchmarks/results")  # what a measurement writes itself
 
@@ -106,7 +107,7 @@ def condition_settings(config: dict[str, Any], directory: str) -> dict[str, Any]
     """Settings of `make_dataset` for the conditions of a transformer, with its text tokenizer in its directory."""
     settings = trained_on(config, CONDITION_SETTINGS)
     if "text_key" in settings:
-        settings["text_tokenizer"] = str(Path(directory) / "text_tokenizer.json")
+        settings["text_tokenizer"] = str(local_directory(directory) / TEXT_TOKENIZER)
     return settings
 
 

@@ -61,8 +61,8 @@ def _open_samples(
     for path in args.samples:
         if path in models:
             chosen = _fill_in(settings, models[path], data, count)
-            subject = {"checkpoint": path, "ema": not args.no_ema}
-            subject["step"] = checkpoint.step_of(path, args.step, not args.no_ema)
+            step = checkpoint.step_of(path, args.step, not args.no_ema)
+            subject = {**checkpoint.origin_of(path), "ema": not args.no_ema, "step": step}
             given_sets.append(drawn_sets.draw_set(models[path], path, chosen, as_bytes, **subject))
         else:
             given_sets.append(files[path])

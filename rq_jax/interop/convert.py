@@ -234,7 +234,7 @@ def _new_directory(out: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _bind_tokenizer(directory: Path, kind: str, config: Mapping[str, Any], path: str, text_path: str | None) -> _Pair:
     """Put the tokenizer, and the text tokenizer where there is one, into a stage-2 directory."""
-    tokenizer = checkpoint.load_tokenizer(local_path(path))
+    tokenizer = checkpoint.load_tokenizer(path)
     tokenizer_settings = models.settings_of(tokenizer.model)
     name, needed = tokenizer_settings["name"], official.KINDS[kind].tokenizer
     if name != needed:

@@ -33,14 +33,14 @@ def export_model(directory: str | os.PathLike[str], out: str | os.PathLike[str])
     """Write a model with official names and layout, its official config beside it.
 
     Args:
-      directory: a run or a model directory of ours.
+      directory: a run or a model directory of ours, or an address of the Hub.
       out: new .safetensors file; the config goes to <name>.config.json, and the threshold of a router by entropy, which
         that config names, to <name>.thresholds.json.
 
     Raises:
       ValueError, FileNotFoundError: no model, one that the original cannot express, or files that are there already.
     """
-    directory, out = local_path(directory), local_path(out)
+    directory, out = checkpoint.local_directory(directory), local_path(out)
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: '{out}' must end in .safetensors, which --export writes")
     config_path, thresholds_path = out.with_suffix(".config.json"), out.with_suffix(".thresholds.json")

@@ -29,9 +29,10 @@ from rq_jax.training.state import TrainState
 __all__ = ["RECIPES", "DQTransformer", "Prepared", "Tokenizer", "Transformer", "prepare", "train"]
 
 RECIPES = {"rqvae": Tokenizer, "dqvae": Tokenizer, "rqtransformer": Transformer, "dqtransformer": DQTransformer}
-# Settings that are paths; a split is one where it is a .txt file of names.
+# Settings that name models, and those that are paths; a split is one where it is a .txt file of names.
+_MODELS = ("tokenizer", "init_from")
 _PATHS = (
-    "tokenizer", "init_from", "thresholds", "data.data_dir", "data.text_tokenizer", "data.train_split",
+    *_MODELS, "thresholds", "data.data_dir", "data.text_tokenizer", "data.train_split",
     "data.validation_split", "perceptual.vgg", "perceptual.heads",
 )  # fmt: skip
 
@@ -87,8 +88,10 @@ def prepare(config: Mapping[str, Any], *, stage: int | None = None, mesh: jax.sh
 def with_whole_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config as nested dicts, its paths absolute, so that the recorded one can be read from anywhere.
 
+    Addresses of the Hub get their commit, so that a run goes on with what it was started with.
+
     Raises:
-      ValueError: the home directory of an unknown user.
+      ValueError: the home directory of an unknown user, or an address that leads nowhere.
     """
     config = plain(config)
     for setting in _PATHS:
@@ -96,7 +99,9 @@ def with_whole_paths(config: Mapping[str, Any]) -> dict[str, Any]:
         section = functools.reduce(lambda settings, key: settings.get(key) or {}, sections, config)
         value = section.get(name)
         is_path = isinstance(value, str | os.PathLike) and bool(str(value))
-        if is_path and (not name.endswith("_split") or str(value).endswith(".txt")):
+        if is_path and setting in _MODELS and checkpoint.is_address(value):
+            section[name] = checkpoint.pinned(value)
+        elif is_path and (not name.endswith("_split") or str(value).endswith(".txt")):
             section[name] = str(local_path(value).absolute())
     return config
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import jax
 
+from rq_jax import checkpoint
 from rq_jax.devices import hosts
 from rq_jax.files import local_path
 from rq_jax.settings.text import quoted
@@ -36,6 +37,11 @@ def path(text: str) -> str:
         return str(local_path(text))
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def model_path(text: str) -> str:
+    """The value of a flag that names a model: as `path`, or an address of the Hub, which stays as it is."""
+    return text if checkpoint.is_address(text) else path(text)
 
 
 def per_depth(kind: type) -> Callable[[str], Any]:
