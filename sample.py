@@ -27,7 +27,8 @@ from rq_jax.settings import checks
 from rq_jax.settings.text import quoted
 from rq_jax.training import cli
 
-SHIPPED = Path(__file__).parent / "checkpoints" / "emoji"
+ROOT = Path(__file__).parent
+SHIPPED = ROOT / "checkpoints" / "emoji"
 NUM_IMAGES = 36
 UNRECORDED = ("list_classes", "coordinator", "num_processes", "process_id")  # flags that change no image
 FILTER = ("temperature", "top_k", "top_p")
@@ -272,7 +273,7 @@ def write(args: argparse.Namespace, loaded: checkpoint.LoadedModel, planned: Pla
     save_grid(out / f"grid_{tag}.png", shown, captions, arrays.get("grains"), loaded.model)
     drawn_from = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
     flags = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
-    flags |= checkpoint.origin_of(args.checkpoint)
+    flags |= checkpoint.origin_of(args.checkpoint, ROOT)
     flags["prompt"] = None if args.prompts else args.prompt  # those of a file are beside the codes
     fingerprints = {name: checkpoint.fingerprint(tree) for name, tree in drawn_from.items()}
     chosen = {"chosen": drawn.tally} if drawn.tally else {}

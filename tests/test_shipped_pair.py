@@ -12,6 +12,7 @@ from PIL import Image
 import sample
 from rq_jax import checkpoint, metrics
 from rq_jax.data import make_dataset
+from rq_jax.evaluation.samples import subject_of
 
 ROOT = Path(__file__).parent.parent
 PAIR = ROOT / "checkpoints" / "emoji"
@@ -81,3 +82,7 @@ def test_pictures_come_out_without_any_argument(tmp_path):
     pictures = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").iterdir())]
     assert len(pictures) == 4 and all(picture.shape == (64, 64, 3) for picture in pictures)
     assert grid.width > 4 * 64 and all(picture.std() > 10 for picture in pictures)
+    settings = json.loads((tmp_path / "settings_000000.json").read_text())
+    assert settings.pop("out") == str(tmp_path) and settings["checkpoint"] == "checkpoints/emoji"
+    assert str(ROOT) not in json.dumps(settings)
+    assert subject_of(tmp_path)["checkpoint"] == "checkpoints/emoji"

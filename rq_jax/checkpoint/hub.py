@@ -58,14 +58,25 @@ def pinned(address: str) -> str:
     return _download(address).pinned
 
 
-def origin_of(path: str | os.PathLike) -> dict[str, str]:
-    """What a record says of where a model came from: "checkpoint", as the user gave it, and "commit" of an address.
+def origin_of(path: str | os.PathLike, root: Path | None = None) -> dict[str, str]:
+    """What a record says of where a model came from.
+
+    Args:
+      path: as the user gave it.
+      root: of the repository. A whole path that leads into it is recorded from there: where it lies on this machine is
+        nothing to others.
+
+    Returns:
+      "checkpoint", the path or address, and "commit" of an address.
 
     Raises:
       ValueError: as `local_directory`.
     """
-    commit = {"commit": _download(path).commit} if is_address(path) else {}
-    return {"checkpoint": str(path), **commit}
+    if is_address(path):
+        return {"checkpoint": path, "commit": _download(path).commit}
+    if root is not None and Path(path).is_relative_to(root):
+        return {"checkpoint": Path(path).relative_to(root).as_posix()}
+    return {"checkpoint": str(path)}
 
 
 @functools.cache

@@ -82,6 +82,19 @@ def test_a_process_reads_one_commit(repository):
     assert checkpoint.origin_of("hf://owner/name")["commit"] == OLD
 
 
+def test_a_record_holds_no_path_of_this_machine_where_it_can_do_without(tmp_path):
+    for given, recorded in {
+        tmp_path / "checkpoints" / "emoji": "checkpoints/emoji",
+        tmp_path: ".",
+        "runs/rqt": "runs/rqt",
+        "/elsewhere/rqt": "/elsewhere/rqt",
+        f"{tmp_path}-other/rqt": f"{tmp_path}-other/rqt",
+    }.items():
+        assert checkpoint.origin_of(str(given), tmp_path) == {"checkpoint": recorded}
+        assert checkpoint.origin_of(given) == {"checkpoint": str(given)}
+    assert checkpoint.origin_of("hf://owner/name", tmp_path)["checkpoint"] == "hf://owner/name"
+
+
 def test_only_a_model_directory_is_asked_for(monkeypatch, repository):
     asked = {}
 
