@@ -64,13 +64,12 @@ def run(args: argparse.Namespace) -> None:
     """Convert or export, and print what was done."""
     if args.export:
         exported = export.export_model(args.export, args.out)
-        lines = [
-            f"{exported.name}: {exported.num_tensors} tensors, {exported.num_values:,} numbers, written to {args.out}"
-        ]
+        amount = f"{exported.num_tensors} tensors, {exported.num_values:,} numbers"
+        lines = [f"{exported.name}: {amount}, written to {exported.weights_path}"]
         if exported.left_out:
             settings = ", ".join(f"{name} {value}" for name, value in exported.left_out.items())
             lines.append(f"not in {exported.config_path.name}, which has no word for it: {settings}")
-        back = f"--config={exported.config_path} --state={args.out} --out=<directory>"
+        back = f"--config={exported.config_path} --state={exported.weights_path} --out=<directory>"
         tell([*lines, f"next: python convert_torch.py {back} brings it back"])
         return
     conversion = convert.convert_checkpoint(

@@ -30,6 +30,7 @@ import convert_torch
 import sample
 from rq_jax import checkpoint, models
 from rq_jax.data.text import train_tokenizer
+from rq_jax.interop import export as export_module
 from rq_jax.interop import official
 from rq_jax.recipes.codes import fill_from_tokenizer
 from rq_jax.training.optimizer import make_optimizer
@@ -425,6 +426,23 @@ def test_export_and_import_are_inverse(tmp_path, stage1, stage1_state, capsys):
     assert_same_model(again, stage1)
     assert sorted(os.listdir(out.parent)) == ["vae.config.json", "vae.safetensors"]
     assert out.stat().st_mode == config.stat().st_mode
+
+
+def test_export_into_shards_and_back(tmp_path, stage1, stage1_state, monkeypatch, capsys):
+    monkeypatch.setattr(export_module.export_model, "__defaults__", (200_000,))
+    out = export(stage1, tmp_path / "vae.safetensors")
+    index = tmp_path / "vae.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    shards = sorted(set(weight_map.values()))
+    N = len(shards)
+    assert N > 1 and shards == [f"vae-{i + 1:05d}-of-{N:05d}.safetensors" for i in range(N)]
+    assert weight_map.keys() == stage1_state.keys() and not out.exists()
+    assert f"--state={index} " in capsys.readouterr().out
+    again = convert(tmp_path, json.loads((tmp_path / "vae.config.json").read_text()), index)
+    assert_same_model(again, stage1)
+    (tmp_path / "vae.config.json").unlink()
+    with pytest.raises(ValueError, match="^--out: '.*vae-00001-of-.*' is there already; give the name of a new file$"):
+        export(stage1, out)
 
 
 def test_export_of_a_transformer(tmp_path, stage1, stage2):

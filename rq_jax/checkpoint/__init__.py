@@ -2,7 +2,7 @@
 
 `load` reads a model from a directory, `hub` finds one on the Hugging Face Hub, `saver` saves and restores the states of
 a run, `items` reads what Orbax writes of one, `manifest` holds the checksums that seal it; `model_dir` reads and writes
-weights alone, `config` the settings beside them.
+weights alone, `tensors` their files, `config` the settings beside them.
 """
 
 from rq_jax.checkpoint.config import read_config, write_config

@@ -20,10 +20,17 @@ import jax
 import numpy as np
 
 from rq_jax import models
-from rq_jax.checkpoint import items, manifest
+from rq_jax.checkpoint import items, manifest, tensors
 from rq_jax.checkpoint.config import CONFIG, build_model, read_config
 from rq_jax.checkpoint.hub import local_directory
-from rq_jax.checkpoint.model_dir import WEIGHTS, fingerprint, first_difference, read_weights, save_model
+from rq_jax.checkpoint.model_dir import (
+    WEIGHTS,
+    fingerprint,
+    first_difference,
+    holds_weights,
+    read_weights,
+    save_model,
+)
 from rq_jax.checkpoint.saver import (
     BEST,
     CHECKPOINTS,
@@ -47,12 +54,13 @@ class LoadedModel(NamedTuple):
     tokenizer: "LoadedModel | None"
 
 
-def ship(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
+def ship(workdir: str | os.PathLike, directory: str | os.PathLike, shard_bytes: int = tensors.SHARD_BYTES) -> None:
     """Write the best weights of a run and its tokenizer as model directories in half precision, with their logs.
 
     Args:
       workdir: of a run of either stage.
       directory: created if missing. Its config leaves out the path of the tokenizer, which is shipped beside it.
+      shard_bytes: of the weights in a file, at most.
 
     Raises:
       FileNotFoundError: no run, or no checkpoint in it.
@@ -63,7 +71,7 @@ def ship(workdir: str | os.PathLike, directory: str | os.PathLike) -> None:
         if model is None:
             continue
         config = {**model.config, "tokenizer": None} if "tokenizer" in model.config else model.config
-        save_model(directory / name, config, model.variables, "float16")
+        save_model(directory / name, config, model.variables, "float16", shard_bytes)
     logs = [(workdir, directory)]
     if loaded.config.get("tokenizer"):  # where stage 1 was trained
         logs.append((Path(loaded.config["tokenizer"]), directory / _TOKENIZER))
@@ -110,7 +118,7 @@ def _put(loaded: LoadedModel, device: jax.Device | jax.sharding.Sharding | None)
 def _load_one(directory: Path, config: dict[str, Any], step: int | None = None, ema: bool = True) -> LoadedModel:
     """Load the model of a directory, without its tokenizer."""
     model, template = build_model(directory, config)
-    if (directory / WEIGHTS).is_file():
+    if holds_weights(directory):
         if step is not None:
             raise FileNotFoundError(
                 f"'{directory}' is a model directory without steps, but step is {step}; leave it out"
@@ -158,7 +166,7 @@ def step_of(directory: str | os.PathLike, step: int | None = None, ema: bool = T
       FileNotFoundError, ValueError: as `load_model`.
     """
     directory = local_directory(directory).absolute()
-    return None if (directory / WEIGHTS).is_file() else int(_find_checkpoint(directory, step, ema).name)
+    return None if holds_weights(directory) else int(_find_checkpoint(directory, step, ema).name)
 
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:
@@ -186,7 +194,7 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
       ValueError: names or shapes differ from those of `state`, or there is no optimizer to keep.
     """
     directory, hint = local_directory(directory).absolute(), "set config.model to the settings in its config.json"
-    is_run = not (directory / WEIGHTS).is_file()
+    is_run = not holds_weights(directory)
     if keep_optimizer and not is_run:
         raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")
     if not keep_optimizer:
@@ -235,7 +243,7 @@ def _read_variables(
 
     Those of a run are read onto the devices of the template's arrays, or into the host's memory where it holds shapes.
     """
-    if (directory / WEIGHTS).is_file():
+    if holds_weights(directory):
         return read_weights(directory / WEIGHTS, template)
     path = _find_checkpoint(directory, step, ema)
     params = _params_item(path, ema)

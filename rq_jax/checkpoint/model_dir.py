@@ -1,4 +1,8 @@
-"""Model directories: `config.json` and `model.safetensors`, weights alone, for shipping and for the tokenizer."""
+"""Model directories: `config.json` and `model.safetensors`, weights alone, for shipping and for the tokenizer.
+
+The name of an array is its path in the tree of variables, joined by "."; files of before, joined by "/", are read too.
+Weights of more than a shard are in several files, see `tensors`.
+"""
 
 import hashlib
 import os
@@ -8,29 +12,34 @@ from typing import Any
 import jax
 import numpy as np
 
+from rq_jax.checkpoint import tensors
 from rq_jax.checkpoint.config import write_config
-from rq_jax.files import atomic_path, local_path
+from rq_jax.files import local_path
 from rq_jax.settings.text import quoted
 
 WEIGHTS = "model.safetensors"
+_TREE, _FILE = "/", "."  # what joins the path of an array: in messages and fingerprints, and in files
 
 
 def save_model(
-    directory: str | os.PathLike, config: dict[str, Any], variables: dict[str, Any], dtype: str | None = None
+    directory: str | os.PathLike,
+    config: dict[str, Any],
+    variables: dict[str, Any],
+    dtype: str | None = None,
+    shard_bytes: int = tensors.SHARD_BYTES,
 ) -> None:
     """Write a model directory: the weights as safetensors, then the config; only the first process writes.
 
     Args:
       directory: created if missing.
       config: the resolved config, JSON-able.
-      variables: of the model; an array's name is its path in the tree, joined by "/".
+      variables: of the model.
       dtype: "float16" halves the file, and `load_model` widens it again; None keeps the dtypes of the variables.
+      shard_bytes: of the weights in a file, at most.
 
     Raises:
       ValueError: another dtype, or a value that float16 cannot hold.
     """
-    from safetensors.numpy import save_file
-
     if dtype not in (None, "float16"):
         raise ValueError(f"dtype: '{dtype}' is unknown; give 'float16', or leave it out to keep that of the variables")
     if jax.process_index() != 0:
@@ -42,30 +51,32 @@ def save_model(
             if not largest <= float(np.finfo(np.float16).max):
                 raise ValueError(f"dtype: '{name}' has a value of {largest}, beyond float16; leave dtype out")
         arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
-    with atomic_path(local_path(directory) / WEIGHTS) as partial:
-        save_file(arrays, partial)
+    named = {name.replace(_TREE, _FILE): array for name, array in arrays.items()}
+    tensors.write(local_path(directory) / WEIGHTS, named, shard_bytes)
     write_config(directory, config)  # last: a directory without it is no model directory
+
+
+def holds_weights(directory: Path) -> bool:
+    """Whether a directory is a model directory, whole or not, and no run directory."""
+    return bool(tensors.parts_of(directory / WEIGHTS))
 
 
 def read_weights(path: Path, template: dict[str, Any]) -> dict[str, Any]:
     """Read the weights of a model directory in the structure and dtypes of a template.
 
-    Raises:
-      ValueError: names or shapes differ from the template's, or the file is damaged.
-    """
-    from safetensors import safe_open
+    Args:
+      path: of the weights; shards may stand in their place.
+      template: arrays or their shapes.
 
+    Raises:
+      ValueError: names or shapes differ from the template's, or a file is damaged or missing.
+    """
     expected = {name: leaf.shape for name, leaf in named_leaves(template)}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            # Shapes first, from the header: no array is read that the model does not take.
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            difference = first_difference(shapes, expected)
-            arrays = {} if difference else {name: file.get_tensor(name) for name in expected}
-    except Exception as error:  # the library has a type of its own, which is no ValueError
-        raise ValueError(f"'{path}' cannot be read ({quoted(error, 300)}); restore it from a copy") from error
-    if difference is not None:
+    # Shapes first: no array is read that the model does not take.
+    shapes = {name.replace(_FILE, _TREE): shape for name, shape in tensors.shapes(path).items()}
+    if (difference := first_difference(shapes, expected)) is not None:
         raise ValueError(f"'{path}': {difference}")
+    arrays = {name.replace(_FILE, _TREE): array for name, array in tensors.read(path).items()}
 
     def take(keys: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         # Popped, so that an array that is widened is not held in both dtypes.
@@ -83,9 +94,9 @@ def fingerprint(variables: dict[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Leaves of a tree with their names, joined by "/"."""
-    return [(_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+def named_leaves(tree: Any, separator: str = _TREE) -> list[tuple[str, Any]]:
+    """Leaves of a tree with their names, their paths joined by a separator."""
+    return [(_name(path, separator), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def first_difference(shapes: dict[str, Any], expected: dict[str, Any]) -> str | None:
@@ -96,5 +107,5 @@ def first_difference(shapes: dict[str, Any], expected: dict[str, Any]) -> str | 
     return None
 
 
-def _name(path: Any) -> str:
-    return "/".join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)
+def _name(path: Any, separator: str = _TREE) -> str:
+    return separator.join(str(getattr(key, "key", getattr(key, "idx", getattr(key, "name", key)))) for key in path)

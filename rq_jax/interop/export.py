@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rq_jax import checkpoint, models
-from rq_jax.files import atomic_path, local_path, write_json
+from rq_jax.checkpoint import tensors
+from rq_jax.files import local_path, write_json
 from rq_jax.interop import official
 
 
@@ -16,6 +17,7 @@ class Exported(NamedTuple):
 
     Attributes:
       name: of the model.
+      weights_path: of the weights; of shards their index.
       config_path: of the official config, beside the weights.
       num_tensors: number of official tensors.
       num_values: number of their elements.
@@ -23,19 +25,24 @@ class Exported(NamedTuple):
     """
 
     name: str
+    weights_path: Path
     config_path: Path
     num_tensors: int
     num_values: int
     left_out: dict[str, Any]
 
 
-def export_model(directory: str | os.PathLike[str], out: str | os.PathLike[str]) -> Exported:
+def export_model(
+    directory: str | os.PathLike[str], out: str | os.PathLike[str], shard_bytes: int = tensors.SHARD_BYTES
+) -> Exported:
     """Write a model with official names and layout, its official config beside it.
 
     Args:
       directory: a run or a model directory of ours, or an address of the Hub.
       out: new .safetensors file; the config goes to <name>.config.json, and the threshold of a router by entropy, which
         that config names, to <name>.thresholds.json.
+      shard_bytes: of the weights in a file, at most: larger ones go to <name>-00001-of-0000N.safetensors, with an
+        index <name>.safetensors.index.json.
 
     Raises:
       ValueError, FileNotFoundError: no model, one that the original cannot express, or files that are there already.
@@ -44,7 +51,7 @@ def export_model(directory: str | os.PathLike[str], out: str | os.PathLike[str])
     if out.suffix != ".safetensors":
         raise ValueError(f"--out: '{out}' must end in .safetensors, which --export writes")
     config_path, thresholds_path = out.with_suffix(".config.json"), out.with_suffix(".thresholds.json")
-    for path in (out, config_path, thresholds_path):
+    for path in (out, *sorted(tensors.parts_of(out)), config_path, thresholds_path):
         if path.exists():
             raise ValueError(f"--out: '{path}' is there already; give the name of a new file")
     own_config = checkpoint.read_config(directory)
@@ -63,9 +70,11 @@ def export_model(directory: str | os.PathLike[str], out: str | os.PathLike[str])
     if official.KINDS[name].tokenizer:
         variables.pop("codebook", None)  # the tokenizer's, and exported with it
     state = official.official_state(name, variables, settings)
-    _write(state, files, out)
+    weights_path = _write(state, files, out, shard_bytes)
     left_out = official.left_out_settings(name, settings)
-    return Exported(name, config_path, len(state), sum(np.size(array) for array in state.values()), left_out)
+    return Exported(
+        name, weights_path, config_path, len(state), sum(np.size(array) for array in state.values()), left_out
+    )
 
 
 def _tokenizer_settings(directory: Path) -> dict[str, Any] | None:
@@ -75,15 +84,12 @@ def _tokenizer_settings(directory: Path) -> dict[str, Any] | None:
     return models.settings_of(models.create(**checkpoint.read_config(directory / "tokenizer")["model"]))
 
 
-def _write(state: dict[str, np.ndarray], files: dict[Path, Any], out: Path) -> None:
-    """All files or none."""
-    from safetensors.numpy import save_file
-
+def _write(state: dict[str, np.ndarray], files: dict[Path, Any], out: Path, shard_bytes: int) -> Path:
+    """All files or none; the path of the weights."""
     try:
-        with atomic_path(out) as partial:
-            save_file(state, partial)
-            for path, content in files.items():
-                write_json(path, content)
+        for path, content in files.items():
+            write_json(path, content)
+        return tensors.write(out, state, shard_bytes)
     except BaseException:
         for path in files:
             path.unlink(missing_ok=True)
