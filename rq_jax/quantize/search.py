@@ -21,7 +21,8 @@ def best_codes(
     """Codes (N,) of the best score, or with a key drawn from softmax(score / temperature), block by block."""
     x_NE = jax.lax.stop_gradient(x_NE.astype(jnp.float32))
     codebook_KE = jax.lax.stop_gradient(codebook_KE.astype(jnp.float32))
-    if rng is not None or len(x_NE) <= 2 * _VECTORS_PER_SLICE:
+    N = x_NE.shape[0]  # symbolic in a program that `jax.export` makes for any batch
+    if rng is not None or not isinstance(N, int) or N <= 2 * _VECTORS_PER_SLICE:
         return _search(x_NE, codebook_KE, temperature, rng)
     return _search_many(x_NE, codebook_KE)
 
@@ -47,7 +48,8 @@ def _search(
 ) -> jax.Array:
     """The codes of all vectors, block by block of the codebook."""
     N, (K, E) = x_NE.shape[0], codebook_KE.shape
-    block = min(K, max(_MIN_BLOCK, _SCORES_PER_BLOCK // max(N, 1) // _PARTS * _PARTS))
+    fitting = _SCORES_PER_BLOCK // max(N, 1) if isinstance(N, int) else 0
+    block = min(K, max(_MIN_BLOCK, fitting // _PARTS * _PARTS))
     num_blocks = -(-K // block)
     norms_K = jnp.sum(codebook_KE**2, axis=-1)
     # Codes that only fill the last block have norm inf, hence score -inf: they never win and have probability 0.

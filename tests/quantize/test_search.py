@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from goldens import make_goldens as oracle
+from jax import export
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -34,6 +35,15 @@ def test_slices_of_vectors_change_no_code(small_slices, monkeypatch, N):
     x_NE, codebook_KE = normal(N, E), normal(300, E, seed=1)
     codes_N = quantize.nearest_codes(x_NE, codebook_KE)
     assert codes_N.tolist() == [oracle.nearest(x_E, codebook_KE) for x_E in x_NE]
+
+
+def test_an_exported_program_takes_any_number_of_vectors():
+    codebook_KE, (n,) = normal(300, E, seed=1), export.symbolic_shape("n")
+    shapes = jax.ShapeDtypeStruct((n, E), jnp.float32), jax.ShapeDtypeStruct(codebook_KE.shape, jnp.float32)
+    program = export.export(jax.jit(quantize.nearest_codes))(*shapes)
+    for N in (1, 77):
+        x_NE = normal(N, E)
+        assert program.call(x_NE, codebook_KE).tolist() == [oracle.nearest(x_E, codebook_KE) for x_E in x_NE]
 
 
 def test_slices_of_vectors_save_memory_on_a_cpu_and_are_left_alone_elsewhere():
