@@ -45,6 +45,7 @@ DEMO = [
 ]
 LSUN = ["lmdb>=1.6"]  # LSUN as its authors give it
 HUB = ["huggingface_hub>=2.4"]  # checkpoints by their address, hf://owner/name
+EXPORT = ["flatbuffers>=25"]  # files of jax.export
 NOTEBOOK = ["jupyterlab>=4", "ipywidgets>=8"]  # notebooks/
 PARQUET = ["pyarrow>=20"]  # data sets of Hugging Face
 # What jax needs for a device, at the version of jax that is installed.
@@ -77,9 +78,10 @@ setup(
         "lsun": LSUN,
         "parquet": PARQUET,
         "hub": HUB,
+        "export": EXPORT,
         "notebook": NOTEBOOK,
         "dev": DEV,
         **DEVICES,
-        "all": TRAIN + DEMO + LSUN + PARQUET + HUB + DEV,
+        "all": TRAIN + DEMO + LSUN + PARQUET + HUB + EXPORT + DEV,
     },
 )

@@ -15,6 +15,7 @@ interop          safe readers of foreign files; official names and ours
 pretrained       frozen networks that judge images
 report           grids, curves, progress
 evaluation       tokenizers, samples and likelihoods on held-out images
+export           programs of a model that jax alone runs
 training         the loop, optimizer, settings, logs, signals
 recipes          losses, step and evaluation of each kind of model
 ===============  ===================================================================================

@@ -20,7 +20,7 @@ FLOORS = (
     {"files", "grains", "losses", "metrics", "nn", "quantize"},
     {"models", "sampling"},
     {"checkpoint", "data", "devices", "interop", "pretrained", "report"},
-    {"evaluation", "training"},
+    {"evaluation", "export", "training"},
     {"recipes"},
 )
 GROUND = FLOORS[1]
