@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import helpers
+import huggingface_hub
 import pytest
 
 from configs import ablations
@@ -40,6 +41,30 @@ def test_ablation_tables_are_those_of_their_files():
             continue
         shown = path.read_text(encoding="utf-8") in page
         assert shown or f"../results/{name}.png" in page, name
+
+
+def test_the_model_card_has_the_figures_of_the_shipped_model():
+    card = huggingface_hub.ModelCard.load(ROOT / "checkpoints" / "emoji" / "README.md").data
+    tokenizer, samples = (
+        _read(ROOT / "checkpoints" / "emoji" / "figures" / f"{n}.json") for n in ("tokenizer", "samples")
+    )
+    (figures,) = tokenizer["results"].values()
+    reconstructions, drawn = (
+        next(value["mean"] for name, value in record["kernel_distance"]["of"].items() if name.startswith(of))
+        for record, of in ((tokenizer, "reconstructions"), (samples, "samples"))
+    )
+    found = {(result.task_type, result.metric_type): result.metric_value for result in card.eval_results}
+    rebuilt = "image-to-image"
+    assert found == {
+        (rebuilt, "psnr"): round(figures["psnr"][-1], 2),
+        (rebuilt, "ssim"): round(figures["ssim"][-1], 3),
+        (rebuilt, "perceptual_distance"): round(figures["distance"][-1], 3),
+        (rebuilt, "kernel_distance"): round(reconstructions[-1], 3),
+        ("unconditional-image-generation", "kernel_distance"): round(drawn, 3),
+    }
+    data = {record["data"]["name"] for record in (tokenizer, samples)}
+    assert set(card.datasets) == data == {result.dataset_type for result in card.eval_results}
+    assert (card.license, card.library_name) == ("cc-by-4.0", "rq_jax")
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md", "checkpoints/emoji/README.md"])
