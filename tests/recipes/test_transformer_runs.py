@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import helpers
+import hub_cache
 import jax
 import numpy as np
 import pytest
@@ -76,6 +77,15 @@ def test_a_second_trainer_writes_nothing(places, tmp_path):
     with RunLock(tmp_path / "run"), pytest.raises(ValueError, match="^workdir: '.*run' is in use by process"):
         recipes.train(make_config(places, **RUN), str(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock.json"]
+
+
+def test_a_tokenizer_of_the_hub_is_recorded_with_its_commit(places, tmp_path, monkeypatch):
+    commit = "c" * 40
+    hub_cache.make(tmp_path, {commit: lambda path: shutil.copytree(places.tokenizer, path)}, {"main": commit})
+    hub_cache.use(monkeypatch, tmp_path)
+    recipe = prepare(places, tokenizer="hf://owner/name").recipe
+    assert recipe.config["tokenizer"] == f"hf://owner/name@{commit}"
+    helpers.assert_equal(recipe.tokenizer.variables, prepare(places).recipe.tokenizer.variables)
 
 
 def stop_at(monkeypatch, step: int):
