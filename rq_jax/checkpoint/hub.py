@@ -8,6 +8,7 @@ commit.
 import functools
 import glob
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
@@ -82,33 +83,30 @@ def origin_of(path: str | os.PathLike, root: Path | None = None) -> dict[str, st
 @functools.cache
 def _download(address: str) -> _Snapshot:
     try:
-        import huggingface_hub
+        from huggingface_hub import parse_hf_uri, snapshot_download  # the first is not in old versions
     except ImportError:
-        raise ValueError(
-            f"{quoted(address)} needs the package huggingface_hub; run pip install 'rq_jax[hub]', or give a directory"
-        ) from None
-    uri = _parse(address)
-    folder = f"/{uri.path_in_repo}" if uri.path_in_repo else ""
-    wanted = [glob.escape(f"{folder}/"[1:]) + below + name for below in _FOLDERS for name in _FILES]
+        fix = "run pip install 'rq_jax[hub]', or give a directory"
+        raise ValueError(f"{quoted(address)} needs the package huggingface_hub, at least 2.4; {fix}") from None
+    uri = _parse(address, parse_hf_uri)
+    folder = f"{uri.path_in_repo}/" if uri.path_in_repo else ""
+    wanted = [glob.escape(folder) + below + name for below in _FOLDERS for name in _FILES]
     try:
-        root = Path(huggingface_hub.snapshot_download(uri.id, revision=uri.revision, allow_patterns=wanted))
+        root = Path(snapshot_download(uri.id, revision=uri.revision, allow_patterns=wanted))
     except MemoryError:
         raise
     except Exception as error:  # of the network's libraries too, which have types of their own
         raise ValueError(f"{quoted(address)}: {_reason(error, uri)}") from error
-    return _Snapshot(root / uri.path_in_repo, root.name, f"{_SCHEME}{uri.id}@{root.name}{folder}")
+    return _Snapshot(root / folder, root.name, f"{_SCHEME}{uri.id}@{root.name}/{folder}".rstrip("/"))
 
 
-def _parse(address: str) -> Any:
-    """The parts of an address, as `huggingface_hub.HfUri`.
+def _parse(address: str, parse: Callable[[str], Any]) -> Any:
+    """The parts of an address, as `huggingface_hub.parse_hf_uri` gives them.
 
     Raises:
       ValueError: it is malformed, is of no model, or leads out of its repository.
     """
-    from huggingface_hub import HfUri, parse_hf_uri
-
     try:
-        uri: HfUri = parse_hf_uri(address)
+        uri = parse(address)
         problem = "" if uri.type == "model" else f"it names a {uri.type}, not a model"
         if {".", ".."} & set(uri.path_in_repo.split("/")):
             problem = "its folder leads elsewhere"

@@ -236,7 +236,7 @@ def test_a_failed_download_is_one_line(monkeypatch, failure):
 def test_a_missing_package_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     fix = "run pip install 'rq_jax[hub]', or give a directory"
-    assert refusal("hf://owner/name") == f"'hf://owner/name' needs the package huggingface_hub; {fix}"
+    assert refusal("hf://owner/name") == f"'hf://owner/name' needs the package huggingface_hub, at least 2.4; {fix}"
 
 
 def test_a_repository_of_something_else_is_named_by_its_address():
