@@ -21,6 +21,7 @@ _FORM = f"{_SCHEME}owner/name[@revision][/folder]"
 _FILES = (
     "config.json",
     "text_tokenizer.json",
+    "prompts.json",
     "model.safetensors",
     "model.safetensors.index.json",
     "model-*.safetensors",
