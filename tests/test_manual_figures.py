@@ -97,6 +97,10 @@ def test_figures_of_the_shipped_model(page):
         *(f"{distances[kind]['mean']:.3f} ± {distances[kind]['std']:.3f}" for kind in ("training", "samples")),
         f"{reconstructions['mean'][-1]:.3f} ± {reconstructions['std'][-1]:.3f}",
     )  # fmt: skip
+    if page == "docs/results.md":
+        for name in ("precision", "recall", "density", "coverage"):
+            found = {of.split()[0]: value for of, value in records["samples"][name]["of"].items()}
+            _has(page, _row(name, [found["samples"], found["training"]]))
     if page == "checkpoints/emoji/README.md":
         nearest = records["neighbours"]["samples"]["median_squared_distance_to_nearest_training_picture"]
         ours, theirs = (round(value) for _, value in sorted(nearest.items(), reverse=True))
