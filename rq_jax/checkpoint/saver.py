@@ -14,7 +14,6 @@ without a manifest: such a checkpoint never counts and is deleted at the next st
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -331,16 +330,7 @@ def newest_whole(
     Raises:
       ValueError: the newest is damaged, and `strict` is set; on every process.
     """
-    newest, refusal = None, ""
-    if jax.process_index() == 0:
-        try:
-            newest = _newest_whole(directory, strict, reads)
-        except ValueError as error:  # told to the others, who would wait for this process
-            refusal = str(error)
-    newest, refusal = json.loads(hosts.of_first_process(json.dumps([newest, refusal])))
-    if refusal:
-        raise ValueError(refusal)
-    return newest
+    return hosts.done_by_first_process(lambda: _newest_whole(directory, strict, reads))
 
 
 def _newest_whole(directory: Path, strict: bool, reads: Callable[[Path], Collection[str]] | None) -> int | None:

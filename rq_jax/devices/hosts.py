@@ -1,7 +1,9 @@
 """Multi-process runs over JAX's distributed runtime."""
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -75,6 +77,24 @@ def of_first_process(text: str) -> str:
     data = np.frombuffer(text.encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     return np.asarray(multihost_utils.broadcast_one_to_all(np.resize(data, size))).tobytes().decode()
+
+
+def done_by_first_process(action: Callable[[], Any]) -> Any:
+    """What an action of the first process returns, as JSON holds it, on every process; all of them have to ask.
+
+    Raises:
+      ValueError: the action raised this or an OSError; on every process.
+    """
+    value, refusal = None, ""
+    if jax.process_index() == 0:
+        try:
+            value = action()
+        except (OSError, ValueError) as error:  # told to the others, who would wait for this process
+            refusal = str(error)
+    value, refusal = json.loads(of_first_process(json.dumps([value, refusal])))
+    if refusal:
+        raise ValueError(refusal)
+    return value
 
 
 def rows_of_all(rows: np.ndarray) -> np.ndarray:

@@ -1,14 +1,12 @@
 """The thresholds of an entropy router: given as a file, or measured on the training split before the first step."""
 
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 from rq_jax import checkpoint, models
@@ -69,7 +67,7 @@ def of_file(path: str | os.PathLike, model: Any, calibration: Calibration) -> tu
     Raises:
       ValueError: as `data.load_thresholds`, or a file that process 0 cannot read; on every process.
     """
-    return tuple(_of_first_process(lambda: _read(path, model, calibration)))
+    return tuple(hosts.done_by_first_process(lambda: _read(path, model, calibration)))
 
 
 def of_run(
@@ -89,21 +87,7 @@ def of_run(
     """
     if given:
         return of_file(given, model, calibration)
-    return tuple(_of_first_process(lambda: _measured(Path(workdir) / FILE, model, calibration, data)))
-
-
-def _of_first_process(action: Callable[[], Any]) -> Any:
-    """What an action on process 0 gives, as JSON holds it, or the ValueError of its refusal, on every process."""
-    value, refusal = None, ""
-    if jax.process_index() == 0:
-        try:
-            value = action()
-        except (OSError, ValueError) as error:  # told to the others, who would wait for this process
-            refusal = str(error)
-    value, refusal = json.loads(hosts.of_first_process(json.dumps([value, refusal])))
-    if refusal:
-        raise ValueError(refusal)
-    return value
+    return tuple(hosts.done_by_first_process(lambda: _measured(Path(workdir) / FILE, model, calibration, data)))
 
 
 def _read(path: str | os.PathLike, model: Any, calibration: Calibration) -> tuple[float, ...]:
@@ -140,4 +124,4 @@ def bind(workdir: str | os.PathLike, given: str | None, thresholds: tuple[float,
     if given:
         source, path = local_path(given), Path(workdir) / FILE
         if source.absolute() != path.absolute():
-            _of_first_process(lambda: write_atomic(path, source.read_bytes()))
+            hosts.done_by_first_process(lambda: write_atomic(path, source.read_bytes()))

@@ -204,6 +204,20 @@ def test_several_processes_ask_by_one_count(monkeypatch):
     assert asked == [1, 2, 3] and stop.signal == signal.SIGTERM
 
 
+def test_all_hear_what_the_first_process_does(monkeypatch):
+    told, done = [], []
+    monkeypatch.setattr(hosts, "of_first_process", lambda text: told.append(text) or told[0])
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        assert hosts.done_by_first_process(lambda: done.append(1) or {"steps": 3}) == {"steps": 3}
+    assert done == [1]
+    told.clear()
+    for process in (0, 1):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        with pytest.raises(ValueError, match="nowhere"):
+            hosts.done_by_first_process(lambda: open("/nowhere"))
+
+
 # --- what they do -----------------------------------------------------------------------------------------------------
 
 
