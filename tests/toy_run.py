@@ -31,6 +31,7 @@ class ToyDataset:
         self.faults, self.position, self.closed = faults or {}, 0, False
 
     def iterator(self):
+        self.position, self.closed = 0, False
         return self
 
     def __next__(self):
@@ -63,7 +64,7 @@ SHARDINGS = sharding.state_shardings(MESH, jax.eval_shape(init, jax.random.key(0
 draw_state = jax.jit(init, out_shardings=SHARDINGS)
 
 
-def toy_step(state, batch):
+def toy_step(state, batch, optimizer=OPTIMIZER):
     noise = jax.random.normal(state.rng_of_step("noise")["noise"], (BATCH,))
 
     def loss_fn(params):
@@ -72,7 +73,7 @@ def toy_step(state, batch):
     loss, grads = jax.value_and_grad(loss_fn)(state.params)
     index = batch["index"][0]
     model_state = {"seen": {"order": state.model_state["seen"]["order"].at[state.step].set(index)}}
-    state, update = apply_gradients(state, OPTIMIZER, grads, loss, model_state, 0.9)
+    state, update = apply_gradients(state, optimizer, grads, loss, model_state, 0.9)
     return state, {"loss": loss, **update, "index": index, "pair": jnp.stack([index, 10 * index])}
 
 

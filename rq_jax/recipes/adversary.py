@@ -76,8 +76,8 @@ class Adversary:
         )  # fmt: skip
 
     def ramp(self, step: jax.Array) -> jax.Array:
-        """Share of the generator's term at a step from the start on: above 0, then 1."""
-        return jnp.clip((step.astype(jnp.float32) + 1.0 - self.start_steps) / max(self.warmup_steps, 1), 0.0, 1.0)
+        """Share of the generator's term at a step (float32) from the start on: above 0, then 1."""
+        return jnp.clip((step + 1.0 - self.start_steps) / max(self.warmup_steps, 1), 0.0, 1.0)
 
     def idle(self) -> AdversarialUpdate:
         """Before the start: nothing changes, every metric is 0."""
@@ -129,11 +129,11 @@ class Adversary:
         (real_loss, (real, statistics)), real_grads = jax.value_and_grad(real_objective, has_aux=True)(params)
         # As rq-vae-transformer:Trainer.train, the discriminator's own loss carries the weight too.
         grads = jax.tree.map(lambda a, b: self.weight * (a + b), fake_grads, real_grads)
-        updates, opt_state = self.optimizer.transform.update(grads, state.discriminator_opt_state, params)
+        updates, opt_state = self.optimizer.update(grads, state.discriminator_opt_state, params, state.pace)
         d_weight = losses.adaptive_weight(
             kernel_gradient(image_gradient), kernel_gradient(generator_gradient), self.max_adaptive_weight
         )
-        weight = self.ramp(state.step) * self.weight * d_weight
+        weight = self.ramp(state.progress) * self.weight * d_weight
         discriminator = {"params": optax.apply_updates(params, updates), **statistics}
         values = (
             generator_loss, fake_loss + real_loss, optax.tree.norm(grads), d_weight, fake.mean(), real.mean(),

@@ -221,7 +221,7 @@ class Tokenizer:
 
     def step(self, state: TrainState, batch: Mapping[str, jax.Array], phase: Phase | None = None):
         """One jitted update, which donates the state; the phase of `state` where none is given (waits for its step)."""
-        phase = self.phase(int(state.step)) if phase is None else phase
+        phase = self.phase(int(state.progress)) if phase is None else phase
         return self._step(state, batch, self.frozen, phase)
 
     @functools.cached_property

@@ -16,12 +16,19 @@ _NO_DECAY = re.compile(r"(bias|scale|embedding|position)")
 
 
 class Optimizer(NamedTuple):
-    """Gradient transformation, learning rate by step, micro-batches to average before one update, and how."""
+    """Gradient transformation, learning rate by step, micro-batches to average before one update, and how.
+
+    The transformation of `make_optimizer` takes a `pace`, see `TrainState`; one made by hand may do without.
+    """
 
     transform: optax.GradientTransformation
     learning_rate: optax.Schedule
     accumulation_steps: int
     use_sharded_gradients: bool = False
+
+    def update(self, grads: Any, state: Any, params: Any, pace: Any) -> tuple[Any, Any]:
+        """Updates of the parameters, and the next state of `transform`."""
+        return optax.with_extra_args_support(self.transform).update(grads, state, params, pace=pace)
 
 
 def make_optimizer(
@@ -84,34 +91,41 @@ def make_optimizer(
         section, schedule, total_steps, warmup_steps, hold_steps,
         float(learning_rate), initial_learning_rate, final_learning_rate,
     )  # fmt: skip
+    decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
     if name == "adam":
-        base = optax.adam(rate, b1, b2, mu_dtype=mu_dtype)
+        parts = [optax.scale_by_adam(b1, b2, mu_dtype=mu_dtype)]
     elif name == "adamw":
-        base = optax.adamw(rate, b1, b2, mu_dtype=mu_dtype, weight_decay=weight_decay, mask=decay_mask)
+        parts = [optax.scale_by_adam(b1, b2, mu_dtype=mu_dtype), decay]
     elif name == "adafactor":
-        base = _adafactor(rate, b1, mu_dtype, weight_decay)
+        parts = [*_adafactor(b1, mu_dtype), decay]
     else:
-        base = optax.sgd(rate, momentum or None)
+        parts = [optax.trace(momentum) if momentum else optax.identity()]
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm is not None else []
-    transform = optax.chain(*clip, base)
-    transform = optax.GradientTransformation(transform.init, _with_standard_promotion(transform.update))
+    transform = optax.chain(*clip, optax.chain(*parts, _scale_by_rate(rate)))
+    transform = optax.GradientTransformationExtraArgs(transform.init, _with_standard_promotion(transform.update))
     return Optimizer(transform, _with_standard_promotion(rate), accumulation_steps, use_sharded_gradients)
 
 
-def _adafactor(
-    rate: optax.Schedule, b1: float, mu_dtype: str | None, weight_decay: float
-) -> optax.GradientTransformation:
-    """Adafactor in the place of AdamW: no scaling by the parameters, momentum, decay by the learning rate.
+def _adafactor(b1: float, mu_dtype: str | None) -> list[optax.GradientTransformation]:
+    """Adafactor in the place of Adam: no scaling by the parameters, momentum.
 
     Of an array with more axes the two longest are a matrix: M and A of the heads of attention.
     """
-    return optax.chain(
+    return [
         optax.scale_by_factored_rms(min_dim_size_to_factor=32),
         optax.clip_by_block_rms(1.0),
         optax.ema(b1, debias=False, accumulator_dtype=mu_dtype),
-        optax.add_decayed_weights(weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(rate),
-    )
+    ]
+
+
+def _scale_by_rate(rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate` that passes through its schedule `pace` times as fast, a number of the program."""
+
+    def update(updates: Any, state: Any, params: Any = None, *, pace: Any = 1.0, **_: Any) -> tuple[Any, Any]:
+        paced = optax.scale_by_learning_rate(lambda count: rate(count * pace))
+        return paced.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_learning_rate(rate).init, update)
 
 
 def _with_standard_promotion(function: Callable[..., Any]) -> Callable[..., Any]:

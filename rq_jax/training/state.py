@@ -12,7 +12,10 @@ from rq_jax.training.optimizer import Optimizer
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that a step reads and writes. `rng` never changes: each step folds its number into it.
+    """Everything that a step reads and writes.
+
+    `rng` never changes: each step folds its number into it. Neither does `pace`: a step passes so many of the steps in
+    which durations are given, more than 1 where a run takes fewer steps than it was set to (`training.budget`).
 
     Stage 1 with an adversary also carries the discriminator's variables and the state of its optimizer.
     """
@@ -24,8 +27,14 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: Any
     rng: jax.Array
     skipped_steps: jax.Array
+    pace: jax.Array
     discriminator: Any = None
     discriminator_opt_state: Any = None
+
+    @property
+    def progress(self) -> jax.Array:
+        """Steps done, of those in which durations are given."""
+        return self.step.astype(jnp.float32) * self.pace
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -62,6 +71,7 @@ def create_state(
         ema_params=jax.tree.map(jnp.copy, params) if use_ema else None,
         rng=rng,
         skipped_steps=jnp.int32(0),
+        pace=jnp.float32(1),
         **_discriminator_fields(discriminator),
     )
 
@@ -100,7 +110,7 @@ def apply_gradients(
     """
     norm = optax.tree.norm(grads)
     finite = jnp.all(jnp.isfinite(jnp.stack([norm, *jax.tree.leaves(losses)])))
-    updates, opt_state = optimizer.transform.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params, state.pace)
     params = optax.apply_updates(state.params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
@@ -109,7 +119,7 @@ def apply_gradients(
     old = {name: getattr(state, name) for name in new}
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
     # The optimizer counts its own updates, of which a skipped step is none.
-    learning_rate = optimizer.learning_rate(state.step - state.skipped_steps)
+    learning_rate = optimizer.learning_rate((state.step - state.skipped_steps).astype(jnp.float32) * state.pace)
     skipped = state.skipped_steps + jnp.where(finite, 0, 1)
     state = state.replace(step=state.step + 1, skipped_steps=skipped, **new)
     return state, {

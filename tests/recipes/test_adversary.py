@@ -241,8 +241,8 @@ def random_vgg():
 # --- start and warm-in -------------------------------------------------------------------------------------------------
 
 
-def at_step(step):
-    return lambda state: state.replace(step=jnp.int32(step))
+def at_step(step, pace=1):
+    return lambda state: state.replace(step=jnp.int32(step), pace=jnp.float32(pace))
 
 
 def test_before_its_start_the_adversary_does_nothing(pictures):
@@ -264,9 +264,9 @@ def test_from_its_start_on_the_step_is_the_whole_one(pictures):
 
 
 def test_warm_in_scales_the_generators_term_alone(pictures, base):
-    for step, share in ((0, 0.25), (1, 0.5), (3, 1.0), (9, 1.0)):
+    for step, pace, share in ((0, 1, 0.25), (1, 1, 0.5), (1, 2, 0.75), (3, 1, 1.0), (9, 1, 1.0)):
         _, discriminator, metrics = make_step(
-            pictures, change=at_step(step), read=discriminator_and_losses, loss__adversarial_warmup_steps=4
+            pictures, change=at_step(step, pace), read=discriminator_and_losses, loss__adversarial_warmup_steps=4
         )
         others = metrics["reconstruction_loss"] + 0.25 * metrics["commitment_loss"]
         weighted = share * WEIGHT * metrics["d_weight"] * metrics["generator_loss"]

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from rq_jax import models
-from rq_jax.training.optimizer import decay_mask, make_optimizer
+from rq_jax.training.optimizer import Optimizer, decay_mask, make_optimizer
 from rq_jax.training.state import accumulate_gradients, apply_gradients, average_weights, create_state
 
 I, O = 5, 3  # noqa: E741  axes of the toy weight
@@ -369,6 +369,31 @@ def test_the_learning_rate_told_is_the_one_applied_after_a_skipped_step():
         if np.isfinite(loss):
             np.testing.assert_allclose(metrics["learning_rate"], applied, atol=1e-6)
     np.testing.assert_allclose(applied, 0.2, atol=1e-6)  # the third update, though the fifth step
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "adafactor", "sgd"])
+def test_at_twice_the_pace_durations_are_half_as_long(name):
+    longer, shorter = (
+        make_optimizer(name=name, learning_rate=0.1, total_steps=steps, warmup_steps=steps // 6, hold_steps=steps // 6)
+        for steps in (24, 12)
+    )
+    first = create_state({"params": {"w_IO": normal(I, O)}}, longer, jax.random.key(0), True)
+    of_longer, of_shorter = first.replace(pace=jnp.float32(2)), first
+    for seed in range(8):
+        grads = {"w_IO": normal(I, O, seed=seed)}
+        of_longer, metrics = apply_gradients(of_longer, longer, grads, jnp.float32(0), {}, 0.9)
+        of_shorter, expected = apply_gradients(of_shorter, shorter, grads, jnp.float32(0), {}, 0.9)
+        assert metrics["learning_rate"] == expected["learning_rate"] == shorter.learning_rate(seed)
+    for a, b in zip(leaves(kept(of_longer)), leaves(kept(of_shorter)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(of_longer.params["w_IO"], first.params["w_IO"])
+
+
+def test_an_optimizer_made_by_hand_needs_no_pace():
+    optimizer = Optimizer(optax.sgd(0.5), lambda step: 0.5, 1)
+    state = create_state({"params": {"w": jnp.zeros(())}}, optimizer, jax.random.key(0), False)
+    state, _ = apply_gradients(state, optimizer, {"w": jnp.ones(())}, jnp.float32(0), {}, 0.0)
+    assert state.params["w"] == -0.5
 
 
 def test_without_an_average_none_is_kept():
