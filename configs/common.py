@@ -95,6 +95,7 @@ def base() -> ConfigDict:
                 "hang_timeout_seconds": 0.0,
                 "profile_first_step": 10,
                 "profile_steps": 0,
+                "time_budget_seconds": placeholder(float),  # fewer steps are taken where all last longer
             },
             # Devices along each axis; -1: what the others leave. dcn: slices that data goes over.
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1, "dcn": 1},

@@ -116,7 +116,7 @@ SHARED_KEYS = {
     " schedule warmup_steps warmup_epochs hold_steps hold_epochs initial_learning_rate final_learning_rate",
     "loop": "total_steps total_epochs log_every_steps evaluate_every_steps checkpoint_every_steps"
     " keep_checkpoints keep_every_steps keep_best ema_decay"
-    " max_skipped_steps hang_timeout_seconds profile_first_step profile_steps",
+    " max_skipped_steps hang_timeout_seconds profile_first_step profile_steps time_budget_seconds",
     "mesh": "data fsdp tensor dcn",
 }
 TOKENIZER_KEYS = {

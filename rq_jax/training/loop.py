@@ -19,7 +19,7 @@ from rq_jax.files import RunLock, local_path, write_atomic
 from rq_jax.report import curves, page
 from rq_jax.report.parameters import parameter_table
 from rq_jax.report.progress import Progress
-from rq_jax.training import monitor
+from rq_jax.training import budget, monitor
 from rq_jax.training.evaluation import Evaluable, Evaluator, RunStatus
 from rq_jax.training.log import METRICS_FILE, MetricWriter, Rate, StepLog
 from rq_jax.training.settings import LoopSettings, memory_remedies
@@ -60,7 +60,10 @@ class Recipe(Evaluable, Protocol):
         """A `TrainState` at step 0, placed on the mesh."""
 
     def phase(self, step: int) -> Hashable:
-        """Names the program of a step: another phase compiles another one, as do other shapes of a batch."""
+        """Names the program of a step: another phase compiles another one, as do other shapes of a batch.
+
+        `step` counts those in which durations are given, see `TrainState.pace`.
+        """
 
     def step(self, state: Any, batch: Any, phase: Hashable) -> tuple[Any, dict[str, jax.Array]]:
         """One jitted update; the state is donated. Its metrics' means go to `summarize`."""
@@ -79,6 +82,8 @@ class Data(Protocol):
 def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, strict: bool = False) -> Any:
     """Train until `settings.total_steps`, going on from the newest checkpoint of `workdir`.
 
+    With `settings.time_budget_seconds` a new run may take fewer steps, see `budget.plan`.
+
     Args:
       recipe: what is trained.
       data: its batches.
@@ -90,22 +95,24 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
       The last state.
 
     Raises:
-      ValueError: another process trains in `workdir`, another kind of model did, its checkpoint does not fit, or none
-        is whole.
+      ValueError: another process trains in `workdir`, another kind of model did, its checkpoint does not fit, none is
+        whole, or its time budget was of another number of steps.
       SaveFailed: the last state could not be written.
       OutOfMemory: a step does not fit a device.
       NotFinite: `settings.max_skipped_steps` steps in a row were not finite.
       SystemExit: with 128 + signal number after SIGINT (130) or SIGTERM (143); the current step is saved, and an
         evaluation that is cut short is made up for by the next start.
     """
-    workdir = str(local_path(workdir))
+    start, workdir = budget.clock(), str(local_path(workdir))
     _check_kind(workdir, recipe)
     lock = RunLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     # The lock first: opening a checkpointer removes what a killed save left, which may be another trainer's work.
     with lock, Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer:
         data = data.as_bytes() if isinstance(data, Splits) else data
-        recipe, data = recipe.start(workdir, data, checkpointer.latest_step is None)
-        state = recipe.init(jax.random.key(recipe.seed))
+        is_fresh = checkpointer.latest_step is None
+        recipe, data = recipe.start(workdir, data, is_fresh)
+        plan = budget.plan(recipe, data, settings, workdir, is_fresh, start)
+        state = plan.paced(recipe.init(jax.random.key(recipe.seed)))
         # Signals are noted from here on only: before, nothing is there to save, and the process may end at once.
         with (
             contextlib.closing(MetricWriter(workdir, enabled=jax.process_index() == 0)) as writer,
@@ -115,7 +122,7 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
             monitor.Profiler(workdir, settings.profile_first_step, settings.profile_steps) as profiler,
         ):
             parts = _Parts(writer, iterator, checkpointer, stop, hang, profiler)
-            state = _Run(recipe, data, settings, workdir, parts).train(state)
+            state = _Run(recipe, data, plan, workdir, parts).train(state)
     _finish(workdir, recipe.curves)
     return state
 
@@ -135,11 +142,11 @@ class _Parts:
 class _Run:
     """The steps of one start of a run."""
 
-    def __init__(self, recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, parts: _Parts):
-        self._recipe, self._data, self._settings, self._workdir = recipe, data, settings, workdir
-        self._parts, self._status = parts, RunStatus()
+    def __init__(self, recipe: Recipe, data: Data, plan: budget.Plan, workdir: str, parts: _Parts):
+        self._recipe, self._data, self._plan, self._settings = recipe, data, plan, plan.settings
+        self._workdir, self._parts, self._status = workdir, parts, RunStatus()
         self._meter = monitor.Meter(recipe.flops_per_image, recipe.model.dtype)
-        self._finite = monitor.FiniteGuard(workdir, settings.max_skipped_steps)
+        self._finite = monitor.FiniteGuard(workdir, self._settings.max_skipped_steps)
         self._programs: set[tuple[Hashable, str]] = set()  # phases and shapes of the steps so far
         self._metrics: Any = None  # of the last step that was dispatched, with its batch
         self._batch: Any = None
@@ -148,7 +155,7 @@ class _Run:
         """All steps that are left; the last state."""
         recipe, settings, parts = self._recipe, self._settings, self._parts
         state = self._resume(state)
-        _describe(self._workdir, recipe, state)
+        _describe(self._workdir, self._plan.config, state)
         step = int(state.step)
         # A start that made up for an evaluation may have been killed before it could note that.
         owed = self._status.owes_evaluation
@@ -201,7 +208,7 @@ class _Run:
     def _step(self, state: Any, step: int) -> Any:
         """Dispatch one step, and wait for the one before: the device stays busy and the queue short."""
         parts, previous, previous_batch = self._parts, self._metrics, self._batch
-        phase = self._recipe.phase(step)
+        phase = self._recipe.phase(self._plan.passed(step))
         is_new_phase = phase not in {known for known, _ in self._programs}
         if is_new_phase:
             parts.hang.expect_compilation()
@@ -267,9 +274,9 @@ def _check_kind(workdir: str, recipe: Recipe) -> None:
         raise ValueError(f"workdir: '{workdir}' holds a run of '{there}', not of '{ours}'; give another --workdir")
 
 
-def _describe(workdir: str, recipe: Recipe, state: Any) -> None:
+def _describe(workdir: str, config: Mapping[str, Any], state: Any) -> None:
     """Write the config, and write and print a table of the parameters with their shardings; on the first host."""
-    write_config(workdir, recipe.config)
+    write_config(workdir, config)
     if jax.process_index() == 0:
         table = parameter_table(state.variables)
         write_atomic(Path(workdir) / "parameters.txt", f"{table}\n".encode())

@@ -41,6 +41,8 @@ class LoopSettings:
       hang_timeout_seconds: of one step, or one batch of an evaluation, after which the process dumps its stacks and
         ends with exit code 1; the first, which compiles, has 20 times as long. 0: off.
       profile_first_step, profile_steps: which steps are traced into `<workdir>/profile`; 0 steps: none.
+      time_budget_seconds: of a new run, from `training.run` to its end; fewer steps are taken where all would last
+        longer, see `training.budget`. None: all are taken.
     """
 
     total_steps: int
@@ -55,10 +57,14 @@ class LoopSettings:
     hang_timeout_seconds: float = 0.0
     profile_first_step: int = 10
     profile_steps: int = 0
+    time_budget_seconds: float | None = None
 
     def __post_init__(self):
         for name, least in _LEAST.items():
             checks.at_least(f"loop.{name}", getattr(self, name), least)
+        if self.time_budget_seconds is not None:
+            checks.above("loop.time_budget_seconds", self.time_budget_seconds, 0, fix="None sets no limit")
+            checks.finite("loop.time_budget_seconds", self.time_budget_seconds)
         if self.keep_every_steps % self.checkpoint_every_steps:
             raise ValueError(
                 f"loop.keep_every_steps: {self.keep_every_steps} is no multiple of loop.checkpoint_every_steps "

@@ -16,7 +16,7 @@ from rq_jax import checkpoint, data, models, recipes, sampling
 from rq_jax.checkpoint import saver
 from rq_jax.recipes.codes import CodeCounter
 from rq_jax.recipes.transformer import Losses
-from rq_jax.training import LoopSettings, make_optimizer, run
+from rq_jax.training import LoopSettings, budget, make_optimizer, run
 
 TOKENIZER = dict(
     name="rqvae", image_size=16, in_channels=3, width=8, width_multipliers=(1, 2), num_res_blocks=1, norm_groups=4,
@@ -86,6 +86,16 @@ def test_a_tokenizer_is_trained_and_loaded(trained_tokenizer):
     loaded = checkpoint.load_model(workdir)
     assert loaded.model == recipe.model
     helpers.assert_equal(loaded.variables, jax.device_get(state.ema_variables))
+
+
+def test_a_time_that_suffices_changes_nothing(trained_tokenizer, splits, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(budget, "_TIMED_SECONDS", 0)
+    workdir, recipe, state = trained_tokenizer
+    caplog.set_level("INFO", "rq_jax")
+    again = run(recipe, splits, settings(10, time_budget_seconds=1e6), tmp_path)
+    assert "; all 10 steps are taken, which end after about " in caplog.text
+    helpers.assert_equal(*(jax.device_get(each.replace(rng=None)) for each in (again, state)))
+    assert helpers.read_metrics(tmp_path) == helpers.read_metrics(workdir)
 
 
 @pytest.mark.slow
@@ -163,6 +173,23 @@ def test_a_prepared_run_is_what_training_run_takes(pictures):
     assert prepared.data.train.num_examples == prepared.data.ordered.num_examples == 20
     assert prepared.data.validation.num_examples == 5
     assert recipes.prepare(helpers.vae_config(pictures)).recipe.mesh.devices.size == 8  # all, where none is given
+
+
+def test_the_config_of_a_shorter_run_is_one(pictures):
+    """All of its durations, whatever their unit, fit into the steps that are taken."""
+    config = helpers.vae_config(
+        pictures, loss__adversarial_weight=0.75, loss__adversarial_start_steps=0, loss__adversarial_start_epochs=8,
+        loss__adversarial_warmup_steps=7, loop__total_steps=0, loop__total_epochs=20, optim__schedule="cosine",
+        optim__warmup_steps=None, optim__warmup_epochs=3, optim__hold_steps=6,
+    )  # fmt: skip
+    longer = recipes.prepare(config, mesh=helpers.make_mesh())
+    assert longer.settings.total_steps == 40
+    shorter = recipes.prepare(budget.shortened(longer.recipe.config, 40, 20), mesh=helpers.make_mesh())
+    assert shorter.settings.total_steps == 20
+    assert (shorter.recipe.adversary.start_steps, shorter.recipe.adversary.warmup_steps) == (8, 3)
+    for step in (0, 1, 3, 5, 12, 19):
+        rates = shorter.recipe.optimizer.learning_rate(step), longer.recipe.optimizer.learning_rate(2 * step)
+        np.testing.assert_allclose(*rates, rtol=1e-6)
 
 
 def test_a_script_refuses_the_model_of_the_other(pictures, tmp_path):
