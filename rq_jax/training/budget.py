@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rq_jax.devices import hosts, sharding
 from rq_jax.devices.memory import explained_memory
@@ -180,12 +181,10 @@ def _measure(recipe: Any, data: Any, settings: LoopSettings) -> Costs:
     ):
         timed = _Timed(recipe, state, batches, hang)
         for phase, count in counts.items():
-            hang.expect_compilation()
-            timed.step(phase, 1)
-            alone = timed.step(phase, 1)
+            alone = timed.steps(phase, 1)
             # Steps are taken by all processes or none, and each has a clock of its own.
             number = round(min(max(3, _TIMED_SECONDS / max(alone, 1e-9)), _MOST_TIMED))
-            seconds = timed.step(phase, int(hosts.of_first_process(str(number))))
+            seconds = timed.steps(phase, int(hosts.of_first_process(str(number))))
             steps.append((first, count, seconds))
             first += count
         evaluation = timed.evaluation(data.validation)
@@ -200,18 +199,34 @@ class _Timed:
     state: Any
     batches: Any
     hang: HangGuard
+    programs: set[tuple[Any, str]] = dataclasses.field(default_factory=set)  # that have been compiled
 
-    def step(self, phase: Any, number: int) -> float:
-        """Seconds of one of so many steps, one of which is dispatched while the one before runs, as in the loop."""
+    def steps(self, phase: Any, number: int) -> float:
+        """Seconds of one of so many steps, one of which is dispatched while the one before runs, as in the loop.
+
+        What is compiled is not counted, nor its first step.
+        """
         start, before, metrics = clock(), None, None
         for _ in range(number):
             self.hang.arm()
             batch = sharding.put_batch(self.recipe.mesh, next(self.batches))
-            self.state, metrics = self.recipe.step(self.state, batch, phase)
+            program = phase, str(jax.tree.map(np.shape, batch))
+            if program not in self.programs:
+                self.programs.add(program)
+                self.hang.expect_compilation()
+                self.hang.arm()
+                compiling = clock()
+                jax.block_until_ready(self._step(batch, phase))
+                start += clock() - compiling
+            metrics = self._step(batch, phase)
             jax.block_until_ready(before)
             before = metrics
         jax.block_until_ready(metrics)
         return (clock() - start) / number
+
+    def _step(self, batch: Any, phase: Any) -> Any:
+        self.state, metrics = self.recipe.step(self.state, batch, phase)
+        return metrics
 
     def evaluation(self, dataset: Any) -> float:
         """Seconds of an evaluation, by its first batch and its report; both have been compiled before."""

@@ -14,7 +14,7 @@ import helpers
 import jax
 import numpy as np
 import pytest
-from toy_run import SHARDINGS, ToyDataset, ToyRecipe, metrics_of, toy_step
+from toy_run import BATCH, SHARDINGS, ToyDataset, ToyRecipe, metrics_of, toy_step
 
 from rq_jax.checkpoint import read_config
 from rq_jax.training import LoopSettings, budget, make_optimizer, run
@@ -55,8 +55,9 @@ class TimedRecipe(ToyRecipe):
     clock: Clock = dataclasses.field(default_factory=Clock)
 
     def step(self, state, batch, phase):
-        if phase not in self.clock.compiled:
-            self.clock.compiled.add(phase)
+        program = phase, *(x.shape for x in batch.values())
+        if program not in self.clock.compiled:
+            self.clock.compiled.add(program)
             self.clock.now += 10.0
         self.clock.now += 1.0 + 2.0 * phase
         return super().step(state, batch, phase)
@@ -143,10 +144,21 @@ def test_steps_that_do_not_fit_are_not_taken(tmp_path, short, caplog, clock):
     ]  # fmt: skip
 
 
+def test_batches_of_new_shapes_are_compiled_and_not_timed(clock):
+    class Buckets(ToyDataset):
+        def __next__(self):
+            return {**super().__next__(), "pads": np.zeros(BATCH * (1 + self.position % 3))}
+
+    data = SimpleNamespace(train=Buckets(), validation=helpers.HeldOut())
+    costs = budget._measure(TimedRecipe(clock=clock), data, LoopSettings(TOTAL))
+    assert costs == ([(0, START, 1.0), (START, TOTAL - START, 3.0)], 2.5)
+    assert len(clock.compiled) == 6
+
+
 @pytest.mark.parametrize("later", [BUDGET, 7.0])
 def test_a_resumed_run_keeps_its_decision(tmp_path, short, monkeypatch, later):
     with pytest.raises(SystemExit):
-        train(tmp_path, stop_at(16), time_budget_seconds=BUDGET)  # ten batches have been read before, to be timed
+        train(tmp_path, stop_at(16), time_budget_seconds=BUDGET)  # eight batches have been read before, to be timed
     monkeypatch.setattr(budget, "_measure", lambda *_: pytest.fail("timed again"))
     assert_same(train(tmp_path, time_budget_seconds=later), tmp_path, *short)
 
