@@ -115,7 +115,7 @@ class Checkpointer:
         """Restore the newest whole checkpoint; damaged ones above it are moved aside with a warning.
 
         Args:
-          state: gives structure, shapes and shardings.
+          state: gives structure, shapes and shardings, and its pace, which no checkpoint holds.
 
         Returns:
           (state, host record).

@@ -111,8 +111,8 @@ def test_a_checkpoint_of_another_config_is_refused(tmp_path, saved, wanted, what
 @pytest.mark.parametrize("size", [7, 200_000])
 def test_updates_in_place_do_not_reach_a_pending_save(tmp_path, size):
     mesh = sharding.make_mesh()
-    template = toy_state(3, CODEBOOKS["unequal"], size=size)
-    state = jax.device_put(template, sharding.state_shardings(mesh, template))
+    start = functools.partial(toy_state, 3, CODEBOOKS["unequal"], size=size)
+    state = jax.device_put(start(), sharding.state_shardings(mesh, start()))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state):
@@ -130,7 +130,7 @@ def test_updates_in_place_do_not_reach_a_pending_save(tmp_path, size):
             state = step(state)
         jax.block_until_ready(state)
         checkpointer.wait()
-        restored, _ = checkpointer.restore(template)
+        restored, _ = checkpointer.restore(start())
     assert_equal(restored, expected)
 
 

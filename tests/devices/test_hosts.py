@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -274,6 +275,8 @@ def configs(tmp_path_factory):
             pictures, "class", tokenizer=str(dq_tokenizer), loop__buckets=(41, 47), loop__bucket_window=4, **loop
         ),
     }
+    in_time = {**loop, "loop__total_steps": 40, "loop__time_budget_seconds": 0.01}
+    made["vae_in_time"] = helpers.vae_config(pictures, **in_time)
     for name, config in made.items():
         (root / f"{name}.py").write_text(
             f"import json\nfrom ml_collections import ConfigDict\n\ndef get_config():\n"
@@ -482,6 +485,15 @@ def test_when_one_is_killed_the_others_end_and_the_run_goes_on(configs, single, 
     codes, outputs = end(processes)
     assert codes == [0, 0], outputs[0][-3000:]
     assert steps_of(tmp_path / "checkpoints")[-1] == step + 3
+
+
+@pytest.mark.slow
+def test_all_take_the_steps_that_the_first_one_decides(configs, tmp_path):
+    codes, outputs = end(begin(STAGES["vae"], configs / "vae_in_time.py", tmp_path, 2))
+    assert codes == [0, 0], outputs[0][-3000:]
+    decisions = [re.findall("time budget: .* 10 are taken, .*", output) for output in outputs]
+    assert decisions[0] == decisions[1] and len(decisions[0]) == 1
+    assert steps_of(tmp_path / "checkpoints")[-1] == 10 == checkpoint.read_config(tmp_path)["loop"]["total_steps"]
 
 
 @pytest.mark.fault("SIGTERM to one of two processes", "both save the same step, exit code 143")
