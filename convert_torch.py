@@ -13,6 +13,7 @@ import sys
 
 import jax
 
+from rq_jax.checkpoint import TEXT_TOKENIZER
 from rq_jax.grains import ENTROPY_BINS
 from rq_jax.interop import convert, export, official
 from rq_jax.training import cli
@@ -109,7 +110,7 @@ def next_command(conversion: convert.Conversion, args: argparse.Namespace) -> st
     command = f"python sample.py --checkpoint={args.out} --out=samples"
     if conversion.models["."].config["model"].get("cond_length", 1) == 1:
         return command
-    missing = f", once it has a {convert.TEXT_TOKENIZER} (--text_tokenizer=<the official *-vocab.json> makes one)"
+    missing = f", once it has a {TEXT_TOKENIZER} (--text_tokenizer=<the official *-vocab.json> makes one)"
     return f"{command} --prompt='a red house'{'' if args.text_tokenizer else missing}"
 
 

@@ -21,9 +21,9 @@ from PIL import Image
 
 from configs import dqtransformer, dqvae, rqtransformer, rqvae
 from rq_jax import checkpoint, models, recipes
+from rq_jax.checkpoint import TEXT_TOKENIZER
 from rq_jax.devices import sharding
 from rq_jax.quantize import codes, search
-from rq_jax.recipes.stage2 import TEXT_TOKENIZER
 from rq_jax.training.state import TrainState, create_state
 
 ROOT = Path(__file__).parents[1]

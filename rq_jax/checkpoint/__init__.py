@@ -18,10 +18,12 @@ from rq_jax.checkpoint.load import (
     start_from,
     step_of,
 )
-from rq_jax.checkpoint.model_dir import fingerprint, save_model
+from rq_jax.checkpoint.model_dir import PROMPTS, TEXT_TOKENIZER, fingerprint, save_model
 from rq_jax.checkpoint.saver import Checkpointer, SaveFailed
 
 __all__ = [
+    "PROMPTS",
+    "TEXT_TOKENIZER",
     "Checkpointer",
     "LoadedModel",
     "SaveFailed",

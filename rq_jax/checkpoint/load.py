@@ -12,6 +12,7 @@ A model directory holds weights alone, see `model_dir`.
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from rq_jax.checkpoint import items, manifest, tensors
 from rq_jax.checkpoint.config import CONFIG, build_model, read_config
 from rq_jax.checkpoint.hub import local_directory
 from rq_jax.checkpoint.model_dir import (
+    PROMPTS,
+    TEXT_TOKENIZER,
     WEIGHTS,
     fingerprint,
     first_difference,
@@ -43,6 +46,7 @@ from rq_jax.files import local_path, write_atomic
 
 _TOKENIZER = "tokenizer"
 _LOG = "metrics.jsonl"
+_LEFT_BEHIND = ("tokenizer", "init_from", "thresholds")  # of a config; thresholds stand in `model` too
 
 
 class LoadedModel(NamedTuple):
@@ -57,9 +61,12 @@ class LoadedModel(NamedTuple):
 def ship(workdir: str | os.PathLike, directory: str | os.PathLike, shard_bytes: int = tensors.SHARD_BYTES) -> None:
     """Write the best weights of a run and its tokenizer as model directories in half precision, with their logs.
 
+    The text tokenizer and prompts of a run by text come along. Configs leave out the paths of what comes along, and of
+    what training started from.
+
     Args:
       workdir: of a run of either stage.
-      directory: created if missing. Its config leaves out the path of the tokenizer, which is shipped beside it.
+      directory: created if missing.
       shard_bytes: of the weights in a file, at most.
 
     Raises:
@@ -70,14 +77,21 @@ def ship(workdir: str | os.PathLike, directory: str | os.PathLike, shard_bytes: 
     for model, name in ((loaded, "."), (loaded.tokenizer, _TOKENIZER)):
         if model is None:
             continue
-        config = {**model.config, "tokenizer": None} if "tokenizer" in model.config else model.config
-        save_model(directory / name, config, model.variables, "float16", shard_bytes)
-    logs = [(workdir, directory)]
+        save_model(directory / name, _without_paths(model.config), model.variables, "float16", shard_bytes)
+    files = [(workdir / name, directory / name) for name in (_LOG, TEXT_TOKENIZER, PROMPTS)]
     if loaded.config.get("tokenizer"):  # where stage 1 was trained
-        logs.append((Path(loaded.config["tokenizer"]), directory / _TOKENIZER))
-    for source, target in logs:
-        if (source / _LOG).is_file():
-            write_atomic(target / _LOG, (source / _LOG).read_bytes())
+        files.append((Path(loaded.config["tokenizer"]) / _LOG, directory / _TOKENIZER / _LOG))
+    for source, target in files:
+        if source.is_file():
+            write_atomic(target, source.read_bytes())
+
+
+def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the paths of a machine that a shipped model does not need."""
+    config = {name: None if name in _LEFT_BEHIND else value for name, value in config.items()}
+    if (config.get("data") or {}).get("text_tokenizer"):
+        config["data"] = {**config["data"], "text_tokenizer": None}
+    return config
 
 
 def load_model(

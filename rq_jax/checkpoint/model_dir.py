@@ -18,6 +18,8 @@ from rq_jax.files import local_path
 from rq_jax.settings.text import quoted
 
 WEIGHTS = "model.safetensors"
+# Beside the weights of a transformer by text: its text tokenizer, and what it draws where nothing else is asked for.
+TEXT_TOKENIZER, PROMPTS = "text_tokenizer.json", "prompts.json"
 _TREE, _FILE = "/", "."  # what joins the path of an array: in messages and fingerprints, and in files
 
 

@@ -154,7 +154,7 @@ def likelihood(args: Any, mesh: Mesh) -> Report:
     splits = dict.fromkeys(("train", data.split))
     told = dict(data.settings)
     if "text_tokenizer" in told:  # by the name of its model, which may lie in a cache of this machine
-        told["text_tokenizer"] = f"{args.checkpoint}/{protocol.TEXT_TOKENIZER}"
+        told["text_tokenizer"] = f"{args.checkpoint}/{checkpoint.TEXT_TOKENIZER}"
     report = Report({"data": told})
     report.subjects[args.checkpoint] = _subject_of(args, args.checkpoint, loaded)
     found = report.record["likelihood"] = {split: measure_likelihood(loaded, data, split, mesh) for split in splits}

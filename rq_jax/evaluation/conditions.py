@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from rq_jax.checkpoint import LoadedModel, local_directory
+from rq_jax.checkpoint import PROMPTS, TEXT_TOKENIZER, LoadedModel, local_directory
 from rq_jax.data.notices import tell
 from rq_jax.data.sources import open_records
-from rq_jax.evaluation.protocol import IMAGE_SETTINGS, TEXT_TOKENIZER, EvaluationData, trained_on
+from rq_jax.evaluation.protocol import IMAGE_SETTINGS, EvaluationData, trained_on
 from rq_jax.files import read_json
 from rq_jax.settings.text import quoted
 
-PROMPTS_FILE = "prompts.json"  # of a model directory: what is drawn where nothing else is asked for
 _MOST_TOLD = 10  # unknown words
 
 
@@ -228,9 +227,9 @@ def _texts(
     from rq_jax.data import load_tokenizer
 
     if not prompts and carried is None:
-        if not (local_directory(directory) / PROMPTS_FILE).is_file():
+        if not (local_directory(directory) / PROMPTS).is_file():
             raise ValueError("--prompt: missing, this model draws images of a text; give one or more")
-        prompts = read_prompts(local_directory(directory) / PROMPTS_FILE)
+        prompts = read_prompts(local_directory(directory) / PROMPTS)
     tokenizer = load_tokenizer(local_directory(directory) / TEXT_TOKENIZER, model.cond_length)
     if prompts:
         if words := tokenizer.words_in_pieces(prompts):

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rq_jax.checkpoint import LoadedModel, local_directory
+from rq_jax.checkpoint import TEXT_TOKENIZER, LoadedModel, local_directory
 from rq_jax.data import Dataset, fingerprint, make_dataset
 from rq_jax.devices import hosts
 from rq_jax.evaluation.stamps import digest_of
@@ -22,7 +22,6 @@ from rq_jax.settings.text import quoted
 # Settings of the config section `data` that decide which images there are, and what conditions come with them.
 IMAGE_SETTINGS = ("name", "data_dir", "train_split", "validation_split", "eval_transform", "image_size", "channels")
 CONDITION_SETTINGS = ("label_key", "text_key", "text_length")
-TEXT_TOKENIZER = "text_tokenizer.json"  # of a model directory
 
 _NO_CODE = (":(exclude)results", ":(exclude)benchmarks/results")  # what a measurement writes itself
 

@@ -20,7 +20,7 @@ from rq_jax.interop.thresholds import entropy_settings
 from rq_jax.settings import checks
 from rq_jax.settings.text import quoted
 
-DISCRIMINATOR, TOKENIZER, TEXT_TOKENIZER = "discriminator", "tokenizer", "text_tokenizer.json"
+DISCRIMINATOR, TOKENIZER = "discriminator", "tokenizer"
 
 logger = logging.getLogger(__name__)
 
@@ -275,7 +275,7 @@ def _copy_text_tokenizer(path: str, settings: Mapping[str, Any], directory: Path
         raise ValueError(
             f"--text_tokenizer: '{path}' has {text_tokenizer.vocab_size} ids, the model {size}; give its own"
         )
-    text_tokenizer.save(directory / TEXT_TOKENIZER)
+    text_tokenizer.save(directory / checkpoint.TEXT_TOKENIZER)
 
 
 def _complete(transformer: Converted, pair: _Pair | None) -> None:

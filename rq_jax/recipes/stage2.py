@@ -32,7 +32,6 @@ SECTIONS = (
     "seed", "model", "data", "optim", "loss", "loop", "mesh", "sample", "tokenizer", "tokenizer_preset",
 )  # fmt: skip
 NUM_SHOWN = 36
-TEXT_TOKENIZER = "text_tokenizer.json"  # in the run directory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -214,7 +213,7 @@ class Stage2(abc.ABC):
         bind_data(workdir, data, self.config.get("data") or {}, is_fresh)
         mark = checkpoint.bind_tokenizer(workdir, self.tokenizer)
         if self.text_tokenizer is not None:  # sampling needs it, and the run directory has to suffice
-            self.text_tokenizer.save(Path(workdir) / TEXT_TOKENIZER)
+            self.text_tokenizer.save(Path(workdir) / checkpoint.TEXT_TOKENIZER)
         num_steps = self.optimizer.accumulation_steps, frozen_codes.num_validation_steps(self.config, self.optimizer)
         counter = frozen_codes.CodeCounter(self.tokenizer.model, self.tokenizer_variables, self.mesh, *num_steps)
         temperature = self.soft_temperature
