@@ -155,6 +155,18 @@ def test_batches_of_new_shapes_are_compiled_and_not_timed(clock):
     assert len(clock.compiled) == 6
 
 
+def test_the_step_of_a_shorter_run_is_compiled_once(tmp_path, caplog, clock):
+    def fresh_step(state, batch):  # of its own, as what was compiled for one function is kept
+        return toy_step(state, batch)
+
+    step = jax.jit(fresh_step, donate_argnums=0, out_shardings=(SHARDINGS, None))
+    with jax.log_compiles():
+        state = train(tmp_path, recipe=TimedRecipe(one_step=step, clock=clock), time_budget_seconds=1)
+    assert state.pace == TOTAL / budget.LEAST_STEPS
+    compiled = [line for line in caplog.messages if line.startswith("Finished XLA compilation of jit")]
+    assert sum("fresh_step" in line for line in compiled) == 1
+
+
 @pytest.mark.parametrize("later", [BUDGET, 7.0])
 def test_a_resumed_run_keeps_its_decision(tmp_path, short, monkeypatch, later):
     with pytest.raises(SystemExit):
