@@ -87,7 +87,7 @@ emoji: setup
 
 # Of the pair as it is: as many samples as pictures are held out, of their classes.
 emoji-figures: setup
-	$(PYTHON) sample.py --out=$(PAIR)/samples --num_images=447 --batch_size=149 --classes_of=validation
+	$(PYTHON) sample.py --checkpoint=checkpoints/emoji --out=$(PAIR)/samples --num_images=447 --batch_size=149 --classes_of=validation
 	$(PYTHON) evaluate.py tokenizer --checkpoint=checkpoints/emoji/tokenizer $(KEPT) --out=$(FIGURES)
 	$(PYTHON) evaluate.py samples --samples=$(PAIR)/samples --data_name=twemoji $(KEPT) --out=$(FIGURES)
 	$(PYTHON) evaluate.py neighbours --samples=$(PAIR)/samples --data_name=twemoji $(KEPT) --out=$(FIGURES)

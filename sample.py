@@ -28,8 +28,9 @@ from rq_jax.settings.text import quoted
 from rq_jax.training import cli
 
 ROOT = Path(__file__).parent
-SHIPPED = ROOT / "checkpoints" / "emoji"
+SHIPPED = ROOT / "checkpoints" / "avatars"
 NUM_IMAGES = 36
+LONG_CAPTION = 40  # letters; images with longer ones are shown larger, to make room for them
 UNRECORDED = ("list_classes", "coordinator", "num_processes", "process_id")  # flags that change no image
 FILTER = ("temperature", "top_k", "top_p")
 
@@ -293,12 +294,13 @@ def write(args: argparse.Namespace, loaded: checkpoint.LoadedModel, planned: Pla
 
 def save_grid(path: Path, images: np.ndarray, captions: list[str], grains: np.ndarray | None, model: Any) -> None:
     """Writes the labelled grid; where there are grains, each image stands beside its grain map."""
-    scale = max(1, 64 // images.shape[1])
+    side, lines = (128, 8) if max(map(len, captions)) > LONG_CAPTION else (64, 3)
+    scale = max(1, side // images.shape[1])
     if grains is not None:
         grains, G = grains[: len(images)], model.num_grains
         images, captions = grain_maps.pairs(images, captions, grains, G, scale)
         scale = 1
-    grids.save_png(path, grids.captioned_grid(images, captions, columns=10, scale=scale))
+    grids.save_png(path, grids.captioned_grid(images, captions, columns=10, scale=scale, lines=lines))
 
 
 def list_classes(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import helpers
 import huggingface_hub
+import numpy as np
 import pytest
 
 from configs import ablations
@@ -108,6 +109,31 @@ def test_figures_of_the_shipped_model(page):
         _has(page, f"nearest training image is {ours}, that of a held-out image {theirs}.")
         subsets = records["samples"]["kernel_distance"]
         _has(page, f"{subsets['num_subsets']} subsets of {subsets['subset_size']}")
+
+
+def test_figures_of_the_model_by_text():
+    page = "checkpoints/avatars/README.md"
+    names = ("tokenizer", "samples", "attributes")
+    records = {name: _read(ROOT / "checkpoints" / "avatars" / "figures" / f"{name}.json") for name in names}
+    (tokenizer,) = records["tokenizer"]["results"].values()
+    _has(
+        page,
+        f"{tokenizer['images']:,} validation images",
+        _row("PSNR, dB", tokenizer["psnr"], "{:.2f}".format),
+        _row("SSIM", tokenizer["ssim"]),
+        _row("perceptual distance (VGG16)", tokenizer["distance"]),
+    )
+    of = records["tokenizer"]["kernel_distance"]["of"] | records["samples"]["kernel_distance"]["of"]
+    distances = {name.split()[0]: float(np.atleast_1d(value["mean"])[-1]) for name, value in of.items()}
+    _has(
+        page,
+        f"is {distances['reconstructions']:.3f} for reconstructions and {distances['samples']:.3f} for 1,000 samples",
+    )
+    percent = lambda value: f"{100 * (value['mean'] if isinstance(value, dict) else value):.1f} %"  # noqa: E731
+    splits = [records["attributes"]["splits"][split]["figures"] for split in ("validation", "unseen")]
+    for name, title in (("accuracy", "what captions name, seen"), ("retrieval", "the right caption, of ten")):
+        cells = [figures[of][name] for figures in splits for of in ("held-out images", "samples")]
+        _has(page, _row(title, [*cells, splits[0]["chance"][name]], percent))
 
 
 def test_programs_compiled_for_devices_that_are_not_here():

@@ -19,7 +19,7 @@ from configs import ablations, dqtransformer, dqvae, rqtransformer, rqvae
 from rq_jax.data import transforms
 
 ROOT = helpers.ROOT
-PAGES = [ROOT / "README.md", ROOT / "checkpoints" / "emoji" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "checkpoints").glob("*/README.md")), *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
 README = TEXTS["README.md"]
 INLINE = [

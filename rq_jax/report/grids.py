@@ -111,15 +111,23 @@ def labelled_grid(
     return np.asarray(sheet)
 
 
-def captioned_grid(images: Any, captions: Sequence[str], columns: int, scale: int = 1, padding: int = 4) -> np.ndarray:
+def captioned_grid(
+    images: Any,
+    captions: Sequence[str],
+    columns: int,
+    scale: int = 1,
+    padding: int = 4,
+    lines: int = CAPTION_LINES,
+) -> np.ndarray:
     """Lay images out in rows, each with its caption below, wrapped to the image's width.
 
     Args:
       images: (B, H, W, C), uint8 or floats in [-1, 1]; C is 1 or 3.
-      captions: one per image; longer than three lines they end in "...".
+      captions: one per image.
       columns: images in a row.
       scale: integer factor of enlargement, nearest neighbour.
       padding: white pixels between the images and around them.
+      lines: of a caption, at most; a longer one ends in "...".
 
     Returns:
       uint8 HWC, three channels.
@@ -128,7 +136,7 @@ def captioned_grid(images: Any, captions: Sequence[str], columns: int, scale: in
       ValueError: not one caption per image, or images that `grid` does not take.
     """
     cells = _rgb(_cells(images, "images", scale))
-    return grid(_captioned(cells, captions, _font(cells.shape[1]), padding), columns, padding)
+    return grid(_captioned(cells, captions, _font(cells.shape[1]), padding, lines), columns, padding)
 
 
 def _captioned(
