@@ -106,7 +106,7 @@ avatars: setup
 avatars-figures: setup
 	$(PYTHON) evaluate.py tokenizer --checkpoint=checkpoints/avatars/tokenizer --distances=full --no_floor $(OF_AVATARS)
 	$(PYTHON) evaluate.py samples --samples=checkpoints/avatars --num_images=1000 --no_floor $(OF_AVATARS)
-	$(PYTHON) evaluate.py attributes --checkpoint=checkpoints/avatars $(OF_AVATARS)
+	$(PYTHON) evaluate.py attributes --checkpoint=checkpoints/avatars --num_images=200 --num_fitted=3000 $(OF_AVATARS)
 
 # Neighbouring tests stay in one process, which compiles once what they share, until the other has nothing left.
 test: setup

@@ -13,7 +13,7 @@ import evaluate
 from rq_jax import checkpoint
 from rq_jax.data import array_records
 from rq_jax.data.text import train_tokenizer
-from rq_jax.evaluation import attributes, drawing, drawn_sets
+from rq_jax.evaluation import attribute_commands, attributes, drawing, drawn_sets
 from rq_jax.evaluation.drawn_sets import DrawSettings
 from rq_jax.pretrained import clip, clip_text, efficientnet_lite
 from rq_jax.report import grids
@@ -53,6 +53,8 @@ SPLITS = {"train": Flags("train", 3), "validation": Flags("validation", 1), "uns
 def quick():
     with helpers.quick_compilation(), helpers.one_device(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(efficientnet_lite, "load", lambda path: helpers.Means())
+        # In the place of a toy tokenizer, which makes mud of all images, one that dims them.
+        patch.setattr(attribute_commands, "make_reconstruct", lambda *_, by_depth: lambda images: (0.98 * images,))
         yield
 
 
@@ -131,6 +133,7 @@ def test_held_out_images_show_what_their_captions_name(painted):
         own = found["figures"]["held-out images"]
         assert own["by_attribute"] == {"bottom": 1.0, "light": 1.0, "top": 1.0} and own["accuracy"] == 1.0
         assert own["by_class"]["dusk"]["bottom"] == 1.0
+        assert found["figures"]["their reconstructions"]["by_attribute"] == own["by_attribute"]
     unseen, validation = (painted[0]["splits"][split] for split in ("unseen", "validation"))
     assert unseen["unseen_combinations"] == 8 and unseen["figures"]["held-out images"]["combinations"] == 1.0
     assert validation["unseen_combinations"] == 0 and "combinations" not in validation["figures"]["held-out images"]

@@ -11,12 +11,12 @@ from rq_jax import checkpoint
 from rq_jax.checkpoint import LoadedModel
 from rq_jax.devices import sharding
 from rq_jax.evaluation import descriptions, drawn_sets, image_sets, protocol, stamps
-from rq_jax.evaluation.attribute_figures import HELD_OUT, AskedSplit, Judges, overall
+from rq_jax.evaluation.attribute_figures import HELD_OUT, AskedSplit, Judges, Rebuilt, overall
 from rq_jax.evaluation.attributes import check_count, fit
 from rq_jax.evaluation.conditions import kind_of
 from rq_jax.evaluation.descriptions import Description
 from rq_jax.evaluation.drawn_sets import DrawSettings
-from rq_jax.evaluation.features import FeatureExtractor
+from rq_jax.evaluation.features import FeatureExtractor, make_reconstruct
 from rq_jax.evaluation.preparation import PROTOCOLS
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.evaluation.report import Report
@@ -43,7 +43,7 @@ def attributes(args: Any, mesh: Mesh) -> Report:
     described = {split: descriptions.of_captions(data, split, label, args.num_images) for split in splits}
     tokens = _tokenize(args, described)
     features = SetFeatures(open_extractor(args, mesh), data, Estimators(), cache_of(args), has_logits=False)
-    judges = _fit_judges(args, mesh, features, label)
+    judges = _fit_judges(args, mesh, features, label, loaded.tokenizer)
     report, found = Report({"data": data.settings, "splits": {}}), {}
     for i, split in enumerate(splits):
         asked = AskedSplit(judges, split, args.num_images, described[split], tokens.get(split))
@@ -119,18 +119,27 @@ def _tokenize(args: Any, described: Mapping[str, Mapping[int, Description]]) -> 
     return tokens
 
 
-def _fit_judges(args: Any, mesh: Mesh, features: SetFeatures, label: str) -> Judges:
-    """Classifiers of attributes, fitted to training images; CLIP, where its file is given."""
+def _fit_judges(args: Any, mesh: Mesh, features: SetFeatures, label: str, tokenizer: LoadedModel) -> Judges:
+    """Classifiers of attributes, fitted to training images and their reconstructions; CLIP, where its file is given.
+
+    Samples come out of the tokenizer's decoder: classifiers that never saw its softness would judge that.
+    """
     data, by_clip = features.data, None
     if args.clip:
         extractor = FeatureExtractor(clip.load(args.clip), mesh, PROTOCOLS["house"])
         by_clip = SetFeatures(extractor, data, Estimators(), cache_of(args), has_logits=False)
     training = descriptions.of_training(data, label)
-    fitted = features.of_split("features of training images", "train", at_most=args.num_fitted)
-    classifiers = fit(fitted.vectors[0], [training[i] for i in fitted.positions.tolist()], label)
+    rebuilt = Rebuilt(make_reconstruct(tokenizer, mesh, by_depth=False), checkpoint.fingerprint(tokenizer.variables))
+    title, at_most = "features of training images", args.num_fitted
+    fitted = features.of_split(title, "train", at_most=at_most)
+    soft = rebuilt.features(features, f"{title}, reconstructed", "train", at_most)
+    found = [training[i] for part in (fitted, soft) for i in part.positions.tolist()]
+    classifiers = fit(np.concatenate([fitted.vectors[0], soft.vectors[0]]), found, label)
     of_fitted = data.fields("train", fitted.positions)
     fields = {f"fitted {name}": of_fitted[name] for name in ("split", "images", "ids")}
-    return Judges(label, classifiers, descriptions.seen_combinations(training.values()), fields, features, by_clip)
+    fields |= {"fitted to reconstructions by": rebuilt.by}
+    seen = descriptions.seen_combinations(training.values())
+    return Judges(label, classifiers, seen, fields, features, rebuilt, by_clip)
 
 
 def _draw(

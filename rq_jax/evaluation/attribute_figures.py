@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from rq_jax.evaluation import attributes, stamps
 from rq_jax.evaluation.attributes import CAPTIONS, Claims, Classifiers
 from rq_jax.evaluation.descriptions import Combination, Description
+from rq_jax.evaluation.features import Rebuild
 from rq_jax.evaluation.image_sets import ImageSet
 from rq_jax.evaluation.prompts import text_features
 from rq_jax.evaluation.report import Report
@@ -20,11 +21,22 @@ from rq_jax.evaluation.store import FeatureSet
 from rq_jax.report import grids, tables
 
 OF_ATTRIBUTE = "accuracy of "
-CHANCE, HELD_OUT = "chance", "held-out images"
+CHANCE, HELD_OUT, RECONSTRUCTIONS = "chance", "held-out images", "their reconstructions"
 RATIOS = {"accuracy": "accuracy_ratio", "combinations": "combinations_ratio"}  # figure -> its ratio to held-out images
 NUM_SHOWN, SHOWN_SIZE, SHOWN_LINES = 6, 256, 12
 
 Figures = dict[str, Any]  # of a set, as JSON holds them
+
+
+class Rebuilt(NamedTuple):
+    """Reconstructions by a tokenizer: what makes them, and its fingerprint."""
+
+    rebuild: Rebuild
+    by: str
+
+    def features(self, features: SetFeatures, title: str, split: str, at_most: int) -> FeatureSet:
+        """Features of the reconstructions of so many images of a split, rounded as samples are."""
+        return features.of_split(title, split, self.rebuild, True, [self.by, False], at_most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +49,7 @@ class Judges:
       seen: see `descriptions.seen_combinations`.
       fields: of the images that the classifiers were fitted to, in the protocol of a figure.
       features: of images; gives the data set.
+      rebuilt: reconstructions, the best that samples can be.
       by_clip: features by CLIP, or None.
     """
 
@@ -45,6 +58,7 @@ class Judges:
     seen: Collection[Combination]
     fields: Fields
     features: SetFeatures
+    rebuilt: Rebuilt
     by_clip: SetFeatures | None = None
 
 
@@ -93,7 +107,8 @@ class AskedSplit:
         self._notes = {HELD_OUT: [f"{one.caption}. {note}" for one, note in zip(self.asked, missed, strict=False)]}
         chance = self._claims.shares(self._claims.chances(judges.classifiers))
         chance |= {name: 1 / CAPTIONS for name in figures if name.endswith("retrieval")}
-        self.figures = {CHANCE: chance, HELD_OUT: figures}
+        soft = judges.rebuilt.features(judges.features, f"{title}, reconstructed", split, at_most)
+        self.figures = {CHANCE: chance, HELD_OUT: figures, RECONSTRUCTIONS: self._measure(soft, None)[0]}
 
     def add_samples(self, name: str, sets: Iterable[ImageSet]) -> None:
         """Measures samples of the captions, drawn with several seeds: means, and deviations over the seeds."""
