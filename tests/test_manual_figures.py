@@ -7,7 +7,6 @@ from typing import Any
 
 import helpers
 import huggingface_hub
-import numpy as np
 import pytest
 
 from configs import ablations
@@ -112,28 +111,28 @@ def test_figures_of_the_shipped_model(page):
 
 
 def test_figures_of_the_model_by_text():
-    page = "checkpoints/avatars/README.md"
-    names = ("tokenizer", "samples", "attributes")
-    records = {name: _read(ROOT / "checkpoints" / "avatars" / "figures" / f"{name}.json") for name in names}
-    (tokenizer,) = records["tokenizer"]["results"].values()
+    page, pair = "checkpoints/avatars/README.md", ROOT / "checkpoints" / "avatars"
+    logged = json.loads((pair / "tokenizer" / "metrics.jsonl").read_text().splitlines()[-1])
+    nats = [line for line in (pair / "metrics.jsonl").read_text().splitlines() if "validation_nats/depth4" in line]
+    nats = json.loads(nats[-1])
     _has(
         page,
-        f"{tokenizer['images']:,} validation images",
-        _row("PSNR, dB", tokenizer["psnr"], "{:.2f}".format),
-        _row("SSIM", tokenizer["ssim"]),
-        _row("perceptual distance (VGG16)", tokenizer["distance"]),
+        _row("PSNR, dB", [logged[f"psnr/depth{d}"] for d in range(1, 5)], "{:.2f}".format),
+        _row("transformer, nats per code", [nats[f"validation_nats/depth{d}"] for d in range(1, 5)], "{:.2f}".format),
+        f"SSIM is {logged['ssim']:.3f} and their perceptual distance (VGG16) {logged['distance/hed_vgg16']:.3f}.",
     )
-    of = records["tokenizer"]["kernel_distance"]["of"] | records["samples"]["kernel_distance"]["of"]
-    distances = {name.split()[0]: float(np.atleast_1d(value["mean"])[-1]) for name, value in of.items()}
+    distances = _read(pair / "figures" / "samples.json")["kernel_distance"]["of"]
     _has(
         page,
-        f"is {distances['reconstructions']:.3f} for reconstructions and {distances['samples']:.3f} for 1,000 samples",
+        f"(KID's unbiased estimate on EfficientNet-Lite0 features) is {next(iter(distances.values()))['mean']:.3f}.",
     )
     percent = lambda value: f"{100 * (value['mean'] if isinstance(value, dict) else value):.1f} %"  # noqa: E731
-    splits = [records["attributes"]["splits"][split]["figures"] for split in ("validation", "unseen")]
+    splits = _read(pair / "figures" / "attributes.json")["splits"]
+    found = [splits[split]["figures"] for split in ("validation", "unseen")]
     for name, title in (("accuracy", "what captions name, seen"), ("retrieval", "the right caption, of ten")):
-        cells = [figures[of][name] for figures in splits for of in ("held-out images", "samples")]
-        _has(page, _row(title, [*cells, splits[0]["chance"][name]], percent))
+        sets = ("held-out images", "their reconstructions", "samples at guidance 1.5")
+        cells = [figures[of][name] for figures in found for of in sets]
+        _has(page, _row(title, [*cells, found[0]["chance"][name]], percent))
 
 
 def test_programs_compiled_for_devices_that_are_not_here():
