@@ -40,6 +40,7 @@ TEXT_FLAGS = {
     "classes",
     "classes_of",
     "prompt",
+    "prompts_of",
     "split",
     "data_name",
     "label_key",

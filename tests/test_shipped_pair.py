@@ -13,7 +13,7 @@ from PIL import Image
 import sample
 from rq_jax import checkpoint, metrics
 from rq_jax.data import load_tokenizer, make_dataset
-from rq_jax.evaluation.conditions import choose_conditions
+from rq_jax.evaluation.conditions import choose_conditions, kind_of
 from rq_jax.evaluation.samples import subject_of
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +53,7 @@ def test_it_is_small_and_names_no_path(pair):
 
 def test_it_draws_by_text_what_its_own_prompts_say():
     loaded, prompts = checkpoint.load_model(AVATARS), json.loads((AVATARS / "prompts.json").read_text())
-    assert loaded.model.is_text and loaded.tokenizer.model.image_shape == (64, 64)
+    assert kind_of(loaded) == "text" and loaded.tokenizer.model.image_shape == (64, 64)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loaded.variables, loaded.tokenizer.variables)))
     tokenizer = load_tokenizer(AVATARS / "text_tokenizer.json", loaded.model.cond_length)
     assert tokenizer.vocab_size <= loaded.model.cond_vocab_size and tokenizer.words_in_pieces(prompts) == []
