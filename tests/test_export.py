@@ -137,7 +137,7 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys, tmp_path):
 
 
 def test_files_run_with_jax_alone(tmp_path, capsys):
-    """The command on the shipped model, and the snippet of the README on what it wrote."""
+    """The command on the shipped model, and the snippet of the manual on what it wrote."""
     pytest.importorskip("flatbuffers")
     shipped, out = helpers.ROOT / "checkpoints" / "emoji", tmp_path / "exported"
     export.main([f"--checkpoint={shipped}", f"--out={out}", "--platforms=cpu,cuda", "--programs=decode"])
@@ -149,7 +149,9 @@ def test_files_run_with_jax_alone(tmp_path, capsys):
     assert record["weights"] == {"tokenizer.npz": checkpoint.fingerprint(tokenizer.variables)}
     with np.load(out / "tokenizer.npz") as file:
         helpers.assert_equal(dict(file), export.flat_weights(tokenizer.variables))
-    (snippet,) = re.findall(r"```python\n([^`]*export\.deserialize[^`]*)```", (helpers.ROOT / "README.md").read_text())
+    (snippet,) = re.findall(
+        r"```python\n([^`]*export\.deserialize[^`]*)```", (helpers.ROOT / "docs" / "sampling.md").read_text()
+    )
     assert len(snippet.strip().splitlines()) <= 7
     told = "import sys; print('rq_jax' in sys.modules); np.save('images.npy', images)"
     environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
