@@ -14,26 +14,17 @@ MAX_LOOSE_MODULES = 4
 MAX_FUNCTION_LINES = 80
 MAX_COMPLEXITY = 10
 MAX_FILE_LINES = 450
-# A script is imported by its own tests alone, by those of several processes, and where it meets what ships or is converted.
-TESTS_OF = {
-    "benchmark": {"test_benchmark.py", "test_benchmark_grains.py", "test_gpu_parts.py", "test_preflight.py"},
-    "convert_torch": {"test_convert_torch.py", "test_convert_torch_dq.py"},
-    "evaluate": {
-        "test_evaluate.py",
-        "test_evaluate_attributes.py",
-        "test_evaluate_grains.py",
-        "test_evaluate_sets.py",
-        "test_hosts.py",
-    },
+# A script is imported by the tests that bear its name, and where it meets others, what ships or what is converted.
+ALSO_IMPORTED_BY = {
+    "benchmark": {"test_gpu_parts.py", "test_preflight.py"},
+    "convert_torch": set(),
+    "evaluate": {"test_hosts.py"},
     "sample": {
-        "test_sample.py",
-        "test_sample_choose.py",
-        "test_sample_edit.py",
-        "test_sample_grains.py",
         "test_evaluate_grains.py",
         "test_hosts.py",
         "test_shipped_pair.py",
         "test_convert_torch.py",
+        "toy_samples.py",
     },
 }
 
@@ -70,13 +61,14 @@ def loose_modules(root: Path) -> list[str]:
 
 
 def imported_scripts(root: Path) -> list[str]:
-    """Imports of a script anywhere but in its own test."""
+    """Imports of a script anywhere but in its own tests."""
     names = {path.stem for path in test_layering.scripts(root)}
     found = []
     for path in [*sources(root), *test_layering.sources(root, "tests")]:
         for line, name, _ in test_layering.imports_of(path):
             script = name.split(".")[0]
-            if script in names and path.name not in TESTS_OF.get(script, ()):
+            own = path.name.startswith(f"test_{script}")
+            if script in names and not own and path.name not in ALSO_IMPORTED_BY.get(script, ()):
                 found.append(f"{path.relative_to(root)}:{line}: imports {script}")
     return found
 
@@ -117,6 +109,7 @@ def test_what_outgrows_the_house_is_found(tmp_path):
     (tmp_path / "benchmarks" / "time.py").write_text("import sample")
     (tmp_path / "tests" / "test_other.py").write_text("from sample import main")
     (tmp_path / "tests" / "test_sample.py").write_text("import sample")
+    (tmp_path / "tests" / "test_sample_edit.py").write_text("import sample")
     assert loose_modules(tmp_path) == ["big"]
     assert long_functions(tmp_path) == ["rq_jax/big.py:f: 82 lines"]
     assert long_files(tmp_path) == ["rq_jax/big.py: 451 lines"]
