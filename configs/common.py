@@ -43,6 +43,8 @@ def base() -> ConfigDict:
     return ConfigDict(
         {
             "seed": 0,
+            "init_from": placeholder(str),  # a run or model directory whose weights are the start
+            "keep_optimizer": False,  # with init_from: go on with its optimizers' moments too
             "data": {
                 "name": "folder",
                 "data_dir": placeholder(str),
@@ -140,8 +142,6 @@ def tokenizer_base(model: dict[str, Any]) -> ConfigDict:
     # Files of the perceptual term: torchvision's VGG16 and LPIPS heads; unset: what the installed packages hold.
     config.perceptual = {"vgg": placeholder(str), "heads": placeholder(str)}
     config.evaluation = {"use_perceptual": True, "best_by": "auto"}
-    config.init_from = placeholder(str)  # a run or model directory whose weights are the start
-    config.keep_optimizer = False  # with init_from: go on with its optimizers' moments too
     config.data.image_size = config.model.get_ref("image_size")  # one value: setting either sets both
     return config
 

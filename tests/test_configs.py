@@ -180,8 +180,8 @@ TRANSFORMS = {
 SINGLE_KEYS = {
     "rqvae": {"seed", "init_from", "keep_optimizer"},
     "dqvae": {"seed", "init_from", "keep_optimizer", "thresholds"},
-    "rqtransformer": {"seed", "tokenizer", "tokenizer_preset"},
-    "dqtransformer": {"seed", "tokenizer", "tokenizer_preset"},
+    "rqtransformer": {"seed", "init_from", "keep_optimizer", "tokenizer", "tokenizer_preset"},
+    "dqtransformer": {"seed", "init_from", "keep_optimizer", "tokenizer", "tokenizer_preset"},
 }
 
 

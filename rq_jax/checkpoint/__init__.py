@@ -17,6 +17,7 @@ from rq_jax.checkpoint.load import (
     ship,
     start_from,
     step_of,
+    tokenizer_of,
 )
 from rq_jax.checkpoint.model_dir import PROMPTS, TEXT_TOKENIZER, fingerprint, save_model
 from rq_jax.checkpoint.saver import Checkpointer, SaveFailed
@@ -42,5 +43,6 @@ __all__ = [
     "ship",
     "start_from",
     "step_of",
+    "tokenizer_of",
     "write_config",
 ]

@@ -228,6 +228,12 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
     return state.replace(**placed)
 
 
+def tokenizer_of(directory: str | os.PathLike) -> str | None:
+    """Fingerprint of the tokenizer whose codes a stage-2 model was trained on; None where it has none beside it."""
+    directory = local_directory(directory) / _TOKENIZER
+    return fingerprint(load_model(directory).variables) if (directory / CONFIG).is_file() else None
+
+
 def bind_tokenizer(workdir: str | os.PathLike, tokenizer: LoadedModel) -> str:
     """Copy the tokenizer into a stage-2 run directory, or check that the copy there is of the same tokenizer.
 

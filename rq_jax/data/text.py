@@ -88,6 +88,10 @@ class Tokenizer:
         with atomic_path(path) as partial:
             self._bpe.save(str(partial))
 
+    def is_saved_as(self, path: str | os.PathLike) -> bool:
+        """Whether a `tokenizer.json` splits texts into the same tokens, of the same numbers."""
+        return _vocabulary(self._bpe) == _vocabulary(load_tokenizer(path, self.length)._bpe)
+
     def _encode_with_dropout(self, text: str, rng: np.random.Generator) -> list[int]:
         # The library's own dropout draws from a generator that cannot be seeded: resume would not be exact.
         symbols = [symbol for word in _words(self._bpe, text) for symbol in self._merge(word, rng)]

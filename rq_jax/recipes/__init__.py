@@ -18,7 +18,7 @@ from rq_jax.data import Splits, make_dataset
 from rq_jax.devices import sharding
 from rq_jax.files import local_path
 from rq_jax.recipes.dq_transformer import DQTransformer
-from rq_jax.recipes.outlook import describe_data, shortages
+from rq_jax.recipes.outlook import describe_data, shortages, unlike_starts
 from rq_jax.recipes.tokenizer import Tokenizer
 from rq_jax.recipes.transformer import Transformer
 from rq_jax.settings.construct import construct
@@ -133,4 +133,6 @@ def train(
     init_from = prepared.recipe.config.get("init_from")
     if init_from and not checkpoint.has_checkpoint(workdir):
         checkpoint.read_config(init_from)  # raises where there is no run, before `workdir` is made
+        for line in unlike_starts(prepared.recipe):
+            logger.warning(line)
     return run(*prepared, workdir, strict=strict)

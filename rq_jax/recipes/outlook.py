@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from rq_jax import checkpoint
 from rq_jax.data import Splits
 from rq_jax.devices.memory import device_bytes
 from rq_jax.settings.text import quoted
@@ -57,6 +58,30 @@ def shortages(recipe: Any, batch_size: int, total_steps: int) -> list[str]:
         lines.append(
             f"TOO LARGE: the state alone takes {needed / 2**30:.1f} GiB of a device, which has {there / 2**30:.1f}; "
             f"try, the cheapest first: {'; '.join(memory_remedies(recipe, batch_size))}"
+        )
+    return lines
+
+
+def unlike_starts(recipe: Any) -> list[str]:
+    """Lines about weights to start from that were trained on other codes or other words than those of the run.
+
+    Args:
+      recipe: of either stage, with `init_from` set.
+    """
+    tokenizer, text_tokenizer = getattr(recipe, "tokenizer", None), getattr(recipe, "text_tokenizer", None)
+    directory, lines = checkpoint.local_directory(recipe.init_from), []
+    theirs = checkpoint.tokenizer_of(directory)
+    if tokenizer is not None and theirs != checkpoint.fingerprint(tokenizer.variables):
+        what = "without its tokenizer" if theirs is None else f"trained on the codes of another tokenizer, {theirs}"
+        lines.append(
+            f"init_from: '{recipe.init_from}' is {what}; what it knows of codes holds where both codebooks are alike, "
+            "and else is learned anew"
+        )
+    words = directory / checkpoint.TEXT_TOKENIZER
+    if text_tokenizer is not None and words.is_file() and not text_tokenizer.is_saved_as(words):
+        lines.append(
+            f"init_from: '{recipe.init_from}' reads words by another text tokenizer; to go on from what it knows of "
+            f"words, set data.text_tokenizer to '{words}'"
         )
     return lines
 

@@ -25,11 +25,19 @@ from rq_jax.recipes.codes import fill_from_tokenizer
 from rq_jax.settings import checks
 from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import Optimizer, make_optimizer
-from rq_jax.training.settings import check_sections, loop_settings, plain, recipe_settings, resolve_durations
+from rq_jax.training.settings import (
+    check_sections,
+    check_start,
+    loop_settings,
+    plain,
+    recipe_settings,
+    resolve_durations,
+)
 from rq_jax.training.state import TrainState, accumulate_gradients, apply_gradients, create_state
 
 SECTIONS = (
-    "seed", "model", "data", "optim", "loss", "loop", "mesh", "sample", "tokenizer", "tokenizer_preset",
+    "seed", "init_from", "keep_optimizer", "model", "data", "optim", "loss", "loop", "mesh", "sample", "tokenizer",
+    "tokenizer_preset",
 )  # fmt: skip
 NUM_SHOWN = 36
 
@@ -93,6 +101,7 @@ class Stage2(abc.ABC):
       text_tokenizer: text tokenizer of a text-conditional model: it is kept in the run directory.
       use_latent_cache: read latents, of a tokenizer with grains codes, that were computed once, from disk.
       buckets: lengths that batches of packed codes are padded to.
+      init_from: directory whose weights a fresh run starts from; keep_optimizer: and its optimizer moments.
       seed: of the initial weights and of all random draws.
       config: resolved config, written into the run directory; None: that of the model alone.
       tokenizer_variables: those of `tokenizer` on the mesh; placed there where None.
@@ -110,6 +119,8 @@ class Stage2(abc.ABC):
     text_tokenizer: Any = None
     use_latent_cache: bool = False
     buckets: Buckets = Buckets()
+    init_from: str | None = None
+    keep_optimizer: bool = False
     seed: int = 0
     config: Mapping[str, Any] | None = None
     tokenizer_variables: Any = None
@@ -126,6 +137,7 @@ class Stage2(abc.ABC):
 
     def __post_init__(self):
         checks.within("loop.ema_decay", self.ema_decay, 0, 1, below=True, fix="0 keeps no average")
+        check_start(self.init_from, self.keep_optimizer)
         self.losses.check_model(self.model)
         sampling.check_guidance(self.model, self.sample.get("guidance"))
         if self.config is None:
@@ -144,7 +156,7 @@ class Stage2(abc.ABC):
         Raises:
           ValueError, FileNotFoundError: an unknown or missing section, no tokenizer, or settings that differ from its.
         """
-        config = plain(config)
+        config = {"init_from": None, "keep_optimizer": False, **plain(config)}
         check_sections(config, SECTIONS)
         if not config["tokenizer"]:
             raise ValueError(
@@ -185,7 +197,7 @@ class Stage2(abc.ABC):
             shown_cond=shown_conditions(model, data.train, NUM_SHOWN),
             text_tokenizer=load_tokenizer(text, config["data"]["text_length"]) if text else None,
             use_latent_cache=loop.use_latent_cache, buckets=Buckets(loop.buckets, loop.bucket_window),
-            seed=config["seed"], config=config,
+            init_from=config["init_from"], keep_optimizer=config["keep_optimizer"], seed=config["seed"], config=config,
         )  # fmt: skip
 
     @classmethod
@@ -225,7 +237,10 @@ class Stage2(abc.ABC):
             cached = self.tokenizer.model, self.tokenizer_variables, data.ordered, self.config["data"]
             data = data._replace(train=latent_cache.open_cache(*cached, Path(workdir), self.seed))
         config = {**self.config, "class_names": data.ordered.class_names, "class_counts": figures.class_counts}
-        return dataclasses.replace(self, config=config, figures=figures), data
+        start = (self.init_from, self.keep_optimizer) if is_fresh else (None, False)
+        return dataclasses.replace(
+            self, config=config, figures=figures, init_from=start[0], keep_optimizer=start[1]
+        ), data
 
     @property
     def soft_temperature(self) -> float | None:
@@ -253,8 +268,18 @@ class Stage2(abc.ABC):
         return jax.tree.map(lambda x: x.sharding, self.abstract_state())
 
     def init(self, rng: jax.Array) -> TrainState:
-        """The state before the first step, drawn on the devices where it lives, with the tokenizer's codebook."""
-        return self._jitted_draw(rng, self._codebook)
+        """The state before the first step, drawn on the devices where it lives; from `init_from` where that is set.
+
+        The codebook is the tokenizer's in either case.
+
+        Raises:
+          FileNotFoundError, ValueError: as `checkpoint.start_from`.
+        """
+        state = self._jitted_draw(rng, self._codebook)
+        if not self.init_from:
+            return state
+        started = checkpoint.start_from(self.init_from, state, self.keep_optimizer)
+        return started.replace(model_state=state.model_state)
 
     @functools.cached_property
     def _jitted_draw(self) -> Callable[..., TrainState]:

@@ -28,7 +28,7 @@ from rq_jax.recipes.terms import Losses, Phase
 from rq_jax.settings import checks
 from rq_jax.settings.construct import construct
 from rq_jax.training.optimizer import Optimizer, make_optimizer
-from rq_jax.training.settings import check_sections, loop_settings, plain, resolve_durations
+from rq_jax.training.settings import check_sections, check_start, loop_settings, plain, resolve_durations
 from rq_jax.training.state import TrainState, apply_gradients, create_state
 
 SECTIONS = (
@@ -83,8 +83,7 @@ class Tokenizer:
                 f"optim.accumulation_steps: {self.optimizer.accumulation_steps} is for stage 2; the codebook update of "
                 "stage 1 needs the whole batch, set it to 1"
             )
-        if self.keep_optimizer and not self.init_from:
-            raise ValueError("keep_optimizer: True needs init_from, a run whose optimizer is kept; set both or neither")
+        check_start(self.init_from, self.keep_optimizer)
         self.losses.check_model(self.model)
         _ = self.criterion  # refused before anything compiles
         if self.config is None:

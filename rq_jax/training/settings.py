@@ -122,6 +122,16 @@ def check_sections(config: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
             raise ValueError(f"config.{name}: missing; the config needs {', '.join(allowed)}")
 
 
+def check_start(init_from: str | None, keep_optimizer: bool) -> None:
+    """Check the settings of what a fresh run starts from.
+
+    Raises:
+      ValueError: an optimizer to keep, and no run whose it is.
+    """
+    if keep_optimizer and not init_from:
+        raise ValueError("keep_optimizer: True needs init_from, a run whose optimizer is kept; set both or neither")
+
+
 def memory_remedies(recipe: Any, batch_size: int) -> list[str]:
     """Settings that reduce the memory of a step, the cheapest first.
 

@@ -15,6 +15,7 @@ import helpers
 import hub_cache
 import jax
 import numpy as np
+import optax
 import pytest
 
 from rq_jax import checkpoint, recipes
@@ -24,6 +25,7 @@ from rq_jax.files import RunLock
 from rq_jax.recipes import codes as frozen_codes
 from rq_jax.recipes import latent_cache
 from rq_jax.recipes.codes import CodeCounter
+from rq_jax.recipes.outlook import unlike_starts
 from rq_jax.recipes.transformer import Transformer
 from rq_jax.sampling import images
 from rq_jax.training import run
@@ -463,3 +465,74 @@ def test_command_line_ends_with_one_line(places, tmp_path):
     lines = result.stderr.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and "nowhere" in lines[0], result.stderr
     assert not (tmp_path / "run").exists()
+
+
+# --- fine-tuning -------------------------------------------------------------------------------------------------------
+
+
+def begun(places, kind="class", **settings):
+    recipe = prepare(places, kind, **{**RUN, **settings}).recipe
+    return helpers.host(recipe.init(jax.random.key(recipe.seed)))
+
+
+def test_a_transformer_starts_from_the_weights_of_a_run(places, whole_run):
+    workdir, trained = whole_run
+    trained = helpers.host(trained)
+    averaged, kept = begun(places, init_from=str(workdir)), begun(places, init_from=str(workdir), keep_optimizer=True)
+    helpers.assert_equal(averaged["params"], trained["ema_params"])
+    helpers.assert_equal(averaged["model_state"], trained["model_state"])
+    assert averaged["step"] == kept["step"] == 0
+    assert not any(map(np.any, jax.tree.leaves(averaged["opt_state"])))
+    for name in ("params", "ema_params"):
+        helpers.assert_equal(kept[name], trained[name])
+    for moment in ("mu", "nu"):
+        helpers.assert_equal(optax.tree.get(kept["opt_state"], moment), optax.tree.get(trained["opt_state"], moment))
+
+
+def test_a_transformer_that_fine_tunes_has_the_codebook_of_its_own_tokenizer(places, whole_run, tmp_path, caplog):
+    other = helpers.save_tokenizer(tmp_path / "other", places.pictures, seed=1)
+    state = begun(places, init_from=str(whole_run[0]), tokenizer=str(other))
+    helpers.assert_equal(state["params"], helpers.host(whole_run[1])["ema_params"])
+    codebook = checkpoint.load_tokenizer(other).variables["codebook"]["codebook_KE"]
+    helpers.assert_equal(state["model_state"]["codebook"]["codebook_KE"], codebook)
+    (line,) = unlike_starts(prepare(places, init_from=str(whole_run[0]), tokenizer=str(other)).recipe)
+    assert "is trained on the codes of another tokenizer, " in line and "\n" not in line
+    assert unlike_starts(prepare(places, init_from=str(whole_run[0])).recipe) == []
+
+
+def test_words_of_another_text_tokenizer_are_told(places, tmp_path):
+    model = prepare(places, "text").recipe
+    checkpoint.save_model(tmp_path, model.config, helpers.drawn_variables(model.model))
+    checkpoint.save_model(tmp_path / "tokenizer", model.tokenizer.config, model.tokenizer.variables)
+    shutil.copy(places.text_tokenizer, tmp_path / checkpoint.TEXT_TOKENIZER)
+    recipe = prepare(places, "text", init_from=str(tmp_path)).recipe
+    assert unlike_starts(recipe) == []
+    train_tokenizer(["other words", "of another world"], 40, tmp_path / checkpoint.TEXT_TOKENIZER)
+    (line,) = unlike_starts(recipe)
+    assert "reads words by another text tokenizer; " in line and line.endswith("text_tokenizer.json'")
+
+
+def test_only_a_fresh_transformer_starts_from_others(places, whole_run, tmp_path):
+    config = make_config(places, **RUN, init_from=str(whole_run[0]))
+    recipe, data, _ = recipes.prepare(config, mesh=helpers.make_mesh())
+    for is_fresh, expected in ((True, str(whole_run[0])), (False, None)):
+        started, _ = recipe.start(str(tmp_path / "run"), data, is_fresh)
+        assert started.init_from == expected
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"keep_optimizer": True}, "keep_optimizer: True needs init_from, a run whose optimizer is kept; set both or"),
+        ({"init_from": "/nowhere"}, "'/nowhere' is no run directory"),
+    ],
+)
+def test_starts_that_are_refused(places, tmp_path, settings, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        recipes.train(make_config(places, **settings), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_is_no_start_of_a_transformer(places):
+    with pytest.raises(ValueError, match=r"^init_from: .*; set config.model to the settings in its config.json$"):
+        begun(places, init_from=str(places.tokenizer))
