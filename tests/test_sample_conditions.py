@@ -81,6 +81,17 @@ def test_words_of_prompts_that_training_did_not_show_are_told(trained, caplog):
     assert f"prompts: {', '.join(map(repr, words))}: words that the captions of training had seldom" in caplog.text
 
 
+def test_of_captions_of_a_data_set_no_word_is_told(trained, caplog):
+    notices.tell.cache_clear()
+    directory, given = trained.stage2["text"], ["a teal bee of xylophones", "elk"]
+    loaded, tokenizer = checkpoint.load_model(directory), load_tokenizer(directory / "text_tokenizer.json", 6)
+    conds, names = choose_conditions(loaded, directory, 2, 0, captions=given)
+    np.testing.assert_array_equal(conds, tokenizer(given))
+    assert names == given and "xylophones" in tokenizer.words_in_pieces(names)
+    _, names = choose_conditions(loaded, directory, 5, 0, prompts_of="validation")
+    assert tokenizer.words_in_pieces(names) and "words that" not in caplog.text
+
+
 def test_captions_of_a_split_are_taken_in_order(trained):
     directory = trained.stage2["text"]
     loaded = checkpoint.load_model(directory)

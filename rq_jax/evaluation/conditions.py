@@ -31,6 +31,7 @@ def choose_conditions(
     classes_of: str | None = None,
     prompts: Sequence[str] | None = None,
     prompts_of: str | None = None,
+    captions: Sequence[str] | None = None,
     carried: np.ndarray | None = None,
     carrier: str = "",
 ) -> tuple[np.ndarray | None, Sequence[str]]:
@@ -45,6 +46,8 @@ def choose_conditions(
       classes_of: a split whose classes are taken, in order.
       prompts: texts, for a text-conditional model; None: those in its directory, if it has any.
       prompts_of: a split whose captions are taken, in order.
+      captions: those of a data set, for a text-conditional model, in place of prompts; unknown words among them are not
+        told, as nobody chose them.
       carried: conditions (m, U) of the images that are continued or edited, which are kept unless others are given.
       carrier: flag and file that they come from, for the error.
 
@@ -67,9 +70,9 @@ def choose_conditions(
     if kind == "unconditional":
         return None, [""]
     if prompts_of is not None:
-        prompts = captions_of_split(loaded.config, prompts_of, num_images)
+        captions = captions_of_split(loaded.config, prompts_of, num_images)
     if kind == "text":
-        return _texts(prompts, directory, model, carried, carrier)
+        return _texts(prompts, captions, directory, model, carried, carrier)
     V = model.cond_vocab_size
     names, counts = _known_classes(loaded.config, V, directory)
     if classes_of is not None:
@@ -222,23 +225,26 @@ def captions_of_split(config: dict[str, Any], split: str, num_images: int) -> li
 
 
 def _texts(
-    prompts: Sequence[str] | None, directory: str, model: Any, carried: np.ndarray | None, carrier: str
+    prompts: Sequence[str] | None,
+    captions: Sequence[str] | None,
+    directory: str,
+    model: Any,
+    carried: np.ndarray | None,
+    carrier: str,
 ) -> tuple[np.ndarray, Sequence[str]]:
     from rq_jax.data import load_tokenizer
 
-    if not prompts and carried is None:
+    if not prompts and not captions and carried is None:
         if not (local_directory(directory) / PROMPTS).is_file():
             raise ValueError("--prompt: missing, this model draws images of a text; give one or more")
         prompts = read_prompts(local_directory(directory) / PROMPTS)
     tokenizer = load_tokenizer(local_directory(directory) / TEXT_TOKENIZER, model.cond_length)
-    if prompts:
-        if words := tokenizer.words_in_pieces(prompts):
-            more = f" and {len(words) - _MOST_TOLD} more" if len(words) > _MOST_TOLD else ""
-            told = ", ".join(map(quoted, words[:_MOST_TOLD])) + more
-            tell(
-                f"prompts: {told}: words that the captions of training had seldom or never; the model may not know them"
-            )
-        return tokenizer(prompts), prompts
+    if words := tokenizer.words_in_pieces(prompts or ()):
+        more = f" and {len(words) - _MOST_TOLD} more" if len(words) > _MOST_TOLD else ""
+        told = ", ".join(map(quoted, words[:_MOST_TOLD])) + more
+        tell(f"prompts: {told}: words that the captions of training had seldom or never; the model may not know them")
+    if texts := prompts or captions:
+        return tokenizer(texts), texts
     U, V = model.cond_length, model.cond_vocab_size
     tokens = _carried(carried, U, V, f"{carrier} holds no texts of {U} tokens 0..{V - 1}; give --prompt")
     return tokens, [tokenizer.decode(row) for row in tokens]

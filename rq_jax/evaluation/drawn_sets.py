@@ -108,7 +108,7 @@ def draw_set(
       directory: of the model.
       settings: with a number of images.
       as_bytes: rounded to 8 bits, as files hold them.
-      texts: which the images take in turn, in place of a file of prompts.
+      texts: captions of a data set, which the images take in turn, in place of a file of prompts.
       **subject: what else to tell of the model.
 
     Raises:
@@ -145,11 +145,11 @@ def _conditions(
 ) -> tuple[np.ndarray | None, Sequence[str]]:
     """The conditions that the images take in turn, and their names."""
     kind, classes_of, num_images = kind_of(loaded), settings.classes_of, settings.num_images
-    prompts = texts if settings.prompts is None else read_prompts(settings.prompts)
+    prompts = None if settings.prompts is None else read_prompts(settings.prompts)
     if prompts is not None and len(prompts) > num_images:
         raise ValueError(f"--num_images: {num_images} are fewer than the {len(prompts)} prompts; give more images")
     if kind != "class" or classes_of not in (None, BALANCED, FREQUENCIES):
-        given = {"classes_of": classes_of, "prompts": prompts, "prompts_of": settings.prompts_of}
+        given = {"classes_of": classes_of, "prompts": prompts, "prompts_of": settings.prompts_of, "captions": texts}
         return choose_conditions(loaded, directory, num_images, seed, **given)
     names = loaded.config.get("class_names") or list(map(str, range(loaded.model.cond_vocab_size)))
     numbers = list(range(loaded.model.cond_vocab_size))
