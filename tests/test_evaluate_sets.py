@@ -300,14 +300,20 @@ def test_refused(root, tmp_path, monkeypatch, names, settings, message):
     assert not (root / "refused").exists()
 
 
-def test_more_prompts_than_images_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_images": 2}, "^--num_images: 2 are fewer than the 3 prompts; give more images$"),
+        ({"num_images": 3, "prompts_of": "train"}, "^--prompts: .*texts.txt and --prompts_of: train exclude one another$"),
+    ],
+)  # fmt: skip
+def test_prompts_that_do_not_fit_are_refused(tmp_path, settings, message):
     (tmp_path / "texts.txt").write_text("a\nb\nc")
-    settings = DrawSettings(num_images=2, prompts=str(tmp_path / "texts.txt"))
     text_model = SimpleNamespace(
         model=SimpleNamespace(is_conditional=True, cond_length=3, code_shape=(1, 1, 1)), config={}
     )
-    with pytest.raises(ValueError, match="^--num_images: 2 are fewer than the 3 prompts; give more images$"):
-        drawn_sets.draw_set(text_model, "x", settings)
+    with pytest.raises(ValueError, match=message):
+        drawn_sets.draw_set(text_model, "x", DrawSettings(prompts=str(tmp_path / "texts.txt"), **settings))
 
 
 def test_classes_need_samples_that_have_them(root, tmp_path):

@@ -145,6 +145,8 @@ def _conditions(
 ) -> tuple[np.ndarray | None, Sequence[str]]:
     """The conditions that the images take in turn, and their names."""
     kind, classes_of, num_images = kind_of(loaded), settings.classes_of, settings.num_images
+    if settings.prompts is not None and settings.prompts_of is not None:
+        raise ValueError(f"--prompts: {settings.prompts} and --prompts_of: {settings.prompts_of} exclude one another")
     prompts = None if settings.prompts is None else read_prompts(settings.prompts)
     if prompts is not None and len(prompts) > num_images:
         raise ValueError(f"--num_images: {num_images} are fewer than the {len(prompts)} prompts; give more images")
