@@ -238,7 +238,8 @@ def add_likelihood(add: Add) -> None:
 
 
 def add_attributes(add: Add) -> None:
-    add("--checkpoint", type=cli.path, required=True, help="run or model directory of stage 2, by text")
+    by_text = "run or model directory of stage 2, by text, or hf://owner/name"
+    add("--checkpoint", type=cli.model_path, required=True, help=by_text)
     add_data(add, "the one that it was trained on")
     add_model(add)
     splits = "held-out splits, such as validation,unseen (the default, where the data set has them)"

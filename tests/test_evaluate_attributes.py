@@ -3,8 +3,10 @@
 import io
 import itertools
 import json
+import shutil
 
 import helpers
+import hub_cache
 import numpy as np
 import pytest
 from PIL import Image
@@ -244,6 +246,18 @@ def test_a_model_draws_the_captions_by_its_own_settings(root):
     figures = record["splits"]["unseen"]["figures"]["samples"]
     assert figures["accuracy"] == {"mean": pytest.approx(np.mean(hits)), "std": 0.0} and 0 < np.mean(hits) < 1
     assert record["subjects"]["samples, unseen"]["seeds"] == [3] and not (root / "own" / "guidance.png").exists()
+
+
+def test_a_model_of_the_hub_is_measured_and_recorded_by_its_address(root, painted, tmp_path, monkeypatch):
+    commit, address = "c" * 40, "hf://owner/name"
+    hub_cache.make(tmp_path, {commit: lambda path: shutil.copytree(root / "text", path)}, {"main": commit})
+    hub_cache.use(monkeypatch, tmp_path)
+    monkeypatch.setattr(drawing, "stream", Painter())
+    record = run(root, checkpoint=address, splits="unseen", seeds=0, cache=root / "out" / "features", out="hub")
+    subject = record["subjects"]["samples, unseen"]
+    assert (subject["checkpoint"], subject["commit"]) == (address, commit)
+    assert record["data"]["text_tokenizer"] == f"{address}/text_tokenizer.json"
+    assert "snapshots" not in json.dumps(record)
 
 
 def scaled(images):

@@ -44,7 +44,7 @@ def attributes(args: Any, mesh: Mesh) -> Report:
     tokens = _tokenize(args, described)
     features = SetFeatures(open_extractor(args, mesh), data, Estimators(), cache_of(args), has_logits=False)
     judges = _fit_judges(args, mesh, features, label, loaded.tokenizer)
-    report, found = Report({"data": data.settings, "splits": {}}), {}
+    report, found = Report({"data": protocol.told_settings(data.settings, args.checkpoint), "splits": {}}), {}
     for i, split in enumerate(splits):
         asked = AskedSplit(judges, split, args.num_images, described[split], tokens.get(split))
         for name, settings in draws.items():
@@ -146,8 +146,8 @@ def _draw(
     args: Any, loaded: LoadedModel, asked: AskedSplit, settings: DrawSettings, batch_size: int
 ) -> image_sets.ImageSet:
     """A sample of each caption, drawn once they are read."""
-    ema = not args.no_ema
-    subject = {"checkpoint": args.checkpoint, "ema": ema, "step": checkpoint.step_of(args.checkpoint, args.step, ema)}
+    ema, origin = not args.no_ema, checkpoint.origin_of(args.checkpoint)
+    subject = {**origin, "ema": ema, "step": checkpoint.step_of(args.checkpoint, args.step, ema)}
     settings, texts = settings._replace(num_images=len(asked.asked)), [one.caption for one in asked.asked]
     drawn = drawn_sets.draw_set(loaded, args.checkpoint, settings, texts=texts, **subject)
     return image_sets.in_memory(drawn, batch_size)

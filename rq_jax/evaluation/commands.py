@@ -152,10 +152,7 @@ def likelihood(args: Any, mesh: Mesh) -> Report:
     loaded, settings = load_transformer(args.checkpoint, args.step, ema, args.data_name, args.data_dir)
     data = _open(args, mesh, settings, args.split or "validation")
     splits = dict.fromkeys(("train", data.split))
-    told = dict(data.settings)
-    if "text_tokenizer" in told:  # by the name of its model, which may lie in a cache of this machine
-        told["text_tokenizer"] = f"{args.checkpoint}/{checkpoint.TEXT_TOKENIZER}"
-    report = Report({"data": told})
+    report = Report({"data": protocol.told_settings(data.settings, args.checkpoint)})
     report.subjects[args.checkpoint] = _subject_of(args, args.checkpoint, loaded)
     found = report.record["likelihood"] = {split: measure_likelihood(loaded, data, split, mesh) for split in splits}
     conditions = {name: data.settings[name] for name in protocol.CONDITION_SETTINGS if name in data.settings}

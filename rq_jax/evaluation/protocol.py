@@ -110,6 +110,12 @@ def condition_settings(config: dict[str, Any], directory: str) -> dict[str, Any]
     return settings
 
 
+def told_settings(settings: Mapping[str, Any], directory: str) -> dict[str, Any]:
+    """Settings as a record has them: a text tokenizer by its model, which may lie in a cache of this machine."""
+    is_of_text = "text_tokenizer" in settings
+    return {**settings, "text_tokenizer": f"{directory}/{TEXT_TOKENIZER}"} if is_of_text else dict(settings)
+
+
 def image_settings(
     config: dict[str, Any] | None,
     image_shape: tuple[int, int, int],
