@@ -230,6 +230,7 @@ class _Timed:
 
     def evaluation(self, dataset: Any) -> float:
         """Seconds of an evaluation, by its first batch and its report; both have been compiled before."""
+        self.hang.arm()
         with contextlib.closing(dataset.iterator()) as batches:
             batch = next(iter(batches))
         self.hang.expect_compilation()
@@ -239,6 +240,7 @@ class _Timed:
             start = clock()
             sums, shown = jax.block_until_ready(self.recipe.evaluate(self.state, batch))
             middle = clock()
+            self.hang.disarm()  # a report is no step
             self.recipe.report(self.state, sums, shown)
             of_batch, of_report = middle - start, clock() - middle
         return of_batch * dataset.steps_per_epoch + of_report

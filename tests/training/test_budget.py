@@ -17,7 +17,7 @@ import pytest
 from toy_run import BATCH, SHARDINGS, ToyDataset, ToyRecipe, metrics_of, toy_step
 
 from rq_jax.checkpoint import read_config
-from rq_jax.training import LoopSettings, budget, make_optimizer, run
+from rq_jax.training import LoopSettings, budget, make_optimizer, monitor, run
 from rq_jax.training import loop as training_loop
 
 TOTAL, WARMUP, START = 40, 8, 30  # steps of the run, of its warm-up, before its second phase
@@ -153,6 +153,28 @@ def test_batches_of_new_shapes_are_compiled_and_not_timed(clock):
     costs = budget._measure(TimedRecipe(clock=clock), data, LoopSettings(TOTAL))
     assert costs == ([(0, START, 1.0), (START, TOTAL - START, 3.0)], 2.5)
     assert len(clock.compiled) == 6
+
+
+def test_steps_and_batches_are_watched_and_reports_are_not(monkeypatch, clock):
+    events = []
+
+    class Guard(monitor.HangGuard):
+        def arm(self):
+            events.append("arm")
+
+        def disarm(self):
+            events.append("disarm")
+
+    class Watched(TimedRecipe):
+        def report(self, *args):
+            events.append("report")
+            return super().report(*args)
+
+    monkeypatch.setattr(budget, "HangGuard", Guard)
+    data = SimpleNamespace(train=ToyDataset(), validation=helpers.HeldOut())
+    budget._measure(Watched(clock=clock), data, LoopSettings(TOTAL, hang_timeout_seconds=9))
+    assert events[-8:] == ["arm", *["arm", "disarm", "report"] * 2, "disarm"]
+    assert set(events[:-8]) == {"arm"}
 
 
 def test_the_step_of_a_shorter_run_is_compiled_once(tmp_path, caplog, clock):
