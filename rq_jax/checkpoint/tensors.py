@@ -54,7 +54,8 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], shard_bytes: int = SHARD
     groups, before = _split(arrays, shard_bytes), parts_of(path)
     names = [f"{path.stem}-{i + 1:05d}-of-{len(groups):05d}{path.suffix}" for i in range(len(groups))]
     files = [path] if len(groups) == 1 else [path.with_name(name) for name in names]
-    # All bytes are on disk before the first file gets its name, and the index, where there is one, gets its last.
+    # All bytes are written before the first file gets its name, and the index, where there is one, gets its last. What
+    # was there goes after that: a file without shards is read before shards, so that a write cut short leaves either.
     with contextlib.ExitStack() as stack:
         index = None if len(groups) == 1 else stack.enter_context(atomic_path(index_path(path)))
         for file, group in zip(files, groups, strict=True):
@@ -63,9 +64,10 @@ def write(path: Path, arrays: Mapping[str, np.ndarray], shard_bytes: int = SHARD
             weight_map = {name: file.name for file, group in zip(files, groups, strict=True) for name in group}
             total = sum(array.nbytes for array in arrays.values())
             index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1) + "\n")
-        for old in before - set(files):
-            old.unlink()
-    return path if index is None else index_path(path)
+    written = path if index is None else index_path(path)
+    for old in before - {*files, written}:
+        old.unlink()
+    return written
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 
 import jax
 import numpy as np
@@ -88,6 +89,33 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         save(tmp_path, jax.tree.map(lambda leaf: leaf + 1, VARIABLES))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("sizes", [(10**9, SHARD), (SHARD, 10**9)], ids=["shards over a file", "a file over shards"])
+def test_a_save_that_is_cut_short_leaves_the_old_or_the_new(tmp_path, monkeypatch, sizes):
+    other = jax.tree.map(lambda leaf: leaf + 1, VARIABLES)
+    replace, unlink, calls = os.replace, pathlib.Path.unlink, []
+    checkpoint.save_model(tmp_path, {"model": RQVAE}, VARIABLES, shard_bytes=sizes[0])
+
+    def until(last, change):
+        def counted(path, *more, **options):
+            if pathlib.Path(path).suffix != ".partial" or change is replace:
+                calls.append(path)
+                if len(calls) > last:
+                    raise KeyboardInterrupt
+            return change(path, *more, **options)
+
+        return counted
+
+    for last in range(4):
+        calls.clear()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "replace", until(last, replace))
+            patch.setattr(pathlib.Path, "unlink", until(last, unlink))
+            checkpoint.save_model(tmp_path, {"model": RQVAE}, other, shard_bytes=sizes[1])
+        found = checkpoint.load_model(tmp_path).variables
+        expected = other if found["params"]["quant_conv"]["bias"][0] == other["params"]["quant_conv"]["bias"][0] else VARIABLES  # fmt: skip
+        assert_equal(found, expected)
 
 
 def test_shipped_shards_are_a_pair_and_training_starts_from_them(tmp_path):
