@@ -23,13 +23,15 @@ from rq_jax.settings import checks
 from rq_jax.training import cli
 
 HOUSE = "house"
+NUM_IMAGES = 447  # emoji that are held out, and with no other choice samples, of their classes
 # Options of `evaluate.py samples`.
 CHOICES: dict[str, dict[str, Any]] = {
     HOUSE: {},
     "floats, not rounded to 8 bits": {"protocol": "rq", "split": "validation"},
     "cubic resize before the network": {"protocol": "clean", "split": "validation"},
-    "against the training images": {"split": "train"},
-    "half as many samples": {"num_images": 223},
+    # Else as many samples as there are training images, and of their classes.
+    "against the training images": {"split": "train", "num_images": NUM_IMAGES, "classes_of": "validation"},
+    "half as many samples": {"num_images": NUM_IMAGES // 2},
 }
 FIGURES = {"kernel distance": "kernel_distance", "Fréchet distance": "frechet_distance"}
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers import ROOT
 
 from benchmarks import protocols
 from rq_jax.evaluation import stamps
@@ -44,6 +45,15 @@ def test_each_choice_is_measured_once_and_beside_the_house(measured, tmp_path, c
     assert "| cubic resize before the network | 2.2 ± 2.8 | +100.0 % |" in text and text in capsys.readouterr().out
     protocols.run(protocols.parse_args(["--seeds=0,2"]))
     assert len(measured) == 2 * len(protocols.CHOICES)  # what is measured is not measured again
+
+
+def test_the_same_samples_are_compared_with_training_images():
+    """Another split would change their number and classes, too."""
+    assert protocols.CHOICES["against the training images"] == {
+        "split": "train", "num_images": 447, "classes_of": "validation",
+    }  # fmt: skip
+    record = json.loads((ROOT / "checkpoints" / "emoji" / "figures" / "samples.json").read_text())
+    assert {one["reference images"] for one in record["protocols"].values()} == {protocols.NUM_IMAGES}
 
 
 @pytest.mark.parametrize("seeds, message", [("0,-1", "at least 0"), ("1,1", "twice"), ("a", "invalid")])
