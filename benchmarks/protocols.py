@@ -50,7 +50,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def measure(args: argparse.Namespace, name: str, seed: int) -> tuple[dict[str, float], dict[str, dict[str, Any]]]:
-    """Figures of the samples of a seed under a choice, and their protocols by figure."""
+    """Figures of the samples of a seed under a choice, and their protocols by figure.
+
+    Raises:
+      ValueError: what is there was measured of another checkpoint.
+    """
     out = Path(args.workdir) / f"{list(CHOICES).index(name)}-seed{seed}"
     path = ROOT / out / "samples.json"
     if not path.is_file():
@@ -59,6 +63,8 @@ def measure(args: argparse.Namespace, name: str, seed: int) -> tuple[dict[str, f
         flags = [f"--{option}={value}" for option, value in options.items()]
         run_script("evaluate.py", "samples", *flags, "--no_floor", "--no_manifold")
     record = json.loads(path.read_text(encoding="utf-8"))
+    if (of := [one["checkpoint"] for one in record["subjects"].values()]) != [args.checkpoint]:
+        raise ValueError(f"--workdir: '{path}' is of {', '.join(of)}, not of '{args.checkpoint}'; give another")
     values = {one.name: one for one in stamps.read(record, str(out))}
     figures = {figure: mean_of(values[figure].value) for figure in FIGURES.values()}
     return figures, {figure: record["protocols"][values[figure].stamp] for figure in FIGURES.values()}

@@ -21,7 +21,7 @@ def measured(tmp_path, monkeypatch):
         record = {"kernel_distance": {"mean": factor * (0.1 + int(given["seed"])), "std": 0.5}, "frechet_distance": 7.0}
         fields = {"split": given.get("split", "validation"), "resize": given.get("protocol") or "house"}
         figures = [stamps.Figure(name, "samples x", (name,), fields) for name in record]
-        stamps.attach(record, figures, {})
+        stamps.attach(record, figures, {"samples x": {"checkpoint": given["samples"]}})
         (tmp_path / given["out"]).mkdir(parents=True)
         (tmp_path / given["out"] / "samples.json").write_text(json.dumps(record))
 
@@ -45,6 +45,13 @@ def test_each_choice_is_measured_once_and_beside_the_house(measured, tmp_path, c
     assert "| cubic resize before the network | 2.2 ± 2.8 | +100.0 % |" in text and text in capsys.readouterr().out
     protocols.run(protocols.parse_args(["--seeds=0,2"]))
     assert len(measured) == 2 * len(protocols.CHOICES)  # what is measured is not measured again
+
+
+def test_figures_of_another_model_are_not_taken_for_its_own(measured):
+    protocols.run(protocols.parse_args(["--seeds=0"]))
+    message = "^--workdir: '.*0-seed0/samples.json' is of checkpoints/emoji, not of 'other'; give another$"
+    with pytest.raises(ValueError, match=message):
+        protocols.run(protocols.parse_args(["--seeds=0", "--checkpoint=other"]))
 
 
 def test_the_same_samples_are_compared_with_training_images():
