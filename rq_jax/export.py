@@ -13,7 +13,8 @@ the model, its compiler folds no constants, and who runs it says where the weigh
 
 import importlib.util
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from rq_jax import checkpoint, models, sampling
 from rq_jax.checkpoint import LoadedModel
 from rq_jax.checkpoint.model_dir import named_leaves
 from rq_jax.devices import sharding
-from rq_jax.files import atomic_path, local_path, write_atomic, write_json
+from rq_jax.files import atomic_path, local_path, read_json, write_atomic, write_json
 from rq_jax.grains import GrainedCodes
 from rq_jax.sampling import images
 from rq_jax.settings import checks
@@ -63,32 +64,52 @@ def export_programs(
 
     Args:
       directory, step, ema: as for `checkpoint.load_model`.
-      out: directory, created if missing.
+      out: directory, created if missing. Other programs there stay, and in the record.
       programs, platforms, batch_size: as for `make_programs`.
 
     Returns:
       The record, as programs.json has it.
 
     Raises:
-      ValueError, FileNotFoundError: as `checkpoint.load_model` and `make_programs`, or flatbuffers is not installed.
+      ValueError, FileNotFoundError: as `checkpoint.load_model` and `make_programs`, flatbuffers is not installed, or
+        other programs there are of other weights.
     """
     if importlib.util.find_spec("flatbuffers") is None:
         raise ValueError("export: needs the package flatbuffers; run pip install 'rq_jax[export]'")
     loaded, out = checkpoint.load_model(directory, step, ema), local_path(out)
     made, parts = make_programs(loaded, programs, platforms, batch_size), _parts(loaded)
+    weights = {f"{part}.npz": checkpoint.fingerprint(one.variables) for part, one in parts.items()}
+    described = _others(out, made, weights) | {name: _described(name, program) for name, program in made.items()}
     for name, program in made.items():
         write_atomic(out / f"{name}.jax", bytes(program.serialize()))
-    fingerprints = {}
     for part in dict.fromkeys(PROGRAMS[name].part for name in made):
         with atomic_path(out / f"{part}.npz") as partial, open(partial, "wb") as file:
             np.savez(file, **flat_weights(parts[part].variables))
-        fingerprints[f"{part}.npz"] = checkpoint.fingerprint(parts[part].variables)
-    record = {**checkpoint.origin_of(directory), "jax": jax.__version__, "weights": fingerprints}
-    record["programs"] = {name: _described(name, program) for name, program in made.items()}
-    if "sample" in made:
+    used = {one["weights"]: weights[one["weights"]] for one in described.values()}
+    record = {**checkpoint.origin_of(directory), "weights": used, "programs": described}
+    if "sample" in described:
         record["sample"] = _sample_settings(loaded)
     write_json(out / RECORD, record)
     return record
+
+
+def _others(out: Path, made: Collection[str], weights: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """What the record of a directory says of programs that are not made again.
+
+    Raises:
+      ValueError: they are of other weights, or the file holds no such record.
+    """
+    if not (out / RECORD).is_file():
+        return {}
+    record = read_json(out / RECORD)
+    try:
+        others = {name: one for name, one in record["programs"].items() if name not in made}
+        before = {name: record["weights"][one["weights"]] for name, one in others.items()}
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"--out: '{out / RECORD}' is no record of programs; give another") from None
+    if unlike := [name for name, one in others.items() if before[name] != weights.get(one["weights"])]:
+        raise ValueError(f"--out: '{out}' holds {', '.join(unlike)} of other weights; give another, or make all anew")
+    return others
 
 
 def make_programs(
@@ -208,7 +229,8 @@ def _described(name: str, program: export.Exported) -> dict[str, Any]:
     output = jax.tree.unflatten(program.out_tree, map(shown, program.out_avals))
     kind = PROGRAMS[name]
     taken = dict(zip(kind.inputs, inputs, strict=False))  # without a condition there is none
-    return {"weights": f"{kind.part}.npz", "inputs": taken, "output": output, "platforms": list(program.platforms)}
+    made_with = {"jax": jax.__version__, "platforms": list(program.platforms)}
+    return {"weights": f"{kind.part}.npz", "inputs": taken, "output": output, **made_with}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -136,6 +136,29 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys, tmp_path):
 # --- files ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("pair", ["class"], indirect=True)
+def test_programs_that_are_there_stay_in_the_record(pair, tmp_path, monkeypatch):
+    pytest.importorskip("flatbuffers")
+    tokenizer = pair.tokenizer
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: tokenizer)
+    platforms = {"decode": ["cpu", "cuda"], "encode": ["cpu"]}
+    for name, own in platforms.items():
+        record = export.export_programs("runs/vae", tmp_path, [name], own)
+    assert record == json.loads((tmp_path / "programs.json").read_text())
+    assert {name: one["platforms"] for name, one in record["programs"].items()} == platforms
+    assert {path.name for path in tmp_path.glob("*.jax")} == {"decode.jax", "encode.jax"}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    tokenizer = pair.tokenizer._replace(variables=jax.tree.map(lambda leaf: leaf + 1, pair.tokenizer.variables))
+    message = f"^--out: '{tmp_path}' holds encode of other weights; give another, or make all anew$"
+    with pytest.raises(ValueError, match=message):
+        export.export_programs("runs/vae", tmp_path, ["decode"], ["cpu"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert export.export_programs("runs/vae", tmp_path, None, ["cpu"])["weights"] != record["weights"]
+    (tmp_path / "programs.json").write_text('{"programs": [1]}')
+    with pytest.raises(ValueError, match="^--out: '.*programs.json' is no record of programs; give another$"):
+        export.export_programs("runs/vae", tmp_path, ["decode"], ["cpu"])
+
+
 def test_files_run_with_jax_alone(tmp_path, capsys):
     """The command on the shipped model, and the snippet of the manual on what it wrote."""
     pytest.importorskip("flatbuffers")
