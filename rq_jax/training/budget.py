@@ -9,6 +9,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import hashlib
+import json
 import logging
 import re
 import time
@@ -101,7 +103,8 @@ def plan(recipe: Any, data: Any, settings: LoopSettings, workdir: str, is_fresh:
             path.unlink(missing_ok=True)  # of a start that took no step
         return whole
     asked = {"time_budget_seconds": budget, "total_steps": total}
-    record = hosts.done_by_first_process(lambda: _kept(path, asked, is_fresh))
+    of_steps = {"config_digest": _digest(recipe.config)}  # another model or batch takes another time
+    record = hosts.done_by_first_process(lambda: _kept(path, asked | of_steps, is_fresh))
     if record is not None:
         logger.info(f"as decided before the first step, and kept in '{path}': {record['decision']}")
     elif not is_fresh:
@@ -110,7 +113,9 @@ def plan(recipe: Any, data: Any, settings: LoopSettings, workdir: str, is_fresh:
     else:
         logger.info(f"time budget: {budget:,g} s; the programs of all steps are compiled and timed first")
         costs = _measure(recipe, data, settings)
-        record = hosts.done_by_first_process(lambda: _keep(path, _decision(costs, settings, budget, clock() - start)))
+        record = hosts.done_by_first_process(
+            lambda: _keep(path, _decision(costs, settings, budget, clock() - start) | of_steps)
+        )
         log = logger.warning if record["expected_seconds"] > budget else logger.info
         log(record["decision"])
     taken = record["taken_steps"]
@@ -162,6 +167,10 @@ def _kept(path: Path, asked: dict[str, Any], is_fresh: bool) -> dict[str, Any] |
             f"takes {taken}; give that, {fix}"
         )
     return record
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _keep(path: Path, record: dict[str, Any]) -> dict[str, Any]:

@@ -202,12 +202,12 @@ def test_without_the_budget_a_resumed_run_takes_all_steps(tmp_path):
     assert int(train(tmp_path).step) == TOTAL
 
 
-def test_a_start_that_took_no_step_decides_for_its_own_budget_alone(tmp_path, monkeypatch):
-    def start(seconds):
+def test_a_start_that_took_no_step_decides_for_its_own_budget_and_config_alone(tmp_path, monkeypatch):
+    def start(seconds, config=CONFIG):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(budget, "clock", Clock())
             patch.setattr(training_loop, "MetricWriter", interrupt)
-            train(tmp_path, time_budget_seconds=seconds)
+            train(tmp_path, recipe=TimedRecipe(clock=budget.clock, config=config), time_budget_seconds=seconds)
         path = tmp_path / budget.FILE
         return json.loads(path.read_text())["taken_steps"] if path.exists() else None
 
@@ -215,6 +215,8 @@ def test_a_start_that_took_no_step_decides_for_its_own_budget_alone(tmp_path, mo
     start(BUDGET)
     monkeypatch.setattr(budget, "_measure", lambda *_: pytest.fail("timed again"))
     assert start(BUDGET) == TAKEN
+    with pytest.raises(pytest.fail.Exception, match="timed again"):
+        start(BUDGET, {**CONFIG, "data": {"batch_size": 2 * BATCH}})
     (tmp_path / budget.FILE).write_text("{")
     with pytest.raises(pytest.fail.Exception, match="timed again"):
         train(tmp_path, time_budget_seconds=BUDGET)
