@@ -6,7 +6,7 @@ weights alone, `tensors` their files, `config` the settings beside them.
 """
 
 from rq_jax.checkpoint.config import read_config, write_config
-from rq_jax.checkpoint.hub import is_address, local_directory, origin_of, pinned
+from rq_jax.checkpoint.hub import is_address, local_directory, origin_of, pinned, pinned_as
 from rq_jax.checkpoint.load import (
     LoadedModel,
     bind_tokenizer,
@@ -37,6 +37,7 @@ __all__ = [
     "local_directory",
     "origin_of",
     "pinned",
+    "pinned_as",
     "read_config",
     "read_tokenizer_config",
     "save_model",

@@ -8,6 +8,7 @@ commit.
 import functools
 import glob
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -58,6 +59,12 @@ def pinned(address: str) -> str:
       ValueError: as `local_directory`.
     """
     return _download(address).pinned
+
+
+def pinned_as(address: str, before: Any) -> str:
+    """An earlier `pinned` address, where it is of the same model as one without a revision; else this one."""
+    is_same = is_address(before) and re.sub("@[^/]*", "", before, count=1) == address.rstrip("/")
+    return before if is_same else address
 
 
 def origin_of(path: str | os.PathLike, root: Path | None = None) -> dict[str, str]:

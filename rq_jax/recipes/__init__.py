@@ -15,7 +15,7 @@ import jax
 
 from rq_jax import checkpoint
 from rq_jax.data import Splits, make_dataset
-from rq_jax.devices import sharding
+from rq_jax.devices import hosts, sharding
 from rq_jax.files import local_path
 from rq_jax.recipes.dq_transformer import DQTransformer
 from rq_jax.recipes.outlook import describe_data, shortages, unlike_starts
@@ -106,6 +106,19 @@ def with_whole_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def _with_commits_of(workdir: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose addresses of the Hub lead where they led when the run in `workdir` was started."""
+    config = plain(config)
+    given = {name: config[name] for name in _MODELS if checkpoint.is_address(config.get(name) or "")}
+
+    def recorded() -> dict[str, Any]:
+        is_run = (local_path(workdir) / "config.json").is_file()
+        before = checkpoint.read_config(workdir) if is_run else {}
+        return {name: checkpoint.pinned_as(value, before.get(name)) for name, value in given.items()}
+
+    return config | hosts.done_by_first_process(recorded) if given else config
+
+
 def train(
     config: Mapping[str, Any],
     workdir: str,
@@ -127,7 +140,7 @@ def train(
     Raises:
       ValueError, FileNotFoundError: bad settings, data or tokenizer, before anything compiles; see also `training.run`.
     """
-    prepared = prepare(config, stage=stage, mesh=mesh)
+    prepared = prepare(_with_commits_of(workdir, config), stage=stage, mesh=mesh)
     for line in shortages(prepared.recipe, prepared.data.train.batch_size, prepared.settings.total_steps):
         logger.warning(line)
     init_from = prepared.recipe.config.get("init_from")

@@ -141,6 +141,15 @@ def test_a_run_records_the_commit_that_it_started_from(tmp_path):
     assert recipes.with_whole_paths(recorded) == recorded
 
 
+def test_a_record_stands_for_its_address_without_a_revision():
+    before = f"hf://owner/name@{OLD}/sub"
+    assert checkpoint.pinned_as("hf://owner/name/sub", before) == before
+    assert checkpoint.pinned_as("hf://owner/name/sub/", before) == before
+    for other in ("hf://owner/name", "hf://owner/name@main/sub", "hf://owner/other/sub"):
+        assert checkpoint.pinned_as(other, before) == other
+    assert checkpoint.pinned_as("hf://owner/name", "runs/vae") == checkpoint.pinned_as("hf://owner/name", None)
+
+
 def test_the_environment_is_honoured_and_the_package_loaded_where_an_address_is(repository):
     program = """
 import sys

@@ -90,6 +90,26 @@ def test_a_tokenizer_of_the_hub_is_recorded_with_its_commit(places, tmp_path, mo
     helpers.assert_equal(recipe.tokenizer.variables, prepare(places).recipe.tokenizer.variables)
 
 
+def test_a_run_goes_on_with_the_commit_that_it_was_started_with(places, tmp_path, monkeypatch):
+    old, new = "c" * 40, "d" * 40
+    snapshots = dict.fromkeys((old, new), lambda path: shutil.copytree(places.tokenizer, path))
+    hub_cache.make(tmp_path / "cache", snapshots, {"main": new})
+    hub_cache.use(monkeypatch, tmp_path / "cache")
+    started = {}
+
+    def run(recipe, *_, **__):
+        started.update(recipe.config)
+
+    monkeypatch.setattr(recipes, "run", run)
+    config = make_config(places, tokenizer="hf://owner/name").to_dict()
+    checkpoint.write_config(tmp_path / "run", {**config, "tokenizer": f"hf://owner/name@{old}"})
+    for given, commit in (("hf://owner/name", old), ("hf://owner/name@main", new), (f"hf://owner/name@{old}", old)):
+        recipes.train({**config, "tokenizer": given}, str(tmp_path / "run"))
+        assert started["tokenizer"] == f"hf://owner/name@{commit}"
+    recipes.train(config, str(tmp_path / "another"))
+    assert started["tokenizer"] == f"hf://owner/name@{new}"
+
+
 def stop_at(monkeypatch, step: int):
     """Interrupt this process while it logs its `step`-th step."""
     summarize, steps = Transformer.summarize, iter(range(1, 100))
