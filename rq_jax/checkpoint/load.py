@@ -47,6 +47,7 @@ from rq_jax.files import local_path, write_atomic
 _TOKENIZER = "tokenizer"
 _LOG = "metrics.jsonl"
 _LEFT_BEHIND = ("tokenizer", "init_from", "thresholds")  # of a config; thresholds stand in `model` too
+_LEFT_BEHIND_OF = {"data": ("text_tokenizer",), "perceptual": ("vgg", "heads")}  # of its sections
 
 
 class LoadedModel(NamedTuple):
@@ -89,8 +90,9 @@ def ship(workdir: str | os.PathLike, directory: str | os.PathLike, shard_bytes: 
 def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the paths of a machine that a shipped model does not need."""
     config = {name: None if name in _LEFT_BEHIND else value for name, value in config.items()}
-    if (config.get("data") or {}).get("text_tokenizer"):
-        config["data"] = {**config["data"], "text_tokenizer": None}
+    for section, names in _LEFT_BEHIND_OF.items():
+        if isinstance(values := config.get(section), dict):
+            config[section] = {name: None if name in names else value for name, value in values.items()}
     return config
 
 
