@@ -122,7 +122,7 @@ def load_tokenizer(path: str | os.PathLike, length: int, dropout: float = 0.0) -
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: not a tokenizer file, or an argument out of range.
+      ValueError: not a tokenizer file, no package to read it with, or an argument out of range.
     """
     if length is None or length < 1:
         raise ValueError(f"data.text_length: {length} must be at least 1")
@@ -136,6 +136,9 @@ def load_tokenizer(path: str | os.PathLike, length: int, dropout: float = 0.0) -
             )
     try:
         bpe = bpe_files.load(path)
+    except ImportError:
+        fix = "run pip install 'rq_jax[train]'"
+        raise ValueError(f"data.text_tokenizer: '{path}' needs the package tokenizers; {fix}") from None
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"data.text_tokenizer: '{path}' is not a tokenizer file: {error}") from error
     if (bpe.token_to_id(PAD), bpe.token_to_id(UNKNOWN)) != (0, 1):

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import re
+import sys
 import unicodedata
 
 import numpy as np
@@ -97,6 +99,13 @@ def test_worker_processes_can_have_it(path):
 def test_training_is_deterministic(path, tmp_path):
     train_tokenizer(CAPTIONS, 90, tmp_path / "again.json")
     assert (tmp_path / "again.json").read_text() == path.read_text()
+
+
+def test_a_missing_package_is_named(path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    fix = "run pip install 'rq_jax[train]'"
+    with pytest.raises(ValueError, match=f"^data.text_tokenizer: '.*' needs the package tokenizers; {re.escape(fix)}$"):
+        load_tokenizer(path, 8)
 
 
 def test_load_errors(path, tmp_path):
