@@ -293,6 +293,8 @@ REFUSED = {
     "damaged prompts": ("text", ["--prompts={}/latin.txt"], "--prompts: '.*latin.txt': 'utf-8' codec can't decode"),
     "prompts by key": ("text", ["--prompts={}/a.json"], "--prompts: '.*a.json' holds a dict, not a list"),
     "prompts and numbers": ("text", ["--prompts={}/b.json"], "--prompts: '.*b.json' holds more than texts; give a list of strings"),
+    "prompt of other bytes": ("text", ["--prompt=caf\udce9"], r"^--prompt: 'caf\\udce9' is no UTF-8; write it in UTF-8$"),
+    "prompts of half a letter": ("text", ["--prompts={}/half.json"], r"^--prompt: '\\ud800' is no UTF-8; write it in UTF-8$"),
     "no prompt": ("text", [], "--prompt: missing, this model draws images of a text"),
     "class number": ("class", ["--classes=1,5"], "--classes: '5' is no class; allowed are 0..4 and the names that --list_classes shows"),
     "class name": ("class", ["--classes=fox"], "--classes: 'fox' is no class"),
@@ -318,6 +320,7 @@ def nothing_compiles(monkeypatch):
 def test_bad_arguments_are_refused_in_one_line(trained, tmp_path, nothing_compiles, case):
     kind, flags, message = REFUSED[case]
     files = {"a.txt": b"a\nb", "blank.txt": b" \n", "latin.txt": b"\xe9", "a.json": b'{"a": 1}', "b.json": b'["a", 1]'}
+    files["half.json"] = b'["\\ud800"]'
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     flags = [flag.replace("{}", str(tmp_path)) for flag in flags]

@@ -239,6 +239,11 @@ def _texts(
             raise ValueError("--prompt: missing, this model draws images of a text; give one or more")
         prompts = read_prompts(local_directory(directory) / PROMPTS)
     tokenizer = load_tokenizer(local_directory(directory) / TEXT_TOKENIZER, model.cond_length)
+    for text in prompts or ():
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # bytes of a command line, or half a pair in JSON
+            raise ValueError(f"--prompt: {quoted(text)} is no UTF-8; write it in UTF-8") from None
     if words := tokenizer.words_in_pieces(prompts or ()):
         more = f" and {len(words) - _MOST_TOLD} more" if len(words) > _MOST_TOLD else ""
         told = ", ".join(map(quoted, words[:_MOST_TOLD])) + more
