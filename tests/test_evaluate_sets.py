@@ -12,8 +12,9 @@ import pytest
 import evaluate
 from rq_jax import checkpoint, metrics
 from rq_jax.data import make_dataset
-from rq_jax.evaluation import choices, drawn_sets, judges, statistics
+from rq_jax.evaluation import choices, drawn_sets, judges, set_commands, statistics
 from rq_jax.evaluation.drawn_sets import DrawSettings
+from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.evaluation.statistics import Moments
 from rq_jax.pretrained import clip, clip_text, efficientnet_lite
 from rq_jax.report import grids
@@ -314,6 +315,24 @@ def test_prompts_that_do_not_fit_are_refused(tmp_path, settings, message):
     )
     with pytest.raises(ValueError, match=message):
         drawn_sets.draw_set(text_model, "x", DrawSettings(prompts=str(tmp_path / "texts.txt"), **settings))
+
+
+@pytest.mark.parametrize(
+    ("known", "settings", "more"),
+    [
+        ({"text_key": "caption"}, {}, ", or --data_name in place of --reference"),  # beside a file
+        ({}, {"name": "folder"}, ""),
+    ],
+)
+def test_a_model_by_text_draws_no_texts_that_nobody_named(known, settings, more):
+    model = SimpleNamespace(is_conditional=True, cond_length=3)
+    loaded, data = SimpleNamespace(model=model, config={"data": known}), EvaluationData(settings)
+    message = f"--prompts: unset, and 'x' draws images of texts; give --prompts or --prompts_of{more}"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        set_commands._fill_in(DrawSettings(), loaded, "x", data, 9)
+    for given in ({"prompts": "texts.txt"}, {"prompts_of": "train"}):
+        settings = DrawSettings(num_images=9, **given)
+        assert set_commands._fill_in(settings, loaded, "x", data, 9) == settings
 
 
 def test_classes_need_samples_that_have_them(root, tmp_path):

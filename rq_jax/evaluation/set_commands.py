@@ -60,7 +60,7 @@ def _open_samples(
     given_sets = []
     for path in args.samples:
         if path in models:
-            chosen = _fill_in(settings, models[path], data, count)
+            chosen = _fill_in(settings, models[path], path, data, count)
             step = checkpoint.step_of(path, args.step, not args.no_ema)
             subject = {**checkpoint.origin_of(path), "ema": not args.no_ema, "step": step}
             given_sets.append(drawn_sets.draw_set(models[path], path, chosen, as_bytes, **subject))
@@ -70,8 +70,14 @@ def _open_samples(
     return given_sets, data
 
 
-def _fill_in(settings: DrawSettings, loaded: LoadedModel, data: EvaluationData, count: int | None) -> DrawSettings:
-    """The number of images and the split of their classes or captions, where no flag gives them."""
+def _fill_in(
+    settings: DrawSettings, loaded: LoadedModel, path: str, data: EvaluationData, count: int | None
+) -> DrawSettings:
+    """The number of images and the split of their classes or captions, where no flag gives them.
+
+    Raises:
+      ValueError: nothing says how many images, or which texts.
+    """
     if settings.num_images is None:
         if count is None and not data.settings:
             raise ValueError("--num_images: unset, and the reference does not say how many; give it")
@@ -79,10 +85,14 @@ def _fill_in(settings: DrawSettings, loaded: LoadedModel, data: EvaluationData, 
     kind, known = drawn_sets.kind_of(loaded), protocol.trained_on(loaded.config, ("label_key", "text_key"))
     if data.settings and kind == "class" and settings.classes_of is None and "label_key" in known:
         settings = settings._replace(classes_of=data.split)
-    has_prompts = (settings.prompts, settings.prompts_of) != (None, None)
-    if data.settings and kind == "text" and not has_prompts and "text_key" in known:
-        settings = settings._replace(prompts_of=data.split)
-    return settings
+    if kind != "text" or (settings.prompts, settings.prompts_of) != (None, None):
+        return settings
+    if not data.settings or "text_key" not in known:
+        instead = "" if data.settings else ", or --data_name in place of --reference"
+        raise ValueError(
+            f"--prompts: unset, and '{path}' draws images of texts; give --prompts or --prompts_of{instead}"
+        )
+    return settings._replace(prompts_of=data.split)
 
 
 def _labels(args: Any, data: EvaluationData, given: Sequence[ImageSet]) -> tuple[np.ndarray, Sequence[str]] | None:
