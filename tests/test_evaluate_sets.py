@@ -1,6 +1,7 @@
 """evaluate.py on sets of images: drawn, from files, against splits and files of statistics; classes, prompts, neighbours."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import helpers
@@ -126,6 +127,31 @@ def test_classes_are_compared_with_their_own(root, record):
             "reference_images": len(y),
             "kernel_distance": pytest.approx(distance, abs=1e-5),
         }
+
+
+def test_classes_are_those_of_the_data_set_where_it_lies_now(root, tmp_path):
+    moved, config = (
+        shutil.copytree(root / "transformer", tmp_path / "moved"),
+        checkpoint.read_config(root / "transformer"),
+    )
+    config["data"]["data_dir"] = str(tmp_path / "nowhere")
+    checkpoint.write_config(moved, config)
+
+    def opened(**flags):
+        line = [f"--{name}={value}" for name, value in {"samples": moved, "out": tmp_path / "out", **flags}.items()]
+        return set_commands._open_samples(evaluate.parse_args(["samples", *line]), helpers.make_mesh(1), "validation")
+
+    (drawn,), data = opened(data_dir=root / "pictures")
+    labels = make_dataset(**data.settings, split="validation", label_key="folder", train=False, batch_size=9)
+    np.testing.assert_array_equal(drawn.conditions[:, 0], next(iter(labels.iterator()))["cond"][:, 0])
+    assert len(drawn.conditions) == 9 and len(set(drawn.conditions[:, 0].tolist())) > 1
+    shutil.copytree(root / "pictures" / "validation" / "bee", tmp_path / "other" / "validation" / "bee")
+    shutil.copytree(root / "pictures" / "validation" / "bee", tmp_path / "other" / "train" / "bee")
+    message = (
+        "^--classes_of: validation in '.*other' has 1 classes, such as 'bee', which are not the 5 of the model; give"
+    )
+    with pytest.raises(ValueError, match=message):
+        opened(data_dir=tmp_path / "other")
 
 
 def test_the_best_of_what_is_drawn_are_measured(root, monkeypatch):

@@ -196,13 +196,20 @@ def classes_of_split(config: dict[str, Any], split: str) -> list[int]:
       split: "train", "validation" or a split's own name.
 
     Raises:
-      ValueError: the model names no data set, or none with classes.
+      ValueError: the model names no data set, or none with classes, or what lies there now has others.
     """
     settings = trained_on(config, (*IMAGE_SETTINGS, "label_key"))
     if not {"name", "label_key"} <= settings.keys():
         raise ValueError(f"--classes_of: {split} needs the data set of the model, which names none; give --classes")
-    batches = EvaluationData(settings, batch_size=256).open(split).iterator()
-    return [int(label) for batch in batches for label in batch["cond"][batch["mask"], 0]]
+    dataset = EvaluationData(settings, batch_size=256).open(split)
+    own, found = config.get("class_names") or [], list(dataset.class_names or ())
+    if own and found != own[: len(found)]:  # some sources know only the classes that a split has
+        where = quoted(settings.get("data_dir") or settings["name"])
+        raise ValueError(
+            f"--classes_of: {split} in {where} has {len(found)} classes, such as {quoted(found[0])}, which are not the "
+            f"{len(own)} of the model; give the data set that it was trained on, or other classes than those of a split"
+        )
+    return [int(label) for batch in dataset.iterator() for label in batch["cond"][batch["mask"], 0]]
 
 
 def captions_of_split(config: dict[str, Any], split: str, num_images: int) -> list[str]:

@@ -102,6 +102,13 @@ def trained_on(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: data[name] for name in names if data.get(name) is not None}
 
 
+def moved(config: dict[str, Any], name: str | None, data_dir: str | None) -> dict[str, Any]:
+    """A model's config with its data set in another directory, unless it was trained on one of another name."""
+    data = config.get("data") or {}
+    has_moved = bool(name and data_dir) and data.get("name") == name
+    return {**config, "data": {**data, "data_dir": data_dir}} if has_moved else config
+
+
 def condition_settings(config: dict[str, Any], directory: str) -> dict[str, Any]:
     """Settings of `make_dataset` for the conditions of a transformer, with its text tokenizer in its directory."""
     settings = trained_on(config, CONDITION_SETTINGS)

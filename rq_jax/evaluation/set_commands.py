@@ -40,11 +40,7 @@ def _open_samples(
       count: images to draw where no flag says so; None: as many as are held out.
       has_data: a data set is needed.
     """
-    models = {
-        path: drawn_sets.load(path, args.step, not args.no_ema)
-        for path in args.samples
-        if drawn_sets.is_transformer(path)
-    }
+    models = _load_models(args)
     settings = DrawSettings(*(getattr(args, name) for name in DrawSettings._fields))
     if not models and (given := settings.given()):
         name, value = next(iter(given.items()))
@@ -68,6 +64,15 @@ def _open_samples(
             given_sets.append(files[path])
     image_sets.check_shapes(given_sets)
     return given_sets, data
+
+
+def _load_models(args: Any) -> dict[str, LoadedModel]:
+    """The transformers among `--samples`, by path; of their data set `--data_dir` says where it lies now."""
+    paths = filter(drawn_sets.is_transformer, args.samples)
+    models = {path: drawn_sets.load(path, args.step, not args.no_ema) for path in paths}
+    names = [(one.config.get("data") or {}).get("name") for one in models.values()]
+    name = args.data_name or next(iter(names), None)
+    return {path: one._replace(config=protocol.moved(one.config, name, args.data_dir)) for path, one in models.items()}
 
 
 def _fill_in(

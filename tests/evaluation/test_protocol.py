@@ -23,3 +23,13 @@ def test_other_training_images_are_named(monkeypatch, tmp_path, trained, measure
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setattr("os.getcwd", lambda: "/srv")
     assert protocol.trained_elsewhere({"data": trained}, {**measured, "image_size": [16, 16]}) == expected
+
+
+@pytest.mark.parametrize(
+    "name, data_dir, expected",
+    [("folder", "/b", "/b"), ("folder", None, "/a"), ("twemoji", "/b", "/a"), (None, "/b", "/a")],
+)
+def test_a_data_set_may_have_moved(name, data_dir, expected):
+    config = {"model": {}, "data": {**FOLDER, "label_key": "folder"}}
+    assert protocol.moved(config, name, data_dir) == {**config, "data": {**config["data"], "data_dir": expected}}
+    assert protocol.moved({"model": {}}, name, data_dir) == {"model": {}}
