@@ -74,9 +74,12 @@ class Tokenizer:
                 tell(f"text: {len(lost)} of {len(texts)}, such as {quoted(lost[0])}, {loss}")
 
     def words_in_pieces(self, texts: Iterable[str]) -> list[str]:
-        """Words of texts that are not one token, in order: the captions of its training had them seldom or never."""
+        """Words of texts that are not one token, in order: the captions of its training had them seldom or never.
+
+        What has neither a letter nor a digit is no word.
+        """
         words = dict.fromkeys(word for text in texts for word in _words(self._bpe, unicodedata.normalize("NFC", text)))
-        return [word for word in words if word + _WORD_END not in self._ids]
+        return [word for word in words if any(map(str.isalnum, word)) and word + _WORD_END not in self._ids]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Lower-cased text of one row of ids, without padding."""
