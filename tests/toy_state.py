@@ -56,6 +56,12 @@ def model_state_of(name, step, use_ema=True):
     return state.replace(step=jnp.int32(step), ema_params=ema_params)
 
 
+def halved(variables):
+    """Variables as a model directory in half precision gives them back."""
+    half = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), variables["params"])
+    return {**variables, "params": half}
+
+
 def assert_equal(actual, expected):
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):

@@ -60,7 +60,7 @@ class LoadedModel(NamedTuple):
 
 
 def ship(workdir: str | os.PathLike, directory: str | os.PathLike, shard_bytes: int = tensors.SHARD_BYTES) -> None:
-    """Write the best weights of a run and its tokenizer as model directories in half precision, with their logs.
+    """Write the best weights of a run and its tokenizer as model directories, parameters in half precision, with logs.
 
     The text tokenizer and prompts of a run by text come along. Configs leave out the paths of what comes along, and of
     what training started from.

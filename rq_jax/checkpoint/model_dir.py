@@ -36,11 +36,12 @@ def save_model(
       directory: created if missing.
       config: the resolved config, JSON-able.
       variables: of the model.
-      dtype: "float16" halves the file, and `load_model` widens it again; None keeps the dtypes of the variables.
+      dtype: "float16" of the parameters halves them, and `load_model` widens them again; the rest, such as the moving
+        averages of a codebook, whose counts may be large, keeps its dtype. None keeps all dtypes.
       shard_bytes: of the weights in a file, at most.
 
     Raises:
-      ValueError: another dtype, or a value that float16 cannot hold.
+      ValueError: another dtype, or a parameter that float16 cannot hold.
     """
     if dtype not in (None, "float16"):
         raise ValueError(f"dtype: '{dtype}' is unknown; give 'float16', or leave it out to keep that of the variables")
@@ -48,11 +49,12 @@ def save_model(
         return
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(variables)}
     if dtype == "float16":
-        for name, array in arrays.items():
+        params = {name: array for name, array in arrays.items() if name.startswith(f"params{_TREE}")}
+        for name, array in params.items():
             largest = float(np.max(np.abs(array), initial=0.0))
             if not largest <= float(np.finfo(np.float16).max):
                 raise ValueError(f"dtype: '{name}' has a value of {largest}, beyond float16; leave dtype out")
-        arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
+        arrays |= {name: array.astype(np.float16) for name, array in params.items()}
     named = {name.replace(_TREE, _FILE): array for name, array in arrays.items()}
     tensors.write(local_path(directory) / WEIGHTS, named, shard_bytes)
     write_config(directory, config)  # last: a directory without it is no model directory

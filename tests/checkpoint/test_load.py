@@ -15,6 +15,7 @@ from toy_state import (
     RQVAE,
     assert_equal,
     fill,
+    halved,
     model_state_of,
     numbers,
     shapes_of,
@@ -266,10 +267,20 @@ def test_half_precision_is_half_the_bytes_and_comes_back_as_float32(tmp_path):
     for dtype in (None, "float16"):
         checkpoint.save_model(tmp_path / str(dtype), {"model": RQVAE}, variables, dtype)
     whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("None", "float16"))
-    values = sum(leaf.size for leaf in jax.tree.leaves(variables))
+    values = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
     assert abs(whole - half - 2 * values) < 300  # the header names another dtype
-    expected = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), variables)
-    assert_equal(load_model(tmp_path / "float16").variables, expected)
+    assert_equal(load_model(tmp_path / "float16").variables, halved(variables))
+
+
+def test_half_precision_of_everything_is_read_and_holds_no_large_counts(tmp_path):
+    variables = jax.tree.map(np.asarray, model_state_of("rqvae", 3).ema_variables)
+    halves = jax.tree.map(lambda x: x.astype(np.float16), variables)  # as directories of before have it
+    checkpoint.save_model(tmp_path / "before", {"model": RQVAE}, halves)
+    assert_equal(load_model(tmp_path / "before").variables, jax.tree.map(lambda x: x.astype(np.float32), halves))
+    variables["codebook"] = jax.tree.map(lambda x: np.full_like(x, 1e6), variables["codebook"])
+    checkpoint.save_model(tmp_path / "run", {"model": RQVAE}, variables)
+    checkpoint.ship(tmp_path / "run", tmp_path / "shipped")
+    assert_equal(load_model(tmp_path / "shipped").variables, halved(variables))
 
 
 @pytest.mark.parametrize("value", [1e5, np.nan])
@@ -299,7 +310,7 @@ def test_shipped_is_the_pair_in_half_precision_without_its_old_path(tmp_path):
     }
     assert (tmp_path / "out" / "tokenizer" / "metrics.jsonl").read_text() == '{"step": 1}\n'
     shipped = load_model(tmp_path / "out")
-    expected = jax.tree.map(lambda x: np.asarray(x, np.float16).astype(np.float32), tokenizer.ema_variables)
+    expected = halved(jax.device_get(tokenizer.ema_variables))
     assert_equal(shipped.variables, expected)
     assert_equal(shipped.tokenizer.variables, expected)
     assert shipped.config["tokenizer"] is None and "tokenizer" not in shipped.tokenizer.config

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from toy_state import RQVAE, assert_equal, fill, model_state_of, shapes_of
+from toy_state import RQVAE, assert_equal, fill, halved, model_state_of, shapes_of
 
 from rq_jax import checkpoint
 from rq_jax.checkpoint import model_dir
@@ -123,7 +123,7 @@ def test_shipped_shards_are_a_pair_and_training_starts_from_them(tmp_path):
     save(tmp_path / "run" / "tokenizer")
     checkpoint.ship(tmp_path / "run", tmp_path / "out", shard_bytes=SHARD)
     loaded = checkpoint.load_model(tmp_path / "out")
-    expected = jax.tree.map(lambda leaf: leaf.astype(np.float16).astype(np.float32), VARIABLES)
+    expected = halved(VARIABLES)
     assert_equal(loaded.variables, expected)
     assert_equal(loaded.tokenizer.variables, expected)
     for directory in (tmp_path / "out", tmp_path / "out" / "tokenizer"):
