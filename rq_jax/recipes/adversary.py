@@ -76,8 +76,12 @@ class Adversary:
         )  # fmt: skip
 
     def ramp(self, step: jax.Array) -> jax.Array:
-        """Share of the generator's term at a step (float32) from the start on: above 0, then 1."""
-        return jnp.clip((step + 1.0 - self.start_steps) / max(self.warmup_steps, 1), 0.0, 1.0)
+        """Share of the generator's term at a step (float32) from the start on: above 0, then 1.
+
+        The last step of a run that takes fewer steps than it was set to may come before the start, and counts as it.
+        """
+        since_start = jnp.maximum(step - self.start_steps, 0.0)
+        return jnp.minimum((since_start + 1.0) / max(self.warmup_steps, 1), 1.0)
 
     def idle(self) -> AdversarialUpdate:
         """Before the start: nothing changes, every metric is 0."""

@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
     def passed(self, step: int) -> int:
         """Steps of the whole run that have passed after so many of these."""
-        return step * self.total_steps // self.settings.total_steps
+        return _passed(step, self.total_steps, self.settings.total_steps)
 
     def paced(self, state: Any) -> Any:
         """A `TrainState` whose steps pass the whole run."""
@@ -125,16 +125,30 @@ def plan(recipe: Any, data: Any, settings: LoopSettings, workdir: str, is_fresh:
     return Plan(shorter, total, shortened(recipe.config, total, taken))
 
 
+def _passed(step: int, total: int, taken: int) -> int:
+    """Steps of `total` that have passed before a step of `taken`; before the last all but the last, as in a whole run.
+
+    So every term of a loss that begins in the whole run begins in the shorter one.
+    """
+    return step * total // taken if step < taken - 1 else total - 1
+
+
 def shortened(config: Mapping[str, Any], total: int, taken: int) -> dict[str, Any]:
     """The config of a run that takes `taken` of `total` steps: warm-ups, holds and starts keep their shares of it.
 
-    In steps they are rounded down, and those that are not 0 stay above 0.
+    In steps, starts are those steps that the run has them at; the others are rounded down, and stay above 0 where they
+    were.
     """
 
     def share(name: str, value: Any) -> Any:
-        if not value or not _SHARE_OF_THE_RUN.fullmatch(name):
+        found = _SHARE_OF_THE_RUN.fullmatch(name)
+        if not value or not found:
             return value
-        return max(value * taken // total, 1) if name.endswith("_steps") else value * taken / total
+        if name.endswith("_epochs"):
+            return value * taken / total
+        if found[2] == "start":
+            return bisect.bisect_left(range(taken), value, key=lambda step: _passed(step, total, taken))
+        return max(value * taken // total, 1)
 
     sections = {
         section: {name: share(name, value) for name, value in values.items()} if isinstance(values, dict) else values

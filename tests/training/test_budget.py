@@ -17,6 +17,8 @@ import pytest
 from toy_run import BATCH, SHARDINGS, ToyDataset, ToyRecipe, metrics_of, toy_step
 
 from rq_jax.checkpoint import read_config
+from rq_jax.recipes.adversary import Adversary
+from rq_jax.recipes.terms import Losses
 from rq_jax.training import LoopSettings, budget, make_optimizer, monitor, run
 from rq_jax.training import loop as training_loop
 
@@ -301,5 +303,23 @@ def test_durations_keep_their_shares():
 def test_a_shorter_run_passes_the_whole_one(total, taken, start):
     plan = budget.Plan(LoopSettings(taken), total, {})
     passed = [plan.passed(step) for step in range(taken)]
-    assert passed[0] == 0 and passed[-1] >= total - total / taken - 1
+    assert passed[0] == 0 and passed[-1] == total - 1
     assert sum(step < start for step in passed) == math.ceil(start * taken / total)
+
+
+@pytest.mark.parametrize("total, taken", [(1100, 110), (1100, 130), (40, 19), (100, 99), (7, 6), (9, 9), (4, 1)])
+def test_what_begins_begins_at_the_step_that_the_config_names(total, taken):
+    plan = budget.Plan(LoopSettings(taken), total, {})
+    for start in range(total):
+        named = budget.shortened({"loss": {"adversarial_start_steps": start}}, total, taken)["loss"]
+        begun = [step for step in range(taken) if plan.passed(step) >= start]
+        assert begun[0] == named["adversarial_start_steps"], start  # some step at least
+        assert start == 0 or begun[0] > 0 or taken == 1
+
+
+def test_a_term_that_begins_in_the_last_step_has_a_share():
+    start, whole = 1099, budget.Plan(LoopSettings(110), 1100, {})
+    terms = Losses(adversarial_weight=1.0, adversarial_start_steps=start, adversarial_warmup_steps=10)
+    assert [terms.phase(whole.passed(step)).adversary for step in (108, 109)] == [False, True]
+    ramp = Adversary(None, None, 1.0, start_steps=start, warmup_steps=10).ramp
+    assert [float(ramp(jax.numpy.float32(step))) for step in (109 * 10, 1099, 1108)] == pytest.approx([0.1, 0.1, 1])
