@@ -1,7 +1,7 @@
 """A run within a time: its steps are timed before the first, and fewer are taken where all of them would last longer.
 
-What is decided stands in the run directory, and holds for every later start. A shorter run has the programs of the
-whole one and passes through the same durations faster, so that nothing is compiled twice.
+What is decided stands in the run directory, and holds for every later start once a checkpoint is there. A shorter run
+has the programs of the whole one and passes through the same durations faster, so that nothing is compiled twice.
 """
 
 import bisect

@@ -157,6 +157,7 @@ class _Run:
         state = self._resume(state)
         _describe(self._workdir, self._plan.config, state)
         step = int(state.step)
+        self._tell_if_beyond(step)
         # A start that made up for an evaluation may have been killed before it could note that.
         owed = self._status.owes_evaluation
         parts.writer.truncate_after(step, without="validation_loss" if owed else None)
@@ -204,6 +205,15 @@ class _Run:
         self._parts.iterator.set_state(_data_position(saved, self._data.train.batch_size))
         logger.info("%s: resumed from step %d in %s", self._recipe.title, int(state.step), self._workdir)
         return state
+
+    def _tell_if_beyond(self, step: int) -> None:
+        """Say so where a run has taken more steps than it may take now, as a time budget that is set again allows."""
+        total, is_whole = self._settings.total_steps, self._plan.total_steps == self._settings.total_steps
+        if step > total:
+            within = "" if is_whole else " within its time budget"
+            fix = "raise loop.total_steps" if is_whole else "set loop.time_budget_seconds to None"
+            words = "%s: no step is taken; the run is at step %d, beyond the %d that it may take%s; %s to go on"
+            logger.warning(words, self._recipe.title, step, total, within, fix)
 
     def _step(self, state: Any, step: int) -> Any:
         """Dispatch one step, and wait for the one before: the device stays busy and the queue short."""

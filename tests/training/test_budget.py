@@ -199,9 +199,17 @@ def test_a_resumed_run_keeps_its_decision(tmp_path, short, monkeypatch, later):
     assert_same(train(tmp_path, time_budget_seconds=later), tmp_path, *short)
 
 
-def test_without_the_budget_a_resumed_run_takes_all_steps(tmp_path):
+def test_without_the_budget_a_resumed_run_takes_all_steps_and_with_it_no_more(tmp_path, caplog):
     train(tmp_path, time_budget_seconds=BUDGET)
     assert int(train(tmp_path).step) == TOTAL
+    told = "toy: no step is taken; the run is at step 40, beyond the "
+    assert told not in caplog.text
+    assert int(train(tmp_path, time_budget_seconds=BUDGET).step) == TOTAL
+    fix = "20 that it may take within its time budget; set loop.time_budget_seconds to None to go on"
+    assert caplog.messages[-1] == f"{told}{fix}"
+    (tmp_path / budget.FILE).unlink()
+    train(tmp_path, total_steps=30)
+    assert caplog.messages[-1] == f"{told}30 that it may take; raise loop.total_steps to go on"
 
 
 def test_a_start_that_took_no_step_decides_for_its_own_budget_and_config_alone(tmp_path, monkeypatch):
