@@ -99,7 +99,7 @@ class Painter:
     """Stands in for a model that follows its prompts, except where `is_wrong`."""
 
     def __init__(self):
-        self.calls, self.texts = [], []
+        self.calls, self.texts, self.ids = [], [], []
 
     def __call__(self, loaded, plan, conds, first, num, batches):
         seed, scale = batches["seed"], plan.settings.get("guidance")
@@ -107,6 +107,7 @@ class Painter:
         self.texts = list(plan.names)
         for start in range(first, first + num, batches["batch_size"]):
             ids = np.arange(start, min(start + batches["batch_size"], first + num))
+            self.ids.append(ids.tolist())
             yield ids, None, np.stack([self.image(plan.names[i], i, is_wrong(i, seed, scale)) for i in ids])
 
     def image(self, text, row, wrong):
@@ -190,9 +191,12 @@ def test_figures_bear_stamps_and_files_are_written(root, painted, capsys, monkey
     names = {path.name for path in (root / "out").iterdir()}
     assert names == {"attributes.json", "attributes.png", "attributes1.png", "guidance.png", "features"}
     monkeypatch.setattr(drawing, "stream", painter := Painter())
+    before = [(root / "out" / name).read_bytes() for name in ("attributes.png", "attributes1.png")]
     again = run(root, guidance=join(SCALES), seeds=join(SEEDS))
     assert again["splits"] == record["splits"]
     assert {seed for _, seed, _ in painter.calls} == {0}  # features are kept; the sheets need images
+    assert painter.ids == [list(range(8))] * 4  # those that they show, in a batch
+    assert [(root / "out" / name).read_bytes() for name in ("attributes.png", "attributes1.png")] == before
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split()[:2] == ["top", "16"] for line in lines)
     assert sum(line.split()[:2] in (["unseen", "1"], ["unseen", "2.5"]) for line in lines) == 2

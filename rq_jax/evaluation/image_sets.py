@@ -1,7 +1,6 @@
 """Sets of images that are measured, read in batches: files in a folder, arrays in a file, what sample.py drew."""
 
 import dataclasses
-import functools
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -84,12 +83,15 @@ class ImageSet:
         return digest_of(sorted(self.conditions.tolist() if self.prompts is None else self.prompts))
 
 
-def of_rows(num_images: int, rows: Callable[[int, int], np.ndarray]) -> Callable[..., Iterator[Batch]]:
-    """`ImageSet.batches` of images that can be read anywhere; a batch is read while the one before is used.
+def of_rows(
+    num_images: int, rows: Callable[[int, int], np.ndarray], reads_ahead: bool = True
+) -> Callable[..., Iterator[Batch]]:
+    """`ImageSet.batches` of images that can be read anywhere.
 
     Args:
       num_images: N.
       rows: (start, stop) -> images (n, H, W, C).
+      reads_ahead: a batch is read while the one before is used.
     """
 
     def batches(batch_size: int, part: Part = (0, 1), first_batch: int = 0) -> Iterator[Batch]:
@@ -102,11 +104,14 @@ def of_rows(num_images: int, rows: Callable[[int, int], np.ndarray]) -> Callable
             images = rows(int(held[0]), int(held[-1]) + 1)
             return {"image": images[held - held[0]], "mask": index <= last, "index": index}
 
-        starts = range(first_batch * batch_size, num_images, batch_size)
+        starts = range(first_batch * batch_size + shard * size, num_images + shard * size, batch_size)
+        if not reads_ahead:
+            yield from map(read, starts)
+            return
         with ThreadPoolExecutor(1) as pool:
             pending = None
             for start in starts:
-                ahead = pool.submit(read, start + shard * size)
+                ahead = pool.submit(read, start)
                 if pending is not None:
                     yield pending.result()
                 pending = ahead
@@ -117,10 +122,20 @@ def of_rows(num_images: int, rows: Callable[[int, int], np.ndarray]) -> Callable
 
 
 def in_memory(images: ImageSet, batch_size: int) -> ImageSet:
-    """The same images, kept once they are first read, in batches of this size: what is drawn is drawn once."""
-    pixels = functools.cache(lambda: images.first(images.num_images, batch_size))
-    batches = of_rows(images.num_images, lambda start, stop: pixels()[start:stop])
-    return dataclasses.replace(images, batches=batches)
+    """The same images, kept once they are read, in batches of this size: each is drawn once, or never if not read."""
+    unread, read = iter(images.batches(batch_size)), 0
+    pixels = np.empty((images.num_images, *images.shape), np.uint8 if images.is_rounded else np.float32)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        nonlocal read
+        while read < stop:
+            batch = next(unread)
+            found = batch["image"][batch["mask"]]
+            pixels[read : read + len(found)] = found
+            read += len(found)
+        return pixels[start:stop]
+
+    return dataclasses.replace(images, batches=of_rows(images.num_images, rows, reads_ahead=False))
 
 
 def open_images(path: str | os.PathLike) -> ImageSet:

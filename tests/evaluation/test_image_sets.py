@@ -82,16 +82,21 @@ def test_the_identity_of_files_changes_with_them(tmp_path):
 
 
 def test_what_is_drawn_is_kept():
-    """It is read from the start once, in batches of one size, whatever is asked for."""
-    calls = []
+    """It is read from the start once, in batches of one size, whatever is asked for, and no farther than is asked."""
+    calls, drawn = [], []
 
     def batches(batch_size, part=(0, 1), first_batch=0):
         calls.append((batch_size, first_batch))
-        yield from of_rows(5, lambda start, stop: BYTES[start:stop])(batch_size, part, first_batch)
+        for batch in of_rows(5, lambda start, stop: BYTES[start:stop])(batch_size, part, first_batch):
+            drawn.append(len(batch["image"]))
+            yield batch
 
     kept = in_memory(ImageSet("drawn", (4, 6, 3), 5, batches, prompts=list("abcde")), 3)
     assert calls == [] and kept.prompts == list("abcde")
+    np.testing.assert_array_equal(kept.first(2, 3), BYTES[:2])
+    assert drawn == [3]
     np.testing.assert_array_equal(all_of(kept), BYTES)
+    assert drawn == [3, 3]
     np.testing.assert_array_equal(kept.examples([4, 1])["image"], BYTES[[4, 1]])
     np.testing.assert_array_equal(next(iter(kept.batches(2, (0, 1), 1)))["image"], BYTES[2:4])
     assert calls == [(3, 0)]
