@@ -18,6 +18,7 @@ from rq_jax.evaluation.descriptions import Description
 from rq_jax.evaluation.drawn_sets import DrawSettings
 from rq_jax.evaluation.features import FeatureExtractor, make_reconstruct
 from rq_jax.evaluation.preparation import PROTOCOLS
+from rq_jax.evaluation.prompts import make_text_features
 from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.evaluation.report import Report
 from rq_jax.evaluation.set_comparison import cache_of, open_extractor
@@ -124,10 +125,11 @@ def _fit_judges(args: Any, mesh: Mesh, features: SetFeatures, label: str, tokeni
 
     Samples come out of the tokenizer's decoder: classifiers that never saw its softness would judge that.
     """
-    data, by_clip = features.data, None
+    data, of_clip = features.data, ()
     if args.clip:
         extractor = FeatureExtractor(clip.load(args.clip), mesh, PROTOCOLS["house"])
         by_clip = SetFeatures(extractor, data, Estimators(), cache_of(args), has_logits=False)
+        of_clip = by_clip, make_text_features(extractor.net)
     training = descriptions.of_training(data, label)
     rebuilt = Rebuilt(make_reconstruct(tokenizer, mesh, by_depth=False), checkpoint.fingerprint(tokenizer.variables))
     title, at_most = "features of training images", args.num_fitted
@@ -139,7 +141,7 @@ def _fit_judges(args: Any, mesh: Mesh, features: SetFeatures, label: str, tokeni
     fields = {f"fitted {name}": of_fitted[name] for name in ("split", "images", "ids")}
     fields |= {"fitted to reconstructions by": rebuilt.by}
     seen = descriptions.seen_combinations(training.values())
-    return Judges(label, classifiers, seen, fields, features, rebuilt, by_clip)
+    return Judges(label, classifiers, seen, fields, features, rebuilt, *of_clip)
 
 
 def _draw(

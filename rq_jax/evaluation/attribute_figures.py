@@ -1,7 +1,7 @@
 """Figures of sets of images that are asked to show what the captions of a split name."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,6 @@ from rq_jax.evaluation.attributes import CAPTIONS, Claims, Classifiers
 from rq_jax.evaluation.descriptions import Combination, Description
 from rq_jax.evaluation.features import Rebuild
 from rq_jax.evaluation.image_sets import ImageSet
-from rq_jax.evaluation.prompts import text_features
 from rq_jax.evaluation.report import Report
 from rq_jax.evaluation.set_features import SetFeatures
 from rq_jax.evaluation.stamps import Fields, Figure
@@ -50,7 +49,7 @@ class Judges:
       fields: of the images that the classifiers were fitted to, in the protocol of a figure.
       features: of images; gives the data set.
       rebuilt: reconstructions, the best that samples can be.
-      by_clip: features by CLIP, or None.
+      by_clip, text_features: features of images and of tokens by CLIP, or None.
     """
 
     label: str
@@ -60,6 +59,7 @@ class Judges:
     features: SetFeatures
     rebuilt: Rebuilt
     by_clip: SetFeatures | None = None
+    text_features: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 class AskedSplit:
@@ -97,8 +97,7 @@ class AskedSplit:
         self._candidates = attributes.draw_candidates(len(positions))
         self._texts = None
         if judges.by_clip is not None:
-            found = text_features(judges.by_clip.extractor.net, np.stack([tokens[i] for i in positions]))
-            self._texts = unit(found)
+            self._texts = unit(judges.text_features(np.stack([tokens[i] for i in positions])))
         self._fields = data.fields(split, own.positions)
         self._subjects: dict[str, Fields] = {}
         shown = data.open(split).examples(positions[:NUM_SHOWN])["image"]

@@ -1,6 +1,6 @@
 """How well samples fit the texts that they were drawn with, by CLIP."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,13 +43,14 @@ class PromptScores:
         tokenizer = clip_text.load_tokenizer(args.cut_captions)
         self._tokens = {one.name: tokenizer(list(one.prompts or ())) for one in with_prompts}
         self._net = clip.load(args.clip)
+        self._text_features = make_text_features(self._net)
         extractor = FeatureExtractor(self._net, mesh, PROTOCOLS["house"])
         self._features = SetFeatures(extractor, data, Estimators(), cache_of(args), has_logits=False)
 
     def add(self, samples: ImageSet, report: Report) -> None:
         """Adds the score of a set with prompts to a report."""
         found = self._features.of_images("features of samples by CLIP", samples, samples.is_rounded)
-        texts = text_features(self._net, self._tokens[samples.name][found.positions])
+        texts = self._text_features(self._tokens[samples.name][found.positions])
         name = "clip_similarity" if self._net.weights == UNVERIFIED else "CLIP_score"
         protocol = {
             **self._features.extractor.fields(samples.is_rounded), "images": len(found.positions),
@@ -59,11 +60,15 @@ class PromptScores:
         report.add(name, f"samples {samples.name}", score, {"features": self._net.name}, protocol)
 
 
-def text_features(net: clip.CLIP, tokens: np.ndarray) -> np.ndarray:
-    """Features (n, A) of texts by CLIP, from their tokens (n, 77), some texts at a time."""
+def make_text_features(net: clip.CLIP) -> Callable[[np.ndarray], np.ndarray]:
+    """The function from tokens (n, 77) of texts to their features (n, A) by CLIP, some texts at a time."""
     program, variables = jax.jit(net.text_features), {"text": net.variables["text"]}
-    parts = []
-    for start in range(0, len(tokens), _TEXTS):
-        rows = np.minimum(np.arange(start, start + _TEXTS), len(tokens) - 1)  # one shape for all
-        parts.append(np.asarray(program(variables, tokens[rows]))[: len(tokens) - start])
-    return np.concatenate(parts)
+
+    def text_features(tokens: np.ndarray) -> np.ndarray:
+        parts = []
+        for start in range(0, len(tokens), _TEXTS):
+            rows = np.minimum(np.arange(start, start + _TEXTS), len(tokens) - 1)  # one shape for all
+            parts.append(np.asarray(program(variables, tokens[rows]))[: len(tokens) - start])
+        return np.concatenate(parts)
+
+    return text_features
