@@ -119,13 +119,14 @@ class Painter:
 
 @pytest.fixture(scope="module")
 def painted(root):
-    """The record of samples that are painted, how often they were, and the notes of the sheets."""
-    painter, sheets, draw = Painter(), [], grids.labelled_grid
+    """The record of samples that are painted, how often they were, the notes of the sheets, and what was hashed."""
+    painter, sheets, draw, hashed, fingerprint = Painter(), [], grids.labelled_grid, [], checkpoint.fingerprint
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "fingerprint", lambda one: hashed.append(fingerprint(one)) or hashed[-1])
         patch.setattr(drawing, "stream", painter)
         patch.setattr(grids, "labelled_grid", lambda *args, **kwargs: sheets.append(kwargs) or draw(*args, **kwargs))
         record = run(root, guidance=join(SCALES[::-1]), seeds=join(SEEDS))
-    return record, painter.calls, sheets
+    return record, painter.calls, sheets, hashed
 
 
 def test_held_out_images_show_what_their_captions_name(painted):
@@ -170,12 +171,18 @@ def test_samples_miss_what_they_do_not_show(painted, split):
 
 
 def test_each_set_is_drawn_once_and_shown(painted):
-    _, calls, sheets = painted
+    _, calls, sheets, _ = painted
     assert calls == [(count, seed, scale) for count in (16, 10) for scale in SCALES for seed in SEEDS]
     for split, sheet in zip(("validation", "unseen"), sheets, strict=True):
         texts = [text for _, _, text, *_ in SPLITS[split].read(0, 6)]
         assert sheet["captions"]["held-out images"] == [f"{text}. Nothing missed" for text in texts]
         assert sheet["captions"]["samples at guidance 1"] == ["Nothing missed"] * 6  # the first seed
+
+
+def test_each_model_is_hashed_once_for_all_sets(painted):
+    record, _, _, hashed = painted
+    subject = record["subjects"]["samples at guidance 1, unseen"]
+    assert hashed == [subject["transformer"], subject["tokenizer"]]
 
 
 def test_figures_bear_stamps_and_files_are_written(root, painted, capsys, monkeypatch):

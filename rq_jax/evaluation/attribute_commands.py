@@ -1,6 +1,6 @@
 """What evaluate.py measures of samples of a text-conditional transformer, attribute by attribute: see `commands`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,14 @@ def attributes(args: Any, mesh: Mesh) -> Report:
     described = {split: descriptions.of_captions(data, split, label, args.num_images) for split in splits}
     tokens = _tokenize(args, described)
     features = SetFeatures(open_extractor(args, mesh), data, Estimators(), cache_of(args), has_logits=False)
-    judges = _fit_judges(args, mesh, features, label, loaded.tokenizer)
+    models = drawn_sets.fingerprints(loaded)
+    judges = _fit_judges(args, mesh, features, label, loaded.tokenizer, models["tokenizer"])
+    draw = _drawer(args, loaded, models, data.batch_size)
     report, found = Report({"data": protocol.told_settings(data.settings, args.checkpoint), "splits": {}}), {}
     for i, split in enumerate(splits):
         asked = AskedSplit(judges, split, args.num_images, described[split], tokens.get(split))
         for name, settings in draws.items():
-            asked.add_samples(name, (_draw(args, loaded, asked, one, data.batch_size) for one in settings))
+            asked.add_samples(name, (draw(asked, one) for one in settings))
         asked.add_to(report)
         path = Path(args.out) / f"attributes{i or ''}.png"
         report.picture(path, asked.sheet(), f"held-out images and samples, {split}")
@@ -120,7 +122,9 @@ def _tokenize(args: Any, described: Mapping[str, Mapping[int, Description]]) -> 
     return tokens
 
 
-def _fit_judges(args: Any, mesh: Mesh, features: SetFeatures, label: str, tokenizer: LoadedModel) -> Judges:
+def _fit_judges(
+    args: Any, mesh: Mesh, features: SetFeatures, label: str, tokenizer: LoadedModel, fingerprint: str
+) -> Judges:
     """Classifiers of attributes, fitted to training images and their reconstructions; CLIP, where its file is given.
 
     Samples come out of the tokenizer's decoder: classifiers that never saw its softness would judge that.
@@ -131,7 +135,7 @@ def _fit_judges(args: Any, mesh: Mesh, features: SetFeatures, label: str, tokeni
         by_clip = SetFeatures(extractor, data, Estimators(), cache_of(args), has_logits=False)
         of_clip = by_clip, make_text_features(extractor.net)
     training = descriptions.of_training(data, label)
-    rebuilt = Rebuilt(make_reconstruct(tokenizer, mesh, by_depth=False), checkpoint.fingerprint(tokenizer.variables))
+    rebuilt = Rebuilt(make_reconstruct(tokenizer, mesh, by_depth=False), fingerprint)
     title, at_most = "features of training images", args.num_fitted
     fitted = features.of_split(title, "train", at_most=at_most)
     soft = rebuilt.features(features, f"{title}, reconstructed", "train", at_most)
@@ -144,15 +148,19 @@ def _fit_judges(args: Any, mesh: Mesh, features: SetFeatures, label: str, tokeni
     return Judges(label, classifiers, seen, fields, features, rebuilt, *of_clip)
 
 
-def _draw(
-    args: Any, loaded: LoadedModel, asked: AskedSplit, settings: DrawSettings, batch_size: int
-) -> image_sets.ImageSet:
-    """A sample of each caption, drawn once they are read."""
+def _drawer(
+    args: Any, loaded: LoadedModel, models: Mapping[str, str], batch_size: int
+) -> Callable[[AskedSplit, DrawSettings], image_sets.ImageSet]:
+    """The function that gives a sample of each caption, drawn once they are read."""
     ema, origin = not args.no_ema, checkpoint.origin_of(args.checkpoint)
     subject = {**origin, "ema": ema, "step": checkpoint.step_of(args.checkpoint, args.step, ema)}
-    settings, texts = settings._replace(num_images=len(asked.asked)), [one.caption for one in asked.asked]
-    drawn = drawn_sets.draw_set(loaded, args.checkpoint, settings, texts=texts, **subject)
-    return image_sets.in_memory(drawn, batch_size)
+
+    def draw(asked: AskedSplit, settings: DrawSettings) -> image_sets.ImageSet:
+        settings, texts = settings._replace(num_images=len(asked.asked)), [one.caption for one in asked.asked]
+        drawn = drawn_sets.draw_set(loaded, args.checkpoint, settings, texts=texts, models=models, **subject)
+        return image_sets.in_memory(drawn, batch_size)
+
+    return draw
 
 
 def _add_scales(report: Report, path: Path, found: Mapping[str, Mapping[str, Any]], draws: Draws) -> None:

@@ -1,7 +1,7 @@
 """Sets of images that a transformer draws as they are measured, without an image on disk."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,12 +93,19 @@ def filters_of(loaded: LoadedModel, settings: DrawSettings) -> dict[str, Any]:
     return images.draw_settings(loaded.model, loaded.config.get("sample") or {}, given)
 
 
+def fingerprints(loaded: LoadedModel) -> dict[str, str]:
+    """Those of a transformer and of its tokenizer; all of their weights are read."""
+    models = {"transformer": loaded, "tokenizer": loaded.tokenizer}
+    return {name: checkpoint.fingerprint(one.variables) for name, one in models.items()}
+
+
 def draw_set(
     loaded: LoadedModel,
     directory: str,
     settings: DrawSettings,
     as_bytes: bool = True,
     texts: Sequence[str] | None = None,
+    models: Mapping[str, str] | None = None,
     **subject: Any,
 ) -> ImageSet:
     """The set of images that a transformer draws; they are drawn once they are read, and each time.
@@ -109,6 +116,7 @@ def draw_set(
       settings: with a number of images.
       as_bytes: rounded to 8 bits, as files hold them.
       texts: captions of a data set, which the images take in turn, in place of a file of prompts.
+      models: its `fingerprints`, for several sets of one model; None: they are taken here.
       **subject: what else to tell of the model.
 
     Raises:
@@ -125,9 +133,7 @@ def draw_set(
     choice = choices.prepare(loaded, choice_settings, ids, conds, names) if choice_settings.by else None
     plan = Plan(ids, conds, names, drawn_by, choice=choice)
     weights = settings.weights or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    models = {"transformer": loaded.variables, "tokenizer": loaded.tokenizer.variables}
-    told = {name: checkpoint.fingerprint(variables) for name, variables in models.items()}
-    told |= {**settings.given(), **drawn_by, "seed": seed, "weights": weights}
+    told = {**(models or fingerprints(loaded)), **settings.given(), **drawn_by, "seed": seed, "weights": weights}
     tokenizer, is_text = loaded.tokenizer.model, kind_of(loaded) == "text"
     conditions = np.zeros((len(ids), 0), np.int32) if conds is None else conds[ids % len(conds)]
     digest = digest_of([conditions.tolist(), as_bytes])
