@@ -126,7 +126,7 @@ def make_programs(
       decode: codes (b, h, w, D) -> images (b, H, W, C).
       sample: a seed, uint32, image ids (n,), uint32, and where the model has a condition it, (n, U), int32 -> codes
         (n, h, w, D). n is fixed, and settings are those of the config section `sample`. An image depends on seed and
-        id alone, and is the one that sample.py draws.
+        id alone, and is the one that sample.py draws with float32 weights.
 
     With grains, codes that come out are a dict of "codes" and "grains".
 
