@@ -79,13 +79,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_programs() -> Iterator[None]:
-    """Forgets compiled programs now and then: each takes some of the 65,530 memory maps that Linux allows a process."""
+def _light_heap() -> Iterator[None]:
+    """What a module leaves behind is not looked through again, which would soon take longer than the tests themselves.
+
+    Now and then compiled programs are forgotten: each takes some of the 65,530 memory maps that Linux allows a process.
+    """
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        gc.unfreeze()
         jax.clear_caches()
-        gc.collect()
+    gc.collect()
+    gc.freeze()
 
 
 def directory_of_goldens(variable: str) -> Path:
