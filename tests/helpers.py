@@ -290,6 +290,20 @@ def _optimizations(disabled: bool):
         jax.config.update("jax_disable_most_optimizations", before)
 
 
+def others_slow(values, quick) -> list:
+    """Parameters of a test whose cases cost much and differ little: those that are not among `quick` are slow.
+
+    A tuple has a value for each argument.
+    """
+    values, quick = list(values), list(quick)
+    assert all(value in values for value in quick)
+    rows = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [
+        pytest.param(*row, marks=() if value in quick else pytest.mark.slow)
+        for value, row in zip(values, rows, strict=True)
+    ]
+
+
 def quick_compilation():
     """Compile with few optimisations, also where the others are asked for: for tests of what surrounds the programs."""
     return _optimizations(disabled=True)

@@ -114,6 +114,7 @@ def test_figures_are_means_over_the_images_that_are_there(root, record, training
     assert "distance" not in found and record["distance"] is None
 
 
+@pytest.mark.slow
 def test_figures_of_eight_devices_are_those_of_one(root, record, monkeypatch):
     devices, put_batch = [], sharding.put_batch
 

@@ -453,6 +453,7 @@ def test_terms_of_stage_1_are_on():
     assert work.flops > 2 * 8 * recipe.flops_per_image, "VGG16 alone is more than this tokenizer"
 
 
+@pytest.mark.slow
 def test_train_stage_2_on_the_images_of_the_preset(monkeypatch, zeros, pictures):
     opened = []
 

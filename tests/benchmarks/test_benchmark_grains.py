@@ -74,6 +74,7 @@ def test_sample_and_decode_run():
     assert decoded["count"] == 2 and decoded["flops"] == pytest.approx(decoder_work(tokenizer, 2).flops)
 
 
+@pytest.mark.slow
 def test_the_originals_sampler_beside_ours():
     argv = ("sample", "--model=dq_small", "--batch=2", "--fine_ratio=0.5", TOKENIZER, "--top_k=5", "--runs=1")
     record = run(*argv, "--as_released")

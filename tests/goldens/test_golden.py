@@ -8,6 +8,7 @@ import json
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -307,6 +308,7 @@ def replay(transformer):
     return lambda codes: run(transformer.variables, codes)
 
 
+@pytest.mark.parametrize("transformer", helpers.others_slow(TRANSFORMERS, ["rqt-class"]), indirect=True)
 def test_rqtransformer_greedy_sampling(transformer, replay, monkeypatch):
     io = transformer.io
     if transformer.model.is_conditional:  # how a cache grows in stretches does not depend on the condition

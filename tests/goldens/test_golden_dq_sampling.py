@@ -2,6 +2,7 @@
 
 import functools
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,10 @@ def recorded(dq_transformer, run):
     return PackedCodes(content[..., None], position, grain, length), blocks[0][0].shape[1], labels
 
 
-@pytest.mark.parametrize("dq_transformer, run", RECORDED, indirect=["dq_transformer"])
+QUICK = [("dqt-uncond", "greedy.0"), ("dqt-uncond", "greedy_free_fine.0"), ("dqt-class", "greedy_batch")]
+
+
+@pytest.mark.parametrize("dq_transformer, run", helpers.others_slow(RECORDED, QUICK), indirect=["dq_transformer"])
 def test_greedy_runs(dq_transformer, run):
     model, variables, io, *_ = dq_transformer
     tokens, _, labels = recorded(dq_transformer, run)

@@ -4,6 +4,7 @@ Arrays agree within 1e-5 of their largest value, gradients within 1e-4.
 """
 
 import flax
+import helpers
 import jax
 import numpy as np
 import pytest
@@ -53,7 +54,7 @@ def measure(model, output) -> losses.StreamNats:
     return losses.stream_nats(output.position_logits, output.content_logits, output.tokens, model.layout)
 
 
-@pytest.mark.parametrize("case", ["batch", *SINGLES])
+@pytest.mark.parametrize("case", helpers.others_slow(["batch", *SINGLES], ["batch", "single.0", "single.3"]))
 def test_logits_and_losses(dq_transformer, case):
     model, variables, io, *_ = dq_transformer
     packed, labels = streams(dq_transformer, case)

@@ -261,7 +261,9 @@ def test_a_shared_table_names_every_cell_by_the_finest_at_its_top_left(settings)
     np.testing.assert_allclose(output.content_logits, expected.content_logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("switch, dropout", [("use_remat", 0.1), ("use_flash_attention", 0.0)])
+@pytest.mark.parametrize(
+    "switch, dropout", helpers.others_slow([("use_remat", 0.1), ("use_flash_attention", 0.0)], [("use_remat", 0.1)])
+)
 def test_remat_and_flash_attention_change_no_output_and_no_gradient(switch, dropout):
     (model, variables), (other, same) = (
         build(**DEEP, residual_dropout=dropout, **{switch: on}) for on in (False, True)

@@ -101,7 +101,13 @@ def everything(model, images):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["random", "three grains, grey, two codes a cell", "three grains by features"])
+@pytest.mark.parametrize(
+    "kind",
+    helpers.others_slow(
+        ["random", "three grains, grey, two codes a cell", "three grains by features"],
+        ["three grains, grey, two codes a cell"],
+    ),
+)
 def test_methods_agree_with_the_forward_pass(kind):
     model, variables = build(**KINDS[kind])
     images = images_of(model)

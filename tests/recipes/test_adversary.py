@@ -278,6 +278,7 @@ def test_warm_in_scales_the_generators_term_alone(pictures, base):
 # --- devices, faults, other discriminators -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eight_devices_make_the_step_of_one(pictures, base):
     _, eight, metrics = make_step(pictures, helpers.make_mesh(4, 2))
     np.testing.assert_array_equal(metrics.pop("code_counts"), base[2]["code_counts"])

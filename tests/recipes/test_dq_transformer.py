@@ -139,6 +139,7 @@ def test_objective_of_a_step(base):
     assert {"content_loss/depth1", "position_loss/grain0", "position_loss/grain1"} <= scalars.keys()
 
 
+@pytest.mark.slow
 def test_text_three_grains_and_two_codes_with_conditions_left_out(places):
     """In micro-batches, of which one may have more captions than the other."""
     weights = {"loss__content_weight": 0.7, "loss__position_weight": 0.5, "loss__text_weight": 0.3}
@@ -201,6 +202,7 @@ def whole_run(prepared, tmp_path_factory):
     return workdir, run(*prepared, workdir)
 
 
+@pytest.mark.slow
 def test_resumed_run_is_the_uninterrupted_one(prepared, whole_run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         helpers.interrupt_at_log(patch, DQTransformer, 3)

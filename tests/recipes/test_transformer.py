@@ -151,7 +151,11 @@ def expected_code_loss(world, step: Step, soft: bool, stochastic: bool, cond=Non
     ("shape", "settings"),
     [
         pytest.param((8, 1, 1), {"optim__learning_rate": 0.1, "optim__clip_norm": 0.1}, marks=pytest.mark.slow),
-        ((8, 1, 1), {"optim__name": "adamw", "optim__learning_rate": 1e-3, "optim__accumulation_steps": 2}),
+        pytest.param(
+            (8, 1, 1),
+            {"optim__name": "adamw", "optim__learning_rate": 1e-3, "optim__accumulation_steps": 2},
+            marks=pytest.mark.slow,
+        ),
         ((2, 2, 2), {"optim__learning_rate": 0.1, "optim__clip_norm": 0.1}),
         (
             (2, 2, 2),

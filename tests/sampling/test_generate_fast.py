@@ -232,7 +232,14 @@ def resting(dtype, **switches):
     return model, variables, model.for_inference(variables, dtype)
 
 
-@pytest.mark.parametrize("switches", [(), (("use_shared_classifier", False),), (("use_attention_bias", False),)])
+@pytest.mark.parametrize(
+    "switches",
+    [
+        (),
+        pytest.param((("use_shared_classifier", False),), marks=pytest.mark.slow),
+        pytest.param((("use_attention_bias", False),), marks=pytest.mark.slow),
+    ],
+)
 def test_float32_at_rest_is_the_model_itself(switches):
     model, variables, rest = resting("float32", **dict(switches))
     codes = jax.random.randint(jax.random.key(0), (B, h, w, 2), 0, 61)
@@ -251,7 +258,7 @@ def test_float32_at_rest_is_the_model_itself(switches):
 
 
 @pytest.mark.parametrize(("dtype", "distance", "loss_change"), [("bfloat16", 0.01, 1e-3), ("int8", 0.02, 5e-3)])
-@pytest.mark.parametrize("switches", [(), (("use_shared_classifier", False),)])
+@pytest.mark.parametrize("switches", [(), pytest.param((("use_shared_classifier", False),), marks=pytest.mark.slow)])
 def test_narrow_weights_keep_the_distribution(dtype, distance, loss_change, switches):
     model, variables, rest = resting(dtype, **dict(switches))
     codes = generate(model, variables, RNG, 64)
