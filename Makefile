@@ -11,9 +11,9 @@ KEPT = --cache=$(PAIR)/features
 AVATARS ?= runs/avatars
 OF_AVATARS = --cache=$(AVATARS)/features --out=checkpoints/avatars/figures
 BENCH ?= runs/bench
-# Seconds of training in a demo, half for each stage: slow machines take fewer steps, and the whole ends in 30 minutes.
+# Seconds of training in a demo, three fifths for stage 1: slow machines take fewer steps, and all ends in 30 minutes.
 BUDGET ?= 1320
-WITHIN = --config.loop.time_budget_seconds=$(shell expr $(BUDGET) / 2)
+WITHIN = --config.loop.time_budget_seconds=$(shell expr $(BUDGET) '*' $(1) / 5)
 PYTHON = $(VENV)/bin/python
 INSTALLED = $(VENV)/.installed
 
@@ -57,9 +57,9 @@ demo: setup
 	$(PYTHON) sample.py --out=$(RUNS)/shipped
 	@echo "Pictures of the pair that ships: $(RUNS)/shipped"
 	$(PYTHON) -m rq_jax.data.prepare twemoji
-	$(PYTHON) train_vae.py --config=configs/rqvae.py:demo --workdir=$(RUNS)/rqvae $(WITHIN)
+	$(PYTHON) train_vae.py --config=configs/rqvae.py:demo --workdir=$(RUNS)/rqvae $(call WITHIN,3)
 	$(PYTHON) train_transformer.py --config=configs/rqtransformer.py:demo --workdir=$(RUNS)/rqtransformer \
-	  --config.tokenizer=$(RUNS)/rqvae $(WITHIN)
+	  --config.tokenizer=$(RUNS)/rqvae $(call WITHIN,2)
 	$(PYTHON) sample.py --checkpoint=$(RUNS)/rqtransformer --out=$(RUNS)/samples \
 	  --num_images=100 --batch_size=50 --seed=0 --neighbours=3
 	@echo "Pictures: $(RUNS)/samples (samples), $(RUNS)/rqvae/pictures (reconstructions)"
@@ -67,9 +67,9 @@ demo: setup
 # The same of DQ. Thresholds are measured by train_vae.py, before its first step.
 demo-dq: setup
 	$(PYTHON) -m rq_jax.data.prepare twemoji
-	$(PYTHON) train_vae.py --config=configs/dqvae.py:demo --workdir=$(RUNS)/dqvae $(WITHIN)
+	$(PYTHON) train_vae.py --config=configs/dqvae.py:demo --workdir=$(RUNS)/dqvae $(call WITHIN,3)
 	$(PYTHON) train_transformer.py --config=configs/dqtransformer.py:demo --workdir=$(RUNS)/dqtransformer \
-	  --config.tokenizer=$(RUNS)/dqvae $(WITHIN)
+	  --config.tokenizer=$(RUNS)/dqvae $(call WITHIN,2)
 	$(PYTHON) sample.py --checkpoint=$(RUNS)/dqtransformer --out=$(RUNS)/dq_samples --num_images=50 --batch_size=50
 	$(PYTHON) evaluate.py tokenizer --checkpoint=$(RUNS)/dqvae --grains=0.1,0.3,0.5,0.7,0.9 --distances=none \
 	  --no_perceptual --out=$(RUNS)/dq_ratios
