@@ -1,6 +1,7 @@
 """Optimizers with their learning-rate schedules."""
 
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +14,18 @@ from rq_jax.settings import checks
 # Weight decay is for matrices and convolution kernels alone. The stage-2 trainer was never released; minGPT, on which
 # the original model is built, spares biases, norms, embeddings and positions.
 _NO_DECAY = re.compile(r"(bias|scale|embedding|position)")
+# The matrices inside a network, which Muon moves as a whole: axes summed over, axes of the result; others count up
+# matrices, such as layers, or queries, keys and values. Axes from the end, as a scan over layers adds one in front.
+_MATRICES = {
+    "qkv_M3NA": ((-4,), (-2, -1)),
+    "out_NAM": ((-3, -2), (-1,)),
+    "up_MF": ((-2,), (-1,)),
+    "down_FM": ((-2,), (-1,)),
+}
+_CONVOLUTION: tuple[tuple[int, ...], tuple[int, ...]] = ((-4, -3, -2), (-1,))  # patches to channels
+_MAX_PIXEL_CHANNELS = 4  # a convolution of so few reads or writes images
+# Root mean square of Adam's updates, so that its learning rates and weight decay hold (Liu et al. 2025, equation 4).
+_ADAM_RMS = 0.2
 
 
 class Optimizer(NamedTuple):
@@ -57,12 +70,14 @@ def make_optimizer(
     Args:
       section: name of that section, for messages.
       name: "adam", "adamw" (decoupled decay of matrices and kernels only), "adafactor" (as "adamw", but of the second
-        moments of matrices, at least 32 x 32, only means over rows and columns are kept) or "sgd".
+        moments of matrices, at least 32 x 32, only means over rows and columns are kept), "muon" (as "adamw", but the
+        matrices inside a network, see `axes_of`, move by their orthogonalised momentum, at the size of Adam's updates;
+        Jordan et al. 2024, Liu et al. 2025) or "sgd".
       learning_rate: the highest rate, reached after the warm-up.
       total_steps: length of the run, in updates.
-      b1: of Adam and Adafactor; b2: of Adam; momentum: of SGD.
-      mu_dtype: of the first moments of Adam and Adafactor, "float32" or "bfloat16"; None: as the parameters.
-      weight_decay: of AdamW and Adafactor.
+      b1: of Adam, Adafactor and Muon; b2: of Adam, and of what Muon leaves to it; momentum: of SGD.
+      mu_dtype: of the first moments of all but SGD, "float32" or "bfloat16"; None: as the parameters.
+      weight_decay: of AdamW, Adafactor and Muon.
       schedule: after warm-up and hold "cosine" down to `final_learning_rate` at `total_steps`, or "constant".
       warmup_steps: linear from `initial_learning_rate`, which is the rate of the first update, as in the original.
       hold_steps: at the highest rate between the warm-up and the cosine (the original's buffer).
@@ -74,8 +89,8 @@ def make_optimizer(
     Raises:
       ValueError: a name or value that is not allowed.
     """
-    checks.one_of(f"{section}.name", name, ("adam", "adamw", "adafactor", "sgd"))
-    if name != "adafactor":
+    checks.one_of(f"{section}.name", name, ("adam", "adamw", "adafactor", "muon", "sgd"))
+    if name not in ("adafactor", "muon"):
         checks.unread(f"{section}.weight_decay", weight_decay, "adamw", name)
     if mu_dtype is not None:
         checks.one_of(f"{section}.mu_dtype", mu_dtype, ("float32", "bfloat16"))
@@ -98,6 +113,8 @@ def make_optimizer(
         parts = [optax.scale_by_adam(b1, b2, mu_dtype=mu_dtype), decay]
     elif name == "adafactor":
         parts = [*_adafactor(b1, mu_dtype), decay]
+    elif name == "muon":
+        parts = [_muon(b1, b2, mu_dtype), decay]
     else:
         parts = [optax.trace(momentum) if momentum else optax.identity()]
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm is not None else []
@@ -116,6 +133,39 @@ def _adafactor(b1: float, mu_dtype: str | None) -> list[optax.GradientTransforma
         optax.clip_by_block_rms(1.0),
         optax.ema(b1, debias=False, accumulator_dtype=mu_dtype),
     ]
+
+
+def _muon(b1: float, b2: float, mu_dtype: str | None) -> optax.GradientTransformation:
+    """Muon in the place of Adam for the matrices inside a network, and Adam for the rest."""
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, x: "adam" if axes_of(path, x) is None else "muon", params)
+
+    def axes(updates: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(axes_of, updates)
+
+    def resized(update: jax.Array, pair: optax.contrib.MuonDimensionNumbers) -> jax.Array:
+        longest = max(math.prod(update.shape[axis] for axis in axes) for axes in pair)
+        return update * (_ADAM_RMS * longest**0.5)
+
+    orthogonalised = optax.contrib.scale_by_muon(beta=b1, mu_dtype=mu_dtype, weight_dimension_numbers=axes)
+    as_adams = optax.stateless(lambda updates, _: jax.tree.map(resized, updates, axes(updates)))
+    adam = optax.scale_by_adam(b1, b2, mu_dtype=mu_dtype)
+    return optax.partition({"muon": optax.chain(orthogonalised, as_adams), "adam": adam}, labels)
+
+
+def axes_of(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    """Axes of the matrices in a parameter, which Muon moves as a whole.
+
+    These are the matrices of attention, MLPs and convolutions. None for the others: embeddings and their projections,
+    classifiers, convolutions that read or write images, biases and norms.
+    """
+    name = str(path[-1].key)
+    if name == "kernel" and leaf.ndim == 4:
+        axes = _CONVOLUTION if min(leaf.shape[2:]) > _MAX_PIXEL_CHANNELS else None
+    else:
+        axes = _MATRICES.get(name)
+    return None if axes is None else optax.contrib.MuonDimensionNumbers(*axes)
 
 
 def _scale_by_rate(rate: optax.Schedule) -> optax.GradientTransformationExtraArgs:

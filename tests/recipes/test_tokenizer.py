@@ -368,7 +368,7 @@ REFUSED = {
     "batch size": ({"data__batch_size": 12}, "data.batch_size: 12 is not a multiple of 8"),
     "accumulation": ({"optim__accumulation_steps": 2}, "optim.accumulation_steps: 2 is for stage 2"),
     "loss": ({"loss__reconstruction": "l2"}, "loss.reconstruction: 'l2' is unknown; allowed are 'mse' and 'l1'"),
-    "optimizer": ({"optim__name": "lion"}, "optim.name: 'lion' is unknown; allowed are 'adam', 'adamw', 'adafactor' and 'sgd'"),
+    "optimizer": ({"optim__name": "lion"}, "optim.name: 'lion' is unknown; allowed are 'adam', 'adamw', 'adafactor', 'muon' and 'sgd'"),
     "duration": ({"loop__total_steps": None}, "loop.total_steps and loop.total_epochs are both unset; set one of them"),
     "decay": ({"loop__ema_decay": 1.0}, r"loop.ema_decay: 1.0 is outside \[0, 1\)"),
     "mesh": ({"mesh__data": 3}, "mesh: .* does not fit 8 devices"),

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from rq_jax import models
-from rq_jax.training.optimizer import Optimizer, decay_mask, make_optimizer
+from rq_jax.training.optimizer import Optimizer, axes_of, decay_mask, make_optimizer
 from rq_jax.training.state import accumulate_gradients, apply_gradients, average_weights, create_state
 
 I, O = 5, 3  # noqa: E741  axes of the toy weight
@@ -137,6 +137,46 @@ def test_adafactor_follows_its_formula():
     np.testing.assert_allclose(updates["bias_O"], -0.1 * mean["bias_O"], rtol=1e-4, atol=1e-6)  # spared by the decay
 
 
+def test_muon_orthogonalises_the_momentum_of_matrices_alone():
+    """Jordan et al. 2024, with the size of Adam's updates as Liu et al. 2025, equation 4."""
+    shapes = {"up_MF": (2, 8, 24), "qkv_M3NA": (2, 12, 3, 2, 4), "out_NAM": (2, 2, 4, 12), "kernel": (3, 3, 5, 6)}
+    others = {"input_EM": (8, 6), "classifier_MK": (8, 6), "bias": (6,)}
+    every = shapes | others
+    params = {"block": {name: normal(*shape) for name, shape in every.items()}}
+    grads = [{"block": {n: normal(*shape, seed=seed) for n, shape in every.items()}} for seed in (2, 3)]
+    settings = {"learning_rate": 0.1, "total_steps": 9, "schedule": "constant", "b1": 0.5, "b2": 0.8}
+    updates = updates_of(make_optimizer(name="muon", weight_decay=0.3, **settings), params, grads)["block"]
+
+    def as_matrices(name, x):
+        """Those of every layer, and of queries, keys and values apart: (n, inputs, outputs)."""
+        if name == "qkv_M3NA":
+            return np.moveaxis(x, 2, 1).reshape(6, 12, 8)
+        return x.reshape({"up_MF": (2, 8, 24), "out_NAM": (2, 8, 12), "kernel": (1, 45, 6)}[name])
+
+    for name in shapes:
+        first, second = (np.float64(grad["block"][name]) for grad in grads)
+        mean = (0.25 * first + 0.5 * second) / (1 - 0.5**3)
+        momentum = as_matrices(name, 0.5 * mean + 0.5 * second / (1 - 0.5**2))  # Nesterov's
+        decayed = np.float64(updates[name]) / -0.1 - 0.3 * params["block"][name]
+        moved = as_matrices(name, decayed)
+        moved = moved / (0.2 * np.sqrt(max(moved.shape[1:])))
+        left, _, right = np.linalg.svd(momentum, full_matrices=False)
+        sizes = np.einsum("nir,nio,nro->nr", left, moved, right)
+        assert 0.6 < sizes.min() and sizes.max() < 1.3, (name, sizes)  # five Newton-Schulz steps
+        np.testing.assert_allclose(np.einsum("nir,nr,nro->nio", left, sizes, right), moved, atol=1e-4)
+    for name in others:
+        expected = adam_update([grad["block"][name] for grad in grads], 0.5, 0.8, 0.1)
+        decay = 0.0 if name == "bias" else 0.3
+        np.testing.assert_allclose(updates[name], expected - 0.1 * decay * params["block"][name], rtol=1e-4, atol=1e-6)
+
+
+def test_convolutions_of_pixels_are_left_to_adam():
+    kernels = {"from": (3, 3, 3, 32), "to": (3, 3, 32, 1), "within": (3, 3, 32, 64)}
+    params = {name: {"kernel": normal(*shape)} for name, shape in kernels.items()}
+    found = jax.tree_util.tree_map_with_path(lambda path, x: axes_of(path, x) is not None, params)
+    assert found == {name: {"kernel": name == "within"} for name in kernels}
+
+
 @pytest.mark.parametrize(
     "settings, bytes_a_parameter",
     [
@@ -144,6 +184,8 @@ def test_adafactor_follows_its_formula():
         ({"name": "adam", "mu_dtype": "bfloat16"}, 6),
         ({"name": "adafactor"}, 4),
         ({"name": "adafactor", "mu_dtype": "bfloat16"}, 2),
+        ({"name": "muon"}, 4.1),  # of embeddings and classifiers 8
+        ({"name": "muon", "mu_dtype": "bfloat16"}, 2.1),
     ],
 )
 def test_what_moments_take(settings, bytes_a_parameter):
@@ -186,7 +228,7 @@ def test_clipping_acts_only_above_the_norm():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"name": "lion"}, "optim.name: 'lion' is unknown; allowed are 'adam', 'adamw', 'adafactor' and 'sgd'"),
+        ({"name": "lion"}, "optim.name: 'lion' is unknown; allowed are 'adam', 'adamw', 'adafactor', 'muon' and 'sgd'"),
         ({"mu_dtype": "float16"}, "optim.mu_dtype: 'float16' is unknown; allowed are 'float32' and 'bfloat16'"),
         (
             {"name": "sgd", "mu_dtype": "bfloat16"},
@@ -371,7 +413,7 @@ def test_the_learning_rate_told_is_the_one_applied_after_a_skipped_step():
     np.testing.assert_allclose(applied, 0.2, atol=1e-6)  # the third update, though the fifth step
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "adafactor", "sgd"])
+@pytest.mark.parametrize("name", ["adam", "adamw", "adafactor", "muon", "sgd"])
 def test_at_twice_the_pace_durations_are_half_as_long(name):
     longer, shorter = (
         make_optimizer(name=name, learning_rate=0.1, total_steps=steps, warmup_steps=steps // 6, hold_steps=steps // 6)
