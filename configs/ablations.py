@@ -66,6 +66,7 @@ TRANSFORMERS = {
     "soft labels": {"loss.use_stochastic_codes": False},
     "stochastic codes": {"loss.use_soft_labels": False},
     "neither": {"loss.use_soft_labels": False, "loss.use_stochastic_codes": False},
+    "Muon": {"optim.name": "muon"},
 }
 
 _BASE_RATIO = "0.5 fine"
@@ -101,7 +102,8 @@ TABLES = {
     "adversary": ("D 1, K 512", "D 1, K 512, adversary", BASE, "D 4, K 512, adversary"),
     "coarse_to_fine": (BASE, "D 8, K 512"),
     "updates": (BASE, "pooled updates", "no restart", "pooled updates, no restart"),
-    "soft_labels": tuple(TRANSFORMERS),
+    "soft_labels": ("soft labels, stochastic codes", "soft labels", "stochastic codes", "neither"),
+    "optimizer": ("soft labels, stochastic codes", "Muon"),  # AdamW, Muon
     "filter": tuple(FILTERS),
     "dq_rate": (
         *FIXED_LENGTHS,
