@@ -160,6 +160,7 @@ PRESETS: dict[str, common.Overrides] = {
         "data.text_dropout": 0.0,  # a closed vocabulary, whose words are a token each
         "loss.temperature": 0.0005,
         "loss.cond_dropout": 0.1,
+        "optim.name": "muon",
         "optim.learning_rate": 1.5e-3,
         "optim.weight_decay": 0.05,
         "optim.warmup_steps": 100,
