@@ -54,7 +54,8 @@ def over_seeds(runs: list[Figures]) -> dict[str, dict[str, Any]]:
     for name, value in runs[0].items():
         if not isinstance(value, str):
             values = np.array([figures[name] for figures in runs], np.float64)
-            std = values.std(axis=0, ddof=1) if len(values) > 1 else None
+            equal = np.ptp(values, axis=0) == 0  # where the formula leaves what rounding makes of 0
+            std = np.where(equal, 0.0, values.std(axis=0, ddof=1)) if len(values) > 1 else None
             spread[name] = {
                 "mean": values.mean(axis=0).tolist(),
                 "std": None if std is None else std.tolist(),
