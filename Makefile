@@ -110,9 +110,12 @@ avatars: setup
 	$(MAKE) avatars-figures
 
 avatars-figures: setup
-	$(PYTHON) evaluate.py tokenizer --checkpoint=checkpoints/avatars/tokenizer --distances=full --no_floor $(OF_AVATARS)
+	$(PYTHON) evaluate.py tokenizer --checkpoint=checkpoints/avatars/tokenizer --distances=full --no_floor --no_perceptual \
+	  $(OF_AVATARS)
 	$(PYTHON) evaluate.py samples --samples=checkpoints/avatars --num_images=1000 --no_floor $(OF_AVATARS)
 	$(PYTHON) evaluate.py attributes --checkpoint=checkpoints/avatars --num_images=200 --num_fitted=3000 $(OF_AVATARS)
+	$(PYTHON) evaluate.py attributes --checkpoint=checkpoints/avatars --num_images=80 --num_fitted=3000 --seeds=0 \
+	  --splits=validation --guidance=1,1.5,2.5,4 --cache=$(AVATARS)/features --out=$(AVATARS)/guidance
 
 # Neighbouring tests stay in one process, which compiles once what they share, until the other has nothing left.
 test: setup

@@ -170,7 +170,7 @@ PRESETS: dict[str, common.Overrides] = {
         "loop.checkpoint_every_steps": 250,
         "loop.ema_decay": 0.995,
         **_sample(None, 0.9),
-        "sample.guidance": 1.5,
+        "sample.guidance": 2.5,
         "tokenizer_preset": "avatars",
     },
     "emoji64": {

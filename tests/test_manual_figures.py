@@ -7,6 +7,7 @@ from typing import Any
 
 import helpers
 import huggingface_hub
+import numpy as np
 import pytest
 
 from configs import ablations
@@ -124,15 +125,25 @@ def test_figures_of_the_model_by_text():
     distances = _read(pair / "figures" / "samples.json")["kernel_distance"]["of"]
     _has(
         page,
-        f"(KID's unbiased estimate on EfficientNet-Lite0 features) is {next(iter(distances.values()))['mean']:.3f}.",
+        f"(KID's unbiased estimate on EfficientNet-Lite0 features) is {next(iter(distances.values()))['mean']:.3f}",
     )
+    rebuilt = _read(pair / "figures" / "tokenizer.json")["kernel_distance"]["of"]
+    _has(page, f"that of their reconstructions {np.atleast_1d(next(iter(rebuilt.values()))['mean'])[-1]:.3f}.")
     percent = lambda value: f"{100 * (value['mean'] if isinstance(value, dict) else value):.1f} %"  # noqa: E731
     splits = _read(pair / "figures" / "attributes.json")["splits"]
     found = [splits[split]["figures"] for split in ("validation", "unseen")]
     for name, title in (("accuracy", "what captions name, seen"), ("retrieval", "the right caption, of ten")):
-        sets = ("held-out images", "their reconstructions", "samples at guidance 1.5")
+        sets = ("held-out images", "their reconstructions", "samples at guidance 2.5")
         cells = [figures[of][name] for figures in found for of in sets]
         _has(page, _row(title, [*cells, found[0]["chance"][name]], percent))
+    by_scale = _read(pair / "figures" / "guidance.json")["splits"]["validation"]["figures"]
+    shown = [by_scale[f"samples at guidance {scale}"]["accuracy"]["mean"] for scale in ("1", "1.5", "2.5", "4")]
+    _has(page, "{:.0%} at scale 1, {:.0%} at 1.5, {:.0%} at 2.5 and {:.0%} at 4".format(*shown).replace("%", " %"))
+    ratios = [figures["samples at guidance 2.5"]["accuracy_ratio"]["mean"] for figures in found]
+    combined = found[1]["samples at guidance 2.5"]["combinations_ratio"]["mean"]
+    for told in ("{:.2f} times as often as in the images", "({:.2f} times for unseen"):
+        _has(page, told.format(ratios.pop(0)))
+    _has(page, f"combinations that training never showed {combined:.2f} times as often.")
 
 
 def test_programs_compiled_for_devices_that_are_not_here():
