@@ -44,6 +44,10 @@ def test_ablation_tables_are_those_of_their_files():
         assert shown or f"../results/{name}.png" in page, name
 
 
+def test_the_table_of_protocols_is_that_of_its_file():
+    assert (ROOT / "results" / "protocols.md").read_text(encoding="utf-8") in _text("docs/results.md")
+
+
 def test_the_model_card_has_the_figures_of_the_shipped_model():
     card = huggingface_hub.ModelCard.load(ROOT / "checkpoints" / "emoji" / "README.md").data
     tokenizer, samples = (
