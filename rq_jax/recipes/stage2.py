@@ -237,10 +237,8 @@ class Stage2(abc.ABC):
             cached = self.tokenizer.model, self.tokenizer_variables, data.ordered, self.config["data"]
             data = data._replace(train=latent_cache.open_cache(*cached, Path(workdir), self.seed))
         config = {**self.config, "class_names": data.ordered.class_names, "class_counts": figures.class_counts}
-        start = (self.init_from, self.keep_optimizer) if is_fresh else (None, False)
-        return dataclasses.replace(
-            self, config=config, figures=figures, init_from=start[0], keep_optimizer=start[1]
-        ), data
+        bound = dataclasses.replace(self, config=config, figures=figures)
+        return bound if is_fresh else dataclasses.replace(bound, init_from=None, keep_optimizer=False), data
 
     @property
     def soft_temperature(self) -> float | None:
