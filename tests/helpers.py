@@ -24,6 +24,7 @@ from rq_jax import checkpoint, models, recipes
 from rq_jax.checkpoint import TEXT_TOKENIZER
 from rq_jax.devices import sharding
 from rq_jax.quantize import codes, search
+from rq_jax.training.monitor import HangGuard
 from rq_jax.training.state import TrainState, create_state
 
 ROOT = Path(__file__).parents[1]
@@ -428,6 +429,19 @@ class HeldOut:
 
     def close(self) -> None:
         self.closed = True
+
+
+def recording_guard(events: list[str]) -> type[HangGuard]:
+    """A hang guard that writes down when it is armed and disarmed, and watches nothing."""
+
+    class Guard(HangGuard):
+        def arm(self):
+            events.append("arm")
+
+        def disarm(self):
+            events.append("disarm")
+
+    return Guard
 
 
 def select(tree, condition) -> dict:

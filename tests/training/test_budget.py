@@ -19,7 +19,7 @@ from toy_run import BATCH, SHARDINGS, ToyDataset, ToyRecipe, metrics_of, toy_ste
 from rq_jax.checkpoint import read_config
 from rq_jax.recipes.adversary import Adversary
 from rq_jax.recipes.terms import Losses
-from rq_jax.training import LoopSettings, budget, make_optimizer, monitor, run
+from rq_jax.training import LoopSettings, budget, make_optimizer, run
 from rq_jax.training import loop as training_loop
 
 TOTAL, WARMUP, START = 40, 8, 30  # steps of the run, of its warm-up, before its second phase
@@ -160,19 +160,12 @@ def test_batches_of_new_shapes_are_compiled_and_not_timed(clock):
 def test_steps_and_batches_are_watched_and_reports_are_not(monkeypatch, clock):
     events = []
 
-    class Guard(monitor.HangGuard):
-        def arm(self):
-            events.append("arm")
-
-        def disarm(self):
-            events.append("disarm")
-
     class Watched(TimedRecipe):
         def report(self, *args):
             events.append("report")
             return super().report(*args)
 
-    monkeypatch.setattr(budget, "HangGuard", Guard)
+    monkeypatch.setattr(budget, "HangGuard", helpers.recording_guard(events))
     data = SimpleNamespace(train=ToyDataset(), validation=helpers.HeldOut())
     budget._measure(Watched(clock=clock), data, LoopSettings(TOTAL, hang_timeout_seconds=9))
     assert events[-8:] == ["arm", *["arm", "disarm", "report"] * 2, "disarm"]

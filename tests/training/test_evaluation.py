@@ -102,20 +102,13 @@ def test_a_signal_ends_it_after_the_batch(batch):
 def test_every_batch_is_watched_and_what_follows_is_not():
     events = []
 
-    class Guard(monitor.HangGuard):
-        def arm(self):
-            events.append("arm")
-
-        def disarm(self):
-            events.append("disarm")
-
     def look(*_):
         events.append("report")
         return {}, {}
 
     with StopSignal() as stop:
         recipe = Recipe(look, lambda: events.append("batch"))
-        evaluator(helpers.HeldOut(), stop, recipe, Guard(0))[0].run(2.0, 1)
+        evaluator(helpers.HeldOut(), stop, recipe, helpers.recording_guard(events)(0))[0].run(2.0, 1)
     assert events == [*["arm", "batch"] * 3, "arm", "disarm", "report"]
 
 
