@@ -10,6 +10,7 @@ from rq_jax.checkpoint.hub import is_address, local_directory, origin_of, pinned
 from rq_jax.checkpoint.load import (
     LoadedModel,
     bind_tokenizer,
+    check_start_from,
     has_checkpoint,
     load_model,
     load_tokenizer,
@@ -29,6 +30,7 @@ __all__ = [
     "LoadedModel",
     "SaveFailed",
     "bind_tokenizer",
+    "check_start_from",
     "fingerprint",
     "has_checkpoint",
     "is_address",

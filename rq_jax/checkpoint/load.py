@@ -47,6 +47,7 @@ from rq_jax.files import local_path, write_atomic
 _TOKENIZER = "tokenizer"
 _LOG = "metrics.jsonl"
 _LEFT_BEHIND = ("tokenizer", "init_from", "thresholds")  # of a config; thresholds stand in `model` too
+_SAME_MODEL = "set config.model to the settings in its config.json"
 _LEFT_BEHIND_OF = {"data": ("text_tokenizer",), "perceptual": ("vgg", "heads")}  # of its sections
 
 
@@ -209,25 +210,38 @@ def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = 
       FileNotFoundError: no such directory, or no checkpoint in it.
       ValueError: names or shapes differ from those of `state`, or there is no optimizer to keep.
     """
-    directory, hint = local_directory(directory).absolute(), "set config.model to the settings in its config.json"
-    is_run = not holds_weights(directory)
-    if keep_optimizer and not is_run:
-        raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")
+    check_start_from(directory, state, keep_optimizer)
+    directory = local_directory(directory).absolute()
     if not keep_optimizer:
-        _check_same(directory, read_config(directory), state.variables, hint)
         variables = _read_variables(directory, state.variables)
         params = variables.pop("params")
         new = {"params": params, "model_state": variables}
         if state.discriminator is not None:
-            discriminator = _read_discriminator(directory, state.discriminator, hint)
+            discriminator = _read_discriminator(directory, state.discriminator, _SAME_MODEL)
             new |= {} if discriminator is None else {DISCRIMINATOR: discriminator}
     else:
-        new = _read_run(directory, state, hint)
+        new = _read_run(directory, state, _SAME_MODEL)
     placed = {name: jax.tree.map(_place_like, tree, getattr(state, name)) for name, tree in new.items()}
     if state.ema_params is not None and "ema_params" not in placed:
         # Copied: states are donated, and no two leaves may share memory.
         placed["ema_params"] = jax.tree.map(jax.numpy.copy, placed["params"])
     return state.replace(**placed)
+
+
+def check_start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = False) -> None:
+    """Refuse what `start_from` would refuse of a model, by its config alone.
+
+    Args:
+      directory, state, keep_optimizer: as for `start_from`; shapes of the state will do.
+
+    Raises:
+      FileNotFoundError: no such directory.
+      ValueError: names or shapes of the variables differ from those of `state`, or there is no optimizer to keep.
+    """
+    config, directory = read_config(directory), local_directory(directory).absolute()
+    if keep_optimizer and holds_weights(directory):
+        raise ValueError(f"keep_optimizer: '{directory}' holds weights alone; leave it out, or give a training run")
+    _check_same(directory, config, state.variables, _SAME_MODEL)
 
 
 def tokenizer_of(directory: str | os.PathLike) -> str | None:

@@ -143,9 +143,10 @@ def train(
     prepared = prepare(_with_commits_of(workdir, config), stage=stage, mesh=mesh)
     for line in shortages(prepared.recipe, prepared.data.train.batch_size, prepared.settings.total_steps):
         logger.warning(line)
-    init_from = prepared.recipe.config.get("init_from")
-    if init_from and not checkpoint.has_checkpoint(workdir):
-        checkpoint.read_config(init_from)  # raises where there is no run, before `workdir` is made
-        for line in unlike_starts(prepared.recipe):
+    recipe = prepared.recipe
+    if recipe.init_from and not checkpoint.has_checkpoint(workdir):
+        # Raises before `workdir` is made, and the training set encoded.
+        checkpoint.check_start_from(recipe.init_from, recipe.abstract_state(), recipe.keep_optimizer)
+        for line in unlike_starts(recipe):
             logger.warning(line)
     return run(*prepared, workdir, strict=strict)

@@ -431,6 +431,6 @@ def test_a_start_that_does_not_fit_is_refused(whole_run, drawn, pictures, tmp_pa
         assert "\n" not in str(error.value)
     with pytest.raises(FileNotFoundError, match="is no run directory"):
         begun(tmp_path / "nowhere", drawn)
-    checkpoint.write_config(tmp_path, {"model": {"name": "rqvae"}})
+    checkpoint.write_config(tmp_path, checkpoint.read_config(whole_run[0]))
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         begun(tmp_path, drawn, keep_optimizer=True)

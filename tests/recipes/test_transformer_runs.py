@@ -457,9 +457,13 @@ def test_only_a_fresh_transformer_starts_from_others(places, whole_run, tmp_path
     [
         ({"keep_optimizer": True}, "keep_optimizer: True needs init_from, a run whose optimizer is kept; set both or"),
         ({"init_from": "/nowhere"}, "'/nowhere' is no run directory"),
+        ({"init_from": "{tokenizer}"}, r"^init_from: .*; set config.model to the settings in its config.json$"),
+        ({"init_from": "{tokenizer}", "keep_optimizer": True}, "^keep_optimizer: '.*' holds weights alone; leave it out"),
     ],
-)
-def test_starts_that_are_refused(places, tmp_path, settings, message):
+)  # fmt: skip
+def test_starts_that_are_refused_before_anything_is_made(places, tmp_path, nothing_compiles, settings, message):
+    if "init_from" in settings:
+        settings = {**settings, "init_from": settings["init_from"].format(tokenizer=places.tokenizer)}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         recipes.train(make_config(places, **settings), str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
