@@ -6,7 +6,6 @@ RQ_JAX_TEST_OPTIMIZED=1 compiles as a user does, which takes longer; RQ_JAX_GOLD
 
 import gc
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,12 +78,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _light_heap() -> Iterator[None]:
-    """What a module leaves behind is not looked through again, which would soon take longer than the tests themselves.
+def _light_heap() -> None:
+    """What modules before left behind is not looked through again, which would soon take longer than the tests.
 
-    Now and then compiled programs are forgotten: each takes some of the 65,530 memory maps that Linux allows a process.
+    That is settled as the next module begins: at its own end its last test still holds fixtures, and what refers to
+    itself, as a recipe and its programs do, would be kept for good. Now and then compiled programs are forgotten: each
+    takes some of the 65,530 memory maps that Linux allows a process.
     """
-    yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
         gc.unfreeze()
