@@ -95,7 +95,7 @@ emoji-figures: setup
 	$(PYTHON) evaluate.py neighbours --samples=$(PAIR)/samples --data_name=twemoji $(KEPT) --out=$(FIGURES)
 	$(PYTHON) evaluate.py likelihood --checkpoint=checkpoints/emoji --out=$(FIGURES)
 
-# The pair in checkpoints/avatars, which draws by text, anew, with its figures: two and a half hours on two CPU cores.
+# The pair in checkpoints/avatars, which draws by text, anew, with its figures: over three hours on two CPU cores.
 # Its transformer went on twice from where it was, and turned to Muon at last, with which the preset starts now.
 avatars: setup
 	$(PYTHON) -m rq_jax.data.prepare avatars
@@ -107,6 +107,8 @@ avatars: setup
 	$(PYTHON) train_transformer.py $(BY_TEXT) --workdir=$(AVATARS)/third --config.seed=2 \
 	  --config.init_from=$(AVATARS)/second --config.optim.learning_rate=1.2e-3 --config.loop.total_steps=2400
 	$(PYTHON) -c "from rq_jax import checkpoint; checkpoint.ship('$(AVATARS)/third', 'checkpoints/avatars')"
+	cp $(AVATARS)/first/metrics.jsonl checkpoints/avatars/metrics_first.jsonl
+	cp $(AVATARS)/second/metrics.jsonl checkpoints/avatars/metrics_second.jsonl
 	$(MAKE) avatars-figures
 
 avatars-figures: setup
@@ -116,6 +118,8 @@ avatars-figures: setup
 	$(PYTHON) evaluate.py attributes --checkpoint=checkpoints/avatars --num_images=200 --num_fitted=3000 $(OF_AVATARS)
 	$(PYTHON) evaluate.py attributes --checkpoint=checkpoints/avatars --num_images=80 --num_fitted=3000 --seeds=0 \
 	  --splits=validation --guidance=1,1.5,2.5,4 --cache=$(AVATARS)/features --out=$(AVATARS)/guidance
+	cp $(AVATARS)/guidance/attributes.json checkpoints/avatars/figures/guidance.json
+	cp $(AVATARS)/guidance/guidance.png checkpoints/avatars/figures/guidance.png
 
 # Neighbouring tests stay in one process, which compiles once what they share, until the other has nothing left.
 test: setup
@@ -144,8 +148,8 @@ bench: setup
 	$(PYTHON) benchmark.py train --stage=2 --steps=2 --runs=3 --out=$(BENCH)/train_transformer.json
 	$(PYTHON) benchmark.py data --out=$(BENCH)/data.json
 
-# make results-depth, -adversary, -coarse_to_fine, -updates, -soft_labels, -filter, and of DQ -dq_rate, -dq_ratio,
-# -dq_layers, -dq_split, -dq_depth; runs that two tables share are made once.
+# make results-depth, -adversary, -coarse_to_fine, -updates, -soft_labels, -optimizer, -filter, and of DQ -dq_rate,
+# -dq_ratio, -dq_layers, -dq_split, -dq_depth; runs that two tables share are made once.
 results-%: setup
 	$(PYTHON) -m benchmarks.ablate $*
 

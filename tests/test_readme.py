@@ -224,5 +224,18 @@ def test_the_demos_train_within_their_budget():
     assert budgets == [360, 240, 360, 240]
 
 
+def test_the_pair_by_text_is_made_with_all_that_its_card_lists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    made = makefile[makefile.index("\navatars: ") : makefile.index("# Neighbouring tests")]
+    files = ("metrics_first.jsonl", "metrics_second.jsonl", "figures/guidance.json", "figures/guidance.png")
+    assert [name for name in files if f" checkpoints/avatars/{name}\n" not in made] == []
+
+
+def test_every_table_is_named_beside_its_command():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    comment = makefile[makefile.index("# make results-") : makefile.index("\nresults-%:")]
+    assert [name for name in ablations.TABLES if not re.search(rf"-{name}\b", comment)] == []
+
+
 def test_the_page_on_data_has_every_transform():
     assert [name for name in transforms.TRANSFORMS if f"`{name}`" not in TEXTS["docs/data.md"]] == []
