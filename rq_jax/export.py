@@ -87,8 +87,10 @@ def export_programs(
             np.savez(file, **flat_weights(parts[part].variables))
     used = {one["weights"]: weights[one["weights"]] for one in described.values()}
     record = {**checkpoint.origin_of(directory), "weights": used, "programs": described}
-    if "sample" in described:
+    if "sample" in made:
         record["sample"] = _sample_settings(loaded)
+    elif "sample" in described:  # the program holds the settings of its time
+        record["sample"] = read_json(out / RECORD)["sample"]
     write_json(out / RECORD, record)
     return record
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import helpers
 import jax
@@ -184,3 +185,18 @@ def test_files_run_with_jax_alone(tmp_path, capsys):
     drawn, expected = np.load(tmp_path / "images.npy"), images.decode(tokenizer.model, tokenizer.variables, ZEROS)
     assert drawn.dtype == np.uint8 and drawn.shape == (3, 64, 64, 3)
     assert np.abs(drawn.astype(int) - np.asarray(expected)).max() <= 1  # another process, compiled otherwise
+
+
+@pytest.mark.parametrize("pair", ["class"], indirect=True)
+def test_a_sampler_that_is_not_made_again_keeps_its_settings_in_the_record(pair, tmp_path, monkeypatch):
+    pytest.importorskip("flatbuffers")
+    program = SimpleNamespace(serialize=lambda: b"")
+    monkeypatch.setattr(export, "make_programs", lambda loaded, programs, *_: dict.fromkeys(programs, program))
+    described = lambda name, _: {"weights": f"{export.PROGRAMS[name].part}.npz"}  # noqa: E731
+    monkeypatch.setattr(export, "_described", described)
+    loaded = pair
+    monkeypatch.setattr(checkpoint, "load_model", lambda *_: loaded)
+    first = export.export_programs("runs/rqt", tmp_path, ["sample"], ["cpu"])["sample"]
+    loaded = pair._replace(config={**pair.config, "sample": {"top_p": 0.25}})
+    assert export.export_programs("runs/rqt", tmp_path, ["decode"], ["cpu"])["sample"] == first
+    assert export.export_programs("runs/rqt", tmp_path, ["sample"], ["cpu"])["sample"] != first
