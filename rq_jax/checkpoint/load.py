@@ -91,6 +91,8 @@ def ship(workdir: str | os.PathLike, directory: str | os.PathLike, shard_bytes: 
 def _without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config without the paths of a machine that a shipped model does not need."""
     config = {name: None if name in _LEFT_BEHIND else value for name, value in config.items()}
+    if "keep_optimizer" in config:
+        config["keep_optimizer"] = False  # it belongs to init_from
     for section, names in _LEFT_BEHIND_OF.items():
         if isinstance(values := config.get(section), dict):
             config[section] = {name: None if name in names else value for name, value in values.items()}

@@ -320,7 +320,8 @@ def test_shipped_by_text_has_its_texts_and_no_path_of_the_machine(tmp_path):
     state = model_state_of("rqvae", 3)
     data = {"name": "avatars", "text_key": "caption", "text_tokenizer": "/somewhere/bpe.json"}
     judge = {"vgg": "/somewhere/vgg16.pth", "heads": "/somewhere/heads.npz"}
-    paths = {"init_from": "/elsewhere", "thresholds": "/else/where.json", "perceptual": judge}
+    paths = {"init_from": "/elsewhere", "keep_optimizer": True, "thresholds": "/else/where.json"}
+    paths["perceptual"] = judge
     checkpoint.save_model(tmp_path / "run", {"model": RQVAE, "data": data, **paths}, state.ema_variables)
     texts = {"text_tokenizer.json": "{}", "prompts.json": '["a red cat"]'}
     for name, text in texts.items():
@@ -329,7 +330,7 @@ def test_shipped_by_text_has_its_texts_and_no_path_of_the_machine(tmp_path):
     assert {name: (tmp_path / "out" / name).read_text() for name in texts} == texts
     config = checkpoint.read_config(tmp_path / "out")
     assert "where" not in json.dumps(config) and config["data"] == {**data, "text_tokenizer": None}
-    assert config["perceptual"] == dict.fromkeys(judge)
+    assert config["perceptual"] == dict.fromkeys(judge) and config["keep_optimizer"] is False
     assert not (tmp_path / "out" / "tokenizer").exists()
 
 
