@@ -25,7 +25,8 @@ from rq_jax.nn.placement import micro_batches as micro_batches
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
 # Logical axis -> mesh axes, as many as divide it: batches are split by data and fsdp; widths by fsdp, which leaves them
-# whole in an activation, where the batch has used it; heads, MLP width and vocabulary by tensor.
+# whole in an activation, where the batch has used it; heads, MLP width and vocabulary by tensor. Layers are split for
+# what an optimizer does to whole matrices; those of parameters have no letter in their name.
 # Kernels of convolutions (I inputs, O outputs) are split along their outputs only: on a mesh of all three axes XLA's
 # partitioner (jax 0.10) gives wrong gradients for two convolutions in a row whose kernels are split along both.
 RULES = {
@@ -36,7 +37,9 @@ RULES = {
     "K": ("tensor",),
     "V": ("tensor",),
     "O": ("fsdp", "tensor"),
+    "L": ("fsdp",),
 }
+_UNEVEN = "L"  # split also where devices do not divide it: XLA fills up
 _SUFFIX = re.compile(r"_([A-Z0-9]+)$")
 
 
@@ -127,7 +130,7 @@ def _spec(mesh: Mesh, letters: str, shape: tuple[int, ...], without: tuple[str, 
     spec = []
     for letter, size in zip(letters, shape, strict=True):
         axes = [axis for axis in RULES.get(letter, ()) if axis not in used and axis not in without]
-        some = _dividing(mesh, axes, size)
+        some = tuple(axes) if letter in _UNEVEN else _dividing(mesh, axes, size)
         spec.append(some if len(some) > 1 else some[0] if some else None)
         used.update(some)
     return PartitionSpec(*spec)

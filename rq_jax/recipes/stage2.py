@@ -321,8 +321,10 @@ class Stage2(abc.ABC):
         with sharding.activations(self.mesh):
             rows, compute = self._prepare(batch, rngs, state.model_state, frozen)
             means, grads = accumulate_gradients(compute, state.params, rows, self.optimizer.accumulation_steps, rngs)
-        means, grads = sharding.mean_over_parts(self.mesh, (means, grads), self._part_axes)
-        state, update = apply_gradients(state, self.optimizer, grads, means["loss"], state.model_state, self.ema_decay)
+            means, grads = sharding.mean_over_parts(self.mesh, (means, grads), self._part_axes)
+            state, update = apply_gradients(
+                state, self.optimizer, grads, means["loss"], state.model_state, self.ema_decay
+            )
         return state, {**means, **update}
 
     @abc.abstractmethod

@@ -279,10 +279,11 @@ class Tokenizer:
             updated = adversarial.fields
             parts |= adversarial.metrics
         (grads,) = pull_back(gradients)
-        state, update = apply_gradients(
-            state, self.optimizer, grads, [total, *parts.values()], {"codebook": mutated["codebook"]},
-            self.ema_decay, **updated,
-        )  # fmt: skip
+        with sharding.activations(self.mesh):
+            state, update = apply_gradients(
+                state, self.optimizer, grads, [total, *parts.values()], {"codebook": mutated["codebook"]},
+                self.ema_decay, **updated,
+            )  # fmt: skip
         return state, {"loss": total, **parts, **update, **usage.count(self.model, output)}
 
     def summarize(self, means: Mapping[str, Any]) -> dict[str, float]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from rq_jax.devices import sharding
+from rq_jax.nn import placement
 from rq_jax.settings import checks
 
 # Weight decay is for matrices and convolution kernels alone. The stage-2 trainer was never released; minGPT, on which
@@ -148,10 +150,31 @@ def _muon(b1: float, b2: float, mu_dtype: str | None) -> optax.GradientTransform
         longest = max(math.prod(update.shape[axis] for axis in axes) for axes in pair)
         return update * (_ADAM_RMS * longest**0.5)
 
-    orthogonalised = optax.contrib.scale_by_muon(beta=b1, mu_dtype=mu_dtype, weight_dimension_numbers=axes)
+    orthogonalised = _by_layer(optax.contrib.scale_by_muon(beta=b1, mu_dtype=mu_dtype, weight_dimension_numbers=axes))
     as_adams = optax.stateless(lambda updates, _: jax.tree.map(resized, updates, axes(updates)))
     adam = optax.scale_by_adam(b1, b2, mu_dtype=mu_dtype)
     return optax.partition({"muon": optax.chain(orthogonalised, as_adams), "adam": adam}, labels)
+
+
+def _by_layer(muon: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Muon with every matrix whole on its device, and the layers of a stack on different devices.
+
+    Parameters are split along their width, and each of some fifteen products would gather its matrix anew. What comes out
+    is placed as well as what goes in: left free, XLA lets the products lie as the moments are stored.
+    """
+
+    def whole(tree: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+    def place(path: Any, leaf: jax.Array) -> jax.Array:
+        is_stack = str(path[-1].key) in _MATRICES and sharding.logical_axes(path, leaf.ndim).startswith("-")
+        return placement.place(leaf, ("L" if is_stack else "-").ljust(leaf.ndim, "-"))
+
+    def update(updates: Any, state: optax.contrib.MuonState, params: Any = None) -> tuple[Any, Any]:
+        updates, state = muon.update(whole(updates), state._replace(mu=whole(state.mu)), params)
+        return whole(updates), state._replace(mu=whole(state.mu))
+
+    return optax.GradientTransformation(muon.init, update)
 
 
 def axes_of(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:

@@ -450,3 +450,27 @@ def test_micro_batches_take_less_memory_and_move_nothing():
     assert not any(name in parts.as_text() for name in ("all-", "collective-permute", "reduce-scatter"))
     whole, parts = (program.memory_analysis().temp_size_in_bytes for program in (whole, parts))
     assert parts < whole / 3
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (2, 2, 2)])
+def test_muon_gathers_a_matrix_once(sizes):
+    """Its fifteen products would: eleven times the weights. Six layers, which eight devices do not divide."""
+    mesh = sharding.make_mesh(**dict(zip(sharding.AXES, sizes, strict=True)))
+    shapes = {"up_MF": (6, 16, 64), "qkv_M3NA": (6, 16, 3, 4, 8), "out_NAM": (6, 4, 8, 16), "kernel": (3, 3, 8, 16)}
+    rng = np.random.default_rng(0)
+    params, grads = ({n: rng.normal(size=shape).astype(np.float32) for n, shape in shapes.items()} for _ in range(2))
+    settings = dict(learning_rate=0.1, total_steps=9, schedule="constant", weight_decay=0.1)
+    transform = make_optimizer(name="muon", **settings).transform
+    lie = functools.partial(sharding.state_shardings, mesh)
+
+    def update(params, grads):
+        with sharding.activations(mesh):
+            return transform.update(grads, transform.init(params), params)
+
+    compiled = jax.jit(update, out_shardings=lie(jax.eval_shape(update, params, grads)))
+    args = [jax.device_put(tree, lie(tree)) for tree in (params, grads)]
+    program = compiled.lower(*args).compile()
+    moved = sum(each.times * each.bytes for each in hlo.collectives(program.as_text()))
+    assert moved < 3 * sum(x.nbytes for x in params.values())
+    found, expected = program(*args)[0], transform.update(grads, transform.init(params), params)[0]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, expected)
