@@ -227,6 +227,18 @@ def test_speed_of_grains():
     _has(page, f"{100 * seconds['ours', 1, 0.5]['roofline']['fraction']:.0f} % of the rate")
 
 
+def test_speed_of_buckets():
+    (record,) = (r for r in _benchmarks() if r["benchmark"] == "train" and r["arguments"]["buckets"])
+    (pair,), (ours, padded) = record["comparisons"], record["results"]
+    _has(
+        "docs/performance.md",
+        f"{ours['tokens_per_image']:.0f} tokens an image become {ours['padded_tokens']:.0f} with pads",
+        f"trains {pair['ratio']['median']:.2f} times as many images a second",
+        f"padded to {padded['padded_tokens']:,.0f}",
+        f"The arithmetic gives {pair['predicted']:.2f}",
+    )
+
+
 def test_speed_of_search_and_data():
     page = "docs/performance.md"
     for count, depth, row in (
