@@ -34,6 +34,7 @@ COLUMNS = {
     "filters": SAMPLE_COLUMNS,
     "coarse_to_fine": DEPTH_COLUMNS,
     "dq_rate": {**_COSTS, **TOKENIZER_COLUMNS},
+    "dq_router": {**_COSTS, "fine in training": "fine_share_in_training", **TOKENIZER_COLUMNS},
     "dq_depth": {**_COSTS, **TOKENIZER_COLUMNS},
     "dq_ratio": {
         **_COSTS,
