@@ -337,7 +337,7 @@ def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
     if newest is None:
         raise FileNotFoundError(f"'{directory}' holds no checkpoint that is whole; keep_optimizer needs one")
     path, trees = directory / CHECKPOINTS / str(newest), split(state)
-    needs = "init_from with keep_optimizer needs the same model, optimizer and average"
+    needs = "init_from with keep_optimizer needs the same model, optimizer (optim.name) and average"
     items.check_fits(path, items.shapes_of_items(trees), f"{needs}; {hint}")
     new = items.restore(path, trees)
     training = new.pop("training")

@@ -42,6 +42,7 @@ def patch_entropy(
     checks.integers("num_bins", num_bins, 2)
     checks.integers("patch_size", patch_size, 1)
     checks.above("sigma", sigma, 0)
+    images = images if hasattr(images, "dtype") else jnp.asarray(images)  # nested lists
     checks.shape("images", images.shape, ("B", "H", "W", (1, 3)))
     checks.floating("images", images.dtype, fix="scale them to [-1, 1]")
     for axis, size in zip("HW", images.shape[1:3], strict=True):

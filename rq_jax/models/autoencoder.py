@@ -130,9 +130,11 @@ class Autoencoder(nn.Module):
             [self.decode(quantize.unfold_patches(sums[..., d, :], self.latent_grid)) for d in range(sums.shape[-2])]
         )
 
-    def _check_images(self, images: jax.Array) -> None:
+    def _checked(self, images: Any) -> jax.Array:
+        images = images if hasattr(images, "dtype") else jnp.asarray(images)  # nested lists
         checks.shape("images", images.shape, ("B", *self.image_shape, self.in_channels))
         checks.floating("images", images.dtype, fix="scale them to [-1, 1]")
+        return images
 
     def _latents(self, features: jax.Array) -> jax.Array:
         return self.quant_conv(features).astype(jnp.float32)

@@ -167,7 +167,7 @@ class DQVAE(Autoencoder):
 
     def route(self, images: jax.Array) -> Routing:
         """The grains that the router gives to regions of images (B, H, W, C)."""
-        self._check_images(images)
+        images = self._checked(images)
         features = self.encoder(images) if self.router == "feature" else ()
         scores = self._scores(images, features, draws=False)
         return Routing(self._grains(scores), scores)
@@ -194,7 +194,7 @@ class DQVAE(Autoencoder):
         gate_noise: jax.Array | None = None,
     ) -> tuple[jax.Array, Routing, jax.Array]:
         """Merged features (B, h, w, C) before the 1x1 convolution, routing, gates (B, u, v, G)."""
-        self._check_images(images)
+        images = self._checked(images)
         draws = train and grains is None and not self.is_initializing()
         trains_gates = draws and self.router == "feature"
         if gate_noise is not None and not trains_gates:

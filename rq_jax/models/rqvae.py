@@ -63,8 +63,7 @@ class RQVAE(Autoencoder, kw_only=True):
 
     def encode(self, images: jax.Array, train: bool = False) -> jax.Array:
         """Latents on the latent grid, float32, after the 1x1 convolution and before quantisation."""
-        self._check_images(images)
-        return self._latents(self.encoder(images, train))
+        return self._latents(self.encoder(self._checked(images), train))
 
     def encode_to_codes(self, images: jax.Array) -> jax.Array:
         """Codes (B, h, w, D) of images (B, H, W, C)."""

@@ -159,8 +159,8 @@ def _muon(b1: float, b2: float, mu_dtype: str | None) -> optax.GradientTransform
 def _by_layer(muon: optax.GradientTransformation) -> optax.GradientTransformation:
     """Muon with every matrix whole on its device, and the layers of a stack on different devices.
 
-    Parameters are split along their width, and each of some fifteen products would gather its matrix anew. What comes out
-    is placed as well as what goes in: left free, XLA lets the products lie as the moments are stored.
+    Parameters are split along their width, and each of some fifteen products would gather its matrix anew. What comes
+    out is placed as well as what goes in: left free, XLA lets the products lie as the moments are stored.
     """
 
     def whole(tree: Any) -> Any:

@@ -502,6 +502,12 @@ def test_wrong_arguments_get_one_line(mistake):
         call(*build())
 
 
+def test_images_may_be_a_list():
+    model, variables = build()
+    routing = model.apply(variables, np.asarray(IMAGES).tolist(), method="route")
+    np.testing.assert_array_equal(routing.grains, model.apply(variables, IMAGES, method="route").grains)
+
+
 def test_a_router_that_draws_asks_for_its_stream():
     for settings in (dict(router="feature"), dict(router="random")):
         model, variables = build(**settings)

@@ -335,6 +335,15 @@ def test_codes_may_be_a_list():
     assert actual.shape == (B, H, W, C)
 
 
+def test_images_may_be_a_list():
+    model, variables = build()
+    images = np.zeros((B, H, W, C)).tolist()
+    actual = jax.eval_shape(lambda v: model.apply(v, images, method="encode_to_codes"), variables)
+    assert actual.shape == (B, h, w, D)
+    with pytest.raises(ValueError, match=r"^images: shape \(2,\) does not fit"):
+        model.apply(variables, [0.0, 1.0])
+
+
 @pytest.mark.parametrize("mistake", CALLS)
 def test_wrong_arguments_get_one_line(mistake):
     call, message = CALLS[mistake]
