@@ -298,7 +298,7 @@ def save_grid(path: Path, images: np.ndarray, captions: list[str], grains: np.nd
     scale = max(1, side // images.shape[1])
     if grains is not None:
         grains, G = grains[: len(images)], model.num_grains
-        images, captions = grain_maps.pairs(images, captions, grains, G, scale)
+        images, captions = grain_maps.pairs(images, captions, grains, G, scale, model.code_shape[-1])
         scale = 1
     grids.save_png(path, grids.captioned_grid(images, captions, columns=10, scale=scale, lines=lines))
 

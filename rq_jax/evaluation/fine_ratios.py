@@ -19,7 +19,7 @@ from rq_jax.evaluation.tokenizer import measure_tokenizer
 from rq_jax.grains import check_ratios, num_codes
 from rq_jax.pretrained.vgg_lpips import Perceptual
 from rq_jax.report import curves, tables
-from rq_jax.report.grain_maps import draw_grains, enlarge
+from rq_jax.report.grain_maps import codes_told, draw_grains, enlarge
 from rq_jax.settings import checks
 
 NUM_BINS = 32  # of `grains.patch_entropy`
@@ -107,8 +107,8 @@ def ratio_rows(measured: Sequence[AtRatio], scale: int = 1) -> dict[str, np.ndar
     rows = {"original": enlarge(measured[0].shown[0], scale)}
     for each in measured:
         images, reconstructions, grains = each.shown
-        codes, psnr = np.mean(num_codes(grains, 2)), each.figures["psnr"][-1]
-        rows[f"fine {each.ratio:g}: {codes:.0f} codes"] = draw_grains(images, grains, 2, scale)
+        codes, psnr = codes_told(np.mean(num_codes(grains, 2)), len(reconstructions)), each.figures["psnr"][-1]
+        rows[f"fine {each.ratio:g}: {codes}"] = draw_grains(images, grains, 2, scale)
         rows[f"fine {each.ratio:g}: {psnr:.1f} dB"] = enlarge(reconstructions[-1], scale)
     return rows
 

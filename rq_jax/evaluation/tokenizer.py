@@ -19,7 +19,7 @@ from rq_jax.evaluation.protocol import EvaluationData
 from rq_jax.grains import num_codes
 from rq_jax.pretrained.vgg_lpips import Perceptual
 from rq_jax.report import grids
-from rq_jax.report.grain_maps import draw_grains, enlarge
+from rq_jax.report.grain_maps import codes_told, draw_grains, enlarge
 from rq_jax.settings import checks
 
 # What the figures of `measure_tokenizer` are.
@@ -276,9 +276,9 @@ def compare_tokenizers(
         if len(tokenizers) == 1:
             rows = rows_by_depth(shown, figures["psnr"], loaded.model.num_grains, scale)
         else:
-            name, (images, reconstructions, *maps) = names[directory], shown
+            name, (images, reconstructions, *_) = names[directory], shown
             rows = rows or {"original": enlarge(images, scale)}
-            rows |= _map_rows(f"{name}: ", images, maps, loaded.model.num_grains, scale)
+            rows |= _map_rows(f"{name}: ", shown, loaded.model.num_grains, scale)
             rows |= {f"{name}: {figures['psnr'][-1]:.1f} dB": enlarge(reconstructions[-1], scale)}
     return results, rows
 
@@ -308,19 +308,20 @@ def rows_by_depth(
     Returns:
       label -> uint8 images.
     """
-    images, reconstructions, *maps = shown
-    rows = {"original": enlarge(images, scale), **_map_rows("grains: ", images, maps, num_grains, scale)}
+    images, reconstructions, *_ = shown
+    rows = {"original": enlarge(images, scale), **_map_rows("grains: ", shown, num_grains, scale)}
     for d, row in enumerate(reconstructions, start=1):
         rows[f"depth {d}: {psnr_D[d - 1]:.1f} dB"] = enlarge(row, scale)
     return rows
 
 
-def _map_rows(
-    prefix: str, images: np.ndarray, maps: Sequence[np.ndarray], num_grains: int, scale: int
-) -> dict[str, np.ndarray]:
+def _map_rows(prefix: str, shown: tuple[np.ndarray, ...], num_grains: int, scale: int) -> dict[str, np.ndarray]:
     """Labelled rows of the grain maps that there are, drawn over the images."""
+    images, reconstructions, *maps = shown
     return {
-        f"{prefix}{np.mean(num_codes(grains, num_grains)):.0f} codes": draw_grains(images, grains, num_grains, scale)
+        prefix + codes_told(np.mean(num_codes(grains, num_grains)), len(reconstructions)): draw_grains(
+            images, grains, num_grains, scale
+        )
         for grains in maps
     }
 

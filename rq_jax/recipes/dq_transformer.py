@@ -169,9 +169,9 @@ class DQTransformer(Stage2):
         if marks is not None:
             scalars |= _named("unigram_nats", marks.unigram_nats_D, marks.position_nats_G, marks.mean_position_nats)
         (_, maps), images = self._generate(state)
-        G, maps = self.model.num_grains, np.asarray(maps)
+        G, D, maps = self.model.num_grains, self.model.code_shape[-1], np.asarray(maps)
         scale = max(1, 64 // images.shape[1])
-        cells, captions = grain_maps.pairs(images, self._captions(len(images)), maps, G, scale)
+        cells, captions = grain_maps.pairs(images, self._captions(len(images)), maps, G, scale, D)
         return scalars, {"samples": grids.captioned_grid(cells, captions, columns=12)}
 
     def _captions(self, count: int) -> list[str]:

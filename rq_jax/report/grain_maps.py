@@ -47,19 +47,25 @@ def enlarge(images: Any, scale: int) -> np.ndarray:
     return repeat(to_uint8(images), "b h w c -> b (h r) (w s) c", r=scale, s=scale)
 
 
+def codes_told(positions: float, depth: int = 1) -> str:
+    """How many codes an image has: "32 codes", or "32 x 2 codes" where each position has two."""
+    return f"{positions:.0f} codes" if depth == 1 else f"{positions:.0f} x {depth} codes"
+
+
 def pairs(
-    images: Any, captions: Sequence[str], grains: Any, num_grains: int, scale: int = 1
+    images: Any, captions: Sequence[str], grains: Any, num_grains: int, scale: int = 1, depth: int = 1
 ) -> tuple[np.ndarray, list[str]]:
     """Each image, and beside it the same under its grain map, for `grids.captioned_grid`.
 
     Args:
       images, grains, num_grains, scale: as in `draw_grains`.
       captions: of the images; those of the maps are their numbers of codes.
+      depth: D, codes at each position.
 
     Returns:
       uint8 (2 B, scale * H, scale * W, 3), and their captions.
     """
-    counts = (f"{count} codes" for count in np.asarray(num_codes(grains, num_grains)))
+    counts = (codes_told(count, depth) for count in np.asarray(num_codes(grains, num_grains)))
     plain = enlarge(images, scale)
     plain = np.broadcast_to(plain, (*plain.shape[:-1], 3))
     both = np.stack([plain, draw_grains(images, grains, num_grains, scale)], axis=1)

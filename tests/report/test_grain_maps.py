@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rq_jax.report.grain_maps import draw_grains, enlarge
+from rq_jax.report.grain_maps import draw_grains, enlarge, pairs
 
 GRAINS = np.array([[[0, 1, 2], [2, 0, 1]]])
 
@@ -38,3 +38,9 @@ def test_images_stay_visible_whatever_the_grains(num_grains):
 def test_enlarging_repeats_pixels():
     images = np.arange(6, dtype=np.uint8).reshape(1, 2, 3, 1)
     np.testing.assert_array_equal(enlarge(images, 2)[0, ..., 0], np.kron(images[0, ..., 0], np.ones((2, 2))))
+
+
+def test_codes_of_several_a_position_are_told_as_such():
+    images = np.zeros((1, 8, 12, 3), np.uint8)
+    assert pairs(images, ["a cat"], GRAINS, 3)[1] == ["a cat", "42 codes"]
+    assert pairs(images, ["a cat"], GRAINS, 3, depth=2)[1] == ["a cat", "42 x 2 codes"]
