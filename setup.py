@@ -45,6 +45,8 @@ DEMO = [
 ]
 LSUN = ["lmdb>=1.6"]  # LSUN as its authors give it
 HUB = ["huggingface_hub>=2.4"]  # checkpoints by their address, hf://owner/name
+GCS = ["gcsfs>=2026.2"]  # run directories in an object store, gs://bucket/run
+S3 = ["s3fs>=2026.2"]  # s3://bucket/run
 EXPORT = ["flatbuffers>=25"]  # files of jax.export
 NOTEBOOK = ["jupyterlab>=4", "ipywidgets>=8"]  # notebooks/
 PARQUET = ["pyarrow>=20"]  # data sets of Hugging Face
@@ -78,10 +80,12 @@ setup(
         "lsun": LSUN,
         "parquet": PARQUET,
         "hub": HUB,
+        "gcs": GCS,
+        "s3": S3,
         "export": EXPORT,
         "notebook": NOTEBOOK,
         "dev": DEV,
         **DEVICES,
-        "all": TRAIN + DEMO + LSUN + PARQUET + HUB + EXPORT + DEV,
+        "all": TRAIN + DEMO + LSUN + PARQUET + HUB + GCS + EXPORT + DEV,
     },
 )

@@ -1,10 +1,12 @@
-"""Paths, atomic writes, JSON records, and the lock of a run directory."""
+"""Paths and addresses of object stores, atomic writes, JSON records, and the lock of a run directory."""
 
 import contextlib
 import fcntl
 import json
 import os
+import re
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
 from datetime import datetime
@@ -14,20 +16,91 @@ from typing import Any, BinaryIO
 from rq_jax.settings.text import quoted
 
 LOCK = "lock.json"
+STORES = ("gs://", "s3://")
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
+_STORE_ADDRESS = re.compile(r"(gs|s3)://[\w.-]+(/[\w.~+=@%,#-]+)*")  # neither a glob nor Orbax give these a meaning
 
 
 def local_path(path: str | os.PathLike) -> Path:
     """A path as a user writes it: `~` and `~name` stand for home directories.
 
     Raises:
-      ValueError: the home directory of an unknown user.
+      ValueError: the home directory of an unknown user, or an address.
     """
+    if _ADDRESS.match(os.fspath(path)):
+        raise ValueError(f"{quoted(os.fspath(path))} is an address; give a path on this machine, of a mount or a copy")
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(
             f"'{path}': no home directory is known for it; write ./{path} for a file of that name"
         ) from None
+
+
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is an address in an object store, as Cloud Storage is one."""
+    return os.fspath(path).startswith(STORES)
+
+
+def run_path(path: str | os.PathLike) -> Path:
+    """A directory that Orbax can use: an absolute path, or of an address an `epath.Path`, which has a path's methods.
+
+    Raises:
+      ValueError: as `local_path`; an address that is malformed, or needs a package that is not installed.
+    """
+    if not is_remote(path):
+        return local_path(path).absolute()
+    if not _STORE_ADDRESS.fullmatch(address := os.fspath(path).rstrip("/")):
+        fix = f"give {' or '.join(f'{scheme}bucket/directory' for scheme in STORES)}, of letters, digits and ._-"
+        raise ValueError(f"{quoted(address)} is no address of a directory; {fix}")
+    filesystem(address)
+    from etils import epath
+
+    return epath.Path(address)  # type: ignore[return-value]
+
+
+def filesystem(path: str | os.PathLike) -> Any:
+    """The filesystem of fsspec that an address belongs to.
+
+    Raises:
+      ValueError: it needs a package that is not installed.
+    """
+    import fsspec
+
+    for name in ("gcs", "s3"):  # TensorStore writes there too, of which a cache of listings would not know
+        fsspec.config.conf.setdefault(name, {})["use_listings_cache"] = False
+    try:
+        return fsspec.core.url_to_fs(os.fspath(path))[0]
+    except ImportError:
+        package, extra = ("gcsfs", "gcs") if os.fspath(path).startswith("gs://") else ("s3fs", "s3")
+        fix = f"run pip install 'rq_jax[{extra}]'"
+        raise ValueError(f"{quoted(os.fspath(path))} needs the package {package}; {fix}") from None
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory with all that is in it; `path` is a `run_path`."""
+    if is_remote(path):
+        filesystem(path).rm(os.fspath(path), recursive=True)
+    else:
+        shutil.rmtree(path)
+
+
+def move_tree(path: Path, target: Path) -> None:
+    """Rename a directory; both are `run_path`s. In an object store, which has no directories, object by object."""
+    if is_remote(path):
+        filesystem(path).mv(os.fspath(path), os.fspath(target), recursive=True)
+    else:
+        os.rename(path, target)
+
+
+def sizes_below(directory: Path) -> dict[str, int]:
+    """Size in bytes of every file below a directory, by relative path; `directory` is a `run_path`."""
+    if is_remote(directory):
+        address = os.fspath(directory)
+        found, root = filesystem(address).find(address, detail=True), f"{address.partition('://')[2]}/"
+        return {name.removeprefix(root): info["size"] for name, info in found.items() if not name.endswith("/")}
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
 
 
 class RunLock:
@@ -52,16 +125,14 @@ class RunLock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            holder = _describe_holder(os.read(file, 4096))
+            other = describe_holder(os.read(file, 4096))
             os.close(file)
             raise ValueError(
-                f"{self._setting}: '{self._path.parent}' is in use by {holder}; wait for it, stop it, or give "
+                f"{self._setting}: '{self._path.parent}' is in use by {other}; wait for it, stop it, or give "
                 f"{self._other}"
             ) from None
-        since = datetime.now().astimezone().isoformat("T", "seconds")
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
         os.ftruncate(file, 0)
-        os.pwrite(file, f"{json.dumps(holder)}\n".encode(), 0)
+        os.pwrite(file, f"{json.dumps(holder())}\n".encode(), 0)
         self._file = file
         return self
 
@@ -69,10 +140,17 @@ class RunLock:
         os.close(self._file)
 
 
-def _describe_holder(content: bytes) -> str:
+def holder() -> dict[str, Any]:
+    """What a lock says of this process."""
+    since = datetime.now().astimezone().isoformat("T", "seconds")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
+
+
+def describe_holder(content: bytes) -> str:
+    """The process that the content of a lock names, in words."""
     try:
-        holder = parse_json(content, LOCK)
-        return quoted(f"process {holder['pid']} on {holder['host']} since {holder['since']}", 200)[1:-1]
+        named = parse_json(content, LOCK)
+        return quoted(f"process {named['pid']} on {named['host']} since {named['since']}", 200)[1:-1]
     except (ValueError, KeyError):
         return "another process"
 
@@ -112,12 +190,15 @@ def write_atomic(path: str | os.PathLike, data: bytes) -> None:
     """Write a file whole or not at all, creating its directory if missing.
 
     Args:
-      path: file to write; an older one stays until the new one is whole.
+      path: file to write, or an address in an object store; an older one stays until the new one is whole.
       data: its content.
 
     Raises:
       OSError: the disk is full, or the directory cannot be written; nothing half written is left.
     """
+    if is_remote(path):
+        run_path(path).write_bytes(data)  # becomes visible when it is whole
+        return
     with atomic_path(path) as partial:
         partial.write_bytes(data)
 
@@ -154,9 +235,10 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
       OSError: the file cannot be read.
       ValueError: as `parse_json`, or a pipe or device, which might never end.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
+    file = run_path(path) if is_remote(path) else Path(path)
+    if file.exists() and not file.is_file():
         raise ValueError(f"'{path}' is no regular file")
-    return parse_json(Path(path).read_bytes(), f"'{path}'", kind)
+    return parse_json(file.read_bytes(), f"'{path}'", kind)
 
 
 def parse_json(data: bytes | str, name: str, kind: type = dict) -> Any:

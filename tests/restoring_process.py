@@ -49,8 +49,8 @@ def main(directory, address, count, index):
     shardings = sharding.state_shardings(mesh, expected)
     saved = jax.jit(lambda: expected, out_shardings=shardings)()
     assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(saved.params))
-    checkpoint.write_config(directory, {"model": RQVAE})
-    with checkpoint.Checkpointer(directory) as checkpointer:
+    with checkpoint.RunDirectory(directory) as run, checkpoint.Checkpointer(run.address) as checkpointer:
+        checkpoint.write_config(run.path, {"model": RQVAE})
         checkpointer.save(saved, {})
         checkpointer.wait()
     multihost_utils.sync_global_devices("sealed by the first process")

@@ -1,8 +1,8 @@
 """Checkpoints: load, save, resume, ship.
 
-`load` reads a model from a directory, `hub` finds one on the Hugging Face Hub, `saver` saves and restores the states of
-a run, `items` reads what Orbax writes of one, `manifest` holds the checksums that seal it; `model_dir` reads and writes
-weights alone, `tensors` their files, `config` the settings beside them.
+`load` reads a model from a directory, `hub` finds one on the Hugging Face Hub and `remote` in an object store, `saver`
+saves and restores the states of a run, `items` reads what Orbax writes of one, `manifest` holds the checksums that seal
+it; `model_dir` reads and writes weights alone, `tensors` their files, `config` the settings beside them.
 """
 
 from rq_jax.checkpoint.config import read_config, write_config
@@ -21,6 +21,7 @@ from rq_jax.checkpoint.load import (
     tokenizer_of,
 )
 from rq_jax.checkpoint.model_dir import PROMPTS, TEXT_TOKENIZER, fingerprint, save_model
+from rq_jax.checkpoint.remote import RunDirectory
 from rq_jax.checkpoint.saver import Checkpointer, SaveFailed
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "TEXT_TOKENIZER",
     "Checkpointer",
     "LoadedModel",
+    "RunDirectory",
     "SaveFailed",
     "bind_tokenizer",
     "check_start_from",

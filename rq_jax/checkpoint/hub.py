@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from rq_jax.files import local_path
+from rq_jax.checkpoint import remote
+from rq_jax.files import is_remote, local_path
 from rq_jax.settings.text import quoted
 
 _SCHEME = "hf://"
@@ -46,9 +47,14 @@ def is_address(path: str | os.PathLike) -> TypeGuard[str]:
 def local_directory(path: str | os.PathLike) -> Path:
     """The directory on this machine of a path, see `files.local_path`, or of an address, downloaded where it has to be.
 
+    Of a run in an object store it holds all but the checkpoints, see `remote.checkpoints_of`.
+
     Raises:
       ValueError: a malformed address, one that leads nowhere, or no package or network to look it up with.
+      OSError: an object store cannot be read.
     """
+    if is_remote(path):
+        return remote.local_copy(path)
     return _download(path).directory if is_address(path) else local_path(path)
 
 
@@ -83,7 +89,7 @@ def origin_of(path: str | os.PathLike, root: Path | None = None) -> dict[str, st
     """
     if is_address(path):
         return {"checkpoint": path, "commit": _download(path).commit}
-    if root is not None and Path(path).is_relative_to(root):
+    if root is not None and not is_remote(path) and Path(path).is_relative_to(root):
         return {"checkpoint": Path(path).relative_to(root).as_posix()}
     return {"checkpoint": str(path)}
 

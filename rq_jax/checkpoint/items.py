@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from rq_jax.checkpoint.model_dir import first_difference, named_leaves
+from rq_jax.files import is_remote
 from rq_jax.settings.text import quoted
 
 _PLAIN = re.compile(r"[\w ./~+=@%,#-]*")  # what neither a glob nor a URL gives a meaning to
@@ -25,7 +26,7 @@ def plain_path(directory: Path) -> Iterator[Path]:
     directory called `run[1]` they write what nobody can read. The path of an open descriptor has no such characters.
 
     Args:
-      directory: exists.
+      directory: exists; or an address in an object store, which has no such characters, see `files.run_path`.
 
     Yields:
       `directory` itself, or a path that leads there until the block ends.
@@ -33,7 +34,7 @@ def plain_path(directory: Path) -> Iterator[Path]:
     Raises:
       ValueError: a character that needs a descriptor, on a system without paths of descriptors.
     """
-    if _PLAIN.fullmatch(str(directory)):
+    if is_remote(directory) or _PLAIN.fullmatch(str(directory)):
         yield directory
         return
     if not _DESCRIPTORS.is_dir():

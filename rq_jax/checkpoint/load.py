@@ -11,6 +11,7 @@ A run directory is self-contained:
 A model directory holds weights alone, see `model_dir`.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 from rq_jax import models
 from rq_jax.checkpoint import items, manifest, tensors
 from rq_jax.checkpoint.config import CONFIG, build_model, read_config
-from rq_jax.checkpoint.hub import local_directory
+from rq_jax.checkpoint.hub import is_address, local_directory
 from rq_jax.checkpoint.model_dir import (
     PROMPTS,
     TEXT_TOKENIZER,
@@ -34,6 +35,7 @@ from rq_jax.checkpoint.model_dir import (
     read_weights,
     save_model,
 )
+from rq_jax.checkpoint.remote import checkpoints_of
 from rq_jax.checkpoint.saver import (
     BEST,
     CHECKPOINTS,
@@ -42,7 +44,7 @@ from rq_jax.checkpoint.saver import (
     split,
     steps_of,
 )
-from rq_jax.files import local_path, write_atomic
+from rq_jax.files import local_path, run_path, write_atomic
 
 _TOKENIZER = "tokenizer"
 _LOG = "metrics.jsonl"
@@ -74,15 +76,16 @@ def ship(workdir: str | os.PathLike, directory: str | os.PathLike, shard_bytes: 
     Raises:
       FileNotFoundError: no run, or no checkpoint in it.
     """
-    workdir, directory = local_path(workdir), local_path(directory)
-    loaded = load_model(workdir)
+    loaded, workdir, directory = load_model(workdir), local_directory(workdir), local_path(directory)
     for model, name in ((loaded, "."), (loaded.tokenizer, _TOKENIZER)):
         if model is None:
             continue
         save_model(directory / name, _without_paths(model.config), model.variables, "float16", shard_bytes)
     files = [(workdir / name, directory / name) for name in (_LOG, TEXT_TOKENIZER, PROMPTS)]
-    if loaded.config.get("tokenizer"):  # where stage 1 was trained
-        files.append((Path(loaded.config["tokenizer"]) / _LOG, directory / _TOKENIZER / _LOG))
+    stage1 = loaded.config.get("tokenizer")
+    if stage1 and not is_address(stage1):
+        with contextlib.suppress(OSError):  # it may be gone
+            files.append((local_directory(stage1) / _LOG, directory / _TOKENIZER / _LOG))
     for source, target in files:
         if source.is_file():
             write_atomic(target, source.read_bytes())
@@ -108,7 +111,8 @@ def load_model(
     """Load a model for evaluation, sampling or stage 2.
 
     Args:
-      directory: of a training run or a model directory, or an address of the Hub, "hf://owner/name".
+      directory: of a training run or a model directory, an address of the Hub, "hf://owner/name", or one in an object
+        store, "gs://bucket/run".
       step: of a checkpoint; None takes the best if the run has one, else the newest.
       ema: take the averaged weights, if the run keeps an average.
       device: a device or a sharding to put the variables on, the tokenizer's too; None leaves them on the host, from
@@ -190,7 +194,7 @@ def step_of(directory: str | os.PathLike, step: int | None = None, ema: bool = T
 
 def has_checkpoint(directory: str | os.PathLike) -> bool:
     """Whether a run directory holds a checkpoint to resume from."""
-    return bool(steps_of(local_path(directory) / CHECKPOINTS))
+    return bool(steps_of(run_path(directory) / CHECKPOINTS))
 
 
 def start_from(directory: str | os.PathLike, state: Any, keep_optimizer: bool = False) -> Any:
@@ -309,7 +313,7 @@ def _find_checkpoint(directory: Path, step: int | None, ema: bool) -> Path:
     def reads(path: Path) -> tuple[str, str]:
         return _params_item(path, ema), "model_state"
 
-    roots = [directory / BEST, directory / CHECKPOINTS]
+    roots = [checkpoints_of(directory) / name for name in (BEST, CHECKPOINTS)]
     steps = sorted(old for root in roots for old in steps_of(root))
     if step not in steps and not (step is None and steps):
         missing = "checkpoint" if step is None else f"checkpoint of step {step}"
@@ -333,10 +337,11 @@ def _read_run(directory: Path, state: Any, hint: str) -> dict[str, Any]:
     import optax
 
     read_config(directory)
-    newest = newest_whole(directory / CHECKPOINTS)
+    store = checkpoints_of(directory) / CHECKPOINTS
+    newest = newest_whole(store)
     if newest is None:
         raise FileNotFoundError(f"'{directory}' holds no checkpoint that is whole; keep_optimizer needs one")
-    path, trees = directory / CHECKPOINTS / str(newest), split(state)
+    path, trees = store / str(newest), split(state)
     needs = "init_from with keep_optimizer needs the same model, optimizer (optim.name) and average"
     items.check_fits(path, items.shapes_of_items(trees), f"{needs}; {hint}")
     new = items.restore(path, trees)
@@ -360,8 +365,9 @@ def _read_discriminator(directory: Path, template: dict[str, Any], hint: str) ->
     if beside.is_dir():
         _check_same(beside, read_config(beside), template, hint)
         return _read_variables(beside, template)
-    newest = newest_whole(directory / CHECKPOINTS, reads=lambda path: [DISCRIMINATOR])
-    path = None if newest is None else directory / CHECKPOINTS / str(newest)
+    store = checkpoints_of(directory) / CHECKPOINTS
+    newest = newest_whole(store, reads=lambda path: [DISCRIMINATOR])
+    path = None if newest is None else store / str(newest)
     if path is None or not (path / DISCRIMINATOR).is_dir():
         return None
     return items.restore(path, {DISCRIMINATOR: template})[DISCRIMINATOR]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from rq_jax.files import parse_json, write_atomic
+from rq_jax.files import is_remote, parse_json, run_path, sizes_below, write_atomic
 from rq_jax.settings.text import quoted
 
 MANIFEST = "manifest.json"
@@ -20,14 +20,18 @@ def write(directory: str | os.PathLike) -> None:
     """Write size and SHA-256 of every file below `directory` to its manifest, which starts with its own checksum.
 
     Files, manifest and directories are synced: when this returns, the directory survives a power cut, and the
-    checkpoint that it replaces may be deleted.
+    checkpoint that it replaces may be deleted. An object store keeps checksums itself and writes objects whole: of
+    them the manifest has sizes, and null in place of SHA-256.
     """
-    directory = Path(directory)
+    directory = run_path(directory)
     sizes = dict(sorted(_sizes(directory).items()))
-    digests = _in_threads(lambda name: _sha256(directory / name), sizes)
+    in_store = is_remote(directory)
+    digests = [None] * len(sizes) if in_store else _in_threads(lambda name: _sha256(directory / name), sizes)
     files = {name: [size, digest] for (name, size), digest in zip(sizes.items(), digests, strict=True)}
     body = json.dumps(files, indent=1)
     write_atomic(directory / MANIFEST, f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}".encode())
+    if in_store:
+        return
     for path in (*(directory / name for name in files), directory / MANIFEST, directory, directory.parent):
         file = os.open(path, os.O_RDONLY)
         try:
@@ -43,7 +47,7 @@ def problems(directory: str | os.PathLike, folders: Collection[str] | None = Non
       directory: holds the manifest.
       folders: in it whose contents are compared; None: of all. Sizes are compared everywhere.
     """
-    directory = Path(directory)
+    directory = run_path(directory)
     if (path := directory / MANIFEST).exists() and not path.is_file():
         return [f"{MANIFEST} is no regular file"]
     try:
@@ -54,7 +58,7 @@ def problems(directory: str | os.PathLike, folders: Collection[str] | None = Non
         return [f"{MANIFEST} is damaged"]
     try:
         entries = parse_json(body, MANIFEST)
-        files = {name: (int(size), str(digest)) for name, (size, digest) in entries.items()}
+        files = {name: (int(size), digest and str(digest)) for name, (size, digest) in entries.items()}
     except (ValueError, TypeError) as error:
         return [f"{MANIFEST} is no list of files ({error})"]
     sizes = _sizes(directory)
@@ -66,13 +70,16 @@ def problems(directory: str | os.PathLike, folders: Collection[str] | None = Non
     return [problem for problem in _in_threads(check, files) if problem is not None]
 
 
-def _problem(directory: Path, name: str, sizes: dict[str, int], size: int, digest: str, is_read: bool) -> str | None:
+def _problem(
+    directory: Path, name: str, sizes: dict[str, int], size: int, digest: str | None, is_read: bool
+) -> str | None:
     if name not in sizes:
         return f"{quoted(name, 200)} is missing"
     if sizes[name] != size:
         return f"{quoted(name, 200)} has {sizes[name]} bytes, not {size}"
     try:
-        return None if not is_read or _sha256(directory / name) == digest else f"{quoted(name, 200)} has other contents"
+        is_whole = not is_read or digest is None or _sha256(directory / name) == digest
+        return None if is_whole else f"{quoted(name, 200)} has other contents"
     except OSError as error:
         return f"{quoted(name, 200)} cannot be read ({error.strerror or error})"
 
@@ -84,10 +91,7 @@ def _in_threads(function: Callable[[str], Any], names: Iterable[str]) -> list[An
 
 def _sizes(directory: Path) -> dict[str, int]:
     """Size in bytes of every file below a directory except the manifest, by relative path."""
-    files = (path for path in directory.rglob("*") if path.is_file())
-    names = {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
-    names.pop(MANIFEST, None)
-    return names
+    return {name: size for name, size in sizes_below(directory).items() if name != MANIFEST}
 
 
 def _sha256(path: Path) -> str:

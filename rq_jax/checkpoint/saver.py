@@ -10,14 +10,14 @@
 Orbax writes a checkpoint and moves it into place, but keeps no checksums. So each is sealed afterwards: a marker is
 created before Orbax starts; when Orbax is done, a thread reads names and shapes back, writes and syncs the manifest,
 deletes the marker, and only then deletes the checkpoints that the new one replaces. A crash in between leaves a marker
-without a manifest: such a checkpoint never counts and is deleted at the next start.
+without a manifest: such a checkpoint never counts and is deleted at the next start. All of it may lie in an object
+store, `gs://bucket/run`, whose objects appear whole and whose directories cannot be renamed.
 """
 
 import contextlib
 import logging
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 from rq_jax.checkpoint import manifest
 from rq_jax.checkpoint.items import check_fits, plain_path, reading, shapes_of_items
 from rq_jax.devices import hosts
-from rq_jax.files import read_json, write_atomic, write_json
+from rq_jax.files import is_remote, move_tree, read_json, remove_tree, run_path, write_atomic, write_json
 
 CHECKPOINTS, BEST, DAMAGED, AMENDED = "checkpoints", "best", "damaged", "amended.json"
 DISCRIMINATOR = "discriminator"
@@ -54,12 +54,12 @@ class Checkpointer:
         """Open the stores of a run directory.
 
         Args:
-          directory: of the run.
+          directory: of the run, on this machine or in an object store.
           keep: number of newest checkpoints to keep, at least 1; an older one is deleted when a newer one is sealed.
           keep_every: also keep the checkpoints at multiples of this many steps; 0 keeps none of them.
           strict: raise at a damaged checkpoint instead of resuming from the one before.
         """
-        self._root, self._strict = Path(directory).absolute(), strict
+        self._root, self._strict = run_path(directory), strict
         self._store = _Store(self._root, CHECKPOINTS, keep, keep_every)
         self._best_store: _Store | None = None
 
@@ -191,7 +191,8 @@ class _Store:
         self._thread: threading.Thread | None = None
         if jax.process_index() == 0:  # before the manager opens, where all processes synchronise
             for path in self.directory.glob(f"{_DELETING}*"):
-                shutil.rmtree(path, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove_tree(path)
             self._drop_unsealed()
         self.manager = self._open()
 
@@ -272,7 +273,7 @@ class _Store:
         for marker in self.directory.glob(f"{_SEALING}*"):
             path = self.directory / marker.name.removeprefix(_SEALING)
             if path.exists() and not (path / manifest.MANIFEST).exists():
-                shutil.rmtree(path)
+                remove_tree(path)
             marker.unlink()
 
     def _make_room(self) -> None:
@@ -285,13 +286,24 @@ class _Store:
         self.discard(step for step in sealed if step not in retained)
 
     def discard(self, steps: Iterator[int]) -> None:
-        """Delete checkpoints, renamed first: one that is half deleted must not pass for a checkpoint."""
+        """Delete checkpoints: one that is half deleted must not pass for a checkpoint."""
         for step in list(steps):
             if jax.process_index() == 0:
-                doomed = self.directory / f"{_DELETING}{step}"
-                os.rename(self.directory / str(step), doomed)
-                shutil.rmtree(doomed)
+                self._delete(step)
         self.manager.reload()
+
+    def _delete(self, step: int) -> None:
+        path = self.directory / str(step)
+        if not is_remote(path):  # a renaming needs no room on a full disk
+            doomed = self.directory / f"{_DELETING}{step}"
+            move_tree(path, doomed)
+            remove_tree(doomed)
+            return
+        marker = self.directory / f"{_SEALING}{step}"
+        write_atomic(marker, b"")
+        (path / manifest.MANIFEST).unlink(missing_ok=True)
+        remove_tree(path)
+        marker.unlink()
 
     def join(self) -> None:
         """Wait until the pending save has ended, well or not."""
@@ -362,4 +374,4 @@ def _move_into(path: Path, directory: Path) -> None:
     number = 0
     while (target := directory / f"{path.name}{f'-{number}' if number else ''}").exists():
         number += 1
-    os.rename(path, target)
+    move_tree(path, target)

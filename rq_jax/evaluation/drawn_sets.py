@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -62,9 +61,10 @@ def is_transformer(path: str) -> bool:
     """Whether a path is the directory of a stage-2 model, or an address, which can be of nothing else here."""
     if checkpoint.is_address(path):
         return True
-    if not (Path(path) / "config.json").is_file():
+    directory = checkpoint.local_directory(path)
+    if not (directory / "config.json").is_file():
         return False
-    return checkpoint.read_config(path)["model"]["name"].endswith("transformer")
+    return checkpoint.read_config(directory)["model"]["name"].endswith("transformer")
 
 
 def load(directory: str, step: int | None = None, ema: bool = True, flag: str = "--samples") -> LoadedModel:

@@ -16,7 +16,7 @@ import jax
 from rq_jax import checkpoint
 from rq_jax.data import Splits, make_dataset
 from rq_jax.devices import hosts, sharding
-from rq_jax.files import local_path
+from rq_jax.files import is_remote, local_path, run_path
 from rq_jax.recipes.dq_transformer import DQTransformer
 from rq_jax.recipes.outlook import describe_data, shortages, unlike_starts
 from rq_jax.recipes.tokenizer import Tokenizer
@@ -101,6 +101,8 @@ def with_whole_paths(config: Mapping[str, Any]) -> dict[str, Any]:
         is_path = isinstance(value, str | os.PathLike) and bool(str(value))
         if is_path and setting in _MODELS and checkpoint.is_address(value):
             section[name] = checkpoint.pinned(value)
+        elif is_path and setting in _MODELS and is_remote(value):
+            section[name] = str(run_path(value))
         elif is_path and (not name.endswith("_split") or str(value).endswith(".txt")):
             section[name] = str(local_path(value).absolute())
     return config
@@ -112,8 +114,8 @@ def _with_commits_of(workdir: str, config: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: config[name] for name in _MODELS if checkpoint.is_address(config.get(name) or "")}
 
     def recorded() -> dict[str, Any]:
-        is_run = (local_path(workdir) / "config.json").is_file()
-        before = checkpoint.read_config(workdir) if is_run else {}
+        directory = checkpoint.local_directory(workdir)
+        before = checkpoint.read_config(directory) if (directory / "config.json").is_file() else {}
         return {name: checkpoint.pinned_as(value, before.get(name)) for name, value in given.items()}
 
     return config | hosts.done_by_first_process(recorded) if given else config

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from rq_jax import checkpoint
+from rq_jax import checkpoint, files
 from rq_jax.devices import hosts
 from rq_jax.files import local_path
 from rq_jax.settings.text import quoted
@@ -39,9 +39,21 @@ def path(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def run_path(text: str) -> str:
+    """The value of a flag that names a run directory: as `path`, or an address in an object store.
+
+    Raises:
+      argparse.ArgumentTypeError: as `path`, or a malformed address, or a package that it needs is missing.
+    """
+    try:
+        return str(files.run_path(text)) if files.is_remote(text) else path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def model_path(text: str) -> str:
-    """The value of a flag that names a model: as `path`, or an address of the Hub, which stays as it is."""
-    return text if checkpoint.is_address(text) else path(text)
+    """The value of a flag that names a model: as `run_path`, or an address of the Hub, which stays as it is."""
+    return text if checkpoint.is_address(text) else run_path(text)
 
 
 def per_depth(kind: type) -> Callable[[str], Any]:
@@ -69,7 +81,9 @@ def main(train_and_evaluate: Callable[..., Any], presets: Mapping[str, Iterable[
 
     with one_line_errors(flags.Error):  # a --flagfile is read here
         config = config_flags.DEFINE_config_file("config", None, _config_help(presets or {}), lock_config=True)
-    workdir = flags.DEFINE_string("workdir", None, "Directory of the run.")
+    workdir = flags.DEFINE_string(
+        "workdir", None, "Directory of the run, here or in an object store, as gs://bucket/run."
+    )
     coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0, where JAX cannot find it.")
     num_processes = flags.DEFINE_integer("num_processes", None, "Processes of the run; with --coordinator.")
     process_id = flags.DEFINE_integer("process_id", None, "Number of this process; with --coordinator.")
@@ -85,7 +99,7 @@ def main(train_and_evaluate: Callable[..., Any], presets: Mapping[str, Iterable[
         logging.getLogger("rq_jax").setLevel(logging.INFO)
         with one_line_errors():
             try:
-                directory = path(workdir.value or "")
+                directory = run_path(workdir.value or "")
             except argparse.ArgumentTypeError as error:
                 raise ValueError(f"--workdir: {error}") from None
             hosts.join(coordinator.value, num_processes.value, process_id.value, heartbeat.value)

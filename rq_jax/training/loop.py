@@ -11,11 +11,11 @@ from typing import Any, Protocol, Self
 import jax
 import numpy as np
 
-from rq_jax.checkpoint import Checkpointer, read_config, write_config
+from rq_jax.checkpoint import Checkpointer, RunDirectory, local_directory, read_config, write_config
 from rq_jax.data import Splits
 from rq_jax.devices import sharding
 from rq_jax.devices.memory import explained_memory
-from rq_jax.files import RunLock, local_path, write_atomic
+from rq_jax.files import write_atomic
 from rq_jax.report import curves, page
 from rq_jax.report.parameters import parameter_table
 from rq_jax.report.progress import Progress
@@ -88,7 +88,7 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
       recipe: what is trained.
       data: its batches.
       settings: intervals and durations.
-      workdir: run directory.
+      workdir: run directory, on this machine or in an object store ("gs://bucket/run"), see `checkpoint.RunDirectory`.
       strict: stop at a damaged checkpoint instead of going on from the one before.
 
     Returns:
@@ -103,12 +103,12 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
       SystemExit: with 128 + signal number after SIGINT (130) or SIGTERM (143); the current step is saved, and an
         evaluation that is cut short is made up for by the next start.
     """
-    start, workdir = budget.clock(), str(local_path(workdir))
+    start = budget.clock()
     _check_kind(workdir, recipe)
-    lock = RunLock(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    retention = settings.keep_checkpoints, settings.keep_every_steps
     # The lock first: opening a checkpointer removes what a killed save left, which may be another trainer's work.
-    with lock, Checkpointer(workdir, settings.keep_checkpoints, settings.keep_every_steps, strict) as checkpointer:
-        data = data.as_bytes() if isinstance(data, Splits) else data
+    with RunDirectory(workdir) as directory, Checkpointer(directory.address, *retention, strict) as checkpointer:
+        data, workdir = data.as_bytes() if isinstance(data, Splits) else data, directory.path
         is_fresh = checkpointer.latest_step is None
         recipe, data = recipe.start(workdir, data, is_fresh)
         plan = budget.plan(recipe, data, settings, workdir, is_fresh, start)
@@ -121,9 +121,9 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
             monitor.HangGuard(settings.hang_timeout_seconds) as hang,
             monitor.Profiler(workdir, settings.profile_first_step, settings.profile_steps) as profiler,
         ):
-            parts = _Parts(writer, iterator, checkpointer, stop, hang, profiler)
-            state = _Run(recipe, data, plan, workdir, parts).train(state)
-    _finish(workdir, recipe.curves)
+            parts = _Parts(directory, writer, iterator, checkpointer, stop, hang, profiler)
+            state = _Run(recipe, data, plan, parts).train(state)
+        _finish(directory, recipe.curves)
     return state
 
 
@@ -131,6 +131,7 @@ def run(recipe: Recipe, data: Data, settings: LoopSettings, workdir: str, *, str
 class _Parts:
     """Resources of a run, opened and closed by `run`."""
 
+    directory: RunDirectory
     writer: MetricWriter
     iterator: Any  # of batches, with get_state and set_state
     checkpointer: Checkpointer
@@ -142,11 +143,11 @@ class _Parts:
 class _Run:
     """The steps of one start of a run."""
 
-    def __init__(self, recipe: Recipe, data: Data, plan: budget.Plan, workdir: str, parts: _Parts):
+    def __init__(self, recipe: Recipe, data: Data, plan: budget.Plan, parts: _Parts):
         self._recipe, self._data, self._plan, self._settings = recipe, data, plan, plan.settings
-        self._workdir, self._parts, self._status = workdir, parts, RunStatus()
+        self._parts, self._status = parts, RunStatus()
         self._meter = monitor.Meter(recipe.flops_per_image, recipe.model.dtype)
-        self._finite = monitor.FiniteGuard(workdir, self._settings.max_skipped_steps)
+        self._finite = monitor.FiniteGuard(parts.directory.path, self._settings.max_skipped_steps)
         self._programs: set[tuple[Hashable, str]] = set()  # phases and shapes of the steps so far
         self._metrics: Any = None  # of the last step that was dispatched, with its batch
         self._batch: Any = None
@@ -155,7 +156,8 @@ class _Run:
         """All steps that are left; the last state."""
         recipe, settings, parts = self._recipe, self._settings, self._parts
         state = self._resume(state)
-        _describe(self._workdir, self._plan.config, state)
+        _describe(parts.directory.path, self._plan.config, state)
+        parts.directory.push()  # a checkpoint without its config is of no use
         step = int(state.step)
         self._tell_if_beyond(step)
         # A start that made up for an evaluation may have been killed before it could note that.
@@ -187,6 +189,7 @@ class _Run:
                 if step % settings.evaluate_every_steps == 0 or last:
                     evaluator.run(state, step)
                     parts.writer.write_page()
+                    parts.directory.push()
                     self._log.restart(step)
                 # An evaluation that a signal cut short has polled already, and a second poll would not repeat it.
                 stopping = self._status.owes_evaluation or parts.stop.poll()
@@ -203,7 +206,9 @@ class _Run:
         state, saved = self._parts.checkpointer.restore(state)
         self._status = RunStatus.from_saved(saved)
         self._parts.iterator.set_state(_data_position(saved, self._data.train.batch_size))
-        logger.info("%s: resumed from step %d in %s", self._recipe.title, int(state.step), self._workdir)
+        logger.info(
+            "%s: resumed from step %d in %s", self._recipe.title, int(state.step), self._parts.directory.address
+        )
         return state
 
     def _tell_if_beyond(self, step: int) -> None:
@@ -257,6 +262,7 @@ class _Run:
         # The position counts batches that were handed out; those read ahead by threads are read again.
         saved = dataclasses.asdict(self._status)
         position = {"data": self._parts.iterator.get_state(), "batch_size": self._data.train.batch_size}
+        self._parts.directory.push()  # before the checkpoint, so that no log ends before it
         self._parts.checkpointer.save(state, {**saved, **position})
         self._log.restart(step)
 
@@ -277,9 +283,10 @@ def _check_kind(workdir: str, recipe: Recipe) -> None:
     Raises:
       ValueError: naming both kinds.
     """
-    if not (Path(workdir) / "config.json").is_file():
+    directory = local_directory(workdir)
+    if not (directory / "config.json").is_file():
         return
-    there, ours = (config.get("model", {}).get("name") for config in (read_config(workdir), recipe.config))
+    there, ours = (config.get("model", {}).get("name") for config in (read_config(directory), recipe.config))
     if there != ours:
         raise ValueError(f"workdir: '{workdir}' holds a run of '{there}', not of '{ours}'; give another --workdir")
 
@@ -312,10 +319,10 @@ def _data_position(saved: Mapping[str, Any], batch_size: int) -> dict[str, Any]:
     return {**saved["data"], "next_batch": -(-seen // batch_size)}
 
 
-def _finish(workdir: str, names: Sequence[str]) -> None:
+def _finish(directory: RunDirectory, names: Sequence[str]) -> None:
     """Draw the curves of a run and say where its images are; on the first host."""
     if jax.process_index() != 0:
         return
-    directory = Path(workdir)
-    curves.curves(directory / METRICS_FILE, names, directory / "pictures" / "curves.png")
-    print(f"images: {directory / 'pictures'}, report: {directory / page.PAGE}")
+    path = Path(directory.path)
+    curves.curves(path / METRICS_FILE, names, path / "pictures" / "curves.png")
+    print(f"images: {directory.address}/pictures, report: {directory.address}/{page.PAGE}")

@@ -12,6 +12,7 @@ import sys
 import time
 import types
 
+import bucket_server
 import helpers
 import jax
 import numpy as np
@@ -316,10 +317,24 @@ def test_many_processes_give_the_numbers_of_one(configs, single, tmp_path, stage
     assert "step 6" in outputs[0] and all("step 6" not in output for output in outputs[1:])
 
 
-def test_processes_restore_a_run_onto_their_own_devices(tmp_path):
-    line = [ROOT / "tests" / "restoring_process.py", tmp_path, f"localhost:{free_port()}", 2]
+def restore_in_processes(directory):
+    line = [ROOT / "tests" / "restoring_process.py", directory, f"localhost:{free_port()}", 2]
     codes, outputs = end([start([*line, i]) for i in range(2)])
     assert codes == [0, 0], "".join(output[-3000:] for output in outputs)
+
+
+def test_processes_restore_a_run_onto_their_own_devices(tmp_path):
+    restore_in_processes(tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is None, reason="gcsfs is not installed")
+def test_processes_restore_a_run_from_an_object_store(tmp_path, monkeypatch):
+    with bucket_server.served() as (bucket, environment):
+        for name, value in {**environment, "HOME": str(tmp_path)}.items():
+            monkeypatch.setenv(name, value)
+        restore_in_processes("gs://bucket/run")
+    written = {name.split("/")[4] for name in bucket.objects if "/params/ocdbt.process_" in name}
+    assert written == {"ocdbt.process_0", "ocdbt.process_1"}
 
 
 @pytest.fixture(scope="module")
