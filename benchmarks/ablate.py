@@ -34,6 +34,8 @@ NOTE = "ablation.json"  # in the directory of a run that is finished
 NUM_SAMPLES = 447  # as many as the bundled set holds out, and of their classes
 NUM_QUICK = 16  # with --quicktest
 NUM_SHOWN = 10  # in the image of a table
+SETTINGS = "settings_000000.json"  # of what sample.py drew
+MANIFOLD = ("precision", "recall", "density", "coverage")
 OF_TOKENIZER = ("psnr", "num_codes", "bits_per_image")  # beside the figures of samples
 
 Run = tuple[str, int]  # row, seed
@@ -49,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_path = functools.partial(parser.add_argument, type=cli.path)
     add_path("--workdir", default="runs/ablations", help="directory of the runs, seen from this checkout")
     add_path("--out", help="directory of the table, likewise (default: results; of a quicktest its workdir)")
-    add_path("--checkpoint", default="checkpoints/emoji", help="model that the table 'filter' draws from")
+    add_path("--checkpoint", default="checkpoints/emoji", help="model that the tables of samples draw from")
     parser.add_argument("--quicktest", action="store_true", help="runs of four steps, to try the command")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"\d+(,\d+)*", args.seeds):
@@ -156,8 +158,8 @@ def tokenizer_of(args: argparse.Namespace, row: str) -> Path:
 
 
 def draw_filtered(args: argparse.Namespace, row: str, seed: int) -> Figures:
-    """Draw from the pair that ships through a row of `ablations.FILTERS`."""
-    return draw(args, directory_of(args, row, seed), args.checkpoint, seed, ablations.FILTERS[row], model_of(args))
+    """Draw from the pair that ships as a row of `ablations.DRAWN` says."""
+    return draw(args, directory_of(args, row, seed), args.checkpoint, seed, ablations.DRAWN[row], model_of(args))
 
 
 @functools.cache
@@ -168,7 +170,7 @@ def _model(directory: Path) -> Figures:
 
 
 def model_of(args: argparse.Namespace) -> Figures:
-    """Fingerprints and sampling defaults of the model of the table 'filter'; one that is trained anew is another."""
+    """Fingerprints and sampling defaults of the model that is drawn from; one that is trained anew is another."""
     return _model(ROOT / args.checkpoint)
 
 
@@ -264,6 +266,7 @@ def measure_samples(args: argparse.Namespace, tokenizers: Mapping[Run, Path], pl
         run: {
             **{name: record["results"][str(tokenizers[run])][name] for name in OF_TOKENIZER},
             "kernel_distance": distances[f"samples {place}"], "nearest": nearest[f"samples {place}"],
+            **{name: samples[name]["of"][f"samples {place}"] for name in MANIFOLD},
             "kernel_distance_of_reconstructions": of_reconstructions[run],
         }
         for run, place in places.items()
@@ -300,9 +303,14 @@ def measure_transformers(args: argparse.Namespace, runs: Iterable[Run]) -> Measu
 
 
 def measure_filters(args: argparse.Namespace, runs: Iterable[Run]) -> Measured:
-    """As `measure_samples`."""
+    """As `measure_samples`, with the mean score of what a judge kept."""
     places = {run: directory_of(args, *run) for run in runs}
-    return measure_samples(args, dict.fromkeys(places, Path(args.checkpoint) / "tokenizer"), places)
+    measured = measure_samples(args, dict.fromkeys(places, Path(args.checkpoint) / "tokenizer"), places)
+    for run, place in places.items():
+        chosen = json.loads((ROOT / place / SETTINGS).read_text()).get("chosen", {})
+        if chosen:
+            measured[1][run]["mean_score"] = chosen["mean_score"]["kept"]
+    return measured
 
 
 # --- tables ---
@@ -324,7 +332,7 @@ PROTOCOL = (
 
 def kind_of(row: str) -> str:
     """The key of `KINDS` for a row."""
-    if row in ablations.FILTERS:
+    if row in ablations.DRAWN:
         return "filters"
     return "transformers" if "tokenizer" in config_of(row)[1] else "tokenizers"
 
@@ -337,10 +345,11 @@ def draw_table(args: argparse.Namespace, rows: list[tables.Row], marks: Figures,
         tables.filter_curves(rows, marks, path)
     elif args.table in ("dq_rate", "dq_ratio"):
         tables.rate_curves(rows, tables.COLUMNS[args.table], path)
-    elif kind_of(rows[0]["row"]) == "transformers":
+    elif (kind := kind_of(rows[0]["row"])) != "tokenizers":
         shown = np.linspace(0, (NUM_QUICK if args.quicktest else NUM_SAMPLES) - 1, NUM_SHOWN).astype(int)
         runs = {row["row"]: ROOT / directory_of(args, row["row"], args.seeds[0]) for row in rows}
-        tables.sample_grid({name: run / "samples" / "images" for name, run in runs.items()}, shown, path)
+        below = "samples" if kind == "transformers" else "."
+        tables.sample_grid({name: run / below for name, run in runs.items()}, shown, path)
     else:
         source = ROOT / args.workdir / "evaluations" / f"{args.table}_images" / "reconstructions.png"
         write_atomic(path, source.read_bytes())

@@ -32,6 +32,10 @@ COLUMNS = {
     "tokenizers": TOKENIZER_COLUMNS,
     "transformers": {"validation loss, nats": "validation_loss", **SAMPLE_COLUMNS},
     "filters": SAMPLE_COLUMNS,
+    "rejection": {
+        "mean score": "mean_score", **SAMPLE_COLUMNS, "precision": "precision", "recall": "recall",
+        "density": "density", "coverage": "coverage",
+    },
     "coarse_to_fine": DEPTH_COLUMNS,
     "dq_rate": {**_COSTS, **TOKENIZER_COLUMNS},
     "dq_router": {**_COSTS, "fine in training": "fine_share_in_training", **TOKENIZER_COLUMNS},
@@ -130,13 +134,16 @@ def filter_curves(rows: Sequence[Row], marks: Figures, path: Path) -> None:
 
 
 def sample_grid(folders: Mapping[str, Path], indices: Iterable[int], path: Path) -> None:
-    """Show images of several folders, a row for each, as PNG.
+    """Show samples of several draws, a row for each, as PNG.
 
     Args:
-      folders: label -> folder of images, as sample.py names them.
-      indices: of the images to show.
+      folders: label -> directory that sample.py wrote.
+      indices: of the samples to show, in the order of their classes.
       path: file to write.
     """
-    names = [f"{i:06d}.png" for i in indices]
-    shown = {label: np.stack([read_image(folder / name) for name in names]) for label, folder in folders.items()}
+    shown = {}
+    for label, folder in folders.items():
+        with np.load(folder / "codes_000000.npz") as codes:  # what is kept of more has ids with gaps
+            ids = codes["image_ids"][list(indices)]
+        shown[label] = np.stack([read_image(folder / "images" / f"{i:06d}.png") for i in ids])
     grids.save_png(path, grids.labelled_grid(shown, scale=2))

@@ -1,7 +1,7 @@
 """Tables of results: the rows of each, and the settings that a row changes. Data only; `benchmarks.ablate` makes them.
 
 A row that is trained changes settings of a preset `demo`, after those that all rows of its group change; a row of
-`FILTERS` changes options of sample.py on the pair that ships.
+`DRAWN` changes options of sample.py on the pair that ships.
 """
 
 # On the squared error alone; evaluate.py measures at the end.
@@ -97,6 +97,10 @@ FILTERS = {
     **{f"guidance {g}": {"guidance": g} for g in (1.0, 1.5, 2.0, 3.0, 4.0)},
 }
 
+# The share that a classifier keeps, of so many more samples.
+REJECTION = {f"{100 * keep:g} % kept": {"keep": keep, "by": "classifier"} for keep in (1.0, 0.5, 0.25, 0.125, 0.05)}
+DRAWN = FILTERS | REJECTION
+
 # Config, what all rows of a group change, and what each does.
 TRAINED = (
     ("rqvae", TOKENIZER_CHANGES, TOKENIZERS | FIXED_LENGTHS),
@@ -104,7 +108,7 @@ TRAINED = (
     ("rqtransformer", TRANSFORMER_CHANGES, TRANSFORMERS),
     ("dqtransformer", GRAIN_TRANSFORMER_CHANGES, GRAIN_TRANSFORMERS),
 )
-ROWS = {name: changes for *_, rows in TRAINED for name, changes in rows.items()} | FILTERS
+ROWS = {name: changes for *_, rows in TRAINED for name, changes in rows.items()} | DRAWN
 
 TABLES = {
     "depth": ("D 1, K 512", "D 2, K 512", BASE, "D 8, K 512", "D 1, K 2048", "D 1, K 8192", "D 4, K 4 x 128"),
@@ -114,6 +118,7 @@ TABLES = {
     "soft_labels": ("soft labels, stochastic codes", "soft labels", "stochastic codes", "neither"),
     "optimizer": ("soft labels, stochastic codes", "Muon"),  # AdamW, Muon
     "filter": tuple(FILTERS),
+    "rejection": tuple(REJECTION),
     "dq_rate": (
         *FIXED_LENGTHS,
         *(f"{router}, {name}" for router in ("entropy", "feature", "random") for name in _MEANS),

@@ -45,6 +45,10 @@ class Scripts:
                 grids.save_png(
                     self.root / values["out"] / "images" / f"{i:06d}.png", np.zeros((SIDE, SIDE, 3), np.uint8)
                 )
+            np.savez(self.root / values["out"] / "codes_000000.npz", image_ids=np.arange(ablate.NUM_SAMPLES))
+            chosen = {"mean_score": {"drawn": 0.0, "kept": 1 / float(values["keep"])}} if "keep" in values else {}
+            settings = {"chosen": chosen} if chosen else {}
+            (self.root / values["out"] / "settings_000000.json").write_text(json.dumps(settings))
         else:
             self.write_evaluation(self.root / values["out"], command, given)
         return f"python {script}"
@@ -71,6 +75,7 @@ class Scripts:
         nearest = {f"samples {place}": 0.5 for place in samples} | {"held-out pictures": 0.6}
         record = {
             "command": command, "results": results, "kernel_distance": {"of": of},
+            **{name: {"of": {f"samples {place}": 0.25 for place in samples}} for name in ablate.MANIFOLD},
             "samples": {"median_squared_distance_to_nearest_training_picture": nearest},
         }  # fmt: skip
         fields = lambda place: {"images": self.images.get(place, 447)}  # noqa: E731
@@ -239,7 +244,7 @@ def test_rows_change_settings_that_exist(name, shared, rows):
 
 
 def test_every_row_has_one_name_and_every_name_a_row():
-    names = [name for *_, rows in ablations.TRAINED for name in rows] + list(ablations.FILTERS)
+    names = [name for *_, rows in ablations.TRAINED for name in rows] + list(ablations.DRAWN)
     assert len(names) == len(set(names)) and set().union(*ablations.TABLES.values()) <= set(names)
 
 
@@ -264,6 +269,12 @@ def test_the_curve_over_fine_ratios_has_a_tokenizer_for_each(fake_scripts, undra
     assert rows[0]["figures"]["position_nats"]["mean"] == 0.5
     drawn = [dict(given) for script, given in fake_scripts.lines if script == "sample.py"]
     assert {(values["top_p"], values["position_top_p"]) for values in drawn} == {("1.0", "1.0")}
+
+
+def test_rejection_tells_the_score_of_what_is_kept(fake_scripts):
+    rows = made("rejection", "--seeds=0")["rows"]
+    assert [row["figures"]["mean_score"]["mean"] for row in rows] == [1, 2, 4, 8, 20]
+    assert {"precision", "recall", "density", "coverage"} <= rows[0]["figures"].keys()
 
 
 def test_a_command_that_fails_ends_the_table(monkeypatch, tmp_path):
