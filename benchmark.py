@@ -1,4 +1,4 @@
-"""Measure speed: sampling, decoding, training, codebook search, reading data. The last line of stdout is JSON.
+"""Measure speed: sampling, decoding, training, codebook search, data, features. The last line of stdout is JSON.
 
 python benchmark.py sample --model=huge --batch=1,100,200 --against=16x16x1
 python benchmark.py train --stage=2 --preset=imagenet256_480m
@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import preflight, quantize, roofline, sample, sweep, targets, train
+from benchmarks import features, preflight, quantize, roofline, sample, sweep, targets, train
 from rq_jax.training import cli
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "quantize": sweep.Benchmark(quantize.groups, quantize.build, "vector"),
     "train": sweep.Benchmark(train.groups, train.build, "image"),
     "data": sweep.Benchmark(train.data_groups, train.build_data, "image"),
+    "features": sweep.Benchmark(features.groups, features.build, "image"),
 }
 
 
@@ -63,6 +64,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "quantize": (add_quantize, "codebook search and update, against the whole matrix of distances and its argmin"),
         "train": (add_train, "the training step of either stage"),
         "data": (add_data, "read and transform training images, without a model"),
+        "features": (add_features, "features of images, by which sets are measured and samples are judged"),
         "compile": (add_compile, "what a program needs on devices that are not here, as their compiler plans it"),
     }
     for name, (add_options, text) in options.items():
@@ -150,6 +152,12 @@ def add_data(add: Callable[..., Any]) -> None:
     add("--data_name", help="data set (default: the preset's)")
     add("--data_dir", type=cli.path, help="its directory")
     add("--jpeg_side", type=_count, help="read JPEGs of this side in place of a data set, such as 256")
+
+
+def add_features(add: Callable[..., Any]) -> None:
+    add("--net", type=_list(_one_of(*features.NETS)), default=[*features.NETS], help=", ".join(features.NETS))
+    add("--image_size", type=_list(_count), default=[256], help="side of the images")
+    add("--batch", type=_list(_count), default=[64], help="images over all devices")
 
 
 def add_compile(add: Callable[..., Any]) -> None:

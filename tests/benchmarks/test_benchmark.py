@@ -386,6 +386,12 @@ def test_quantize_run():
     assert record["results"][1]["bytes"] - record["results"][0]["bytes"] == 2 * 4 * 24 * 11 * 3
 
 
+def test_features_run():
+    (entry,) = run("features", "--net=efficientnet_lite0", "--image_size=16", "--batch=8", "--runs=1")["results"]
+    assert entry["count"] == 8 and entry["per_second"] > 0 and entry["roofline"]["seconds"] > 0
+    assert 0.6e9 < entry["flops"] / 8 < 1e9  # 0.4 billion products an image of 224x224, as published
+
+
 @pytest.mark.parametrize("pair", [("search", "dense_search"), ("update", "dense_update")])
 def test_both_forms_of_the_search_find_the_same(pair):
     rng_x, rng_codebook, rng = jax.random.split(jax.random.key(0), 3)
