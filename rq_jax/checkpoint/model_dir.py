@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rq_jax.checkpoint import tensors
@@ -36,8 +37,8 @@ def save_model(
       directory: created if missing.
       config: the resolved config, JSON-able.
       variables: of the model.
-      dtype: "float16" of the parameters halves them, and `load_model` widens them again; the rest, such as the moving
-        averages of a codebook, whose counts may be large, keeps its dtype. None keeps all dtypes.
+      dtype: "float16" halves the arrays, and `load_model` widens them again; those beside the parameters that it cannot
+        hold keep their dtype, as the moving averages of a codebook, whose counts may be large. None keeps all dtypes.
       shard_bytes: of the weights in a file, at most.
 
     Raises:
@@ -49,12 +50,12 @@ def save_model(
         return
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in named_leaves(variables)}
     if dtype == "float16":
-        params = {name: array for name, array in arrays.items() if name.startswith(f"params{_TREE}")}
-        for name, array in params.items():
+        for name, array in arrays.items():
             largest = float(np.max(np.abs(array), initial=0.0))
-            if not largest <= float(np.finfo(np.float16).max):
+            if largest <= float(np.finfo(np.float16).max) and jnp.issubdtype(array.dtype, jnp.floating):
+                arrays[name] = array.astype(np.float16)
+            elif name.startswith(f"params{_TREE}"):
                 raise ValueError(f"dtype: '{name}' has a value of {largest}, beyond float16; leave dtype out")
-        arrays |= {name: array.astype(np.float16) for name, array in params.items()}
     named = {name.replace(_TREE, _FILE): array for name, array in arrays.items()}
     tensors.write(local_path(directory) / WEIGHTS, named, shard_bytes)
     write_config(directory, config)  # last: a directory without it is no model directory
