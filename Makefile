@@ -10,6 +10,7 @@ FIGURES = checkpoints/emoji/figures
 KEPT = --cache=$(PAIR)/features
 AVATARS ?= runs/avatars
 OF_AVATARS = --cache=$(AVATARS)/features --out=checkpoints/avatars/figures
+ON_EMOJI = --config=configs/rqtransformer.py:emoji --config.tokenizer=$(PAIR)/rqvae --config.optim.name=muon
 BY_TEXT = --config=configs/rqtransformer.py:avatars_text --config.tokenizer=$(AVATARS)/rqvae \
   --config.data.text_tokenizer=$(AVATARS)/tokenizer.json
 BENCH ?= runs/bench
@@ -78,13 +79,24 @@ demo-dq: setup
 	@echo "Pictures: $(RUNS)/dq_samples (samples and their grains), $(RUNS)/dqvae/pictures (grains and reconstructions)"
 	@echo "Reconstructions at fine ratios .1, .3, .5, .7, .9 of this one tokenizer: $(RUNS)/dq_ratios/fine_ratios.png"
 
-# The pair in checkpoints/emoji with its figures, anew: about three and a half hours on two CPU cores.
+# The pair in checkpoints/emoji with its figures, anew: about five and a half hours on two CPU cores.
+# Tokenizer and transformer went on from where they were, with Muon: the transformer twice, on the new codes.
 emoji: setup
 	$(PYTHON) -m rq_jax.data.prepare twemoji
-	$(PYTHON) train_vae.py --config=configs/rqvae.py:emoji --workdir=$(PAIR)/rqvae
-	$(PYTHON) train_transformer.py --config=configs/rqtransformer.py:emoji --workdir=$(PAIR)/rqtransformer \
-	  --config.tokenizer=$(PAIR)/rqvae
-	$(PYTHON) -c "from rq_jax import checkpoint; checkpoint.ship('$(PAIR)/rqtransformer', 'checkpoints/emoji')"
+	$(PYTHON) train_vae.py --config=configs/rqvae.py:emoji --workdir=$(PAIR)/rqvae_first
+	$(PYTHON) train_transformer.py --config=configs/rqtransformer.py:emoji --workdir=$(PAIR)/first \
+	  --config.tokenizer=$(PAIR)/rqvae_first
+	$(PYTHON) train_vae.py --config=configs/rqvae.py:emoji --workdir=$(PAIR)/rqvae --config.init_from=$(PAIR)/rqvae_first \
+	  --config.optim.name=muon --config.optim.warmup_steps=50 --config.loop.total_steps=2600 \
+	  --config.loss.perceptual_start_steps=2100 --config.loss.adversarial_start_steps=2100
+	$(PYTHON) train_transformer.py $(ON_EMOJI) --workdir=$(PAIR)/second --config.seed=1 \
+	  --config.init_from=$(PAIR)/first --config.optim.warmup_steps=38 --config.loop.total_steps=920
+	$(PYTHON) train_transformer.py $(ON_EMOJI) --workdir=$(PAIR)/third --config.seed=2 \
+	  --config.init_from=$(PAIR)/second --config.optim.warmup_steps=50 --config.loop.total_steps=3600
+	$(PYTHON) -c "from rq_jax import checkpoint; checkpoint.ship('$(PAIR)/third', 'checkpoints/emoji')"
+	cp $(PAIR)/rqvae_first/metrics.jsonl checkpoints/emoji/tokenizer/metrics_first.jsonl
+	cp $(PAIR)/first/metrics.jsonl checkpoints/emoji/metrics_first.jsonl
+	cp $(PAIR)/second/metrics.jsonl checkpoints/emoji/metrics_second.jsonl
 	$(MAKE) emoji-figures
 
 # Of the pair as it is: as many samples as pictures are held out, of their classes.
@@ -147,9 +159,10 @@ bench: setup
 	$(PYTHON) benchmark.py train --stage=1 --steps=2 --runs=3 --out=$(BENCH)/train_vae.json
 	$(PYTHON) benchmark.py train --stage=2 --steps=2 --runs=3 --out=$(BENCH)/train_transformer.json
 	$(PYTHON) benchmark.py data --out=$(BENCH)/data.json
+	$(PYTHON) benchmark.py features --net=efficientnet_lite0 --image_size=64 --out=$(BENCH)/features.json
 
-# make results-depth, -adversary, -coarse_to_fine, -updates, -soft_labels, -optimizer, -filter, and of DQ -dq_rate,
-# -dq_ratio, -dq_layers, -dq_split, -dq_depth; runs that two tables share are made once.
+# make results-depth, -adversary, -coarse_to_fine, -updates, -soft_labels, -optimizer, -filter, -rejection, and of DQ
+# -dq_rate, -dq_ratio, -dq_layers, -dq_split, -dq_depth, -dq_router; runs that two tables share are made once.
 results-%: setup
 	$(PYTHON) -m benchmarks.ablate $*
 
