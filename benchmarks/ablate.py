@@ -307,8 +307,7 @@ def measure_filters(args: argparse.Namespace, runs: Iterable[Run]) -> Measured:
     places = {run: directory_of(args, *run) for run in runs}
     measured = measure_samples(args, dict.fromkeys(places, Path(args.checkpoint) / "tokenizer"), places)
     for run, place in places.items():
-        chosen = json.loads((ROOT / place / SETTINGS).read_text()).get("chosen", {})
-        if chosen:
+        if chosen := json.loads((ROOT / place / SETTINGS).read_text()).get("chosen"):
             measured[1][run]["mean_score"] = chosen["mean_score"]["kept"]
     return measured
 

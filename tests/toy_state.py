@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rq_jax import models
+from rq_jax.checkpoint import Checkpointer
 from rq_jax.training.optimizer import make_optimizer
 from rq_jax.training.state import create_state
 
@@ -54,6 +55,23 @@ def model_state_of(name, step, use_ema=True):
     state = create_state(fill(shapes_of(name), seed=step), OPTIMIZER, jax.random.key(step), use_ema)
     ema_params = fill(state.params, seed=100 + step) if use_ema else None
     return state.replace(step=jnp.int32(step), ema_params=ema_params)
+
+
+def save_steps(directory, *steps, **settings):
+    """Save the toy states of some steps as a run does."""
+    with Checkpointer(directory, **{"keep": 9, **settings}) as saving:
+        for step in steps:
+            saving.save(toy_state(step), {"note": step})
+        saving.wait()
+
+
+def restored_step(directory, **settings):
+    """The step that a run goes on from, whose state must be whole."""
+    with Checkpointer(directory, keep=9, **settings) as restoring:
+        state, host = restoring.restore(toy_state())
+    assert_equal(state, toy_state(int(state.step)))
+    assert host == {"note": int(state.step)}
+    return int(state.step)
 
 
 def halved(variables):

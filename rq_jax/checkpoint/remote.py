@@ -32,6 +32,7 @@ from rq_jax.files import (
     parse_json,
     read_json,
     run_path,
+    write_atomic,
     write_json,
 )
 from rq_jax.settings.text import quoted
@@ -178,8 +179,8 @@ class _Copy:
         Raises:
           OSError: the store cannot be read, or the copy written.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / _ADDRESS).write_text(self._address, encoding="utf-8")
+        if not (self.directory / _ADDRESS).is_file():
+            write_atomic(self.directory / _ADDRESS, self._address.encode())  # other processes read it meanwhile
         synced, there = self._synced(), self._objects()
         for name in synced.keys() - there.keys():
             (self.directory / name).unlink(missing_ok=True)

@@ -36,9 +36,8 @@ from rq_jax.training.settings import (
 from rq_jax.training.state import TrainState, accumulate_gradients, apply_gradients, create_state
 
 SECTIONS = (
-    "seed", "init_from", "keep_optimizer", "model", "data", "optim", "loss", "loop", "mesh", "sample", "tokenizer",
-    "tokenizer_preset",
-)  # fmt: skip
+    "seed", "init_from", "keep_optimizer", "model", "data", "optim", "loss", "loop", "mesh", "sample",
+    "tokenizer", "tokenizer_preset")  # fmt: skip
 NUM_SHOWN = 36
 
 

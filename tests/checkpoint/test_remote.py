@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from toy_run import ToyDataset, assert_same_run, train
-from toy_state import RQVAE, assert_equal, model_state_of, toy_state
+from toy_state import RQVAE, model_state_of, restored_step, save_steps
 
 from rq_jax import checkpoint, files
 from rq_jax.checkpoint import manifest, remote
@@ -83,26 +83,11 @@ def test_an_address_without_a_run_is_no_run(bucket):
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def save(*steps, **settings):
-    with Checkpointer(RUN, **{"keep": 9, **settings}) as saving:
-        for step in steps:
-            saving.save(toy_state(step), {"note": step})
-        saving.wait()
-
-
-def restored_step(**settings):
-    with Checkpointer(RUN, keep=9, **settings) as restoring:
-        state, host = restoring.restore(toy_state())
-    assert_equal(state, toy_state(int(state.step)))
-    assert host == {"note": int(state.step)}
-    return int(state.step)
-
-
 @pytest.fixture(scope="module")
 def saved(store, tmp_path_factory):
     """Objects of a run with checkpoints of steps 2 and 5."""
     store.objects.clear()
-    save(2, 5)
+    save_steps(RUN, 2, 5)
     return dict(store.objects)
 
 
@@ -118,8 +103,8 @@ def steps():
 
 def test_states_come_back_and_old_ones_go(run):
     assert steps() == [2, 5]
-    save(6, keep=1, keep_every=2)
-    assert steps() == [2, 6] and restored_step() == 6
+    save_steps(RUN, 6, keep=1, keep_every=2)
+    assert steps() == [2, 6] and restored_step(RUN) == 6
     assert not any(".sealing" in name or "/5/" in name for name in run.objects)
 
 
@@ -129,9 +114,9 @@ def test_what_is_cut_is_seen_and_moved_aside(run):
     content, _ = bucket.objects[name]
     bucket.write(name, content[:-1])
     with pytest.raises(ValueError, match=f"has {len(content) - 1} bytes, not {len(content)}"):
-        restored_step(strict=True)
+        restored_step(RUN, strict=True)
     before = {name: content for name, (content, _) in bucket.objects.items() if "/checkpoints/5/" in name}
-    assert restored_step() == 2 and steps() == [2]
+    assert restored_step(RUN) == 2 and steps() == [2]
     moved = {name.replace("damaged", "checkpoints"): content for name, (content, _) in bucket.objects.items()}
     assert before.items() <= moved.items()
 
@@ -143,10 +128,10 @@ def test_what_a_killed_process_left_does_not_count(run, left):
     del bucket.objects["runs/a/checkpoints/5/manifest.json"]
     if left:
         bucket.write(f"runs/a/checkpoints/{left}", b"")
-        assert steps() == [2] and restored_step() == 2
+        assert steps() == [2] and restored_step(RUN) == 2
         assert not names(bucket, "checkpoints/5/") and not names(bucket, "checkpoints/.sealing")
     else:
-        assert restored_step() == 2 and names(bucket, "damaged/5/")
+        assert restored_step(RUN) == 2 and names(bucket, "damaged/5/")
 
 
 def test_an_object_is_not_read_to_be_sealed_or_verified(run):

@@ -13,7 +13,7 @@ from pathlib import Path
 import helpers
 import jax.numpy as jnp
 import pytest
-from toy_state import assert_equal, toy_state
+from toy_state import assert_equal, restored_step, save_steps, toy_state
 
 from rq_jax import checkpoint
 from rq_jax.checkpoint import items, manifest, saver
@@ -21,19 +21,8 @@ from rq_jax.checkpoint.saver import Checkpointer, SaveFailed, steps_of
 
 
 def save(directory, *steps, **settings):
-    with Checkpointer(directory, **{"keep": 9, **settings}) as saving:
-        for step in steps:
-            saving.save(toy_state(step), {"note": step})
-        saving.wait()
+    save_steps(directory, *steps, **settings)
     return directory / "checkpoints"
-
-
-def restored_step(directory, **settings):
-    with Checkpointer(directory, keep=9, **settings) as restoring:
-        state, host = restoring.restore(toy_state())
-    assert_equal(state, toy_state(int(state.step)))
-    assert host == {"note": int(state.step)}
-    return int(state.step)
 
 
 @pytest.fixture(scope="module")

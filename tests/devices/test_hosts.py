@@ -333,8 +333,7 @@ def test_processes_restore_a_run_from_an_object_store(tmp_path, monkeypatch):
         for name, value in {**environment, "HOME": str(tmp_path)}.items():
             monkeypatch.setenv(name, value)
         restore_in_processes("gs://bucket/run")
-    written = {name.split("/")[4] for name in bucket.objects if "/params/ocdbt.process_" in name}
-    assert written == {"ocdbt.process_0", "ocdbt.process_1"}
+    assert {name.split("/")[4][-2:] for name in bucket.objects if "/params/ocdbt.process_" in name} == {"_0", "_1"}
 
 
 @pytest.fixture(scope="module")
